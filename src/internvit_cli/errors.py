@@ -1,0 +1,74 @@
+"""Errors that end a run: each has one line that says what, one that says what to do, and an exit code."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the shell sees; fixed for ever, and listed in the README."""
+
+    DONE = 0
+    CANNOT_RUN = 1
+    USAGE = 2
+    SKIPPED = 3
+    NO_IMAGES = 4
+    OTHER_RECIPE = 5
+    NO_SPACE = 6
+    LOCKED = 75
+    SIGINT = 130
+    SIGUSR1 = 138
+    SIGTERM = 143
+
+
+class InternvitError(Exception):
+    """A run cannot start or go on. `message` names the thing, `hint` the way out."""
+
+    exit_code = ExitCode.CANNOT_RUN
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(InternvitError):
+    """Options that contradict each other or name nothing that exists."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ModelError(InternvitError):
+    """A checkpoint that cannot be had, read or trusted."""
+
+
+class DeviceError(InternvitError):
+    """A device that was asked for and is not there, or that ran out of memory."""
+
+
+class OutputError(InternvitError):
+    """An output that cannot be written, or a file that is not a sound feature file."""
+
+
+class NoImagesError(InternvitError):
+    """The sources hold no pictures."""
+
+    exit_code = ExitCode.NO_IMAGES
+
+
+class OtherRecipeError(InternvitError):
+    """The output exists and was made with another recipe, or from another root."""
+
+    exit_code = ExitCode.OTHER_RECIPE
+
+
+class NoSpaceError(InternvitError):
+    """The plan does not fit on the output's filesystem."""
+
+    exit_code = ExitCode.NO_SPACE
+
+
+class LockedError(InternvitError):
+    """Another run holds the output."""
+
+    exit_code = ExitCode.LOCKED
