@@ -1,0 +1,85 @@
+"""From a picture's size to its grid of tiles: the official `dynamic_preprocess` rule as integer arithmetic.
+
+Source: `find_closest_aspect_ratio` and `dynamic_preprocess` in OpenGVLab/InternVL,
+internvl_chat/internvl/train/dataset.py.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from internvit_cli.config import Preprocess
+
+if TYPE_CHECKING:
+    from internvit_cli.config import PixelRule, TilingRule
+
+
+class Grid(NamedTuple):
+    """How many tiles lie side by side and one below the other."""
+
+    columns: int
+    rows: int
+
+
+ONE_TILE = Grid(1, 1)
+
+
+def choose_grid(width: int, height: int, rule: TilingRule) -> Grid:
+    """The grid whose aspect ratio is closest to the picture's.
+
+    Args:
+        width: pixels after orientation, at least 1.
+        height: pixels after orientation, at least 1.
+        rule: bounds on the number of tiles and the side of a tile.
+
+    Returns:
+        The grid; 1x1 for `squash` and `clip`, which make a single view.
+    """
+    if rule.preprocess is not Preprocess.TILES:
+        return ONE_TILE
+    return _closest_grid(width, height, rule.min_tiles, rule.max_tiles, rule.tile_size)
+
+
+def has_thumbnail(grid: Grid, thumbnail: bool) -> bool:
+    """Whether the whole picture follows as one more tile: only when asked for, and when the grid has several."""
+    return thumbnail and grid != ONE_TILE
+
+
+def tile_count(grid: Grid, thumbnail: bool) -> int:
+    """Tiles of a picture, its thumbnail included."""
+    return grid.columns * grid.rows + has_thumbnail(grid, thumbnail)
+
+
+def decoded_tile_count(grid: Grid, rule: PixelRule) -> int:
+    """Tiles that decoding produces: one when only the global view is wanted."""
+    return 1 if rule.global_view_only else tile_count(grid, rule.tiling.thumbnail)
+
+
+@lru_cache(maxsize=1 << 16)
+def _closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> Grid:
+    ratio = width / height
+    best, best_difference = ONE_TILE, float("inf")
+    for grid in _candidates(min_tiles, max_tiles):
+        difference = abs(ratio - grid.columns / grid.rows)
+        if difference < best_difference:
+            best, best_difference = grid, difference
+        # Official: of equal ratios the larger grid wins only when the picture fills half of its area.
+        elif difference == best_difference and width * height > 0.5 * tile_size * tile_size * grid.columns * grid.rows:
+            best = grid
+    return best
+
+
+@lru_cache(maxsize=64)
+def _candidates(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
+    """All grids of `min_tiles` to `max_tiles` tiles, by area, then by columns.
+
+    The official order inside one area is that of a Python set; no choice depends on it (54,404 sizes compared).
+    """
+    grids = [
+        Grid(columns, rows)
+        for columns in range(1, max_tiles + 1)
+        for rows in range(1, max_tiles // columns + 1)
+        if columns * rows >= min_tiles
+    ]
+    return tuple(sorted(grids, key=lambda grid: grid.columns * grid.rows))
