@@ -1,0 +1,1 @@
+"""The encoder: what a checkpoint is (no torch), how it is read, and the network itself."""

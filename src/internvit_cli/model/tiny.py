@@ -1,0 +1,43 @@
+"""Weights of tiny-random: made in memory, the same on every machine for ever, so that anything can be tried offline."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SEED = 448
+
+
+def tiny_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Float32 weights for standalone names and shapes.
+
+    Only the generator's raw 64-bit output and exact arithmetic are used: numpy promises the former for ever, while
+    its distributions may change. Scales keep tokens of order one and different from picture to picture.
+    """
+    generator = np.random.PCG64(SEED)
+    weights = {}
+    for name in sorted(shapes):
+        shape = shapes[name]
+        raw = generator.random_raw(math.prod(shape)) >> np.uint64(11)  # 53 bits, exact in float64
+        unit = raw.astype(np.float64) * 2.0**-52 - 1.0  # uniform in [-1, 1)
+        weights[name] = _scaled(name, unit.reshape(shape)).astype("<f4")
+    return weights
+
+
+def _scaled(name: str, unit: np.ndarray) -> np.ndarray:
+    kind, parameter = name.split(".")[-2:]
+    if parameter in {"ls1", "ls2"}:
+        return 0.55 + 0.45 * unit  # LayerScale, 0.1 to 1
+    if kind.startswith("norm"):
+        return 0.1 * unit + (1.0 if parameter == "weight" else 0.0)
+    if parameter == "bias":
+        return 0.1 * unit
+    if parameter == "weight":
+        fan_in = math.prod(unit.shape[1:])
+        return unit * math.sqrt(3.0 / fan_in)  # standard deviation 1 / sqrt(fan_in)
+    return unit  # class token and position table
