@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,12 @@ def hostile() -> Path:
 @pytest.fixture(scope="session")
 def reference() -> Path:
     return _folder("reference")
+
+
+@pytest.fixture(scope="session")
+def made(shared: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree of some 250 hostile inputs, with what to expect of each in MADE.tsv."""
+    folder = tmp_path_factory.mktemp("made")
+    photo = photos / "028_exif-samples_640x480.jpg"
+    subprocess.run([sys.executable, shared / "tools" / "make_hostile.py", folder, photo], check=True, timeout=120)
+    return folder

@@ -56,6 +56,29 @@ def decoded_tile_count(grid: Grid, rule: PixelRule) -> int:
     return 1 if rule.global_view_only else tile_count(grid, rule.tiling.thumbnail)
 
 
+def clip_size(width: int, height: int, side: int) -> tuple[int, int]:
+    """Width and height, pixels, after CLIPImageProcessor's resize of the shorter edge to `side`, before its crop.
+
+    Source: `get_resize_output_image_size` in transformers, image_transforms.py.
+    """
+    if width <= height:
+        return side, int(side * height / width)
+    return int(side * width / height), side
+
+
+def largest_resized(width: int, height: int, rule: PixelRule) -> int:
+    """Pixels of the largest picture that resizing makes on its way; the horizontal pass comes first.
+
+    A picture of 1 x 1,000,000 pixels is small until it is made 448 pixels wide.
+    """
+    side = rule.tiling.tile_size
+    if rule.tiling.preprocess is Preprocess.CLIP:
+        new_width, new_height = clip_size(width, height, side)
+        return new_width * max(height, new_height)
+    grid = ONE_TILE if rule.global_view_only else choose_grid(width, height, rule.tiling)
+    return grid.columns * side * max(height, grid.rows * side)
+
+
 @lru_cache(maxsize=1 << 16)
 def _closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_size: int) -> Grid:
     ratio = width / height

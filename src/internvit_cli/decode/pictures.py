@@ -1,0 +1,214 @@
+"""From a file's bytes to uint8 tiles: the pixels that InternViT was trained on, on every version of Pillow.
+
+Source: `load_image` and `dynamic_preprocess` in OpenGVLab/InternVL, README and internvl_chat/internvl/train/dataset.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from internvit_cli.config import PixelRule, Preprocess, Skipped, Status
+from internvit_cli.decode.files import FORMATS, classify, open_regular, pillow_limits
+from internvit_cli.tiling import clip_size, has_thumbnail
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.headers import Header
+    from internvit_cli.tiling import Grid
+
+_IN_MEMORY = 64 << 20
+"""Files up to so many bytes are read at once; larger ones are hashed in blocks, then decoded from the file."""
+_BLOCK = 1 << 20
+_BLOCK_ROWS = 256
+"""Rows of wide pixels scaled at a time, so that the intermediate numbers stay small."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by EXIF orientation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A picture whose tiles are in their place."""
+
+    tiles: int
+    digest: bytes
+    """SHA-256 of the file, 32 bytes."""
+
+
+def decode_tiles(path: bytes, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> Decoded | Skipped:
+    """Decode one file into tiles, row by row, the thumbnail last; one thread of a process at a time.
+
+    Args:
+        path: the file; links are followed.
+        header: what planning read of it; anything else now is a reason to skip it.
+        grid: what `choose_grid` made of the header's size.
+        rule: all that decides the pixels.
+        out: uint8 [n, side, side, 3], n at least `decoded_tile_count(grid, rule)`; its first tiles are filled.
+
+    Returns:
+        The number of tiles and the digest of the very bytes they came from, or why there are none. After a failure
+        `out` may hold part of the picture.
+    """
+    opened = open_regular(path)
+    if isinstance(opened, Skipped):
+        return opened
+    with os.fdopen(opened.descriptor, "rb") as file:
+        if _differs(opened.status, header):
+            return _changed()
+        try:
+            with pillow_limits(rule.max_pixels):
+                outcome = _decode(file, header, grid, rule, out)
+        except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
+            outcome = classify(error)
+        # Looked at after a failure too: a file that was being written is changed, not damaged.
+        return _changed() if _differs(os.fstat(file.fileno()), header) else outcome
+
+
+def _differs(status: os.stat_result, header: Header) -> bool:
+    return (status.st_size, status.st_mtime_ns) != (header.file_size, header.file_mtime_ns)
+
+
+def _changed() -> Skipped:
+    return Skipped(Status.CHANGED, "", "the file changed after it was planned")
+
+
+def _decode(file: BinaryIO, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> Decoded | Skipped:
+    digest, stream = _digest(file, header.file_size)
+    with Image.open(stream, formats=FORMATS) as image:
+        if not _is_planned_size(image, header):
+            return _size_mismatch(image, header)
+        image.load()
+        if not _is_planned_size(image, header):  # Some formats learn their size while decoding.
+            return _size_mismatch(image, header)
+        picture = _rgb(image, rule)
+        if header.orientation in _TURNS:
+            picture = picture.transpose(_TURNS[header.orientation])
+        return Decoded(_fill(picture, grid, rule, out), digest)
+
+
+def _digest(file: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
+    """SHA-256 of a file, and a stream of the same bytes from their start."""
+    if size <= _IN_MEMORY:
+        data = file.read()
+        return hashlib.sha256(data).digest(), io.BytesIO(data)
+    hashed = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        hashed.update(block)
+    file.seek(0)
+    return hashed.digest(), file
+
+
+def _is_planned_size(image: Image.Image, header: Header) -> bool:
+    width, height = image.size
+    return (height, width) == header[:2] if header.orientation >= 5 else (width, height) == header[:2]
+
+
+def _size_mismatch(image: Image.Image, header: Header) -> Skipped:
+    width, height = image.size
+    return Skipped(
+        Status.SIZE_MISMATCH, "", f"{width} x {height} pixels instead of {header.width} x {header.height} before a turn"
+    )
+
+
+def _rgb(image: Image.Image, rule: PixelRule) -> Image.Image:
+    """The picture's first frame in RGB; wide greys scaled, transparency composed when a background is given."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _wide_grey(image)
+    if rule.background is not None and image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, rule.background)
+        canvas.paste(rgba, mask=rgba)
+        return canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _wide_grey(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greys as RGB, which Pillow's own convert would clip at 255."""
+    values = np.asarray(image)
+    scale = _float_scale(values) if values.dtype.kind == "f" else _integer_scale(values)
+    grey = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), _BLOCK_ROWS):
+        grey[top : top + _BLOCK_ROWS] = scale(values[top : top + _BLOCK_ROWS])
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _integer_scale(values: NDArray[Any]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        span = max(high - low, 1)
+        return lambda block: ((block.astype(np.int64) - low) * 255 + span // 2) // span
+    table = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    return lambda block: table[block]
+
+
+def _float_scale(values: NDArray[Any]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+    finite = np.isfinite(values)
+    low = float(np.min(values, where=finite, initial=np.inf))
+    high = float(np.max(values, where=finite, initial=-np.inf))
+    if not finite.any() or (low >= 0 and high <= 1):
+        low, high = 0.0, 1.0
+    factor = 255 / (high - low) if high > low else 1.0
+
+    def scale(block: NDArray[Any]) -> NDArray[Any]:
+        grey = np.clip((block.astype(np.float64) - low) * factor + 0.5, 0, 255)
+        return np.nan_to_num(grey, copy=False, nan=0).astype(np.uint8)
+
+    return scale
+
+
+def _fill(picture: Image.Image, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> int:
+    """Write the tiles of an RGB picture; returns how many."""
+    side = rule.tiling.tile_size
+    if rule.tiling.preprocess is Preprocess.CLIP:
+        out[0] = np.asarray(_clip_view(picture, side))
+        return 1
+    if rule.global_view_only:
+        out[0] = np.asarray(_resize(picture, side, side))
+        return 1
+    whole = np.asarray(_resize(picture, grid.columns * side, grid.rows * side))  # [rows * side, columns * side, 3]
+    count = 0
+    for top in range(0, grid.rows * side, side):
+        for left in range(0, grid.columns * side, side):
+            out[count] = whole[top : top + side, left : left + side]
+            count += 1
+    if has_thumbnail(grid, rule.tiling.thumbnail):
+        out[count] = np.asarray(_resize(picture, side, side))
+        count += 1
+    return count
+
+
+def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Bicubic, the horizontal pass first, as up to Pillow 12 and in training; Pillow 13 may turn the order round."""
+    if picture.width != width:
+        picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
+    if picture.height != height:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return picture
+
+
+def _clip_view(picture: Image.Image, side: int) -> Image.Image:
+    """CLIPImageProcessor's one view: the shorter edge to `side`, then the square in the middle."""
+    width, height = clip_size(*picture.size, side)
+    left, top = (width - side) // 2, (height - side) // 2
+    picture = _resize(picture, width, picture.height)
+    # The vertical pass keeps columns apart, so those outside the square need none.
+    picture = _resize(picture.crop((left, 0, left + side, picture.height)), side, height)
+    return picture.crop((0, top, side, top + side))

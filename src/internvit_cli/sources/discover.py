@@ -1,0 +1,228 @@
+"""From the command line's sources to one sorted listing of unique keys."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from typing import TYPE_CHECKING
+
+from internvit_cli.errors import NoImagesError, UsageError, one_line
+from internvit_cli.sources import globs
+from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, below, child
+from internvit_cli.sources.lists import read_list
+from internvit_cli.sources.walk import walk
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import BinaryIO
+
+    from internvit_cli.config import Skipped
+
+STANDARD_INPUT = "-"
+
+
+def discover(arguments: Sequence[str], options: DiscoverOptions, stdin: BinaryIO | None = None) -> Listing:
+    """Find all pictures of the sources; no picture is opened.
+
+    A source is a folder, a file, `NAME=DIR`, a pattern, or `-` for a list on standard input. What exists under a
+    name wins over what the name would mean otherwise. Files named outright, in a list too, are taken whatever their
+    extension, and need not be there: whoever opens them finds out.
+
+    Args:
+        arguments: as typed on the command line.
+        options: what the listing depends on beside them.
+        stdin: the stream behind `-`, in binary.
+
+    Returns:
+        The listing, sorted by the bytes of its keys; empty when the folders hold no pictures.
+
+    Raises:
+        UsageError: a source that is not there, a key outside its root, or two files with one key.
+        NoImagesError: a pattern that nothing fits.
+    """
+    collection = _Collection(options, stdin)
+    for argument in arguments:
+        collection.add_argument(argument)
+    if options.files_from is not None:
+        collection.add_list(options.files_from)
+    return collection.listing()
+
+
+class _Collection:
+    def __init__(self, options: DiscoverOptions, stdin: BinaryIO | None) -> None:
+        self._options = options
+        self._stdin = stdin
+        self._root = None if options.root is None else _root_folder(options.root)
+        self._sources: dict[Source, int] = {}
+        self._walked: set[Source] = set()
+        self._keys: list[bytes] = []
+        self._owners = array("I")
+        self._skipped: dict[int, Skipped] = {}
+        self._unreadable_folders: list[FolderProblem] = []
+        self._unfollowed_links = 0
+
+    def add_argument(self, argument: str) -> None:
+        """Take one source of the command line."""
+        path = os.fsencode(argument)
+        if argument == STANDARD_INPUT:
+            self.add_list(argument)
+        elif os.path.lexists(path):
+            self._add_existing(path)
+        elif (named := _named_folder(path)) is not None:
+            self._add_folder(named)
+        elif globs.is_pattern(path):
+            self._add_pattern(path)
+        else:
+            raise _missing(path)
+
+    def add_list(self, name: str) -> None:
+        """Take the paths of a list: relative to `--root`, by default to the working directory."""
+        root = self._root or os.getcwdb()
+        owner = self._source(Source(root))
+        if name == STANDARD_INPUT:
+            if self._stdin is None:
+                raise UsageError("standard input can be read only once", "name - as a source or for --files-from")
+            stream, self._stdin = self._stdin, None
+            self._add_lines(stream, root, owner)
+            return
+        try:
+            with open(name, "rb") as file:
+                self._add_lines(file, root, owner)
+        except OSError as error:
+            raise UsageError(f"cannot read the list {one_line(name)}: {error.strerror}", "check the path") from error
+
+    def listing(self) -> Listing:
+        """Sort, drop what was named twice, and refuse keys that mean two files."""
+        keys: list[bytes] = []
+        owners = array("I")
+        skipped: dict[int, Skipped] = {}
+        for i in sorted(range(len(self._keys)), key=self._keys.__getitem__):
+            if keys and keys[-1] == self._keys[i]:
+                self._check_same_file(keys[-1], owners[-1], self._owners[i])
+                if i not in self._skipped:  # One of its two mentions is a file named outright, which may be a link.
+                    skipped.pop(len(keys) - 1, None)
+                continue
+            if i in self._skipped:
+                skipped[len(keys)] = self._skipped[i]
+            keys.append(self._keys[i])
+            owners.append(self._owners[i])
+        folders = tuple(sorted(self._unreadable_folders, key=lambda problem: problem.path))
+        return Listing(tuple(self._sources), keys, owners, skipped, folders, self._unfollowed_links)
+
+    def _source(self, source: Source) -> int:
+        return self._sources.setdefault(source, len(self._sources))
+
+    def _add_existing(self, path: bytes) -> None:
+        if os.path.isdir(path):
+            self._add_folder(Source(absolute(path)))
+        else:
+            self._add_file(path)
+
+    def _add_folder(self, source: Source) -> None:
+        if source in self._walked:
+            return
+        self._walked.add(source)
+        owner, offset = self._source(source), len(self._keys)
+        found = walk(source.root, self._options.follow_links)
+        self._keys += [source.prefix + key for key in found.keys] if source.prefix else found.keys
+        self._owners.extend(array("I", [owner]) * len(found.keys))
+        self._skipped.update({offset + i: skipped for i, skipped in found.skipped.items()})
+        self._unreadable_folders += found.unreadable_folders
+        self._unfollowed_links += found.unfollowed_links
+
+    def _add_file(self, path: bytes) -> None:
+        folder, name = os.path.split(path)
+        folder = absolute(folder or b".")
+        root = self._root or folder
+        key = below(child(folder, name), root)
+        if key is None:
+            raise _outside(path, root)
+        self._add_key(key, self._source(Source(root)))
+
+    def _add_pattern(self, pattern: bytes) -> None:
+        matches = globs.expand(pattern)
+        self._unreadable_folders += matches.unreadable_folders
+        if not matches.files and not matches.folders:
+            raise NoImagesError(
+                f"no picture fits the pattern {one_line(pattern)}", "check it; files of any extension can be listed"
+            )
+        for folder in matches.folders:
+            self._add_folder(Source(absolute(folder)))
+        for path in matches.files:
+            self._add_file(path)
+
+    def _add_lines(self, stream: BinaryIO, root: bytes, owner: int) -> None:
+        for path in read_list(stream, self._options.null_separated):
+            self._add_key(_key_of_line(path, root), owner)
+
+    def _add_key(self, key: bytes, owner: int) -> None:
+        self._keys.append(key)
+        self._owners.append(owner)
+
+    def _check_same_file(self, key: bytes, first: int, second: int) -> None:
+        if first == second:
+            return
+        sources = list(self._sources)
+        paths = sources[first].path(key), sources[second].path(key)
+        if not _same_file(*paths):
+            raise UsageError(
+                f"two files have the key {one_line(key)}: {one_line(paths[0])} and {one_line(paths[1])}",
+                f"name a folder, as in NAME={one_line(os.path.dirname(paths[1]))}, or give files a common --root",
+            )
+
+
+def absolute(folder: bytes) -> bytes:
+    """Absolute path of a folder, its own links kept; with `..` in it, where the kernel would end up."""
+    return os.path.realpath(folder) if b".." in folder.split(b"/") else os.path.abspath(folder)
+
+
+def _root_folder(name: str) -> bytes:
+    if not os.path.isdir(name):
+        raise UsageError(f"--root {one_line(name)} is not a folder", "name a folder that holds all files")
+    return absolute(os.fsencode(name))
+
+
+def _named_folder(argument: bytes) -> Source | None:
+    """The source of `NAME=DIR`; None for what does not read so."""
+    name, equals, folder = argument.partition(b"=")
+    if not equals or not name or b"/" in name:
+        return None
+    if not os.path.isdir(folder):
+        if globs.is_pattern(argument):
+            return None
+        raise UsageError(f"{one_line(argument)}: {one_line(folder)} is not a folder", "NAME=DIR names a folder")
+    if name in (b".", b".."):
+        raise UsageError(f"{one_line(argument)}: keys cannot start with {one_line(name)}/", "choose another NAME")
+    return Source(absolute(folder), name)
+
+
+def _key_of_line(line: bytes, root: bytes) -> bytes:
+    """The key of a list's line: its path below the root, without `//` and `.`."""
+    if b".." in line.split(b"/"):
+        raise _outside(line, root)
+    key = below(os.path.normpath(child(root, line) if not line.startswith(b"/") else b"/" + line.lstrip(b"/")), root)
+    if key is None:
+        raise _outside(line, root)
+    return key
+
+
+def _missing(path: bytes) -> UsageError:
+    if not os.path.isabs(path):
+        return UsageError(
+            f"no such file or folder: {one_line(path)}", f"the working directory is {one_line(os.getcwdb())}"
+        )
+    return UsageError(f"no such file or folder: {one_line(path)}", "check the path, and that its parents can be read")
+
+
+def _outside(path: bytes, root: bytes) -> UsageError:
+    return UsageError(
+        f"{one_line(path)} is not plainly below {one_line(root)}, so it has no key",
+        "name a folder above all files with --root, and write paths without ..",
+    )
+
+
+def _same_file(first: bytes, second: bytes) -> bool:
+    try:
+        return first == second or os.path.samefile(first, second)
+    except OSError:
+        return False

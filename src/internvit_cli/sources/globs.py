@@ -1,0 +1,118 @@
+"""Patterns that the shell did not expand: `*`, `?`, `[...]` within a name, `**` for any number of folders."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from dataclasses import dataclass, field
+
+from internvit_cli.sources.extensions import looks_like_picture
+from internvit_cli.sources.interface import FolderProblem, child
+from internvit_cli.sources.walk import folder_problem
+
+_MAGIC = re.compile(rb"[*?[]")
+_ANY_DEPTH = b"**"
+
+
+@dataclass(slots=True)
+class Matches:
+    """Paths that fit a pattern, in no particular order, relative when the pattern is."""
+
+    files: list[bytes] = field(default_factory=list)
+    """Names that look like pictures; links are not resolved."""
+    folders: list[bytes] = field(default_factory=list)
+    """As the shell gives them; none for a pattern with `**`, whose files are below them already."""
+    unreadable_folders: list[FolderProblem] = field(default_factory=list)
+
+
+def is_pattern(text: bytes) -> bool:
+    """Whether a name has a wildcard."""
+    return _MAGIC.search(text) is not None
+
+
+def expand(pattern: bytes) -> Matches:
+    """Find what fits a pattern, listing each folder once.
+
+    As in the shell, a wildcard does not match a leading dot, and `**` follows no links to folders.
+
+    Args:
+        pattern: a path with at least one wildcard.
+
+    Returns:
+        The matches; a folder that could not be listed is among its problems.
+    """
+    parts = [part for part in pattern.split(b"/") if part]
+    literal = next(i for i, part in enumerate(parts) if is_pattern(part))
+    base = b"/" if pattern.startswith(b"/") else b""
+    base = os.path.join(base, *parts[:literal]) if literal else base
+    return _Expansion(parts[literal:]).run(base)
+
+
+class _Expansion:
+    """Walks with the set of pattern parts that may fit next, so that several `**` cost no second walk."""
+
+    def __init__(self, parts: list[bytes]) -> None:
+        if parts[-1] == _ANY_DEPTH:
+            parts = [*parts, b"*"]
+        self.parts = parts
+        self.tests = [re.compile(fnmatch.translate(os.fsdecode(part))) for part in parts]
+        self.with_folders = _ANY_DEPTH not in parts
+        self.matches = Matches()
+
+    def run(self, base: bytes) -> Matches:
+        stack = [(base, self._closure({0}))]
+        while stack:
+            folder, positions = stack.pop()
+            try:
+                with os.scandir(folder or b".") as entries:
+                    for entry in entries:
+                        path = child(folder, entry.name) if folder else entry.name
+                        following = self._entry(entry, path, positions)
+                        if following:
+                            stack.append((path, following))
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # A pattern may name a folder that is not there: then nothing fits.
+            except OSError as error:
+                self.matches.unreadable_folders.append(folder_problem(folder or b".", error))
+        return self.matches
+
+    def _closure(self, positions: set[int]) -> frozenset[int]:
+        """A `**` may also stand for no folder at all."""
+        reached = set(positions)
+        for position in range(len(self.parts)):
+            if position in reached and self.parts[position] == _ANY_DEPTH:
+                reached.add(position + 1)
+        return frozenset(reached)
+
+    def _entry(self, entry: os.DirEntry[bytes], path: bytes, positions: frozenset[int]) -> frozenset[int]:
+        """Record an entry that fits; returns the parts that what is below it may fit."""
+        text, following = os.fsdecode(entry.name), set()
+        for position in positions:
+            part = self.parts[position]
+            if text.startswith(".") and not part.startswith(b"."):
+                continue
+            if part == _ANY_DEPTH:
+                if entry.is_dir(follow_symlinks=False):
+                    following.add(position)
+            elif self.tests[position].match(text):
+                if position < len(self.parts) - 1:
+                    if _leads_to_folder(entry):
+                        following.add(position + 1)
+                else:
+                    self._record(entry, path)
+        return self._closure(following)
+
+    def _record(self, entry: os.DirEntry[bytes], path: bytes) -> None:
+        if _leads_to_folder(entry):
+            if self.with_folders:
+                self.matches.folders.append(path)
+        elif looks_like_picture(entry.name):
+            self.matches.files.append(path)
+
+
+def _leads_to_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A loop of links is no folder, and no reason to give up its neighbours.
+        return False

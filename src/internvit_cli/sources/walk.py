@@ -1,0 +1,161 @@
+"""One walk through a folder: pictures, and what must not be opened."""
+
+from __future__ import annotations
+
+import heapq
+import os
+import stat
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from internvit_cli.config import Skipped, Status
+from internvit_cli.errors import one_line
+from internvit_cli.sources.extensions import looks_like_picture
+from internvit_cli.sources.interface import FolderProblem, below, child
+
+_KERNEL_FOLDERS = (b"/proc", b"/sys", b"/dev")
+_SHARED_MEMORY = b"/dev/shm"
+"""The one place below them that holds plain files."""
+_MOST_LINKS = 40
+"""Linux gives up after as many."""
+
+
+@dataclass(slots=True)
+class Found:
+    """What a walk found, in no particular order."""
+
+    keys: list[bytes] = field(default_factory=list)
+    """Paths relative to the walk's root."""
+    skipped: dict[int, Skipped] = field(default_factory=dict)
+    unreadable_folders: list[FolderProblem] = field(default_factory=list)
+    unfollowed_links: int = 0
+
+
+def walk(root: bytes, follow_links: bool) -> Found:
+    """Find all pictures below a folder with one `os.scandir` of each.
+
+    Links to files are followed as long as they stay below the root. `follow_links` lifts that, and follows links to
+    folders, each real folder once, after all real ones, in the order of their keys, so that the outcome does not
+    depend on the order in which the file system lists them.
+
+    Args:
+        root: absolute path of a folder; it may itself be a link.
+        follow_links: follow links to folders, and links that leave the root.
+
+    Returns:
+        The pictures; folders that could not be listed are among its problems, never an exception.
+    """
+    walker = _Walker(root, follow_links)
+    walker.tree(b"")
+    while walker.linked_folders:
+        walker.tree(heapq.heappop(walker.linked_folders))
+    return walker.found
+
+
+class _Walker:
+    def __init__(self, root: bytes, follow_links: bool) -> None:
+        self.root = root
+        self.follow_links = follow_links
+        self.found = Found()
+        self.linked_folders: list[bytes] = []
+        self._seen: set[tuple[int, int]] = set()
+        self._real_folder = lru_cache(maxsize=4096)(os.path.realpath)
+        self._real_root = os.path.realpath(root)
+
+    def tree(self, top: bytes) -> None:
+        """Walk a folder and the real folders below it; an explicit stack, since trees can be deeper than Python's."""
+        stack = [top]
+        while stack:
+            folder = stack.pop()
+            path = child(self.root, folder) if folder else self.root
+            try:
+                if not self.follow_links or self._first_visit(path):
+                    stack += self._folder(path, folder + b"/" if folder else b"")
+            except OSError as error:
+                self.found.unreadable_folders.append(folder_problem(path, error))
+
+    def _first_visit(self, path: bytes) -> bool:
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino)
+        if identity in self._seen:
+            return False
+        self._seen.add(identity)
+        return True
+
+    def _folder(self, path: bytes, prefix: bytes) -> list[bytes]:
+        """Take the pictures of one folder; returns the keys of its real subfolders."""
+        keys, subfolders = self.found.keys, []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = entry.name
+                if entry.is_symlink():
+                    self._link(prefix + name, name)
+                elif entry.is_dir(follow_symlinks=False):
+                    subfolders.append(prefix + name)
+                elif looks_like_picture(name):
+                    if not entry.is_file(follow_symlinks=False):
+                        self.found.skipped[len(keys)] = _not_regular("a pipe, socket or device")
+                    keys.append(prefix + name)
+        return subfolders
+
+    def _link(self, key: bytes, name: bytes) -> None:
+        path = child(self.root, key)
+        end = self._end_of_link(path)
+        try:
+            mode: int | None = None if _of_kernel(end) else os.stat(path).st_mode
+        except OSError:
+            mode = None  # Dangling, or a loop: whoever opens it finds out which.
+        if mode is not None and stat.S_ISDIR(mode):
+            self._link_to_folder(key)
+        elif looks_like_picture(name):
+            refusal = self._refusal(end, mode)
+            if refusal:
+                self.found.skipped[len(self.found.keys)] = refusal
+            self.found.keys.append(key)
+
+    def _link_to_folder(self, key: bytes) -> None:
+        if self.follow_links:
+            heapq.heappush(self.linked_folders, key)
+        else:
+            self.found.unfollowed_links += 1
+
+    def _refusal(self, end: bytes, mode: int | None) -> Skipped | None:
+        if _of_kernel(end):
+            return _not_regular(f"links to {one_line(end)}")
+        if mode is not None and not stat.S_ISREG(mode):
+            return _not_regular("links to a pipe, socket or device")
+        if not self.follow_links and below(end, self._real_root) is None:
+            return Skipped(Status.LINK_OUTSIDE, "", f"links to {one_line(end)}, outside its source")
+        return None
+
+    def _end_of_link(self, path: bytes) -> bytes:
+        """Where a link ends, its folder resolved; stops early at /proc, /sys and /dev, whose links lie."""
+        for _ in range(_MOST_LINKS):
+            folder, name = os.path.split(path)
+            if name in (b"", b".", b".."):
+                return os.path.realpath(path)
+            path = child(self._real_folder(folder), name)
+            if _of_kernel(path):
+                return path
+            try:
+                target = os.readlink(path)
+            except OSError:
+                return path
+            path = os.path.join(os.path.dirname(path), target)
+        return path
+
+
+def folder_problem(path: bytes, error: OSError) -> FolderProblem:
+    """The report's entry for a folder that could not be listed."""
+    status = Status.VANISHED if isinstance(error, FileNotFoundError) else Status.UNREADABLE
+    return FolderProblem(path, Skipped(status, type(error).__name__, one_line(error.strerror or str(error))))
+
+
+def _not_regular(message: str) -> Skipped:
+    return Skipped(Status.NOT_REGULAR, "", message)
+
+
+def _of_kernel(path: bytes) -> bool:
+    if below(path, _SHARED_MEMORY) is not None:
+        return False
+    return any(path == folder or below(path, folder) is not None for folder in _KERNEL_FOLDERS)

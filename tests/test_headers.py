@@ -1,0 +1,226 @@
+"""Headers say what planning needs, without decoding, and every failure is a value."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import struct
+import warnings
+import zlib
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from internvit_cli.config import PixelRule, Preprocess, Skipped, Status, TilingRule
+from internvit_cli.decode.files import classify, open_regular
+from internvit_cli.headers import Header, exif_orientation, read_header, read_headers
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RULE = PixelRule()
+
+
+def save(path: Path, size: tuple[int, int] = (40, 20), orientation: int | None = None, **options: object) -> bytes:
+    if orientation is not None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+    Image.new("RGB", size, (90, 120, 30)).save(path, **options)
+    return os.fsencode(path)
+
+
+def header(path: bytes, rule: PixelRule = RULE) -> Header:
+    found = read_header(path, rule)
+    assert isinstance(found, Header), found
+    return found
+
+
+def skipped(path: bytes, rule: PixelRule = RULE) -> Skipped:
+    found = read_header(path, rule)
+    assert isinstance(found, Skipped), found
+    return found
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "gif", "bmp", "tif", "ppm", "jp2", "tga"])
+def test_a_header_has_size_and_file_facts(extension: str, tmp_path: Path) -> None:
+    path = save(tmp_path / f"a.{extension}")
+    status = os.stat(path)
+    assert header(path) == (40, 20, 1, status.st_size, status.st_mtime_ns)
+
+
+@pytest.mark.parametrize("orientation", [*range(10), 65535])
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+def test_sizes_are_those_of_the_upright_picture(extension: str, orientation: int, tmp_path: Path) -> None:
+    path = save(tmp_path / f"a.{extension}", orientation=orientation)
+    found = header(path)
+    with Image.open(os.fsdecode(path)) as image:
+        assert found[:2] == ImageOps.exif_transpose(image).size
+    expected = orientation if 1 <= orientation <= 8 and extension != "tif" else 1
+    assert found.orientation == expected
+
+
+def test_exif_can_be_ignored(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", orientation=6)
+    assert header(path, PixelRule(exif=False))[:3] == (40, 20, 1)
+
+
+def test_exif_after_the_pixels_of_a_png_is_ignored(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", orientation=6)
+    data = (tmp_path / "a.png").read_bytes()
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + struct.unpack_from(">I", data, start)[0]
+    moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    (tmp_path / "a.png").write_bytes(moved)
+    assert header(path)[:3] == (40, 20, 1)
+
+
+@given(st.integers(0, 70_000), st.sampled_from("<>"), st.sampled_from([1, 3, 4]), st.integers(1, 9), st.booleans())
+def test_our_reading_of_exif_is_pillows(value: int, order: str, kind: int, count: int, prefixed: bool) -> None:
+    code, size = {1: ("B", 1), 3: ("H", 2), 4: ("L", 4)}[kind]
+    values = struct.pack(order + code, value % 256**size) * count
+    field = values.ljust(4, b"\0") if len(values) <= 4 else struct.pack(order + "L", 100)
+    directory = (
+        struct.pack(order + "HHHL", 2, 0x010F, 7, 2) + b"ab\0\0" + struct.pack(order + "HHL", 0x0112, kind, count)
+    )
+    data = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "L", 8) + directory + field
+    data = data.ljust(100, b"\0") + values
+    exif = Image.Exif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exif.load(data)
+        pillows = exif.get(0x0112, 1)
+    if isinstance(pillows, (bytes, tuple)):
+        pillows = pillows[0]
+    assert exif_orientation(b"Exif\0\0" * prefixed + data) == (pillows if pillows in range(1, 9) else 1)
+
+
+@given(st.binary(max_size=80), st.sampled_from([b"", b"II*\0\x08\0\0\0", b"Exif\0\0MM\0*\0\0\0\x08", b"MM\0*"]))
+def test_damaged_exif_means_upright_or_some_orientation(data: bytes, start: bytes) -> None:
+    assert 1 <= exif_orientation(start + data) <= 8
+
+
+def test_what_cannot_be_read_is_a_value_with_a_reason(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "page.jpg").write_bytes(b"<html>404</html>" * 10)
+    (tmp_path / "eps.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "fifo.jpg")
+    expected = {
+        "empty.jpg": Status.NOT_AN_IMAGE,
+        "page.jpg": Status.NOT_AN_IMAGE,
+        "eps.jpg": Status.NOT_AN_IMAGE,
+        "gone.jpg": Status.VANISHED,
+        "page.jpg/a.jpg": Status.VANISHED,
+        "loop.jpg": Status.UNREADABLE,
+        "n" * 300 + ".jpg": Status.UNREADABLE,
+        "folder.jpg": Status.NOT_REGULAR,
+        "fifo.jpg": Status.NOT_REGULAR,
+    }
+    found = read_headers([os.fsencode(tmp_path / name) for name in expected], RULE)
+    assert {
+        name: item.status for name, item in zip(expected, found, strict=True) if isinstance(item, Skipped)
+    } == expected
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
+def test_a_file_without_permission_is_unreadable(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg")
+    os.chmod(path, 0)
+    assert skipped(path).status is Status.UNREADABLE
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/null"])
+def test_devices_are_not_opened(device: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").symlink_to(device)
+    assert skipped(os.fsencode(tmp_path / "a.jpg")).status is Status.NOT_REGULAR
+
+
+def test_an_opened_file_is_not_inherited(tmp_path: Path) -> None:
+    opened = open_regular(save(tmp_path / "a.jpg"))
+    assert not isinstance(opened, Skipped)
+    assert not os.get_inheritable(opened.descriptor)
+    os.close(opened.descriptor)
+
+
+def test_too_many_pixels_are_refused_below_and_above_pillows_own_limit(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", (101, 100))
+    assert skipped(path, PixelRule(max_pixels=10_099)).status is Status.TOO_LARGE
+    assert header(path, PixelRule(max_pixels=10_100)).width == 101
+    signature = b"\x89PNG\r\n\x1a\n"
+    ihdr = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    (tmp_path / "b.png").write_bytes(signature + chunk(b"IHDR", ihdr) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    large = os.fsencode(tmp_path / "b.png")
+    assert skipped(large).status is Status.TOO_LARGE
+    assert header(large, PixelRule(max_pixels=400_000_000)).width == 20_000
+
+
+def test_a_thread_of_pixels_that_resizing_would_blow_up_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", (1, 200_000))
+    assert header(path).height == 200_000
+    assert skipped(path, PixelRule(TilingRule(preprocess=Preprocess.CLIP))).status is Status.TOO_LARGE
+    assert skipped(save(tmp_path / "b.png", (1, 500_000))).status is Status.TOO_LARGE
+
+
+def test_reading_headers_leaves_pillows_settings_alone(tmp_path: Path) -> None:
+    limit, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    read_header(save(tmp_path / "a.jpg"), PixelRule(max_pixels=10))
+    assert (Image.MAX_IMAGE_PIXELS, list(warnings.filters)) == (limit, filters)
+
+
+def test_pillow_warnings_stay_silent(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", (10_000, 9_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert header(path).width == 10_000
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file"), Status.VANISHED),
+        (OSError(errno.ESTALE, "Stale file handle"), Status.VANISHED),
+        (PermissionError(errno.EACCES, "Permission denied"), Status.UNREADABLE),
+        (OSError(errno.EIO, "Input/output error"), Status.UNREADABLE),
+        (OSError(errno.ENXIO, "No such device"), Status.NOT_REGULAR),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), Status.TOO_LARGE),
+        (UnidentifiedImageError("cannot identify"), Status.NOT_AN_IMAGE),
+        (Image.DecompressionBombError("bomb"), Status.TOO_LARGE),
+        (MemoryError(), Status.TOO_LARGE),
+        (ValueError("Decompressed data too large for PngImagePlugin.MAX_TEXT_CHUNK"), Status.TOO_LARGE),
+        (OSError("image file is truncated (0 bytes not processed)"), Status.TRUNCATED),
+        (SyntaxError("broken PNG file"), Status.TRUNCATED),
+        (struct.error("unpack"), Status.TRUNCATED),
+        (NotImplementedError("Unimplemented pixel format"), Status.UNSUPPORTED),
+        (ValueError("conversion from La to L not supported"), Status.UNSUPPORTED),
+    ],
+)
+def test_every_exception_has_a_reason(error: Exception, status: Status) -> None:
+    assert classify(error).status is status
+    assert classify(error).message
+
+
+@given(st.text())
+def test_messages_are_one_bounded_printable_line(text: str) -> None:
+    message = classify(ValueError(text)).message
+    assert message.isprintable()
+    assert 1 <= len(message) <= 3100
+
+
+def test_a_truncated_header_is_a_value_at_every_length(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "JPEG")
+    data = stream.getvalue()
+    path = tmp_path / "a.jpg"
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        assert isinstance(read_header(os.fsencode(path), RULE), (Header, Skipped))

@@ -1,0 +1,348 @@
+"""Sources become one sorted listing of keys, whatever lies in them."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+import sys
+import time
+import tracemalloc
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from internvit_cli.config import Status
+from internvit_cli.decode.files import FORMATS
+from internvit_cli.errors import NoImagesError, UsageError
+from internvit_cli.sources import DiscoverOptions, Listing, discover
+from internvit_cli.sources.extensions import EXTENSIONS, looks_like_picture
+from internvit_cli.sources.lists import read_list
+from internvit_cli.sources.walk import walk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
+file_names = st.binary(min_size=1, max_size=40).filter(lambda name: b"/" not in name and b"\0" not in name)
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return folder
+
+
+def find(*arguments: object, stdin: bytes | None = None, **options: object) -> Listing:
+    stream = None if stdin is None else io.BytesIO(stdin)
+    return discover([str(argument) for argument in arguments], DiscoverOptions(**options), stream)  # type: ignore[arg-type]
+
+
+def keys(listing: Listing) -> list[str]:
+    return [os.fsdecode(key) for key in listing.keys]
+
+
+def statuses(listing: Listing) -> dict[str, Status]:
+    return {os.fsdecode(listing.keys[i]): skipped.status for i, skipped in listing.skipped.items()}
+
+
+def test_a_folder_is_walked_once_and_sorted_by_bytes(tmp_path: Path) -> None:
+    touch(tmp_path, "b.JPG", "a/z.png", "a.webp", "notes.txt", "a/deep/x.Tiff", "noext", ".jpg", "é.jpg")
+    listing = find(tmp_path)
+    assert keys(listing) == ["a.webp", "a/deep/x.Tiff", "a/z.png", "b.JPG", "é.jpg"]
+    assert [listing.path(i) for i in range(len(listing))] == [os.fsencode(tmp_path / key) for key in keys(listing)]
+    assert [source.root for source in listing.sources] == [os.fsencode(tmp_path)]
+
+
+def test_a_folder_without_pictures_gives_an_empty_listing(tmp_path: Path) -> None:
+    assert len(find(tmp_path)) == 0
+
+
+def test_names_of_any_bytes_come_through(tmp_path: Path) -> None:
+    odd = [b"caf\xe9.jpg", b"\xff\xfe.jpg", b"new\nline.jpg", b"esc\x1b[31m.jpg", b" lead.jpg", b"-rf.jpg", b"a=b.jpg"]
+    for name in odd:
+        (tmp_path / os.fsdecode(name)).write_bytes(b"")
+    assert find(tmp_path).keys == sorted(odd)
+
+
+def test_a_named_file_is_taken_whatever_its_extension(tmp_path: Path) -> None:
+    touch(tmp_path, "scan.dat", "a.jpg")
+    assert keys(find(tmp_path / "scan.dat", tmp_path / "a.jpg")) == ["a.jpg", "scan.dat"]
+
+
+def test_the_key_of_a_file_is_relative_to_the_root(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.jpg", "y/a.jpg")
+    listing = find(tmp_path / "x/a.jpg", tmp_path / "y/a.jpg", root=str(tmp_path))
+    assert keys(listing) == ["x/a.jpg", "y/a.jpg"]
+    assert listing.path(1) == os.fsencode(tmp_path / "y/a.jpg")
+
+
+def test_a_file_outside_the_root_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.jpg", "y/a.jpg")
+    with pytest.raises(UsageError, match=r"a\.jpg") as caught:
+        find(tmp_path / "x/a.jpg", root=str(tmp_path / "y"))
+    assert "--root" in caught.value.hint
+
+
+def test_a_root_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--root"):
+        find(tmp_path, root=str(tmp_path / "gone"))
+
+
+def test_what_is_named_twice_appears_once(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "same").symlink_to(tmp_path)
+    listing = find(tmp_path, tmp_path, tmp_path / "a.jpg", tmp_path / "same", f"{tmp_path}/*.jpg")
+    assert keys(listing) == ["a.jpg", "b.jpg"]
+
+
+def test_two_files_with_one_key_are_an_error_that_names_both(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.jpg", "y/a.jpg")
+    with pytest.raises(UsageError, match=r"x/a\.jpg and .*y/a\.jpg") as caught:
+        find(tmp_path / "x", tmp_path / "y")
+    assert f"NAME={tmp_path}/y" in caught.value.hint
+
+
+def test_a_name_keeps_two_folders_apart(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.jpg", "y/a.jpg")
+    listing = find(tmp_path / "x", f"why={tmp_path / 'y'}")
+    assert keys(listing) == ["a.jpg", "why/a.jpg"]
+    assert [listing.path(i) for i in range(2)] == [os.fsencode(tmp_path / name / "a.jpg") for name in "xy"]
+    assert list(listing.source_index) == [0, 1]
+
+
+def test_a_name_may_collide_with_a_folder_of_the_same_name(tmp_path: Path) -> None:
+    touch(tmp_path, "x/why/a.jpg", "y/a.jpg")
+    with pytest.raises(UsageError, match="why/a"):
+        find(tmp_path / "x", f"why={tmp_path / 'y'}")
+
+
+@pytest.mark.parametrize("argument", ["gone", "gone.jpg", "name=gone", "..=.", ""])
+def test_a_source_that_is_not_there_is_an_error_with_a_hint(
+    argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        find(argument)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.jpg", ["a.jpg", "star*.jpg"]),
+        ("s/*.jpg", ["b.jpg"]),
+        ("**/*.jpg", ["a.jpg", "b.jpg", "c.jpg", "star*.jpg"]),
+        ("**", ["a.jpg", "b.jpg", "c.jpg", "star*.jpg"]),
+        ("s/**/*.jpg", ["b.jpg", "c.jpg"]),
+        ("**/t/*.jpg", ["c.jpg"]),
+        ("**/**/c.???", ["c.jpg"]),
+        ("?/*.jpg", ["b.jpg"]),
+        ("s/[!x].jpg", ["b.jpg"]),
+        (".*.jpg", [".h.jpg"]),
+        ("star*.jpg", ["star*.jpg"]),
+        ("star[*].jpg", ["star*.jpg"]),
+        ("[s]", ["b.jpg", "t/c.jpg"]),
+    ],
+)
+def test_a_pattern_finds_what_the_shell_would(
+    pattern: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a.jpg", ".h.jpg", "s/b.jpg", "s/t/c.jpg", "star*.jpg", "notes.txt", ".hidden/d.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert keys(find(pattern)) == expected
+    assert keys(find(f"{tmp_path}/{pattern}")) == expected
+
+
+def test_a_name_that_exists_wins_over_its_meaning_as_a_pattern(tmp_path: Path) -> None:
+    touch(tmp_path, "star*.jpg", "starfish.jpg", "a=b/c.jpg")
+    assert keys(find(tmp_path / "star*.jpg")) == ["star*.jpg"]
+    assert keys(find(tmp_path / "a=b")) == ["c.jpg"]
+
+
+def test_a_pattern_that_nothing_fits_means_no_images(tmp_path: Path) -> None:
+    with pytest.raises(NoImagesError, match="pattern"):
+        find(f"{touch(tmp_path, 'a.png')}/*.jpg")
+
+
+def test_a_list_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list").write_bytes(b"s/b.jpg\r\n\n./a.dat\n" + os.fsencode(tmp_path / "c//d.png"))
+    listing = find(files_from="list")
+    assert keys(listing) == ["a.dat", "c/d.png", "s/b.jpg"]
+    assert listing.path(0) == os.fsencode(tmp_path / "a.dat")
+
+
+def test_a_list_on_standard_input_is_relative_to_the_root(tmp_path: Path) -> None:
+    for listing in (
+        find("-", stdin=b"b.jpg\0new\nline.jpg\0", null_separated=True, root=str(tmp_path)),
+        find(files_from="-", stdin=b"b.jpg\0new\nline.jpg", null_separated=True, root=str(tmp_path)),
+    ):
+        assert keys(listing) == ["b.jpg", "new\nline.jpg"]
+        assert listing.path(0) == os.fsencode(tmp_path / "b.jpg")
+
+
+@pytest.mark.parametrize("line", [b"../a.jpg", b"/elsewhere/a.jpg", b"s/../a.jpg", b".", b"/"])
+def test_a_line_that_leaves_the_root_is_refused(line: bytes, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        find("-", stdin=line, root=str(tmp_path))
+    assert "--root" in caught.value.hint
+
+
+def test_standard_input_is_read_once(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="once"):
+        find("-", stdin=b"a.jpg", files_from="-")
+
+
+def test_a_list_that_cannot_be_read_is_a_usage_error(tmp_path: Path) -> None:
+    for name in (tmp_path / "gone", tmp_path):
+        with pytest.raises(UsageError, match="list"):
+            find(files_from=str(name))
+
+
+def test_nul_bytes_in_a_list_of_lines_suggest_the_option() -> None:
+    with pytest.raises(UsageError) as caught:
+        find("-", stdin=b"a.jpg\0b.jpg")
+    assert "-0" in caught.value.hint
+
+
+@given(st.lists(file_names))
+def test_any_names_survive_a_list_that_ends_them_in_nul(names: list[bytes]) -> None:
+    assert list(read_list(io.BytesIO(b"".join(name + b"\0" for name in names)), null_separated=True)) == names
+
+
+@given(st.lists(file_names.filter(lambda name: b"\n" not in name and not name.endswith(b"\r"))), st.booleans())
+def test_names_survive_a_list_of_lines(names: list[bytes], windows: bool) -> None:
+    end = b"\r\n" if windows else b"\n"
+    assert list(read_list(io.BytesIO(b"".join(name + end for name in names)), null_separated=False)) == names
+
+
+@given(st.lists(file_names), st.integers(1, 7))
+def test_a_list_reads_the_same_in_blocks_of_any_size(names: list[bytes], block: int) -> None:
+    class Trickle(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            return super().read(block)
+
+    assert list(read_list(Trickle(b"\0".join(names)), null_separated=True)) == names
+
+
+def test_links_to_files_inside_are_followed_and_links_outside_are_not(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.jpg", "out/b.jpg")
+    for name, target in {"l": "a.jpg", "m": "../out/b.jpg", "n": tmp_path / "out/b.jpg", "o": "m.jpg"}.items():
+        (tmp_path / "in" / f"{name}.jpg").symlink_to(target)
+    (tmp_path / "in/dangling.jpg").symlink_to("../out/gone.jpg")
+    listing = find(tmp_path / "in")
+    assert keys(listing) == ["a.jpg", "dangling.jpg", "l.jpg", "m.jpg", "n.jpg", "o.jpg"]
+    assert statuses(listing) == dict.fromkeys(["dangling.jpg", "m.jpg", "n.jpg", "o.jpg"], Status.LINK_OUTSIDE)
+    assert not find(tmp_path / "in", follow_links=True).skipped
+    assert not find(tmp_path / "in/m.jpg").skipped
+
+
+def test_a_link_named_outright_is_read_even_when_its_folder_is_a_source_too(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.jpg", "b.jpg")
+    (tmp_path / "in/l.jpg").symlink_to("../b.jpg")
+    assert statuses(find(tmp_path / "in", tmp_path / "in/l.jpg")) == {}
+
+
+def test_a_source_that_is_itself_a_link_holds_its_own_files(tmp_path: Path) -> None:
+    touch(tmp_path, "real/a.jpg")
+    (tmp_path / "real/b.jpg").symlink_to("a.jpg")
+    (tmp_path / "named").symlink_to("real")
+    listing = find(tmp_path / "named")
+    assert keys(listing) == ["a.jpg", "b.jpg"]
+    assert not listing.skipped
+    assert listing.sources[0].root == os.fsencode(tmp_path / "named")
+
+
+def test_links_to_folders_are_followed_on_request_and_each_folder_once(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a/x.jpg", "out/y.jpg")
+    for name, target in {"here": ".", "up": "..", "z": "../out", "m": "../out", "a/back": "../.."}.items():
+        (tmp_path / "in" / name).symlink_to(target)
+    plain = find(tmp_path / "in")
+    assert (keys(plain), plain.unfollowed_links) == (["a/x.jpg"], 5)
+    assert keys(find(tmp_path / "in", follow_links=True)) == ["a/back/out/y.jpg", "a/x.jpg"]
+
+
+def test_pipes_sockets_and_devices_are_marked_and_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jpg")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "sock.jpg"))
+    for name, target in {
+        "zero": "/dev/zero",
+        "stdin": "/dev/stdin",
+        "mem": "/proc/self/mem",
+        "pipe": "fifo.jpg",
+    }.items():
+        (tmp_path / f"{name}.jpg").symlink_to(target)
+    expected = dict.fromkeys(
+        ["fifo.jpg", "sock.jpg", "zero.jpg", "stdin.jpg", "mem.jpg", "pipe.jpg"], Status.NOT_REGULAR
+    )
+    for follow in (False, True):
+        assert statuses(find(tmp_path, follow_links=follow)) == expected
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can list every folder")
+def test_a_folder_that_cannot_be_listed_is_a_problem_without_a_row(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "locked/b.jpg")
+    (tmp_path / "locked").chmod(0)
+    listing = find(tmp_path)
+    (tmp_path / "locked").chmod(0o700)
+    assert keys(listing) == ["a.jpg"]
+    assert [(problem.path, problem.skipped.status) for problem in listing.unreadable_folders] == [
+        (os.fsencode(tmp_path / "locked"), Status.UNREADABLE)
+    ]
+
+
+def test_a_folder_that_vanishes_is_a_problem_without_a_row(tmp_path: Path) -> None:
+    found = walk(os.fsencode(tmp_path / "gone"), follow_links=False)
+    assert [problem.skipped.status for problem in found.unreadable_folders] == [Status.VANISHED]
+
+
+def test_the_hostile_tree_is_walked_to_its_end(made: Path) -> None:
+    listing = find(made)
+    assert {key for key, status in statuses(listing).items() if status is Status.NOT_REGULAR} == {
+        f"tree/{name}.jpg" for name in ("devzero", "fifo", "procmem", "sock", "stdin")
+    }
+    found = set(listing.keys)
+    candidates = {os.path.relpath(path, made) for path in _files(made)}
+    assert {os.fsdecode(key) for key in found} == {path for path in candidates if looks_like_picture(os.fsencode(path))}
+    assert max(key.count(b"/") for key in found) >= 15
+    assert b"File name too long" in b"".join(p.skipped.message.encode() for p in listing.unreadable_folders)
+    assert find(f"{made}/**/*.jpg", root=str(made)).keys
+
+
+def _files(folder: Path) -> Iterable[str]:
+    for top, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(top, name)
+            if not os.path.isdir(path):
+                yield path
+
+
+def test_the_extensions_are_those_that_pillow_reads_by_itself() -> None:
+    registered = {
+        extension[1:].encode() for extension, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO")
+    }
+    assert registered - EXTENSIONS == set()
+    assert {extension for extension in EXTENSIONS - registered if not extension.startswith(b"avif")} == set()
+
+
+def test_a_hundred_thousand_files_need_little_memory_and_time(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = b"".join(b"folder%03d/picture%06d.jpg\n" % (i % 100, i) for i in range(100_000))
+    start = time.perf_counter()
+    tracemalloc.start()
+    listing = find("-", stdin=lines)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    key_bytes = sum(sys.getsizeof(key) for key in listing.keys)
+    with capsys.disabled():
+        print(
+            f"\n100,000 files listed in {time.perf_counter() - start:.2f} s, beyond the keys"
+            f" {(held - key_bytes) / 1e5:.0f} bytes a file, {(peak - key_bytes) / 1e5:.0f} at the peak"
+        )
+    assert (peak - key_bytes - len(lines)) / len(listing) < 300
