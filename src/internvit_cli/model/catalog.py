@@ -99,6 +99,14 @@ def describe_model(
         raise ModelError(error.message, error.hint or OFFLINE_HINT) from error
 
 
+def hub_name(name: str) -> str | None:
+    """The hub id that a model's name stands for; None for tiny-random and for directories."""
+    if name == TINY_RANDOM or os.path.isdir(name):
+        return None
+    known = _BY_NAME.get(name.casefold())
+    return name if known is None else known.repo
+
+
 def _known_card(name: str, vision: VisionConfig, origin: Any) -> ModelCard:
     return ModelCard(
         name=name,

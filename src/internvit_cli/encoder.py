@@ -1,0 +1,382 @@
+"""uint8 tiles to features: devices, dtypes, batches in flight.
+
+On a CPU every tile is a task of its own on one thread, and threads run tiles side by side: no result depends on which
+tiles were submitted together, and no core waits at a barrier. On an accelerator batches have one fixed size.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import torch
+
+from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.errors import DeviceError, UsageError
+from internvit_cli.model.features import FeatureModel, Features, FeatureSpec, verdicts
+from internvit_cli.model.vit import Block, best_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from internvit_cli.model.card import VisionConfig
+    from internvit_cli.model.checkpoint import Checkpoint
+
+TORCH_DTYPE = {
+    ComputeDtype.BFLOAT16: torch.bfloat16,
+    ComputeDtype.FLOAT16: torch.float16,
+    ComputeDtype.FLOAT32: torch.float32,
+}
+
+CPU_TILES_PER_THREAD = 4
+"""A batch on a CPU is this many tiles a thread. Throughput does not depend on it, since tiles are encoded one by one;
+it only has to outlast the hand-over of the next batch, and to stay small so that little is in flight."""
+
+BFLOAT16_GAIN = 1.2
+"""On a CPU, bfloat16 must be this much faster than float32 to be chosen for its worth in accuracy."""
+
+
+@dataclass(frozen=True)
+class EncoderOptions:
+    """How to run a model, and what to keep."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: ComputeDtype = ComputeDtype.AUTO
+    batch_tiles: int | None = None
+    """Tiles in a batch; None measures (accelerators) or takes a few a thread (CPU)."""
+    tokens: Tokens = Tokens.VISUAL
+    pool: Pool = Pool.MEAN
+    tile_size: int = 448
+    """Side of a tile, pixels."""
+    layer: int | None = None
+    """How many blocks run, from `ModelCard.resolve_layer`; None is what the checkpoint was opened for."""
+    token_order: Literal["v1", "v2"] = "v2"  # noqa: S105  (an order, not a secret)
+    store_dtype: StoreDtype = StoreDtype.FLOAT16
+    on_overflow: OnOverflow = OnOverflow.SKIP
+    threads: int | None = None
+    """CPU only: tiles encoded at the same time, one thread each; None is one for every core this process may use."""
+
+
+@dataclass(frozen=True)
+class TileFeatures:
+    """Features of n tiles, in the order they were submitted; the arrays belong to the caller."""
+
+    tokens: np.ndarray | None
+    """[n,T,C] in the stored type, bfloat16 as its uint16 bits; None when no tokens are stored."""
+    pooled: np.ndarray
+    """[n,d] float32."""
+    fits: np.ndarray
+    """[n] uint8: 0 the values can be stored, 1 one is too large for the stored type, 2 one is not a number."""
+    clamped: int
+    """How many values were clamped."""
+
+
+class PendingBatch(Protocol):
+    """A batch on its way."""
+
+    def result(self) -> TileFeatures:
+        """Wait for the features; the same object however often it is called.
+
+        Raises:
+            DeviceError: the device ran out of memory.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """What does the work on one kind of device."""
+
+    batch_tiles: int
+    halved: bool
+
+    @property
+    def device_seconds(self) -> float:
+        """Time the device was busy so far, seconds."""
+        ...
+
+    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+        """Start a batch of uint8 [S,S,3] tiles."""
+        ...
+
+    def close(self) -> None:
+        """Give up threads and memory."""
+        ...
+
+
+class Encoder:
+    """A loaded model on its device. Make one with `Encoder.load`, and close it."""
+
+    def __init__(self, model: FeatureModel, runner: Runner, device_name: str, dtype: ComputeDtype) -> None:
+        self.device_name = device_name
+        """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
+        self.dtype = dtype
+        """The type it computes in, never AUTO."""
+        self.shapes = model.shapes
+        self._tile_shape = (model.spec.tile_size, model.spec.tile_size, 3)
+        self._runner = runner
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, options: EncoderOptions) -> Encoder:
+        """Read the weights to the device, choose dtype and batch, and be ready for the first batch.
+
+        Raises:
+            DeviceError: the device is not there, or a batch does not fit.
+            ModelError: the weights can't be read.
+            UsageError: options that contradict each other or the model.
+        """
+        _check(options, checkpoint)
+        device = find_device(options.device)
+        threads = options.threads or available_cores()
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # of each of our own threads: tiles run side by side, an operation does not
+        dtype = options.dtype
+        if dtype is ComputeDtype.AUTO:
+            dtype = fastest_dtype(device, checkpoint.card.vision, options.tile_size)
+        spec = FeatureSpec(
+            tokens=options.tokens,
+            pool=options.pool,
+            tile_size=options.tile_size,
+            token_order=options.token_order,
+            store_dtype=options.store_dtype,
+            on_overflow=options.on_overflow,
+        )
+        try:
+            model = FeatureModel.load(checkpoint, spec, device=device, dtype=TORCH_DTYPE[dtype])
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{device}: the model does not fit its memory", "use --dtype bfloat16, or another device"
+            ) from error
+        runner: Runner
+        if device.type == "cpu":
+            runner = CpuRunner(model, threads=threads, batch_tiles=options.batch_tiles)
+        else:
+            from internvit_cli.encoder_batches import accelerator_runner
+
+            runner = accelerator_runner(model, device, options.batch_tiles)
+        return cls(model, runner, _device_name(device), dtype)
+
+    @property
+    def batch_tiles(self) -> int:
+        """The most tiles of one `submit`; smaller after a batch ran out of memory."""
+        return self._runner.batch_tiles
+
+    @property
+    def halved(self) -> bool:
+        """Whether a batch ran out of memory and the size was halved."""
+        return self._runner.halved
+
+    @property
+    def device_seconds(self) -> float:
+        """Time the device was busy so far, seconds."""
+        return self._runner.device_seconds
+
+    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+        """Start encoding and return at once; several batches may be in flight.
+
+        Args:
+            tiles: uint8 [S,S,3] RGB each, C-contiguous, at least one. On a CPU their memory is read until `result`
+                returns; on other devices it is free when this returns.
+
+        Raises:
+            DeviceError: the device ran out of memory a second time.
+        """
+        for tile in tiles:
+            if tile.dtype != np.uint8 or tile.shape != self._tile_shape:
+                raise ValueError(f"a tile is {tile.dtype} {tile.shape}, not uint8 {self._tile_shape}")
+        return self._runner.submit(tiles)
+
+    def close(self) -> None:
+        """Give up threads and memory; batches in flight are finished first."""
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check(options: EncoderOptions, checkpoint: Checkpoint) -> None:
+    if options.layer not in {None, checkpoint.blocks}:
+        raise ValueError(f"the checkpoint was opened for {checkpoint.blocks} blocks, not {options.layer}")
+    if options.batch_tiles is not None and options.batch_tiles < 1:
+        raise UsageError(f"--batch-size {options.batch_tiles}: at least one tile", "leave it out to let it be chosen")
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"threads {options.threads}: at least one", "leave it out to use all cores")
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name; auto is CUDA, else Apple's GPU, else the CPU.
+
+    Raises:
+        DeviceError: it is not there: never a silent change.
+        UsageError: not a device's name.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in {"cpu", "cuda", "mps"} or (number and (kind != "cuda" or not number.isdecimal())) or name[-1] == ":":
+        raise UsageError(f"--device {name}: not a device", "use auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        return _find_cuda(name, int(number or 0))
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("--device mps: no Apple GPU here", "use --device auto to take what there is")
+    return torch.device(kind)
+
+
+def _find_cuda(name: str, number: int) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if number < count:
+        return torch.device("cuda", number)
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise DeviceError(
+            f"--device {name}: this PyTorch ({torch.__version__}) was built without CUDA",
+            "install a CUDA build of torch, or use --device auto to take what there is",
+        )
+    raise DeviceError(
+        f"--device {name}: PyTorch sees {count} CUDA device{'' if count == 1 else 's'}",
+        "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device auto to take what there is",
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def fastest_dtype(device: torch.device, vision: VisionConfig, tile_size: int) -> ComputeDtype:
+    """bfloat16 where it is native and clearly faster, else float32; measured on one block where that is unknown.
+
+    Never float16: it can overflow, and CPUs emulate it.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return ComputeDtype.BFLOAT16 if native else ComputeDtype.FLOAT32
+    if device.type == "mps":
+        return ComputeDtype.FLOAT32
+    tokens = 1 + (tile_size // vision.patch_size) ** 2
+    float32, bfloat16 = (_block_seconds(vision, tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
+    return ComputeDtype.BFLOAT16 if bfloat16 * BFLOAT16_GAIN < float32 else ComputeDtype.FLOAT32
+
+
+def _block_seconds(vision: VisionConfig, tokens: int, dtype: torch.dtype) -> float:
+    """Best of up to three runs of one block on one tile; a single one where it takes long."""
+    block = Block(vision, best_attention(torch.device("cpu"), dtype)).to(dtype).requires_grad_(False)
+    for parameter in block.parameters():
+        parameter.fill_(0.01)  # any ordinary numbers: denormals would be slow
+    x = torch.full((1, tokens, vision.hidden_size), 0.5, dtype=dtype)
+    best, begin = float("inf"), time.perf_counter()
+    with torch.inference_mode():
+        for _ in range(3):
+            start = time.perf_counter()
+            block(x)
+            best = min(best, time.perf_counter() - start)
+            if time.perf_counter() - begin > 1.0:
+                break
+    return best
+
+
+class CpuRunner:
+    """One task a tile, one thread a task."""
+
+    halved = False
+
+    def __init__(self, model: FeatureModel, *, threads: int, batch_tiles: int | None) -> None:
+        self.batch_tiles = batch_tiles or CPU_TILES_PER_THREAD * threads
+        self._model = model
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(
+            threads, thread_name_prefix="encode", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._lock = threading.Lock()
+        self._busy_seconds = 0.0
+
+    @property
+    def device_seconds(self) -> float:
+        """Thread seconds spent on tiles, divided by the threads."""
+        return self._busy_seconds / self._threads
+
+    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+        """Queue one task a tile."""
+        return CpuBatch([self._pool.submit(self._encode, tile) for tile in tiles], self._model.spec)
+
+    def close(self) -> None:
+        """Finish what was submitted and end the threads."""
+        self._pool.shutdown()
+
+    def _encode(self, tile: np.ndarray) -> Features:
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():  # belongs to the thread
+                features: Features = self._model(torch.from_numpy(tile)[None])
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            raise DeviceError(
+                "cpu: not enough memory to encode a tile", "use fewer threads or a smaller model"
+            ) from error
+        finally:
+            with self._lock:
+                self._busy_seconds += time.perf_counter() - start
+        return features
+
+
+class CpuBatch:
+    """Tiles whose tasks were queued together."""
+
+    def __init__(self, futures: list[Future[Features]], spec: FeatureSpec) -> None:
+        self._futures = futures
+        self._spec = spec
+        self._result: TileFeatures | None = None
+
+    def result(self) -> TileFeatures:
+        """Wait for the features.
+
+        Raises:
+            DeviceError: out of memory.
+        """
+        if self._result is None:
+            self._result = gather([future.result() for future in self._futures], self._spec)
+            self._futures = []
+        return self._result
+
+
+def gather(parts: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
+    """Features on the host as arrays of the caller's own, in order.
+
+    Args:
+        parts: features of one or more tiles each.
+        spec: what they are.
+    """
+    pooled = np.concatenate([part.pooled.numpy() for part in parts])
+    extremes = np.concatenate([part.extremes.numpy() for part in parts])
+    tokens = [as_stored(part.tokens) for part in parts if part.tokens is not None]
+    return TileFeatures(
+        tokens=np.concatenate(tokens) if tokens else None,
+        pooled=pooled,
+        fits=verdicts(extremes, pooled, spec),
+        clamped=sum(int(part.clamped.sum()) for part in parts),
+    )
+
+
+def as_stored(tokens: torch.Tensor) -> np.ndarray:
+    """Tokens on the host as numpy sees them: bfloat16 as uint16 bits."""
+    return (tokens.view(torch.uint16) if tokens.dtype is torch.bfloat16 else tokens).numpy()

@@ -1,0 +1,68 @@
+"""Weights from a checkpoint into modules, tensor by tensor, straight to the device and type they run in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from internvit_cli.model.vit import InternViT, Projector, best_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from internvit_cli.model.checkpoint import Checkpoint
+
+_TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+Module = TypeVar("Module", bound="nn.Module")
+
+
+def load_vit(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> InternViT:
+    """The vision tower with the blocks that run, ready for inference; its embeddings stay in float32.
+
+    Host memory above the model itself is one tensor: nothing is mapped, and nothing is initialised only to be replaced.
+
+    Raises:
+        ModelError: a weights file can't be read.
+    """
+    with torch.device("meta"):
+        model = InternViT(checkpoint.card.vision, blocks=checkpoint.blocks, attend=best_attention(device, dtype))
+    state = {
+        name: read_tensor(checkpoint, name, device, torch.float32 if name.startswith("embeddings.") else dtype)
+        for name in checkpoint.weights
+        if not name.startswith("mlp1.")
+    }
+    return _assign(model, state)
+
+
+def load_projector(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Projector:
+    """The projector of a checkpoint that was opened with one.
+
+    Raises:
+        ModelError: a weights file can't be read.
+    """
+    size = checkpoint.weights["mlp1.3.bias"].shape[0]
+    with torch.device("meta"):
+        projector = Projector(checkpoint.card.vision.hidden_size, size)
+    state = {
+        name.removeprefix("mlp1."): read_tensor(checkpoint, name, device, dtype)
+        for name in checkpoint.weights
+        if name.startswith("mlp1.")
+    }
+    return _assign(projector, state)
+
+
+def read_tensor(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One tensor on its device and in its type; it shares no memory with the file."""
+    weight = checkpoint.weights[name]
+    tensor = torch.from_numpy(checkpoint.read(name)).view(_TORCH_DTYPES[weight.dtype]).reshape(weight.shape)
+    return tensor.to(device=device, dtype=dtype)
+
+
+def _assign(module: Module, state: Mapping[str, Tensor]) -> Module:
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False).eval()
