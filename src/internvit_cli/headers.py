@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, PixelRule, Skipped, Status
-from internvit_cli.decode.files import FORMATS, classify, open_regular, pillow_limits
+from internvit_cli.decode.files import classify, open_regular, pillow_limits, readable_formats
 from internvit_cli.tiling import largest_resized
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from typing import BinaryIO
 
 UPRIGHT = 1
@@ -54,6 +54,11 @@ def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | Skipp
     """
     with pillow_limits(rule.max_pixels):
         return [_read(path, rule) for path in paths]
+
+
+def header_reader(rule: PixelRule) -> Callable[[list[bytes]], list[Header | Skipped]]:
+    """What a planning worker runs: `read_headers` under one rule."""
+    return lambda paths: read_headers(paths, rule)
 
 
 def exif_orientation(data: bytes) -> int:
@@ -105,7 +110,7 @@ def _read(path: bytes, rule: PixelRule) -> Header | Skipped:
 
 
 def _inspect(file: BinaryIO, status: os.stat_result, rule: PixelRule) -> Header | Skipped:
-    image = Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=readable_formats())
     width, height = image.size
     orientation = UPRIGHT
     # TIFF: Pillow turns it by itself, and says so in the size.

@@ -18,6 +18,7 @@ import os
 import stat
 import warnings
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
@@ -69,6 +70,13 @@ Not EPS and WMF, which run other programs; not the stubs, which need plugins; no
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
 _TOO_LARGE_WORDS = ("too large", "too much memory")
 _UNSUPPORTED_WORDS = ("unsupported", "not supported", "unknown", "unrecognized", "not available", "cannot handle")
+
+
+@lru_cache(maxsize=1)
+def readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has; older ones know no AVIF."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 class Opened(NamedTuple):

@@ -1,0 +1,75 @@
+"""The `internvit` command: its subcommands, and the one place where errors become lines and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from internvit_cli.cli import extract, info, plan
+from internvit_cli.cli.console import fail
+from internvit_cli.errors import ExitCode, InternvitError, UsageError
+
+EXIT_CODES = """Exit codes: 0 done, 1 cannot run, 2 usage, 3 finished with skipped images, 4 no images found, 5 the output has another recipe,
+6 not enough disk space, 75 the output is in use, 130/143/138 stopped by a signal (run the same command to continue)."""
+
+app = typer.Typer(
+    name="internvit",
+    help="Folders of pictures in, InternViT features on disk.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("extract")(extract.extract_command)
+app.command("plan")(plan.plan_command)
+app.command("info")(info.info_command)
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""Typer's base of all complaints about the command line; where it lives differs between versions."""
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from internvit_cli import __version__
+
+        typer.echo(f"internvit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Folders of pictures in, InternViT features on disk."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line and exit with its code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; returns the exit code."""
+    if sys.platform == "win32":
+        return fail(InternvitError("Windows is not supported", "use Linux, or WSL"))
+    try:
+        return app(arguments, prog_name="internvit", standalone_mode=False) or ExitCode.DONE
+    except InternvitError as error:
+        if "--debug" in arguments:
+            raise
+        return fail(error, as_json="--json" in arguments)
+    except USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "internvit"
+        return fail(UsageError(error.format_message(), f"{command} --help"), as_json="--json" in arguments)
+    except typer.Abort:
+        return ExitCode.SIGINT
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing is left to tell them.
+        sys.stderr.close()
+        return ExitCode.CANNOT_RUN

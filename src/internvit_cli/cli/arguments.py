@@ -1,0 +1,219 @@
+"""The options that `extract` and `plan` share, and how their words become `ExtractOptions`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Optional
+
+import typer
+
+from internvit_cli.config import (
+    DEFAULT_MAX_PIXELS,
+    DEFAULT_MODEL,
+    ComputeDtype,
+    Format,
+    OnOverflow,
+    Pool,
+    Preprocess,
+    StoreDtype,
+    Tokens,
+)
+from internvit_cli.errors import UsageError
+from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions
+from internvit_cli.sources.interface import DiscoverOptions
+
+MODEL, PICTURES, STORE, RUN, SOURCES = "Model", "Pictures", "What is stored", "How it runs", "Sources"
+BINARY_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+LEAST_WORKER_MEMORY = 512 << 20
+
+
+def build_options(  # noqa: D417 - each argument is an option and has its help
+    sources: Annotated[
+        Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
+        typer.Argument(help="Folders, files, globs, NAME=DIR, or - for a list on standard input.", show_default=False),
+    ] = None,
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="feats.h5 for one file, feats/ for shards.", show_default=False)
+    ] = "",
+    files_from: Annotated[
+        Optional[str], typer.Option(help="A file with one path a line; - is standard input.", rich_help_panel=SOURCES)
+    ] = None,
+    null: Annotated[bool, typer.Option("-0", "--null", help="Paths of lists end in NUL.", rich_help_panel=SOURCES)] = False,
+    root: Annotated[
+        Optional[str], typer.Option(help="What keys of files and lists are relative to.", rich_help_panel=SOURCES)
+    ] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Follow links out of a source, and to folders.", rich_help_panel=SOURCES)
+    ] = False,
+    model: Annotated[
+        str, typer.Option("-m", "--model", help="Hub id, alias (300m, 6b), directory, or tiny-random.", rich_help_panel=MODEL)
+    ] = DEFAULT_MODEL,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=MODEL)] = None,
+    layer: Annotated[
+        str, typer.Option(help="Hidden state to take: auto, or an index such as -4.", rich_help_panel=MODEL)
+    ] = "auto",
+    tile_size: Annotated[
+        Optional[int], typer.Option(min=14, max=4480, help="Side of a tile, pixels.  [default: the model's]", rich_help_panel=PICTURES)
+    ] = None,
+    min_tiles: Annotated[int, typer.Option(min=1, max=1000, help="Fewest tiles of a grid.", rich_help_panel=PICTURES)] = 1,
+    max_tiles: Annotated[int, typer.Option(min=1, max=1000, help="Most tiles of a grid.", rich_help_panel=PICTURES)] = 12,
+    thumbnail: Annotated[
+        bool, typer.Option(help="Add the whole picture as a last tile.", rich_help_panel=PICTURES)
+    ] = True,
+    preprocess: Annotated[
+        Preprocess, typer.Option(help="Tiles, one squashed view, or CLIP's centre crop.", rich_help_panel=PICTURES)
+    ] = Preprocess.TILES,
+    exif: Annotated[bool, typer.Option(help="Turn pictures upright by their EXIF.", rich_help_panel=PICTURES)] = True,
+    background: Annotated[
+        Optional[str], typer.Option(metavar="COLOR", help="Compose transparency over it first.", rich_help_panel=PICTURES)
+    ] = None,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Skip pictures with more.", rich_help_panel=PICTURES)
+    ] = DEFAULT_MAX_PIXELS,
+    tokens: Annotated[Tokens, typer.Option(help="Which tokens of each tile.", rich_help_panel=STORE)] = Tokens.VISUAL,
+    pool: Annotated[Pool, typer.Option(help="How the picture's vector is made.", rich_help_panel=STORE)] = Pool.MEAN,
+    tile_pooled: Annotated[
+        bool, typer.Option("--tile-pooled", help="Store a vector of every tile too.", rich_help_panel=STORE)
+    ] = False,
+    store_dtype: Annotated[StoreDtype, typer.Option(help="Type of stored tokens.", rich_help_panel=STORE)] = StoreDtype.FLOAT16,
+    on_overflow: Annotated[
+        OnOverflow, typer.Option(help="A value too large for that type.", rich_help_panel=STORE)
+    ] = OnOverflow.SKIP,
+    shard_format: Annotated[
+        Optional[Format], typer.Option("--format", help="Of the shards of a folder.  [default: npy]", rich_help_panel=STORE)
+    ] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a shard.", rich_help_panel=STORE)] = "4GiB",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
+    dtype: Annotated[ComputeDtype, typer.Option(help="Type the encoder computes in.", rich_help_panel=RUN)] = ComputeDtype.AUTO,
+    batch_size: Annotated[
+        str, typer.Option(metavar="TILES", help="Tiles a batch: auto measures.", rich_help_panel=RUN)
+    ] = "auto",
+    workers: Annotated[
+        Optional[int], typer.Option(min=1, max=512, help="Decode processes.  [default: by cores]", rich_help_panel=RUN)
+    ] = None,
+    threads: Annotated[
+        Optional[int], typer.Option(min=1, max=512, help="Encoder threads on a CPU.  [default: cores]", rich_help_panel=RUN)
+    ] = None,
+    decode_timeout: Annotated[
+        float, typer.Option(min=0.1, metavar="SECONDS", help="Skip a picture that takes longer.", rich_help_panel=RUN)
+    ] = 30.0,
+    worker_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Most memory of a decode process.", rich_help_panel=RUN)
+    ] = "4GiB",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output of another recipe.", rich_help_panel=RUN)
+    ] = False,
+    no_lock: Annotated[
+        bool, typer.Option("--no-lock", help="For filesystems without locks.", rich_help_panel=RUN)
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first picture that cannot be used.", rich_help_panel=RUN)
+    ] = False,
+) -> ExtractOptions:
+    """Turn the words of a command line into options.
+
+    Raises:
+        UsageError: a word that means nothing, or options that contradict each other.
+    """
+    if not sources and files_from is None:
+        raise UsageError("no sources given", "name a folder of pictures, such as: internvit extract ./imgs -o feats.h5")
+    if tokens is Tokens.NONE and shard_format is None and not output:
+        output = ""
+    return ExtractOptions(
+        sources=tuple(sources or ()),
+        discover=DiscoverOptions(files_from=files_from, null_separated=null, root=root, follow_links=follow_links),
+        model=ModelOptions(model, revision, parse_layer(layer)),
+        pictures=PictureOptions(
+            tile_size=tile_size,
+            min_tiles=min_tiles,
+            max_tiles=max_tiles,
+            thumbnail=thumbnail,
+            preprocess=preprocess,
+            exif=exif,
+            background=None if background is None else parse_color(background),
+            max_pixels=max_pixels,
+        ),
+        store=StoreOptions(
+            output=output,
+            format=shard_format,
+            shard_bytes=parse_size("--shard-size", shard_size, least=1),
+            tokens=tokens,
+            pool=pool,
+            tile_pooled=tile_pooled,
+            store_dtype=store_dtype,
+            on_overflow=on_overflow,
+            overwrite=overwrite,
+            lock=not no_lock,
+        ),
+        run=RunOptions(
+            device=device,
+            dtype=dtype,
+            batch_tiles=parse_batch_size(batch_size),
+            workers=workers,
+            threads=threads,
+            decode_timeout=decode_timeout,
+            worker_memory=parse_size("--worker-memory", worker_memory, least=LEAST_WORKER_MEMORY),
+            strict=strict,
+        ),
+    )
+
+
+def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
+    """Give a command all options of `build_options` beside its own; it is called with the `ExtractOptions` they make."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
+    shared = list(inspect.signature(build_options, eval_str=True).parameters.values())
+
+    @functools.wraps(command)
+    def wrapper(**words: Any) -> int:
+        own_words = {parameter.name: words.pop(parameter.name) for parameter in own}
+        return command(build_options(**words), **own_words)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
+    wrapper.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
+    del wrapper.__wrapped__  # type: ignore[attr-defined]
+    return wrapper
+
+
+def parse_size(option: str, text: str, least: int) -> int:
+    """Bytes from a size such as `4GiB`, `500M` or `1000000`; units are powers of 1024."""
+    match = SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * BINARY_UNITS[match[2].lower()]) if match else 0
+    if size < least:
+        raise UsageError(f"{option} {text}: not a size of at least {least:,} bytes", f"give a size such as {option} 4GiB")
+    return size
+
+
+def parse_layer(text: str) -> int | None:
+    """An index into hidden_states, or None for `auto`."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--layer {text}: neither auto nor a whole number", "give an index such as --layer -4") from None
+
+
+def parse_batch_size(text: str) -> int | None:
+    """Tiles a batch, or None for `auto`."""
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65536:
+        raise UsageError(f"--batch-size {text}: neither auto nor a number of tiles", "give a number such as --batch-size 64")
+    return int(text)
+
+
+def parse_color(text: str) -> tuple[int, int, int]:
+    """Red, green and blue from a name or a hexadecimal colour."""
+    from PIL import ImageColor
+
+    try:
+        color = ImageColor.getcolor(text, "RGB")
+    except ValueError:
+        raise UsageError(f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'") from None
+    assert isinstance(color, tuple)
+    return color[0], color[1], color[2]

@@ -1,0 +1,159 @@
+"""Lines for people and programs: messages on stderr, results on stdout, nothing in a name that could steer a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from internvit_cli.errors import InternvitError
+from internvit_cli.observer import Observer, Progress
+
+PLAIN_SECONDS = 30.0
+"""Between two lines of progress where there is no terminal."""
+UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def fail(error: InternvitError, *, as_json: bool = False) -> int:
+    """Print an error and what to do about it; returns its exit code."""
+    say(f"error: {error.message}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+    if as_json:
+        print_json({"exit_code": int(error.exit_code), "error": error.message, "hint": error.hint})
+    return int(error.exit_code)
+
+
+def say(line: str) -> None:
+    """One line for a person, on stderr."""
+    sys.stderr.write(one_line(line) + "\n")
+    sys.stderr.flush()
+
+
+def print_line(line: str = "") -> None:
+    """One line of a result, on stdout."""
+    sys.stdout.write(one_line(line) + "\n")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line, ASCII only, on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=True) + "\n")
+
+
+def one_line(text: str) -> str:
+    """The text with control characters and undecodable bytes written out, so that a file's name cannot steer a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+
+
+def human_bytes(count: float) -> str:
+    """A byte count in decimal units, such as `1.5 GB`."""
+    for unit in UNITS:
+        if count < 1000 or unit == UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration, such as `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def observer(*, quiet: bool) -> Observer:
+    """A bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+    if quiet:
+        return Observer()
+    return BarObserver() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else PlainObserver()
+
+
+class PlainObserver(Observer):
+    """A line every 30 seconds, as logs and cron mails want it."""
+
+    def __init__(self) -> None:
+        self._images = self._tiles = 0
+        self._started = self._printed = time.monotonic()
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        say(text)
+
+    def headers(self, done: int, total: int) -> None:
+        """Say how many headers are read."""
+        if self._is_time() and done < total:
+            say(f"planning: {done:,} of {total:,} images")
+
+    def encoding(self, images: int, tiles: int) -> None:
+        """Say what there is to do, and start the clock."""
+        self._images, self._tiles = images, tiles
+        self._started = self._printed = time.monotonic()
+        say(f"{images:,} images to encode, {tiles:,} tiles")
+
+    def progress(self, progress: Progress) -> None:
+        """Say how far it is."""
+        if self._is_time():
+            seconds = time.monotonic() - self._started
+            done = progress.images + progress.skipped
+            rate = progress.tiles / seconds
+            left = human_seconds((self._tiles - progress.tiles) / rate) if rate else "unknown"
+            say(
+                f"{done:,} of {self._images:,} images, {rate:.1f} tiles/s, {left} left"
+                + (f", {progress.skipped:,} skipped" if progress.skipped else "")
+            )
+
+    def _is_time(self) -> bool:
+        now = time.monotonic()
+        due = now - self._printed >= PLAIN_SECONDS
+        if due:
+            self._printed = now
+        return due
+
+
+class BarObserver(Observer):
+    """A bar that shows images, tiles a second, what is left and what was skipped."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._started = 0.0
+
+    def note(self, text: str) -> None:
+        """Print it above the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        say(text)
+
+    def headers(self, done: int, total: int) -> None:
+        """Draw how many headers are read."""
+        self._draw("planning", "images", done, total)
+
+    def encoding(self, images: int, tiles: int) -> None:
+        """Begin anew for the encoding."""
+        self._close()
+        self._started = time.monotonic()
+        say(f"{images:,} images to encode, {tiles:,} tiles")
+        self._images = images
+
+    def progress(self, progress: Progress) -> None:
+        """Draw how far it is."""
+        rate = progress.tiles / max(1e-3, time.monotonic() - self._started)
+        self._draw("encoding", "images", progress.images + progress.skipped, self._images)
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{rate:.1f} tiles/s, {progress.skipped} skipped", refresh=False)
+
+    def _draw(self, what: str, unit: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            self._bar = tqdm(desc=what, unit=f" {unit}", total=total, file=sys.stderr, dynamic_ncols=True, leave=False)
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

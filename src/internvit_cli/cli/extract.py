@@ -1,0 +1,134 @@
+"""`internvit extract`: the main job."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from internvit_cli.cli.arguments import takes_extract_options
+from internvit_cli.cli.console import fail, human_bytes, human_seconds, observer, print_json, print_line, say
+from internvit_cli.cli.plan import show_plan
+from internvit_cli.errors import ExitCode, InternvitError, UsageError
+from internvit_cli.options import ExtractOptions
+
+if TYPE_CHECKING:
+    from internvit_cli.report import Summary
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@takes_extract_options
+def extract_command(
+    options: ExtractOptions,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    allow_skipped: Annotated[
+        str, typer.Option(metavar="N|N%", help="Exit 0 with up to so many skipped images.", rich_help_panel="How it runs")
+    ] = "0",
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Encode the pictures of SOURCES into OUT; the same command continues, and does nothing when all is done.
+
+    Example: internvit extract ./imgs -o feats.h5
+    """
+    if not options.store.output:
+        raise UsageError("no output given", "add -o feats.h5 for one file, or -o feats/ for shards")
+    allowed, is_percentage = parse_allowed(allow_skipped)
+    if dry_run:
+        return show_plan(options, as_json=json, quiet=quiet)
+    from internvit_cli.pipeline import extract
+
+    with stop_on_signals() as stop:
+        try:
+            summary = extract(options, stop, observer(quiet=quiet), sys.stdin.buffer)
+        except InternvitError:
+            if stop.signal:
+                say(f"stopped by {signal.Signals(stop.signal).name} before anything was encoded")
+                return 128 + stop.signal
+            raise
+    limit = int(summary.counts.found * allowed / 100) if is_percentage else int(allowed)
+    code = summary.exit_code(limit)
+    if json:
+        print_json(summary.to_json() | {"exit_code": int(code), "error": None})
+    elif not quiet:
+        print_summary(summary)
+    if code == ExitCode.CANNOT_RUN:
+        fail(InternvitError("not one image could be used", f"see {summary.skipped_path} for the reasons"))
+    return int(code)
+
+
+class StopRequest:
+    """The signal that asked the run to end; 0 while none has."""
+
+    signal = 0
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Let the first signal end the run after the batch in flight, and the second end it at once."""
+    stop = StopRequest()
+
+    def handle(number: int, _frame: Any) -> None:
+        if stop.signal:
+            os._exit(128 + number)
+        stop.signal = number
+        # print() is not for signal handlers: it may be what was interrupted.
+        os.write(2, b"\nstopping after the batch in flight; a second signal stops at once\n")
+
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def parse_allowed(text: str) -> tuple[float, bool]:
+    """How many skipped images are no failure, and whether that is a percentage."""
+    number = text.removesuffix("%")
+    try:
+        value = float(number) if text.endswith("%") else int(number)
+    except ValueError:
+        value = -1
+    if value < 0 or (text.endswith("%") and value > 100):
+        raise UsageError(f"--allow-skipped {text}: neither a number nor a percentage", "give 10 or 1%")
+    return value, text.endswith("%")
+
+
+def print_summary(summary: Summary) -> None:
+    """The run in a few lines: every image accounted for, and where the time went."""
+    counts, stages = summary.counts, summary.stages
+    print_line(
+        f"{summary.output}: {counts.found:,} images found = {counts.done:,} done + {counts.skipped:,} skipped + {counts.pending:,} pending"
+    )
+    if counts.reasons:
+        print_line("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.reasons.items())))
+        print_line(f"reasons: {summary.skipped_path}")
+    if counts.kept:
+        print_line(f"kept: {counts.kept:,} rows of pictures that are no longer in the sources")
+    if summary.encoded or summary.tiles:
+        rate = summary.tiles / stages.wall if stages.wall else 0.0
+        print_line(
+            f"encoded {summary.encoded:,} images, {summary.tiles:,} tiles in {human_seconds(summary.seconds)} "
+            f"({rate:.1f} tiles/s while encoding, {summary.dtype} on {summary.device})"
+        )
+        shares = {"decode": stages.decode, "device": stages.device, "write": stages.write, "idle": stages.idle}
+        print_line(
+            f"stages over {human_seconds(stages.wall)}: "
+            + ", ".join(f"{name} {100 * value / stages.wall:.0f} %" for name, value in shares.items() if stages.wall)
+        )
+        print_line(stages.bottleneck)
+    elif not counts.pending:
+        print_line("nothing new to do")
+    print_line(f"{human_bytes(summary.bytes)} on disk")
+    for note in summary.notes:
+        say(f"note: {note}")
+    if summary.stopped_by:
+        say(f"stopped by {signal.Signals(summary.stopped_by).name}; run the same command to continue")

@@ -1,0 +1,55 @@
+"""`internvit info`: what a feature file holds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from internvit_cli.cli.console import human_bytes, one_line, print_json
+
+
+def info_command(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Show what a feature file holds: model, recipe, images, shapes, bytes."""
+    from internvit_cli.inspect import describe_output
+
+    facts = describe_output(path)
+    if json:
+        print_json(facts | {"exit_code": 0, "error": None})
+    else:
+        _print_tables(facts)
+    return 0
+
+
+def _print_tables(facts: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    images = ", ".join(f"{count:,} {word}" for word, count in facts["images"].items())
+    rows = {
+        "file": facts["path"],
+        "model": f"{facts['model']} {facts['model_revision']}".strip(),
+        "images": f"{facts['total_images']:,}: {images}",
+        "tiles": f"{facts['tiles']:,}",
+        "bytes": f"{facts['bytes']:,} ({human_bytes(facts['bytes'])}) in {facts['shards']} shard(s)",
+        "created by": facts["created_by"],
+        "recipe": ", ".join(f"{name} {value}" for name, value in facts["recipe"].items() if name != "weights_digest"),
+        "weights": facts["recipe"]["weights_digest"],
+    }
+    for name, value in rows.items():
+        table.add_row(name, one_line(value))
+    for name, dataset in facts["datasets"].items():
+        table.add_row(name, one_line(f"{dataset['shape']} {dataset['dtype']}"))
+    if runs := facts["runs"]:
+        last = runs[-1]
+        table.add_row("last run", one_line(f"{last.get('ended')} on {last.get('host')}, {last.get('device')}, {last.get('dtype')}"))
+    console.print(table)

@@ -1,0 +1,65 @@
+"""`internvit plan`: what an extraction would do."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from internvit_cli.cli.arguments import takes_extract_options
+from internvit_cli.cli.console import human_bytes, observer, print_json, print_line, say
+from internvit_cli.errors import ExitCode
+from internvit_cli.options import ExtractOptions
+
+if TYPE_CHECKING:
+    from internvit_cli.report import PlanSummary
+
+BAR_WIDTH = 40
+
+
+@takes_extract_options
+def plan_command(
+    options: ExtractOptions,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Count images, tiles and exact bytes from the pictures' headers; nothing is written.
+
+    Without -o the plan is for one HDF5 file in this folder.
+    """
+    return show_plan(options, as_json=json, quiet=quiet)
+
+
+def show_plan(options: ExtractOptions, *, as_json: bool, quiet: bool) -> int:
+    """Print the plan of an extraction; returns the exit code."""
+    from internvit_cli.preview import preview
+
+    if not options.store.output:
+        options = replace(options, store=replace(options.store, output="feats.h5"))
+    planned = preview(options, observer(quiet=quiet), sys.stdin.buffer)
+    if as_json:
+        print_json(planned.to_json() | {"exit_code": int(ExitCode.DONE), "error": None})
+    else:
+        print_plan(planned)
+    return int(ExitCode.DONE)
+
+
+def print_plan(planned: PlanSummary) -> None:
+    """The plan for a person, with the tile histogram drawn."""
+    print_line(f"images   {planned.images:,}" + (f", of which {planned.skipped:,} cannot be read" if planned.skipped else ""))
+    for reason, count in sorted(planned.reasons.items()):
+        print_line(f"         {count:,} {reason}")
+    print_line(f"tiles    {planned.tiles:,}, thumbnails included")
+    most = max(planned.histogram.values(), default=1)
+    for tiles, images in planned.histogram.items():
+        bar = "#" * max(1, round(BAR_WIDTH * images / most))
+        print_line(f"  {tiles:4d} tiles {images:9,d} images  {bar}")
+    print_line(f"model    {planned.model}")
+    print_line(f"output   {planned.output}: {planned.bytes:,} bytes ({human_bytes(planned.bytes)})")
+    fits = "" if planned.bytes <= planned.free_bytes else ": NOT ENOUGH"
+    print_line(f"free     {planned.free_bytes:,} bytes ({human_bytes(planned.free_bytes)}){fits}")
+    for note in planned.notes:
+        say(f"note: {note}")

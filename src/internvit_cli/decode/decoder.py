@@ -1,0 +1,162 @@
+"""Pictures in, tiles out, in processes that may die: a crash or a hang costs one image, never the run."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from internvit_cli.config import PixelRule, Skipped, Status
+from internvit_cli.decode.pictures import Decoded, decode_tiles
+from internvit_cli.decode.slots import Slots, SlotShape
+from internvit_cli.headers import Header
+from internvit_cli.tiling import Grid
+from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+PIXELS_IN_FLIGHT = 256_000_000
+"""Source pixels that all workers together may have in hand: decoded pictures are what memory goes to."""
+SPARE_SLOTS = 4
+"""Slots beyond those being filled, so that workers go on while the encoder takes tiles."""
+SLOT_POLL_SECONDS = 0.02
+
+
+class DecodeJob(NamedTuple):
+    """One image to decode."""
+
+    row: int
+    path: bytes
+    header: Header
+    """As planned; the file must still be that one."""
+    grid: Grid
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """One image's tiles, uint8 [tiles, S, S, 3], in shared memory until `release` is called."""
+
+    row: int
+    tiles: NDArray[Any]
+    digest: bytes
+    """SHA-256 of the file."""
+    release: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FailedImage:
+    """An image that could not be decoded, with the reason."""
+
+    row: int
+    skipped: Skipped
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """How pictures are decoded."""
+
+    rule: PixelRule
+    tiles: int
+    """Most tiles that one image of this run has."""
+    workers: int
+    timeout_seconds: float
+    memory_bytes: int
+
+
+class Decoder:
+    """A pool of decode workers and the shared memory that their tiles come in."""
+
+    def __init__(self, options: DecodeOptions) -> None:
+        shape = SlotShape(options.workers * 2 + SPARE_SLOTS, options.tiles, options.rule.tiling.tile_size)
+        self._slots = Slots.allocate(shape)
+        # deque's append and popleft are atomic: slots are freed by the thread that takes the tiles.
+        self._free = deque(range(shape.slots))
+        spec = WorkerSpec(
+            "internvit_cli.decode.decoder:tile_decoder",
+            (options.rule, shape, self._slots.descriptor),
+            descriptors=(self._slots.descriptor,),
+            memory_bytes=options.memory_bytes + shape.nbytes,
+        )
+        self._pool = WorkerPool(spec, options.workers, options.timeout_seconds)
+        self._given: dict[int, tuple[DecodeJob, int, bool]] = {}
+        self.tile_size = shape.tile_size
+        self.busy_seconds = 0.0
+        """Time that workers spent on pictures, all workers added."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return self._pool.pids
+
+    def run(
+        self, jobs: Iterable[DecodeJob], stopped: Callable[[], bool] = lambda: False
+    ) -> Iterator[DecodedImage | FailedImage]:
+        """Decode all jobs; results come in the order in which they are ready.
+
+        A job whose worker died is tried once more, alone. After `stopped` turns true nothing more is started or returned.
+        """
+        waiting = iter(jobs)
+        retries: deque[DecodeJob] = deque()
+        upcoming: DecodeJob | None = next(waiting, None)
+        while not stopped():
+            while upcoming is not None and self._has_room(upcoming):
+                self._submit(upcoming, alone=False)
+                upcoming = next(waiting, None)
+            while retries and self._free:
+                self._submit(retries.popleft(), alone=True)
+            if not self._given:
+                if upcoming is None and not retries:
+                    return
+                time.sleep(SLOT_POLL_SECONDS)  # every slot is full and with the encoder
+            for outcome in self._pool.wait(SLOT_POLL_SECONDS if upcoming is not None else 0.5):
+                if stopped():
+                    return
+                job, slot, alone = self._given.pop(outcome.task_id)
+                if isinstance(outcome, Lost) and outcome.status is Status.WORKER_DIED and not alone:
+                    self._free.append(slot)
+                    retries.append(job)
+                    continue
+                yield self._result(job, slot, outcome)
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing, and give the shared memory back."""
+        self._pool.close()
+        self._slots.close()
+
+    def _has_room(self, job: DecodeJob) -> bool:
+        if not self._free or self._pool.outstanding >= self._pool.capacity:
+            return False
+        pixels = sum(given.header.width * given.header.height for given, _, _ in self._given.values())
+        return not self._given or pixels + job.header.width * job.header.height <= PIXELS_IN_FLIGHT
+
+    def _submit(self, job: DecodeJob, *, alone: bool) -> None:
+        slot = self._free.popleft()
+        self._given[job.row] = job, slot, alone
+        self._pool.submit(job.row, (job.path, job.header, job.grid, slot), alone=alone)
+
+    def _result(self, job: DecodeJob, slot: int, outcome: Finished | Lost) -> DecodedImage | FailedImage:
+        if isinstance(outcome, Lost):
+            self._free.append(slot)
+            return FailedImage(job.row, Skipped(outcome.status, "", outcome.message))
+        self.busy_seconds += outcome.seconds
+        match outcome.result:
+            case Decoded(tiles=count, digest=digest):
+                tiles = self._slots.tiles(slot, count)
+                return DecodedImage(job.row, tiles, digest, lambda: self._free.append(slot))
+            case skipped:
+                self._free.append(slot)
+                return FailedImage(job.row, skipped)
+
+
+def tile_decoder(rule: PixelRule, shape: SlotShape, descriptor: int) -> Callable[[Any], Decoded | Skipped]:
+    """What a decode worker runs: a function from (path, header, grid, slot) to the number of tiles in that slot."""
+    slots = Slots(shape, descriptor)
+
+    def decode(task: tuple[bytes, Header, Grid, int]) -> Decoded | Skipped:
+        path, header, grid, slot = task
+        return decode_tiles(path, header, grid, rule, slots.tiles(slot, shape.tiles))
+
+    return decode

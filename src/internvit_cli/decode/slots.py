@@ -1,0 +1,79 @@
+"""Shared memory through which tiles come from the decode workers, without a copy.
+
+The segment is an anonymous memory file, passed by descriptor and allocated up front: a small /dev/shm cannot break it in the middle of a
+run, and nothing is left behind when a process is killed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvit_cli.errors import InternvitError
+
+
+@dataclass(frozen=True, slots=True)
+class SlotShape:
+    """Size of the segment: `slots` times `tiles` tiles of `tile_size` pixels a side, RGB uint8."""
+
+    slots: int
+    tiles: int
+    tile_size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the segment in bytes."""
+        return self.slots * self.tiles * self.tile_size * self.tile_size * 3
+
+
+class Slots:
+    """One image's tiles a slot, uint8 [slots, tiles, S, S, 3]."""
+
+    def __init__(self, shape: SlotShape, descriptor: int) -> None:
+        self.shape = shape
+        self.descriptor = descriptor
+        memory = mmap.mmap(descriptor, shape.nbytes)
+        dimensions = (shape.slots, shape.tiles, shape.tile_size, shape.tile_size, 3)
+        self._tiles: NDArray[Any] = np.frombuffer(memory, np.uint8).reshape(dimensions)
+
+    @classmethod
+    def allocate(cls, shape: SlotShape) -> Slots:
+        """A new segment with every page reserved.
+
+        Raises:
+            InternvitError: there is not enough memory for it.
+        """
+        descriptor = _anonymous_file()
+        try:
+            os.ftruncate(descriptor, shape.nbytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, shape.nbytes)
+        except OSError as error:
+            os.close(descriptor)
+            raise InternvitError(
+                f"no memory for {shape.nbytes / 1e6:.0f} MB of tiles between decoding and encoding: {error.strerror}",
+                "lower --workers or --max-tiles",
+            ) from error
+        return cls(shape, descriptor)
+
+    def tiles(self, slot: int, count: int) -> NDArray[Any]:
+        """The first `count` tiles of a slot, a view of shared memory, uint8 [count, S, S, 3]."""
+        return self._tiles[slot, :count]
+
+    def close(self) -> None:
+        """Give the descriptor back; the memory goes when its last view does."""
+        os.close(self.descriptor)
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("internvit-tiles")
+    descriptor, path = tempfile.mkstemp(prefix="internvit-tiles")
+    os.unlink(path)
+    return descriptor

@@ -1,0 +1,338 @@
+"""Fill one shard: pictures are decoded, encoded in batches across images, and written, all at the same time.
+
+    decode thread -> images -> main thread: batches -> encoder -> images' rows -> writer thread
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from internvit_cli.config import Skipped, Status
+from internvit_cli.decode.decoder import DecodedImage, Decoder, DecodeJob, FailedImage
+from internvit_cli.errors import InternvitError
+from internvit_cli.observer import Progress
+from internvit_cli.report import Stages
+from internvit_cli.storage.commit import ImageRows, ShardWriter
+from internvit_cli.storage.skipped import SkipLog
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from internvit_cli.encoder import Encoder, PendingBatch
+
+BATCHES_IN_FLIGHT = 2
+"""One that the device works on and one that waits, so that the device never does."""
+CHECKPOINT_SECONDS = 2.0
+CHECKPOINT_BYTES = 256_000_000
+WRITE_QUEUE = 16
+"""Finished images that may wait for the disk."""
+
+
+class Stop(Protocol):
+    """Whether a signal has asked the run to end."""
+
+    signal: int
+    """Its number; 0 for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class FillJob:
+    """One shard and what is missing in it."""
+
+    keys: Any
+    """The shard's keys, by row."""
+    jobs: Iterable[DecodeJob]
+    writer: ShardWriter
+    skip_log: SkipLog
+    pool_all_tiles: bool
+    """The image's vector is the mean over its tiles' vectors instead of the global view's."""
+    store_tile_vectors: bool
+    strict: bool
+    """End at the first image that cannot be used, leaving it pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What `fill_shard` did."""
+
+    stages: Stages
+    progress: Progress
+    clamped: int
+    """Values that were clamped to the stored type's range."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Features of consecutive tiles of one image."""
+
+    tokens: NDArray[Any] | None
+    pooled: NDArray[Any]
+    fits: NDArray[Any]
+
+
+@dataclass(slots=True)
+class _Assembly:
+    """An image whose tiles are on their way through the encoder."""
+
+    row: int
+    digest: bytes
+    missing: int
+    """Tiles whose features have not come yet."""
+    blocks: list[_Block] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Consecutive tiles of one image in one batch."""
+
+    assembly: _Assembly
+    start: int
+    count: int
+
+
+def fill_shard(
+    job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Progress], None]
+) -> Filled:
+    """Decode, encode and store all missing images of a shard, or as many as there are before `stop`.
+
+    All that was encoded is committed when this returns, and also when it raises, unless the disk itself failed.
+
+    Raises:
+        InternvitError: the disk, the device or the workers fail; with `strict`, an image cannot be used.
+    """
+    return _Filling(job, decoder, encoder, stop, on_progress).run()
+
+
+class _Filling:
+    def __init__(
+        self, job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Progress], None]
+    ) -> None:
+        self._job = job
+        self._decoder = decoder
+        self._encoder = encoder
+        self._stop = stop
+        self._on_progress = on_progress
+        self._writer = _WriterThread(job)
+        tile_size = decoder.tile_size
+        self._batch_tiles = encoder.batch_tiles  # fixed: a halved encoder takes a batch in two
+        shape = (self._batch_tiles, tile_size, tile_size, 3)
+        self._buffers = deque(np.empty(shape, np.uint8) for _ in range(BATCHES_IN_FLIGHT + 1))
+        self._spans: list[_Span] = []
+        self._filled = 0
+        self._in_flight: deque[tuple[PendingBatch, list[_Span], NDArray[Any]]] = deque()
+        self._images = self._skipped = self._tiles = 0
+        self.clamped = 0
+
+    def run(self) -> Filled:
+        started = time.perf_counter()
+        decode_before, device_before = self._decoder.busy_seconds, self._encoder.device_seconds
+        decoded = _DecodeThread(self._decoder, self._job.jobs, self._stop)
+        try:
+            for item in decoded:
+                if isinstance(item, FailedImage):
+                    self._skip(item.row, item.skipped)
+                else:
+                    self._encode(item)
+            if not self._stop.signal:
+                self._submit()
+            while self._in_flight:
+                self._finish_oldest()
+        finally:
+            decoded.close()
+            self._writer.close()
+        stages = Stages(
+            wall=time.perf_counter() - started,
+            decode=(self._decoder.busy_seconds - decode_before) / max(1, len(self._decoder.pids)),
+            device=self._encoder.device_seconds - device_before,
+            write=self._writer.busy_seconds,
+        )
+        return Filled(stages, self._progress(), self.clamped)
+
+    def _encode(self, image: DecodedImage) -> None:
+        """Copy an image's tiles into the batch at hand, sending off each batch that becomes full."""
+        tiles = len(image.tiles)
+        assembly = _Assembly(image.row, image.digest, tiles)
+        position = 0
+        while position < tiles:
+            count = min(tiles - position, self._batch_tiles - self._filled)
+            self._buffers[0][self._filled : self._filled + count] = image.tiles[position : position + count]
+            self._spans.append(_Span(assembly, self._filled, count))
+            self._filled += count
+            position += count
+            if self._filled == self._batch_tiles:
+                self._submit()
+        image.release()
+
+    def _submit(self) -> None:
+        if not self._filled:
+            return
+        if len(self._in_flight) == BATCHES_IN_FLIGHT:
+            self._finish_oldest()
+        buffer = self._buffers.popleft()
+        self._in_flight.append((self._encoder.submit(list(buffer[: self._filled])), self._spans, buffer))
+        self._spans, self._filled = [], 0
+
+    def _finish_oldest(self) -> None:
+        pending, spans, buffer = self._in_flight.popleft()
+        features = pending.result()
+        self._buffers.append(buffer)
+        self.clamped += features.clamped
+        for span in spans:
+            part = slice(span.start, span.start + span.count)
+            tokens = None if features.tokens is None else features.tokens[part]
+            span.assembly.blocks.append(_Block(tokens, features.pooled[part], features.fits[part]))
+            span.assembly.missing -= span.count
+            self._tiles += span.count
+            if not span.assembly.missing:
+                self._store(span.assembly)
+        self._on_progress(self._progress())
+
+    def _store(self, assembly: _Assembly) -> None:
+        row, blocks = assembly.row, assembly.blocks
+        if (unfit := _unfit(blocks)) is not None:
+            if unfit.status is Status.OVERFLOW and not self._images and unfit.exception == "OverflowError":
+                raise InternvitError(
+                    f"{_printable(self._job.keys[row])}: {unfit.message}",
+                    "store with --store-dtype bfloat16 (or float32), or --on-overflow clamp",
+                )
+            self._skip(row, unfit)
+            return
+        pooled = np.concatenate([block.pooled for block in blocks])
+        image_vector = pooled.mean(axis=0, dtype=np.float32) if self._job.pool_all_tiles else pooled[-1]
+        tokens = [block.tokens for block in blocks if block.tokens is not None]
+        self._images += 1
+        tile_vectors = [pooled] if self._job.store_tile_vectors else []
+        self._writer.put(ImageRows(row, assembly.digest, image_vector, tokens, tile_vectors))
+
+    def _skip(self, row: int, skipped: Skipped) -> None:
+        if self._job.strict:
+            raise InternvitError(
+                f"{_printable(self._job.keys[row])}: {skipped.status.word}: {skipped.message}",
+                "run without --strict to skip such images and list them",
+            )
+        self._skipped += 1
+        self._writer.put((row, skipped))
+        self._on_progress(self._progress())
+
+    def _progress(self) -> Progress:
+        return Progress(self._images, self._skipped, self._tiles)
+
+
+def _unfit(blocks: list[_Block]) -> Skipped | None:
+    """Why an image's features cannot be stored; None when they can."""
+    worst = max(int(block.fits.max()) for block in blocks)
+    if worst == 0:
+        return None
+    if worst == 1:
+        return Skipped(Status.OVERFLOW, "OverflowError", "a feature is too large for the stored type")
+    return Skipped(Status.OVERFLOW, "ArithmeticError", "a feature is not a number")
+
+
+def _printable(key: bytes) -> str:
+    return ascii(key.decode("utf-8", "surrogateescape"))[1:-1]
+
+
+class _DecodeThread:
+    """Runs the decoder beside the encoder, some images ahead of it."""
+
+    def __init__(self, decoder: Decoder, jobs: Iterable[DecodeJob], stop: Stop) -> None:
+        self._results: queue.SimpleQueue[DecodedImage | FailedImage | BaseException | None] = queue.SimpleQueue()
+        self._closed = False
+        self._stop = stop
+        self._thread = threading.Thread(target=self._run, args=(decoder, jobs), name="decode", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[DecodedImage | FailedImage]:
+        while (item := self._results.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            if self._stop.signal:
+                return
+            yield item
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.join()
+
+    def _run(self, decoder: Decoder, jobs: Iterable[DecodeJob]) -> None:
+        try:
+            # Slots bound what lies in the queue: an image keeps its slot until its tiles are taken.
+            for item in decoder.run(jobs, lambda: self._closed or bool(self._stop.signal)):
+                self._results.put(item)
+        except BaseException as error:  # noqa: BLE001 - raised again where the results are read
+            self._results.put(error)
+        self._results.put(None)
+
+
+class _WriterThread:
+    """Writes rows and checkpoints beside the encoder. Once the disk has failed it takes and drops everything."""
+
+    def __init__(self, job: FillJob) -> None:
+        self._job = job
+        self._queue: queue.Queue[ImageRows | tuple[int, Skipped] | None] = queue.Queue(WRITE_QUEUE)
+        self._skips: list[tuple[int, Skipped]] = []
+        self._first_skip = 0.0
+        self._failure: BaseException | None = None
+        self.busy_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="writer")
+        self._thread.start()
+
+    def put(self, item: ImageRows | tuple[int, Skipped]) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._queue.put(item)
+
+    def close(self) -> None:
+        """Commit what was put and end.
+
+        Raises:
+            InternvitError: the disk failed.
+        """
+        self._queue.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        running = True
+        while running:
+            try:
+                item = self._queue.get(timeout=CHECKPOINT_SECONDS)
+            except queue.Empty:
+                item = ()  # type: ignore[assignment]
+            running = item is not None
+            if self._failure is not None:
+                continue
+            started = time.perf_counter()
+            try:
+                self._take(item)
+            except BaseException as error:  # noqa: BLE001 - raised again by whoever puts or closes
+                self._failure = error
+            self.busy_seconds += time.perf_counter() - started
+
+    def _take(self, item: ImageRows | tuple[int, Skipped] | None) -> None:
+        writer = self._job.writer
+        if isinstance(item, ImageRows):
+            writer.write(item)
+        elif item:
+            self._first_skip = self._first_skip if self._skips else time.monotonic()
+            self._skips.append(item)
+        seconds = max(writer.uncommitted_seconds, time.monotonic() - self._first_skip if self._skips else 0.0)
+        if item is None or seconds >= CHECKPOINT_SECONDS or writer.uncommitted_bytes >= CHECKPOINT_BYTES:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        # The reasons first: a status that says skipped always has its line.
+        self._job.skip_log.append((self._job.keys[row], skipped) for row, skipped in self._skips)
+        for row, skipped in self._skips:
+            self._job.writer.skip(row, skipped)
+        self._skips.clear()
+        self._job.writer.checkpoint()

@@ -1,0 +1,96 @@
+"""Everything that the command line can say about an extraction, grouped by who needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from internvit_cli.config import (
+    DEFAULT_MAX_PIXELS,
+    DEFAULT_MODEL,
+    ComputeDtype,
+    Format,
+    OnOverflow,
+    Pool,
+    Preprocess,
+    StoreDtype,
+    Tokens,
+)
+from internvit_cli.errors import UsageError
+from internvit_cli.sources.interface import DiscoverOptions
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which encoder, and how far it runs."""
+
+    name: str = DEFAULT_MODEL
+    revision: str | None = None
+    layer: int | None = None
+    """Index into hidden_states; None is the checkpoint's own choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureOptions:
+    """How pictures become tiles."""
+
+    tile_size: int | None = None
+    """Pixels; None is the checkpoint's own."""
+    min_tiles: int = 1
+    max_tiles: int = 12
+    thumbnail: bool = True
+    preprocess: Preprocess = Preprocess.TILES
+    exif: bool = True
+    background: tuple[int, int, int] | None = None
+    max_pixels: int = DEFAULT_MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise UsageError(f"--min-tiles {self.min_tiles} is above --max-tiles {self.max_tiles}", "give a range, such as 1 and 12")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What is stored, and where."""
+
+    output: str
+    format: Format | None = None
+    """Of a folder's shards; None is .npy."""
+    shard_bytes: int = 4 << 30
+    tokens: Tokens = Tokens.VISUAL
+    pool: Pool = Pool.MEAN
+    tile_pooled: bool = False
+    store_dtype: StoreDtype = StoreDtype.FLOAT16
+    on_overflow: OnOverflow = OnOverflow.SKIP
+    overwrite: bool = False
+    lock: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How the work is done; none of it changes a stored value, but for the compute type."""
+
+    device: str = "auto"
+    dtype: ComputeDtype = ComputeDtype.AUTO
+    batch_tiles: int | None = None
+    """Tiles a batch; None measures."""
+    workers: int | None = None
+    """Decode processes; None chooses."""
+    threads: int | None = None
+    """Encoder threads on a CPU; None is one a core."""
+    decode_timeout: float = 30.0
+    """Seconds an image."""
+    worker_memory: int = 4 << 30
+    """Bytes a decode worker may use."""
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """One extraction."""
+
+    sources: tuple[str, ...]
+    store: StoreOptions
+    discover: DiscoverOptions = field(default_factory=DiscoverOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    pictures: PictureOptions = field(default_factory=PictureOptions)
+    run: RunOptions = field(default_factory=RunOptions)

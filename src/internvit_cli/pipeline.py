@@ -1,0 +1,335 @@
+"""The main job from end to end: discover, plan, decode, encode, store, report. The only module that knows every stage."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from internvit_cli.config import ComputeDtype, Status
+from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
+from internvit_cli.existing import Existing, load_existing, settle
+from internvit_cli.filling import FillJob, Stop, fill_shard
+from internvit_cli.headers import Header
+from internvit_cli.model.catalog import TINY_RANDOM
+from internvit_cli.observer import Observer, Progress
+from internvit_cli.options import ExtractOptions
+from internvit_cli.plan import Plan, PlanOptions, plan_images
+from internvit_cli.preview import find_images
+from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule
+from internvit_cli.reconcile import Changes, StoredImages, stored_sources
+from internvit_cli.report import Counts, Stages, Summary, run_log_entry
+from internvit_cli.sharding import Draft, merge_rows, new_shard, split_table
+from internvit_cli.storage.commit import ShardWriter, create_shard
+from internvit_cli.storage.durable import allocated_bytes, check_space
+from internvit_cli.storage.lock import exclusive
+from internvit_cli.storage.output import FinishedShard, Output
+from internvit_cli.storage.skipped import SkipLog, read_skip_log
+from internvit_cli.storage.takeover import take_over
+from internvit_cli.table import ImageTable, count_statuses
+from internvit_cli.tiling import Grid
+from internvit_cli.workers import usable_cpus
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.encoder import Encoder
+    from internvit_cli.sources import Listing, Source
+    from internvit_cli.storage.layout import FeatureShape, NewShard
+
+
+def extract(options: ExtractOptions, stop: Stop, observer: Observer = Observer(), stdin: BinaryIO | None = None) -> Summary:
+    """Bring an output up to date with its sources: make it, go on with it, or find that there is nothing to do.
+
+    Args:
+        options: what to extract, how, and where to.
+        stop: looked at between batches; what is finished by then is committed.
+        observer: told how it goes.
+        stdin: the list behind a source `-`, in binary.
+
+    Returns:
+        What was done. Images that could not be used are counted there, not raised.
+
+    Raises:
+        InternvitError: the run cannot start or go on; what was committed stays.
+    """
+    started = time.monotonic()
+    listing = find_images(options, stdin)
+    output = Output(options.store.output, options.store.format)
+    with exclusive(output.path, enabled=options.store.lock):
+        run = _Extraction(options, stop, observer, listing, output)
+        try:
+            return run.run(started)
+        finally:
+            run.close()
+
+
+class _Extraction:
+    """One extraction, under the output's lock."""
+
+    def __init__(
+        self, options: ExtractOptions, stop: Stop, observer: Observer, listing: Listing, output: Output
+    ) -> None:
+        self._options = options
+        self._stop = stop
+        self._observer = observer
+        self._listing = listing
+        self._output = output
+        self._model: ModelInUse
+        self._skip_log: SkipLog
+        self._decoder: Decoder | None = None
+        self._encoder: Encoder | None = None
+        self._stages = Stages()
+        self._total = Progress()
+        self._clamped = 0
+        self._kept = 0
+
+    def run(self, started: float) -> Summary:
+        self._output.prepare()
+        overwrite = self._options.store.overwrite
+        existing = load_existing(self._output, overwrite=overwrite)
+        self._model = ModelInUse(self._options, existing.attributes)
+        existing = settle(self._output, existing, self._model.recipe, overwrite=overwrite)
+        changes = StoredImages(existing.shards).compare(self._listing)
+        self._kept = changes.kept
+        if existing.partial is not None or changes.entries:
+            self._make(existing, changes)
+        if not self._stop.signal:
+            self._output.complete()
+        return self._summary(time.monotonic() - started)
+
+    def close(self) -> None:
+        """End the workers and let the device go, however the run ended."""
+        if self._decoder is not None:
+            self._decoder.close()
+        if self._encoder is not None:
+            self._encoder.close()
+
+    # -------------------------------------------------------------------------------------------------- what is to do
+
+    def _make(self, existing: Existing, changes: Changes) -> None:
+        """Encode what is missing: first what an earlier run planned, then what is new."""
+        self._model.confirm_weights()
+        plan = self._plan(changes.entries)
+        shape = feature_shape(self._options, self._model.card, self._model.recipe)
+        self._check_space(existing, [self._new_shard(draft, shape) for draft in self._drafts(existing, changes, plan, shape)])
+        self._skip_log = SkipLog(self._output.skipped_path)
+        self._log_planned_skips(changes.entries, plan)
+        self._start(existing, plan)
+        if existing.partial is not None:
+            self._fill(existing.partial.stored.table, existing.partial.stored.attributes, existing.finished)
+            existing = load_existing(self._output, overwrite=False)
+        for draft in self._drafts(existing, changes, plan, shape):
+            if self._stop.signal:
+                return
+            shard = self._new_shard(draft, shape)
+            create_shard(self._output.backend, self._output.partial_path(self._output.next_number()), shard)
+            self._fill(shard.table, shard.complete_attributes, existing.finished)
+
+    def _new_shard(self, draft: Draft, shape: FeatureShape) -> NewShard:
+        batch_tiles = self._encoder.batch_tiles if self._encoder else 0
+        return new_shard(draft, shape, self._model.recipe, self._model.card, batch_tiles)
+
+    def _plan(self, entries: list[int]) -> Plan:
+        run = self._options.run
+        rule = pixel_rule(self._model.recipe, self._options.pictures.max_pixels)
+        plan_options = PlanOptions(rule, usable_cpus(), run.decode_timeout, run.worker_memory)
+        return plan_images(self._listing, entries, plan_options, lambda done: self._observer.headers(done, len(entries)))
+
+    def _drafts(self, existing: Existing, changes: Changes, plan: Plan, shape: FeatureShape) -> list[Draft]:
+        """The shards to make. New images of a folder get shards of their own; a single file is made anew, with the rows it has."""
+        if not len(plan.table):
+            return []
+        sources = self._listing.sources
+        if not self._output.is_file:
+            return [(table, sources) for table in split_table(plan.table, shape, self._options.store.shard_bytes)]
+        if not existing.finished:
+            return [(plan.table, sources)]
+        changed = {self._listing.keys[entry] for entry in changes.changed}
+        return [merge_rows(existing.finished[0], changed, plan.table, sources)]
+
+    def _check_space(self, existing: Existing, shards: list[NewShard]) -> None:
+        """Refuse before any work what cannot fit. An unfinished shard has had its space from its creation."""
+        needed = sum(self._output.backend.planned_bytes(shard) for shard in shards)
+        if existing.partial is not None:
+            datasets = self._output.backend.extents(existing.partial.path).values()
+            needed += max(0, sum(extent.spec.nbytes for extent in datasets) - allocated_bytes(existing.partial.path))
+        check_space(self._output.path, needed)
+
+    def _log_planned_skips(self, entries: list[int], plan: Plan) -> None:
+        known = {entry["key"] for entry in read_skip_log(self._output.skipped_path)}
+        folders = [(problem.path, problem.skipped) for problem in self._listing.unreadable_folders]
+        self._skip_log.append((path, skipped) for path, skipped in folders if os.fsdecode(path) not in known)
+        self._skip_log.append((self._listing.keys[entries[row]], skipped) for row, skipped in plan.skipped.items())
+
+    # ------------------------------------------------------------------------------------------------------- doing it
+
+    def _start(self, existing: Existing, plan: Plan) -> None:
+        """Start the decode workers, and while they start, load the encoder."""
+        tables = [plan.table, *([existing.partial.stored.table] if existing.partial else [])]
+        counts = np.concatenate([table.tile_counts[_pending(table)] for table in tables]).astype(np.int64)
+        if not len(counts):
+            self._load_encoder(existing)  # only its recipe is needed
+            return
+        rule = pixel_rule(self._model.recipe, self._options.pictures.max_pixels)
+        if rule.global_view_only:
+            counts = np.ones_like(counts)
+        run = self._options.run
+        self._observer.encoding(len(counts), int(counts.sum()))
+        workers = run.workers or default_workers(run.device)
+        workers = min(workers, len(counts))
+        self._decoder = Decoder(DecodeOptions(rule, int(counts.max()), workers, run.decode_timeout, run.worker_memory))
+        self._load_encoder(existing)
+
+    def _load_encoder(self, existing: Existing) -> None:
+        from internvit_cli.encoder import Encoder, EncoderOptions
+
+        options, recipe = self._options, self._model.recipe
+        recorded = existing.attributes or {}
+        dtype = ComputeDtype(recipe.compute_dtype) if self._model.dtype_is_known else options.run.dtype
+        encoder_options = EncoderOptions(
+            device=options.run.device,
+            dtype=dtype,
+            batch_tiles=options.run.batch_tiles or int(recorded.get("batch_tiles", 0)) or None,
+            tokens=options.store.tokens,
+            pool=options.store.pool,
+            tile_size=recipe.tile_size,
+            layer=recipe.layer,
+            token_order=recipe.token_order,
+            store_dtype=options.store.store_dtype,
+            on_overflow=options.store.on_overflow,
+            threads=options.run.threads,
+        )
+        self._encoder = Encoder.load(self._model.checkpoint, encoder_options)
+        self._model.recipe = replace(recipe, compute_dtype=self._encoder.dtype.value)
+        label = f"{self._model.card.name} in {self._encoder.dtype.value} on {self._encoder.device_name}"
+        self._observer.note(f"encoding with {label}, {self._encoder.batch_tiles} tiles a batch")
+
+    def _fill(self, table: ImageTable, attributes: dict[str, Any], finished: Sequence[FinishedShard]) -> None:
+        """Encode the pending images of the shard at hand and publish it when none is left."""
+        number = self._output.next_number()
+        writer = ShardWriter(self._output.backend, self._output.partial_path(number), table)
+        try:
+            writer.rewrite_commit_records()
+            if self._output.is_file and finished:
+                take_over(finished[0], table, writer)
+            self._encode_pending(table, stored_sources(attributes, self._output.path), writer)
+            finished_all = bool((writer.status != Status.PENDING).all())
+        finally:
+            writer.close()
+        if finished_all:
+            statuses = dict(zip(map(os.fsdecode, table.keys), writer.status.tolist(), strict=True))
+            folders = {os.fsdecode(problem.path) for problem in self._listing.unreadable_folders}
+            self._skip_log.rewrite(lambda key: key in folders or statuses.get(key, Status.UNREADABLE) != Status.DONE)
+            self._output.publish(number, len(table), table.tiles, self._superseded(table, finished))
+
+    def _encode_pending(self, table: ImageTable, sources: Sequence[Source], writer: ShardWriter) -> None:
+        rows = np.flatnonzero(writer.status == Status.PENDING)
+        if not len(rows):
+            return
+        assert self._decoder is not None and self._encoder is not None
+        recipe = self._model.recipe
+        job = FillJob(
+            keys=table.keys,
+            jobs=_decode_jobs(table, rows, sources),
+            writer=writer,
+            skip_log=self._skip_log,
+            pool_all_tiles=not recipe.thumbnail,
+            store_tile_vectors=recipe.tile_pooled,
+            strict=self._options.run.strict,
+        )
+        before = self._total
+        filled = fill_shard(
+            job, self._decoder, self._encoder, self._stop, lambda progress: self._observer.progress(before.plus(progress))
+        )
+        self._stages = self._stages.plus(filled.stages)
+        self._total = before.plus(filled.progress)
+        self._clamped += filled.clamped
+        encoder = self._encoder
+        how = {"device": encoder.device_name, "dtype": encoder.dtype.value, "batch_tiles": encoder.batch_tiles}
+        writer.append_run_log(how | run_log_entry(filled.stages, filled.progress.images))
+
+    def _superseded(self, table: ImageTable, finished: Sequence[FinishedShard]) -> dict[str, list[str]]:
+        """Keys of older shards whose rows this one replaces, by shard."""
+        older = StoredImages(finished)
+        found: dict[str, list[str]] = {}
+        for key in table.keys:
+            if older.status(key) is not None:
+                found.setdefault(older.shard_name(key), []).append(os.fsdecode(key))
+        return found
+
+    # ------------------------------------------------------------------------------------------------------ telling it
+
+    def _summary(self, seconds: float) -> Summary:
+        existing = load_existing(self._output, overwrite=False)
+        encoder = self._encoder
+        return Summary(
+            output=self._output.path,
+            skipped_path=self._output.skipped_path,
+            model=(existing.attributes or {}).get("model", self._options.model.name),
+            counts=self._counts(StoredImages(existing.shards)),
+            tiles=self._total.tiles,
+            encoded=self._total.images,
+            bytes=sum(_shard_bytes(shard) for shard in existing.shards),
+            seconds=seconds,
+            stages=self._stages,
+            device=encoder.device_name if encoder else "",
+            dtype=encoder.dtype.value if encoder else "",
+            batch_tiles=encoder.batch_tiles if encoder else 0,
+            notes=self._notes(),
+            stopped_by=self._stop.signal,
+        )
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if self._options.model.name == TINY_RANDOM:
+            notes.append("tiny-random has random weights: its features try the tool out and mean nothing")
+        if self._encoder is not None and self._encoder.halved:
+            notes.append("a batch ran out of memory and the size was halved: rows may differ by rounding from those of full batches")
+        if self._clamped:
+            notes.append(f"{self._clamped:,} values were clamped to the range of the stored type")
+        if self._listing.unfollowed_links:
+            notes.append(f"{self._listing.unfollowed_links} links to folders were not followed (--follow-links)")
+        return tuple(notes)
+
+    def _counts(self, stored: StoredImages) -> Counts:
+        statuses = np.fromiter((stored.status(key) or 0 for key in self._listing.keys), np.uint8, len(self._listing))
+        by_status = count_statuses(statuses)
+        done, pending = by_status.pop(Status.DONE, 0), by_status.pop(Status.PENDING, 0)
+        reasons = {status.word: count for status, count in by_status.items()}
+        if folders := len(self._listing.unreadable_folders):
+            reasons["unreadable_folder"] = folders
+        return Counts(len(statuses) + folders, done, sum(reasons.values()), pending, self._kept, reasons)
+
+
+def _pending(table: ImageTable) -> NDArray[Any]:
+    return table.status == Status.PENDING
+
+
+def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:
+    for row in rows.tolist():
+        key = table.keys[row]
+        header = Header(*(int(getattr(table, name)[row]) for name in Header._fields))
+        grid = Grid(int(table.columns[row]), int(table.rows[row]))
+        yield DecodeJob(row, sources[int(table.source[row])].path(key), header, grid)
+
+
+def _shard_bytes(shard: FinishedShard) -> int:
+    if shard.path.endswith(".partial"):
+        return allocated_bytes(shard.path)
+    return sum(os.path.getsize(path) for path in shard.backend.final_paths(shard.path))
+
+
+def default_workers(device: str) -> int:
+    """Decode processes, when the user names no number.
+
+    With a card every core decodes. On a CPU the encoder needs the cores, and workers fill what its threads leave.
+    """
+    cpus = usable_cpus()
+    on_card = device.startswith("cuda") or (device == "auto" and os.path.exists("/dev/nvidiactl"))
+    return min(cpus, 64) if on_card else max(1, cpus // 2)

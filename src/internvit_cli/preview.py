@@ -1,0 +1,77 @@
+"""`internvit plan`: what an extraction would do, from headers and the model's description alone. Nothing is written."""
+
+from __future__ import annotations
+
+from typing import BinaryIO
+
+import numpy as np
+
+from internvit_cli.config import Status
+from internvit_cli.errors import NoImagesError
+from internvit_cli.model.catalog import describe_model
+from internvit_cli.observer import Observer
+from internvit_cli.options import ExtractOptions
+from internvit_cli.plan import PlanOptions, plan_images
+from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make_recipe, pixel_rule
+from internvit_cli.report import PlanSummary
+from internvit_cli.sharding import new_shard, split_table
+from internvit_cli.sources import Listing, discover
+from internvit_cli.storage.durable import free_bytes
+from internvit_cli.storage.output import Output
+from internvit_cli.table import count_statuses
+from internvit_cli.workers import usable_cpus
+
+UNKNOWN_DIGEST = "0" * 64
+"""Stands for the weights' digest: the weights are not looked at, and only its length matters."""
+
+
+def preview(options: ExtractOptions, observer: Observer = Observer(), stdin: BinaryIO | None = None) -> PlanSummary:
+    """Count the images, tiles and bytes of an extraction of all sources.
+
+    Raises:
+        InternvitError: the sources or the options are wrong, or the model's description cannot be had.
+    """
+    listing = find_images(options, stdin)
+    card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
+    recipe = make_recipe(options, ModelFacts.of_card(card, options.model.layer, UNKNOWN_DIGEST), LONGEST_DTYPE)
+    shape = feature_shape(options, card, recipe)
+    rule = pixel_rule(recipe, options.pictures.max_pixels)
+    how = PlanOptions(rule, usable_cpus(), options.run.decode_timeout, options.run.worker_memory)
+    total = len(listing)
+    table = plan_images(listing, range(total), how, lambda done: observer.headers(done, total)).table
+    output = Output(options.store.output, options.store.format)
+    tables = [table] if output.is_file else split_table(table, shape, options.store.shard_bytes)
+    shards = [new_shard((part, listing.sources), shape, recipe, card) for part in tables]
+    reasons = {status.word: count for status, count in count_statuses(table.status).items() if status is not Status.PENDING}
+    if listing.unreadable_folders:
+        reasons["unreadable_folder"] = len(listing.unreadable_folders)
+    tiles_of_images = table.tile_counts[table.status == Status.PENDING]
+    sizes, images = np.unique(tiles_of_images, return_counts=True)
+    notes = ["the model's description was taken from the catalogue of known models"] if card.origin == "catalog" else []
+    return PlanSummary(
+        output=output.path,
+        model=card.name,
+        images=total + len(listing.unreadable_folders),
+        skipped=sum(reasons.values()),
+        reasons=reasons,
+        tiles=table.tiles,
+        histogram={int(size): int(count) for size, count in zip(sizes, images, strict=True)},
+        bytes=sum(output.backend.planned_bytes(shard) for shard in shards),
+        free_bytes=free_bytes(output.path),
+        notes=tuple(notes),
+    )
+
+
+def find_images(options: ExtractOptions, stdin: BinaryIO | None) -> Listing:
+    """The listing of a command's sources.
+
+    Raises:
+        NoImagesError: there is nothing in them.
+    """
+    listing = discover(options.sources, options.discover, stdin)
+    if len(listing) or listing.unreadable_folders:
+        return listing
+    hint = "pictures are found by their extension, such as .jpg or .png; name other files outright or with --files-from"
+    if listing.unfollowed_links:
+        hint = f"{listing.unfollowed_links} links to folders were not followed: --follow-links"
+    raise NoImagesError("no pictures found in the given sources", hint)

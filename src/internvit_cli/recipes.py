@@ -1,0 +1,190 @@
+"""From options and a model to a recipe, and the refusal to mix two recipes in one output."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from internvit_cli.config import ComputeDtype, PixelRule, Preprocess, Recipe, TilingRule, Tokens
+from internvit_cli.errors import OtherRecipeError
+from internvit_cli.model.card import ModelCard, feature_shapes
+from internvit_cli.model.catalog import describe_model, hub_name
+from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.options import ExtractOptions
+from internvit_cli.storage.layout import FeatureShape
+
+LONGEST_DTYPE = "bfloat16"
+OPTION_OF_FIELD = {
+    "weights_digest": "--model",
+    "exif": "--exif",
+    "tokens": "--tokens",
+    "compute_dtype": "--dtype",
+}
+"""Recipe fields whose option has another name; the others differ in underscores only."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model contributes to a recipe."""
+
+    weights_digest: str
+    layer: int
+    """Blocks that run."""
+    tile_size: int
+    """The model's own, pixels."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    token_order: str
+
+    @classmethod
+    def of_card(cls, card: ModelCard, layer: int | None, weights_digest: str) -> ModelFacts:
+        """The facts of a model at hand; `layer` as the user gave it."""
+        return cls(weights_digest, card.resolve_layer(layer), card.tile_size, card.mean, card.std, card.token_order)
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> ModelFacts:
+        """The facts that an output recorded: enough to compare recipes without the model."""
+        return cls(recipe.weights_digest, recipe.layer, recipe.tile_size, recipe.mean, recipe.std, recipe.token_order)
+
+
+class ModelInUse:
+    """The model of a run, looked at no closer than the run needs.
+
+    A repeated command whose output names the same model on the hub is compared by what the output recorded: without network, without
+    weights, without torch.
+    """
+
+    def __init__(self, options: ExtractOptions, stored: dict[str, Any] | None) -> None:
+        """`stored` are the attributes of the newest shard at the output, if there is one."""
+        self._options = options
+        self._card: ModelCard | None = None
+        self._checkpoint: Checkpoint | None = None
+        self._recorded = Recipe.from_json(stored["recipe"]) if stored else None
+        self._revision = options.model.revision
+        if stored and self._is_recorded(stored) and self._recorded is not None:
+            self._revision = self._revision or stored["model_revision"]
+            facts = ModelFacts.of_recipe(self._recorded)
+        else:
+            facts = ModelFacts.of_card(self.card, options.model.layer, self.checkpoint.digest())
+        dtype = planned_dtype(options, self._recorded)
+        self.dtype_is_known = dtype is not None
+        self.recipe = make_recipe(options, facts, dtype or LONGEST_DTYPE)
+        """What is wanted; without a known compute type, a stand-in of the same length."""
+
+    @property
+    def card(self) -> ModelCard:
+        """The model's description, fetched when first asked for."""
+        if self._card is None:
+            self._card = describe_model(self._options.model.name, revision=self._revision)
+        return self._card
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model's weights, located and checked when first asked for, not yet read."""
+        if self._checkpoint is None:
+            layer = self.card.resolve_layer(self._options.model.layer)
+            self._checkpoint = Checkpoint.open(self.card, layer=layer, projector=self._options.store.tokens is Tokens.PROJECTED)
+        return self._checkpoint
+
+    def confirm_weights(self) -> None:
+        """Check that the weights at hand are those that the recipe names.
+
+        Raises:
+            OtherRecipeError: they are not: the model changed under its name.
+        """
+        digest = self.checkpoint.digest()
+        if digest != self.recipe.weights_digest:
+            check_same(replace(self.recipe, weights_digest=digest), self.recipe, self._options.store.output)
+
+    def _is_recorded(self, stored: dict[str, Any]) -> bool:
+        model = self._options.model
+        same_revision = model.revision in (None, stored.get("model_revision"))
+        return hub_name(model.name) == stored.get("model") and same_revision and model.layer is None
+
+
+def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: str) -> Recipe:
+    """The recipe of a run that computes in `dtype`."""
+    pictures, store = options.pictures, options.store
+    single_view = pictures.preprocess is not Preprocess.TILES
+    return Recipe(
+        weights_digest=facts.weights_digest,
+        layer=facts.layer,
+        tile_size=pictures.tile_size or facts.tile_size,
+        # A single view has no tiles to bound: options without effect must not keep a run from being resumed.
+        min_tiles=1 if single_view else pictures.min_tiles,
+        max_tiles=1 if single_view else pictures.max_tiles,
+        thumbnail=not single_view and pictures.thumbnail,
+        preprocess=pictures.preprocess.value,
+        exif=pictures.exif,
+        background=pictures.background,
+        mean=facts.mean,
+        std=facts.std,
+        tokens=store.tokens.value,
+        token_order=facts.token_order,
+        pool=store.pool.value,
+        tile_pooled=store.tile_pooled,
+        compute_dtype=dtype,
+        store_dtype=store.store_dtype.value,
+        on_overflow=store.on_overflow.value,
+    )
+
+
+def pixel_rule(recipe: Recipe, max_pixels: int) -> PixelRule:
+    """How pictures become tiles under a recipe."""
+    preprocess = Preprocess(recipe.preprocess)
+    return PixelRule(
+        tiling=TilingRule(recipe.tile_size, recipe.min_tiles, recipe.max_tiles, recipe.thumbnail, preprocess),
+        exif=recipe.exif,
+        background=recipe.background,
+        # Without tokens the other tiles matter only when the image's vector is their mean.
+        global_view_only=recipe.tokens == Tokens.NONE.value and not recipe.tile_pooled and recipe.thumbnail | (recipe.max_tiles == 1),
+        max_pixels=max_pixels,
+    )
+
+
+def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> FeatureShape:
+    """Sizes of what is stored.
+
+    Raises:
+        UsageError: the model cannot give what is asked for.
+    """
+    shapes = feature_shapes(card, options.store.tokens, options.store.pool, recipe.tile_size)
+    return FeatureShape(
+        tokens=options.store.tokens,
+        tokens_per_tile=shapes.tokens,
+        channels=shapes.token_size,
+        pooled_width=shapes.pooled_size,
+        store_dtype=options.store.store_dtype,
+        tile_pooled=options.store.tile_pooled,
+    )
+
+
+def planned_dtype(options: ExtractOptions, stored: Recipe | None) -> str | None:
+    """The compute type as far as it is known before the encoder is loaded: asked for, or that of the output; else None."""
+    if options.run.dtype is not ComputeDtype.AUTO:
+        return options.run.dtype.value
+    return None if stored is None else stored.compute_dtype
+
+
+def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
+    """Refuse to go on with an output of another recipe.
+
+    Raises:
+        OtherRecipeError: the message names each differing field with both values.
+    """
+    different = wanted.differences(stored)
+    if not different:
+        return
+    now, then = asdict(wanted), asdict(stored)
+    first = different[0]
+    listed = "; ".join(f"{name} was {_short(then[name])}, is now {_short(now[name])}" for name in different)
+    option = OPTION_OF_FIELD.get(first, "--" + first.replace("_", "-"))
+    raise OtherRecipeError(
+        f"{path} was made with another recipe: {listed}",
+        f"give the same {option} as before, choose another output, or replace it with --overwrite",
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] + "..." if len(text) > 40 else text

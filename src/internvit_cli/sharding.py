@@ -1,0 +1,78 @@
+"""From planned images to the shards that will hold them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from internvit_cli import __version__
+from internvit_cli.config import Recipe, Status
+from internvit_cli.reconcile import sources_to_json, stored_sources
+from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, POOLED, FeatureShape, NewShard
+from internvit_cli.table import ImageTable, concatenate
+
+if TYPE_CHECKING:
+    from internvit_cli.model.card import ModelCard
+    from internvit_cli.sources import Source
+    from internvit_cli.storage.output import FinishedShard
+
+CREATED_BY = f"internvit-cli {__version__}"
+
+Draft = tuple[ImageTable, "Sequence[Source]"]
+"""The images of a shard to be made, and the sources that its rows refer to."""
+
+
+def split_table(table: ImageTable, shape: FeatureShape, shard_bytes: int) -> Iterator[ImageTable]:
+    """Cut a table into shards of at most `shard_bytes` of features; an image never spans two.
+
+    The cuts follow from the images alone, so that a run that goes on makes the shards that it would have made.
+    """
+    row_bytes = {spec.name: spec.row_bytes for spec in shape.row_datasets(1, 1)}
+    image_bytes = row_bytes.pop(POOLED)
+    sizes = image_bytes + table.tile_counts.astype(np.int64) * sum(row_bytes.values())
+    start, filled = 0, 0
+    for row, size in enumerate(sizes.tolist()):
+        if filled and filled + size > shard_bytes:
+            yield table.take(np.arange(start, row))
+            start, filled = row, 0
+        filled += size
+    yield table.take(np.arange(start, len(table)))
+
+
+def merge_rows(old: FinishedShard, changed: Collection[bytes], added: ImageTable, sources: Sequence[Source]) -> Draft:
+    """The table of a file that takes another's place: its rows without the changed images, then the new ones.
+
+    Rows that are done turn pending: they are copied once the new file is there.
+    """
+    table = old.stored.table
+    kept = table.take(np.array([row for row, key in enumerate(table.keys) if key not in changed], np.int64))
+    kept = kept.with_status(np.where(kept.status == Status.DONE, Status.PENDING, kept.status).astype(np.uint8))
+    merged = stored_sources(old.stored.attributes, old.path)
+    numbers = []
+    for source in sources:
+        if source not in merged:
+            merged.append(source)
+        numbers.append(merged.index(source))
+    return concatenate([kept, added.with_sources(np.array(numbers, np.uint32)[added.source])]), merged
+
+
+def new_shard(draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard, batch_tiles: int = 0) -> NewShard:
+    """All that is known of a shard when it is created."""
+    table, sources = draft
+    attributes = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.to_json(),
+        "recipe_digest": recipe.digest,
+        "sources": sources_to_json(sources),
+        "created_by": CREATED_BY,
+        "model": os.path.abspath(card.directory) if card.directory else card.name,
+        "model_revision": card.revision or "",
+        "weights_digest": recipe.weights_digest,
+        "batch_tiles": batch_tiles,
+        "pooled_from": "global_view" if recipe.thumbnail or recipe.max_tiles == 1 else "tiles",
+    }
+    return NewShard(table, shape, attributes)

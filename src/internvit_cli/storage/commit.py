@@ -1,0 +1,239 @@
+"""The commit protocol: an image is done when, and only when, its rows are on the disk.
+
+Rows, digests and CRCs are written and synced first, statuses after them, and synced again. So whatever instant a process dies or the
+power goes, a status that says done is true. Between checkpoints nothing is promised, and nothing but those images is done again.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvit_cli.config import Skipped, Status
+from internvit_cli.errors import NoSpaceError, OutputError
+from internvit_cli.table import ImageTable
+from internvit_cli.storage.durable import read_exactly, rename_durably, reserve, sync_data, sync_path, write_all
+from internvit_cli.storage.interface import ShardFormat
+from internvit_cli.storage.layout import CRC32, DIGEST, POOLED, RUN_LOG, RUN_LOG_BYTES, STATUS, TILE_POOLED, TOKEN_DATASETS, Extent, NewShard
+
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
+    """Make an empty shard with its space reserved. It appears under `partial` whole and durable, or not at all.
+
+    Images whose header could not be read have their status, and NaN for a vector, from the start.
+    """
+    temporary = f"{partial}.tmp"
+    with _disk_errors(partial):
+        backend.build(temporary, shard)
+        extents = backend.extents(temporary)
+        for path in sorted({extent.path for extent in extents.values()}):
+            reserve(path)
+            _write_known_skips({name: e for name, e in extents.items() if e.path == path}, path, shard.table)
+            sync_path(path)
+        sync_path(temporary)
+        rename_durably(temporary, partial)
+
+
+def _write_known_skips(extents: dict[str, Extent], path: str, table: ImageTable) -> None:
+    rows = np.flatnonzero(table.status != Status.PENDING)
+    if not len(rows):
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        if (extent := extents.get(STATUS)) is not None:
+            write_all(descriptor, table.status, extent.offset)
+        if (extent := extents.get(POOLED)) is not None:
+            for start, stop in _runs(rows):
+                nothing = np.full((stop - start, *extent.spec.shape[1:]), np.nan, "<f4")
+                write_all(descriptor, nothing, extent.offset + start * extent.spec.row_bytes)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRows:
+    """The features of one image, ready to be stored."""
+
+    row: int
+    digest: bytes
+    """SHA-256 of the file that was decoded, 32 bytes."""
+    pooled: NDArray[Any]
+    """[d] float32."""
+    tokens: Sequence[NDArray[Any]] = ()
+    """Consecutive blocks of the image's tiles, each [tiles, T, C] in the stored type; empty where no tokens are stored."""
+    tile_pooled: Sequence[NDArray[Any]] = ()
+    """The same for the tiles' vectors, each [tiles, d] float32."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that storing this image writes."""
+        return self.pooled.nbytes + sum(block.nbytes for block in (*self.tokens, *self.tile_pooled))
+
+
+@dataclass(slots=True)
+class _Uncommitted:
+    rows: list[int] = field(default_factory=list)
+    nbytes: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+class ShardWriter:
+    """Fills one shard. Not thread-safe: one thread writes and checkpoints."""
+
+    def __init__(self, backend: ShardFormat, partial: str, table: ImageTable) -> None:
+        """Open a shard that `create_shard` made; `table` is its table with the statuses on disk."""
+        self._extents = backend.extents(partial)
+        self._descriptors = {path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in self._extents.values()}}
+        self._tile_offset = table.tile_offset.tolist()
+        images = len(table)
+        self._status = table.status.copy()
+        self._digest = self._load(DIGEST, (images, 32), np.uint8)
+        self._crc32 = self._load(CRC32, (images,), np.uint32)
+        self._pending = _Uncommitted()
+
+    @property
+    def status(self) -> NDArray[Any]:
+        """Statuses as they will stand after the next checkpoint, [n] uint8; do not change them."""
+        return self._status
+
+    @property
+    def uncommitted_bytes(self) -> int:
+        """Bytes written since the last checkpoint."""
+        return self._pending.nbytes
+
+    @property
+    def uncommitted_seconds(self) -> float:
+        """Seconds since the last checkpoint, or since the first write after it."""
+        return time.monotonic() - self._pending.since if self._pending.rows else 0.0
+
+    def rewrite_commit_records(self) -> None:
+        """Write digests, CRCs and statuses with their own bytes and sync: after a failed sync the kernel may have dropped them."""
+        self._write_records(np.arange(len(self._status)))
+
+    def write(self, image: ImageRows) -> None:
+        """Write the rows of a finished image. It is not done before the next checkpoint."""
+        first_tile = self._tile_offset[image.row]
+        checksum = self._put(POOLED, image.row, image.pooled, 0)
+        for name, blocks in ((self._tokens_name, image.tokens), (TILE_POOLED, image.tile_pooled)):
+            position = first_tile
+            for block in blocks:
+                checksum = self._put(name, position, block, checksum)
+                position += len(block)
+        self._crc32[image.row] = checksum
+        self._finish(image.row, Status.DONE, image.digest, image.nbytes)
+
+    def skip(self, row: int, skipped: Skipped) -> None:
+        """Mark an image that could not be used: its vector is NaN, its tile rows stay unwritten."""
+        extent = self._extents[POOLED]
+        nothing = np.full(extent.spec.shape[1:], np.nan, "<f4")
+        self._put(POOLED, row, nothing, 0)
+        self._finish(row, skipped.status, bytes(32), nothing.nbytes)
+
+    def checkpoint(self) -> int:
+        """Commit all that was written; returns the number of images committed.
+
+        Raises:
+            OutputError: the disk reported an error. It is fatal: what a failed sync left behind cannot be known.
+        """
+        rows = np.array(sorted(self._pending.rows), np.int64)
+        if len(rows):
+            self._write_records(rows)
+        self._pending = _Uncommitted()
+        return len(rows)
+
+    def append_run_log(self, entry: dict[str, Any]) -> None:
+        """Add one JSON line on this start to the shard; the oldest lines go when there is no room left."""
+        extent = self._extents[RUN_LOG]
+        descriptor = self._descriptors[extent.path]
+        log = read_exactly(descriptor, RUN_LOG_BYTES, extent.offset, extent.path).rstrip(b"\0")
+        lines = [*log.splitlines(keepends=True), json.dumps(entry, sort_keys=True).encode() + b"\n"]
+        while sum(map(len, lines)) > RUN_LOG_BYTES:
+            del lines[0]
+        with _disk_errors(extent.path):
+            write_all(descriptor, b"".join(lines).ljust(RUN_LOG_BYTES, b"\0"), extent.offset)
+            sync_data(descriptor)
+
+    def close(self) -> None:
+        """Let the files go, without a checkpoint."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    @property
+    def _tokens_name(self) -> str:
+        return next((name for name in TOKEN_DATASETS if name in self._extents), "")
+
+    def _load(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        extent = self._extents[name]
+        data = read_exactly(self._descriptors[extent.path], extent.spec.nbytes, extent.offset, extent.path)
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def _put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
+        """Write rows from index `position` on; returns the running CRC."""
+        extent = self._extents[name]
+        data = np.ascontiguousarray(rows)
+        with _disk_errors(extent.path):
+            write_all(self._descriptors[extent.path], data, extent.offset + position * extent.spec.row_bytes)
+        return zlib.crc32(data, checksum)
+
+    def _finish(self, row: int, status: Status, digest: bytes, nbytes: int) -> None:
+        if not self._pending.rows:
+            self._pending.since = time.monotonic()
+        self._status[row] = status
+        self._digest[row] = np.frombuffer(digest, np.uint8)
+        self._pending.rows.append(row)
+        self._pending.nbytes += nbytes
+
+    def _write_records(self, rows: NDArray[Any]) -> None:
+        runs = list(_runs(rows))
+        for name, column in ((DIGEST, self._digest), (CRC32, self._crc32)):
+            self._write_runs(name, column, runs)
+        self._sync({extent.path for extent in self._extents.values()})
+        self._write_runs(STATUS, self._status, runs)
+        self._sync({self._extents[STATUS].path})
+
+    def _write_runs(self, name: str, column: NDArray[Any], runs: list[tuple[int, int]]) -> None:
+        extent: Extent = self._extents[name]
+        with _disk_errors(extent.path):
+            for start, stop in runs:
+                write_all(self._descriptors[extent.path], column[start:stop], extent.offset + start * extent.spec.row_bytes)
+
+    def _sync(self, paths: set[str]) -> None:
+        for path in sorted(paths):
+            with _disk_errors(path):
+                sync_data(self._descriptors[path])
+
+
+@contextmanager
+def _disk_errors(path: str) -> Iterator[None]:
+    """Turn an error of the disk into one that ends the run and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE_ERRNOS:
+            raise NoSpaceError(f"the disk of {path} is full", "free some space and run the same command again") from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}",
+            "check the disk, then run the same command again: what was committed is kept",
+        ) from error
+
+
+def _runs(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Consecutive rows of a sorted array as (start, stop)."""
+    if len(rows) == 0:
+        return
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for part in np.split(rows, breaks):
+        yield int(part[0]), int(part[-1]) + 1

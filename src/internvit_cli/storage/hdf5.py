@@ -1,0 +1,148 @@
+"""A shard as one HDF5 file.
+
+HDF5 makes the file and is closed before the first row: rows are then written at the datasets' byte offsets, so that no moment of a run
+leaves a file that HDF5 cannot open.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, BinaryIO
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from internvit_cli.config import Tokens
+from internvit_cli.errors import OutputError
+from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.storage.durable import memory_file, rename_durably, sync_path
+from internvit_cli.storage.layout import ALIGNMENT, CRC32, DIGEST, RUN_LOG, STATUS, DatasetSpec, Extent, NewShard, StoredShard, parse_run_log
+
+KEY_BLOCK = 65536
+"""Keys written in one call: bounds the memory of their conversion."""
+
+SUFFIX = ".h5"
+
+
+def build(path: str, shard: NewShard) -> None:
+    """Write the index and lay out every dataset; rows take no room on the disk yet."""
+    with open(path, "w+b", buffering=0) as file:
+        _write_structure(file, shard)
+
+
+def planned_bytes(shard: NewShard) -> int:
+    """The exact size of the file: it is laid out in memory, where its unwritten rows take no room."""
+    with memory_file() as file:
+        _write_structure(file, shard)
+        return os.fstat(file.fileno()).st_size
+
+
+def _write_structure(target: BinaryIO, shard: NewShard) -> None:
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_alignment(1, ALIGNMENT)
+    # The same driver for a real file and for one in memory: HDF5's layout depends on it, and a planned size has to be exact.
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, target)
+    with h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, fapl=access)) as file:
+        for name, value in shard.complete_attributes.items():
+            file.attrs[name] = value
+        file.create_group("image")
+        # Index first: what is read at every start stays together at the front of the file.
+        _write_keys(file, shard.table.keys)
+        for name, dtype in (*COLUMN_DTYPES.items(), ("tile_offset", "<u8")):
+            column = getattr(shard.table, name)
+            _lay_out(file, DatasetSpec(f"image/{name}", column.shape, dtype))
+            if len(column):
+                file[f"image/{name}"][...] = column
+        for spec in shard.datasets:
+            _lay_out(file, spec)
+        if shard.features.tokens is not Tokens.NONE:
+            # numpy and h5py have no bfloat16: the dataset says itself what its bits are.
+            file[shard.features.tokens.dataset].attrs["dtype"] = shard.features.store_dtype.value
+
+
+def extents(path: str) -> dict[str, Extent]:
+    """Where each dataset's rows lie, by name, for all that have elements."""
+    found: dict[str, Extent] = {}
+
+    def visit(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset) and name != "image/key" and item.id.get_offset() is not None:
+            spec = DatasetSpec(name, item.shape, item.dtype.newbyteorder("<").str)
+            found[name] = Extent(path, item.id.get_offset(), spec)
+
+    with _open(path) as file:
+        file.visititems(visit)
+    return found
+
+
+def read(path: str) -> StoredShard:
+    """The shard's index and attributes."""
+    with _open(path) as file:
+        try:
+            columns = {name: file[f"image/{name}"][...] for name in COLUMN_DTYPES}
+            table = ImageTable.build(_read_keys(file["image/key"]), file[STATUS][...], columns)
+            return StoredShard(table, {name: _plain(value) for name, value in file.attrs.items()})
+        except (KeyError, ValueError, OSError, RuntimeError) as error:
+            raise OutputError(f"{path} is not a sound feature file: {error}", "restore it, or start anew with --overwrite") from error
+
+
+def publish(partial: str, final: str) -> None:
+    """Give the finished file its name."""
+    sync_path(partial)
+    rename_durably(partial, final)
+
+
+def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Digests, uint8 [n, 32], and CRCs, uint32 [n], of a shard."""
+    with _open(path) as file:
+        return file[DIGEST][...], file[CRC32][...]
+
+
+def run_log(path: str) -> list[dict[str, Any]]:
+    """One entry a start that wrote to the shard, oldest first."""
+    with _open(path) as file:
+        return parse_run_log(file[RUN_LOG][...].tobytes())
+
+
+def final_paths(final: str) -> list[str]:
+    """The files that make up a published shard."""
+    return [final]
+
+
+def _open(path: str) -> h5py.File:
+    try:
+        # Rows are written past HDF5, under a lock of our own, so its lock would only shut readers out.
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        if not os.path.exists(path):
+            raise OutputError(f"{path} is not there", "check the path") from error
+        raise OutputError(f"{path} is not a readable HDF5 file: {error}", "restore it, or start anew with --overwrite") from error
+
+
+def _lay_out(file: h5py.File, spec: DatasetSpec) -> None:
+    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation.set_layout(h5py.h5d.CONTIGUOUS)
+    creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(spec.shape)
+    kind = h5py.h5t.py_create(np.dtype(spec.dtype), logical=True)
+    h5py.h5d.create(file.id, spec.name.encode(), kind, space, creation)
+
+
+def _write_keys(file: h5py.File, keys: Any) -> None:
+    dataset = file.create_dataset("image/key", shape=(len(keys),), dtype=h5py.string_dtype("utf-8"))
+    for start in range(0, len(keys), KEY_BLOCK):
+        block = keys[start : start + KEY_BLOCK]
+        dataset[start : start + len(block)] = np.array(block, dtype=object)
+
+
+def _read_keys(dataset: h5py.Dataset) -> list[bytes]:
+    keys: list[bytes] = []
+    for start in range(0, len(dataset), KEY_BLOCK):
+        keys.extend(dataset[start : start + KEY_BLOCK].tolist())
+    return keys
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,183 @@
+"""What a shard holds, whatever its format: datasets with names, shapes and types, and the attributes beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvit_cli.config import Recipe, StoreDtype, Tokens
+from internvit_cli.errors import OutputError
+from internvit_cli.table import ImageTable
+
+FORMAT = "internvit-features"
+FORMAT_VERSION = 1
+ALIGNMENT = 4096
+"""Datasets start at multiples of this many bytes, so that rows can be written with direct or mapped I/O."""
+RUN_LOG_BYTES = 65536
+
+DIGEST = "image/digest"
+CRC32 = "image/crc32"
+STATUS = "image/status"
+RUN_LOG = "run_log"
+POOLED = "pooled"
+TILE_POOLED = "tile_pooled"
+TOKEN_DATASETS = tuple(tokens.dataset for tokens in Tokens if tokens is not Tokens.NONE)
+
+
+class ForeignFileError(OutputError):
+    """A file at the output that internvit did not make, and so does not touch."""
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSpec:
+    """One dataset of fixed-size rows."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """Little-endian numpy type."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, that is of one index of the first axis."""
+        return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole dataset."""
+        return self.shape[0] * self.row_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureShape:
+    """Sizes of the features of one tile and one image, as a recipe and a model give them."""
+
+    tokens: Tokens
+    tokens_per_tile: int
+    channels: int
+    """Width of one stored token."""
+    pooled_width: int
+    store_dtype: StoreDtype
+    tile_pooled: bool
+
+    @property
+    def global_view_only(self) -> bool:
+        """Whether nothing but one vector an image is stored, so that only its global view is needed."""
+        return self.tokens is Tokens.NONE and not self.tile_pooled
+
+    def row_datasets(self, images: int, tiles: int) -> tuple[DatasetSpec, ...]:
+        """The datasets of feature rows, in the order in which an image's CRC goes over them."""
+        specs = [DatasetSpec(POOLED, (images, self.pooled_width), "<f4")]
+        if self.tokens is not Tokens.NONE:
+            shape = (tiles, self.tokens_per_tile, self.channels)
+            specs.append(DatasetSpec(self.tokens.dataset, shape, self.store_dtype.numpy_name))
+        if self.tile_pooled:
+            specs.append(DatasetSpec(TILE_POOLED, (tiles, self.pooled_width), "<f4"))
+        return tuple(specs)
+
+
+@dataclass(frozen=True, slots=True)
+class NewShard:
+    """All that is known of a shard when it is created."""
+
+    table: ImageTable
+    features: FeatureShape
+    attributes: dict[str, Any]
+    """Root attributes but for `index_digest`: strings and integers."""
+
+    @property
+    def datasets(self) -> tuple[DatasetSpec, ...]:
+        """Every dataset that is filled by writing rows: commit records first, then features."""
+        images = len(self.table)
+        return (
+            DatasetSpec(STATUS, (images,), "|u1"),
+            DatasetSpec(DIGEST, (images, 32), "|u1"),
+            DatasetSpec(CRC32, (images,), "<u4"),
+            DatasetSpec(RUN_LOG, (RUN_LOG_BYTES,), "|u1"),
+            *self.features.row_datasets(images, self.table.tiles),
+        )
+
+    @property
+    def complete_attributes(self) -> dict[str, Any]:
+        """The attributes with the digest that vouches for them and for the table."""
+        return self.attributes | {"index_digest": index_digest(self.table, self.attributes)}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredShard:
+    """The index of a shard on disk: its table with the statuses as they stand, and its attributes."""
+
+    table: ImageTable
+    attributes: dict[str, Any]
+
+    def check(self, path: str) -> None:
+        """Refuse what is not an intact feature shard of a version we know.
+
+        Raises:
+            OutputError: another format, a newer version, or an index that does not match its digest.
+        """
+        name = self.attributes.get("format")
+        if name != FORMAT:
+            raise ForeignFileError(f"{path} is not an internvit feature file", "choose another output, or move that file away")
+        version = self.attributes.get("format_version")
+        if version != FORMAT_VERSION:
+            raise OutputError(
+                f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
+                "install the version of internvit that wrote it, or a newer one",
+            )
+        unsigned = {name: value for name, value in self.attributes.items() if name != "index_digest"}
+        if index_digest(self.table, unsigned) != self.attributes.get("index_digest"):
+            raise OutputError(f"the index of {path} is damaged: its digest does not match", "restore it, or start anew with --overwrite")
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a dataset's bytes lie: what a row is written to and read from, without HDF5 or numpy in between."""
+
+    path: str
+    offset: int
+    """Byte offset of row 0."""
+    spec: DatasetSpec
+
+
+def index_digest(table: ImageTable, attributes: dict[str, Any]) -> str:
+    """SHA-256 over all that is fixed when a shard is created, 64 hex digits."""
+    hasher = hashlib.sha256()
+    hasher.update(json.dumps(attributes, sort_keys=True, separators=(",", ":")).encode())
+    table.digest_into(hasher)
+    return hasher.hexdigest()
+
+
+def parse_run_log(data: bytes) -> list[dict[str, Any]]:
+    """The entries of a zero-padded log of JSON lines; what is damaged is left out, for it decides nothing."""
+    entries = []
+    for line in data.rstrip(b"\0").splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def stored_recipe(attributes: dict[str, Any], path: str) -> Recipe:
+    """The recipe that a shard was made with.
+
+    Raises:
+        OutputError: there is none that this version understands.
+    """
+    try:
+        return Recipe.from_json(attributes["recipe"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise OutputError(f"{path} has no recipe that this version understands", "restore it, or start anew with --overwrite") from error
+
+
+def decode_values(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Stored token values as numpy has them: bfloat16 bits become float32, exactly; others stay as they are."""
+    if dtype != StoreDtype.BFLOAT16.value:
+        return stored
+    widened: NDArray[Any] = (stored.astype(np.uint32) << 16).view(np.float32)
+    return widened

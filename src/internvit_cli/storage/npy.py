@@ -1,0 +1,209 @@
+"""A shard as .npy files, for those who map arrays straight into memory.
+
+While it is filled the shard is a folder, `shard-00000.partial/`, with one fixed-size file a dataset. Publishing moves the feature arrays to
+`shard-00000.pooled.npy` and so on, and writes what is known of each image to `shard-00000.images.jsonl` and the attributes to
+`shard-00000.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from internvit_cli.errors import OutputError
+from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.storage.durable import read_exactly, rename_durably, sync_path, write_file
+from internvit_cli.storage.layout import (
+    ALIGNMENT,
+    CRC32,
+    DIGEST,
+    POOLED,
+    RUN_LOG,
+    STATUS,
+    TILE_POOLED,
+    TOKEN_DATASETS,
+    DatasetSpec,
+    Extent,
+    NewShard,
+    StoredShard,
+    parse_run_log,
+)
+
+SUFFIX = ""
+FEATURE_DATASETS = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
+COMMIT_DATASETS = (STATUS, DIGEST, CRC32, RUN_LOG)
+INDEX_FILE = "images.jsonl"
+ATTRIBUTES_FILE = "attributes.json"
+ATTRIBUTES_BLOCK = 4096
+
+
+def build(folder: str, shard: NewShard) -> None:
+    """Write the index and every array's header; rows take no room on the disk yet."""
+    os.mkdir(folder)
+    write_file(os.path.join(folder, ATTRIBUTES_FILE), _pad(shard.complete_attributes))
+    write_file(os.path.join(folder, INDEX_FILE), b"".join(_planned_lines(shard.table)))
+    for spec in shard.datasets:
+        _lay_out(_dataset_path(folder, spec.name), spec)
+
+
+def planned_bytes(shard: NewShard) -> int:
+    """The size of the published files, the log of starts in the attributes excepted."""
+    arrays = sum(ALIGNMENT + spec.nbytes for spec in shard.datasets if spec.name in FEATURE_DATASETS)
+    suffix = len(_finished_suffix(0, bytes(32), 0)) - len("}\n")
+    index = sum(len(line) + suffix for line in _planned_lines(shard.table))
+    return arrays + index + len(_pad(shard.complete_attributes))
+
+
+def extents(path: str) -> dict[str, Extent]:
+    """Where each dataset's rows lie, by name: of a shard being filled, or of a published one (its feature arrays)."""
+    found = {}
+    for name in (*COMMIT_DATASETS, *FEATURE_DATASETS):
+        file = _dataset_path(path, name)
+        if os.path.exists(file):
+            spec, offset = _read_header(file, name)
+            if spec.nbytes:
+                found[name] = Extent(file, offset, spec)
+    return found
+
+
+def read(path: str) -> StoredShard:
+    """The shard's index and attributes, while it is filled or when it is published."""
+    try:
+        with open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
+            attributes = json.load(file)
+        attributes.pop(RUN_LOG, None)
+        with open(_beside(path, INDEX_FILE), "rb") as file:
+            entries = [json.loads(line) for line in file]
+        table = _table(entries)
+        if os.path.isdir(path):
+            table = table.with_status(_read_array(_dataset_path(path, STATUS), STATUS))
+        return StoredShard(table, attributes)
+    except FileNotFoundError as error:
+        raise OutputError(f"{error.filename} is not there", "restore it, or start anew with --overwrite") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise OutputError(f"{path} is not a sound feature shard: {error}", "restore it, or start anew with --overwrite") from error
+
+
+def publish(partial: str, final: str) -> None:
+    """Move the arrays to their names and write the index beside them.
+
+    `partial` keeps what is known of each image and stays until the manifest names the shard, so that a crash in between loses nothing:
+    publishing again finishes what was begun.
+    """
+    table = read(partial).table
+    digests = _read_array(_dataset_path(partial, DIGEST), DIGEST)
+    checksums = _read_array(_dataset_path(partial, CRC32), CRC32)
+    with open(os.path.join(partial, ATTRIBUTES_FILE), "rb") as file:
+        attributes = json.load(file)
+    attributes[RUN_LOG] = run_log(partial)
+    lines = _finished_lines(table, digests, checksums)
+    write_file(f"{final}.{INDEX_FILE}", b"".join(lines))
+    write_file(f"{final}.json", _pad(attributes))
+    for name in FEATURE_DATASETS:
+        source = _dataset_path(partial, name)
+        if os.path.exists(source):
+            sync_path(source)
+            rename_durably(source, f"{final}.{name}.npy")
+
+
+def run_log(path: str) -> list[dict[str, Any]]:
+    """One entry a start that wrote to the shard, oldest first."""
+    if os.path.isdir(path):
+        return parse_run_log(_read_array(_dataset_path(path, RUN_LOG), RUN_LOG).tobytes())
+    with open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
+        entries: list[dict[str, Any]] = json.load(file).get(RUN_LOG, [])
+        return entries
+
+
+def final_paths(final: str) -> list[str]:
+    """The files that make up a published shard."""
+    names = [_beside(final, ATTRIBUTES_FILE), _beside(final, INDEX_FILE)]
+    return names + [path for name in FEATURE_DATASETS if os.path.exists(path := _dataset_path(final, name))]
+
+
+def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Digests, uint8 [n, 32], and CRCs, uint32 [n], of a published shard."""
+    with open(_beside(path, INDEX_FILE), "rb") as file:
+        entries = [json.loads(line) for line in file]
+    digests = np.frombuffer(bytes.fromhex("".join(entry["digest"] for entry in entries)), np.uint8)
+    return digests.reshape(-1, 32), np.array([int(entry["crc32"], 16) for entry in entries], np.uint32)
+
+
+def _beside(path: str, name: str) -> str:
+    """A file of the shard: inside the folder while it is filled, behind the shard's name when it is published."""
+    if os.path.isdir(path):
+        return os.path.join(path, name)
+    return f"{path}.json" if name == ATTRIBUTES_FILE else f"{path}.{name}"
+
+
+def _dataset_path(path: str, name: str) -> str:
+    return _beside(path, f"{name.removeprefix('image/')}.npy")
+
+
+def _header(spec: DatasetSpec) -> bytes:
+    """The .npy header, version 1.0, padded so that rows start at `ALIGNMENT`."""
+    fields = f"{{'descr': '{spec.dtype}', 'fortran_order': False, 'shape': {spec.shape!r}, }}"
+    return b"\x93NUMPY\x01\x00" + (ALIGNMENT - 10).to_bytes(2, "little") + fields.encode().ljust(ALIGNMENT - 11) + b"\n"
+
+
+def _lay_out(path: str, spec: DatasetSpec) -> None:
+    with open(path, "wb") as file:
+        file.write(_header(spec))
+        file.truncate(ALIGNMENT + spec.nbytes)
+
+
+def _read_header(path: str, name: str) -> tuple[DatasetSpec, int]:
+    with open(path, "rb") as file:
+        try:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("another version of the format")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        except (ValueError, SyntaxError, TypeError) as error:
+            raise OutputError(f"{path} is not a sound .npy file: {error}", "restore it, or start anew with --overwrite") from error
+        return DatasetSpec(name, shape, dtype.str), file.tell()
+
+
+def _read_array(path: str, name: str) -> NDArray[Any]:
+    spec, offset = _read_header(path, name)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = read_exactly(descriptor, spec.nbytes, offset, path)
+    finally:
+        os.close(descriptor)
+    return np.frombuffer(data, spec.dtype).reshape(spec.shape)
+
+
+def _pad(attributes: dict[str, Any]) -> bytes:
+    """JSON with blanks behind it up to a whole block, so that its size can be planned."""
+    text = json.dumps(attributes, indent=1).encode()
+    return text.ljust(-(-len(text) // ATTRIBUTES_BLOCK) * ATTRIBUTES_BLOCK - 1) + b"\n"
+
+
+def _planned_lines(table: ImageTable) -> Iterator[bytes]:
+    columns = [getattr(table, name).tolist() for name in COLUMN_DTYPES]
+    for key, *values in zip(table.keys, *columns, strict=True):
+        entry = {"key": os.fsdecode(key)} | dict(zip(COLUMN_DTYPES, values, strict=True))
+        yield json.dumps(entry, ensure_ascii=True).encode() + b"\n"
+
+
+def _finished_lines(table: ImageTable, digests: NDArray[Any], checksums: NDArray[Any]) -> Iterator[bytes]:
+    for line, status, digest, checksum in zip(_planned_lines(table), table.status.tolist(), digests, checksums.tolist(), strict=True):
+        yield line.removesuffix(b"}\n") + _finished_suffix(status, digest.tobytes(), checksum)
+
+
+def _finished_suffix(status: int, digest: bytes, checksum: int) -> bytes:
+    """Fixed width, so that the size of the file is known before the first image is decoded."""
+    return f', "status": {status:2d}, "digest": "{digest.hex()}", "crc32": "{checksum:08x}"}}\n'.encode()
+
+
+def _table(entries: list[dict[str, Any]]) -> ImageTable:
+    columns = {
+        name: np.fromiter((entry[name] for entry in entries), dtype, len(entries)) for name, dtype in COLUMN_DTYPES.items()
+    }
+    status = np.fromiter((entry.get("status", 0) for entry in entries), np.uint8, len(entries))
+    return ImageTable.build([os.fsencode(entry["key"]) for entry in entries], status, columns)

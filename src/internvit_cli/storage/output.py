@@ -1,0 +1,250 @@
+"""Where features go: one file, or a folder of shards with a manifest; what is there already, and how a shard gets its final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from internvit_cli.config import Format
+from internvit_cli.errors import OutputError, UsageError
+from internvit_cli.storage.durable import rename_durably, write_file
+from internvit_cli.storage.interface import ShardFormat, backend_of
+from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, StoredShard
+
+SINGLE_FILE_SUFFIXES = (".h5", ".hdf5")
+MANIFEST = "manifest.json"
+NEXT_MANIFEST = "manifest.next.json"
+SHARD_FILE = re.compile(r"(shard-\d{5})(\..+)?")
+REMEDY = "restore it, or start anew with --overwrite"
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestEntry:
+    """One shard that exists because the manifest says so."""
+
+    name: str
+    format: Format
+    images: int
+    tiles: int
+    superseded: tuple[str, ...] = ()
+    """Keys whose rows here are replaced by rows of later shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedShard:
+    """A complete shard on disk, with its index."""
+
+    name: str
+    path: str
+    backend: ShardFormat
+    stored: StoredShard
+    superseded: tuple[str, ...] = ()
+
+
+class Output:
+    """An output path and its shards. A single file is one shard; a folder has any number, listed in its manifest."""
+
+    def __init__(self, path: str, wanted: Format | None = None) -> None:
+        """Interpret `-o PATH --format WANTED`; nothing is read or written.
+
+        Raises:
+            UsageError: the name and the format contradict each other.
+        """
+        self.path = path.rstrip("/") or "/"
+        self.is_file = self.path.endswith(SINGLE_FILE_SUFFIXES)
+        if self.path.endswith(".npy"):
+            raise UsageError(f"{path}: .npy features are written as a folder of shards", f"use -o {path.removesuffix('.npy')}/")
+        if self.is_file and wanted is Format.NPY:
+            raise UsageError(f"{path} names an HDF5 file, but --format npy was given", "name a folder, such as -o feats/")
+        self.format = Format.H5 if self.is_file else wanted or self._present_format()
+        self._staged = False
+
+    @property
+    def backend(self) -> ShardFormat:
+        """The format in which new shards are written."""
+        return backend_of(self.format)
+
+    @property
+    def skipped_path(self) -> str:
+        """The JSON lines that say why images were skipped."""
+        return f"{self.path}.skipped.jsonl" if self.is_file else os.path.join(self.path, "skipped.jsonl")
+
+    def final_path(self, number: int) -> str:
+        """Where a finished shard lies: for .npy shards, what their files' names begin with."""
+        return self.path if self.is_file else os.path.join(self.path, _shard_name(number)) + self.backend.SUFFIX
+
+    def partial_path(self, number: int) -> str:
+        """Where a shard lies while it is filled."""
+        return f"{self.final_path(number)}.partial"
+
+    def prepare(self) -> None:
+        """Check that this is a place of ours, make the folder, and sweep away what a crash left half made.
+
+        Raises:
+            OutputError: the path is something else, or cannot be written.
+        """
+        parent = os.path.dirname(os.path.abspath(self.path))
+        if not os.path.isdir(parent):
+            raise OutputError(f"the folder {parent} does not exist", f"create it: mkdir -p {parent}")
+        if self.is_file:
+            if os.path.isdir(self.path):
+                raise OutputError(f"{self.path} is a folder", "name a file, or a folder that does not end in .h5")
+            _remove(f"{self.partial_path(0)}.tmp")
+            return
+        if os.path.exists(self.path) and not os.path.isdir(self.path):
+            raise OutputError(f"{self.path} is a file, but the output would be a folder", "name it with .h5, or choose another name")
+        try:
+            os.makedirs(self.path, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot make the folder {self.path}: {error.strerror}", "choose an output that can be written") from error
+        names = os.listdir(self.path)
+        if names and not any(name in (MANIFEST, NEXT_MANIFEST) or SHARD_FILE.fullmatch(name) for name in names):
+            raise OutputError(f"{self.path} holds other files and is not a feature store", "name a new or empty folder")
+        self._sweep(names)
+
+    def finished(self) -> list[FinishedShard]:
+        """The complete shards, oldest first, each checked against its digest."""
+        if self.is_file:
+            return [_load("", self.path, self.backend)] if os.path.exists(self.path) else []
+        return [self._load_entry(entry) for entry in self._entries()]
+
+    def _load_entry(self, entry: ManifestEntry) -> FinishedShard:
+        backend = backend_of(entry.format)
+        return _load(entry.name, os.path.join(self.path, entry.name) + backend.SUFFIX, backend, entry.superseded)
+
+    def partial(self) -> FinishedShard | None:
+        """The shard that an earlier run left unfinished, with the statuses as they stand."""
+        number = self.next_number()
+        path = self.partial_path(number)
+        if not os.path.exists(path):
+            return None
+        return _load(_shard_name(number), path, self.backend)
+
+    @property
+    def partial_exists(self) -> bool:
+        """Whether an earlier run left a shard unfinished, readable or not."""
+        return os.path.exists(self.partial_path(self.next_number()))
+
+    def next_number(self) -> int:
+        """Number of the shard that comes after all that a manifest names."""
+        names = {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
+        return max((int(name.removeprefix("shard-")) + 1 for name in names), default=0)
+
+    def publish(self, number: int, images: int, tiles: int, superseded: dict[str, Sequence[str]] | None = None) -> None:
+        """Make a filled shard part of the output: its names first, then the manifest, whose replacement is the commit."""
+        partial = self.partial_path(number)
+        self.backend.publish(partial, self.final_path(number))
+        if self.is_file:
+            return
+        added = ManifestEntry(_shard_name(number), self.format, images, tiles)
+        older = [
+            ManifestEntry(e.name, e.format, e.images, e.tiles, tuple(sorted({*e.superseded, *(superseded or {}).get(e.name, ())})))
+            for e in self._entries()
+        ]
+        self._write_manifest([*older, added])
+        if os.path.exists(partial):
+            os.rename(partial, f"{partial}.tmp")
+            _remove(f"{partial}.tmp")
+
+    def replace_all(self) -> None:
+        """Begin an output that replaces the present one when it is complete, or go on with such a one."""
+        if self.is_file:
+            return
+        self._staged = True
+        if not os.path.exists(os.path.join(self.path, NEXT_MANIFEST)):
+            self._write_manifest([])
+
+    def discard_partial(self) -> None:
+        """Forget the unfinished shard, and with it an unfinished replacement."""
+        if self._staged:
+            self._write_manifest([])
+        _remove(self.partial_path(self.next_number()))
+
+    def complete(self) -> None:
+        """Say that all planned shards are there: a replacement takes the place of what it replaces."""
+        if self._staged:
+            rename_durably(os.path.join(self.path, NEXT_MANIFEST), os.path.join(self.path, MANIFEST))
+            self._staged = False
+            self._sweep(os.listdir(self.path))
+
+    def _present_format(self) -> Format:
+        """The format of the shards that are there, so that a repeated command need not name it."""
+        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        return Format.H5 if any(SHARD_FILE.fullmatch(name) and ".h5" in name for name in names) else Format.NPY
+
+    def _entries(self, manifest: str = "") -> list[ManifestEntry]:
+        if self.is_file:
+            return []
+        return read_manifest(os.path.join(self.path, manifest or self._manifest))
+
+    @property
+    def _manifest(self) -> str:
+        return NEXT_MANIFEST if self._staged else MANIFEST
+
+    def _write_manifest(self, entries: list[ManifestEntry]) -> None:
+        shards = [asdict(entry) | {"format": entry.format.value} for entry in entries]
+        text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "shards": shards}, indent=1)
+        write_file(os.path.join(self.path, self._manifest), text.encode() + b"\n")
+
+    def _sweep(self, names: list[str]) -> None:
+        """Remove shards that no manifest names, but for the one at hand, which may have been published just before a crash."""
+        current = self.next_number()
+        named = {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
+        for name in names:
+            match = SHARD_FILE.fullmatch(name)
+            if name.endswith(".tmp") or (match and match[1] not in named and match[1] != _shard_name(current)):
+                _remove(os.path.join(self.path, name))
+        final, partial = self.final_path(current), self.partial_path(current)
+        if os.path.isfile(final) and not os.path.exists(partial):
+            os.rename(final, partial)
+
+
+def read_manifest(path: str) -> list[ManifestEntry]:
+    """The shards that a manifest names; none when there is no manifest yet.
+
+    Raises:
+        OutputError: it is damaged, of a newer version, or names anything but a shard of its own folder.
+    """
+    try:
+        with open(path, "rb") as file:
+            manifest: Any = json.load(file)
+        if manifest["format"] != FORMAT:
+            raise OutputError(f"{path} is not a manifest of internvit features", "choose another output")
+        if manifest["format_version"] != FORMAT_VERSION:
+            version = manifest["format_version"]
+            raise OutputError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}", "install a newer internvit")
+        return [_entry(shard) for shard in manifest["shards"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path} is damaged: {error!s:.200}", REMEDY) from error
+
+
+def _entry(shard: Any) -> ManifestEntry:
+    match = SHARD_FILE.fullmatch(shard["name"])
+    if match is None or match[2]:
+        raise ValueError(f"{shard['name']!r} is not a shard's name")
+    superseded = tuple(str(key) for key in shard["superseded"])
+    return ManifestEntry(shard["name"], Format(shard["format"]), int(shard["images"]), int(shard["tiles"]), superseded)
+
+
+def _load(name: str, path: str, backend: ShardFormat, superseded: tuple[str, ...] = ()) -> FinishedShard:
+    stored = backend.read(path)
+    stored.check(path)
+    return FinishedShard(name, path, backend, stored, superseded)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}"
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)

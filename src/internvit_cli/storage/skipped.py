@@ -1,0 +1,77 @@
+"""The list of images that could not be used, one JSON line each, beside the features."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from internvit_cli.config import Skipped
+from internvit_cli.storage.durable import sync_path, write_file
+
+
+class SkipLog:
+    """`feats.h5.skipped.jsonl`: key, reason, exception, message and attempt of every skipped image."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._attempts = {entry["key"]: int(entry.get("attempt", 1)) for entry in read_skip_log(path)}
+
+    def append(self, skips: Iterable[tuple[bytes, Skipped]]) -> None:
+        """Add lines and sync them: a status that says skipped always has its reason."""
+        lines = [self._line(key, skipped) for key, skipped in skips]
+        if not lines:
+            return
+        existed = os.path.exists(self.path)
+        with open(self.path, "ab") as file:
+            # A line that a crash cut short must not swallow the next one.
+            if file.tell() and not _ends_with_newline(self.path):
+                file.write(b"\n")
+            file.write(b"".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        if not existed:
+            sync_path(os.path.dirname(os.path.abspath(self.path)))
+
+    def rewrite(self, is_skipped: Callable[[str], bool]) -> None:
+        """Keep the last line of each image that still is skipped; without any the file goes."""
+        entries = {entry["key"]: entry for entry in read_skip_log(self.path) if is_skipped(entry["key"])}
+        if entries:
+            write_file(self.path, b"".join(json.dumps(entry).encode() + b"\n" for entry in entries.values()))
+        elif os.path.exists(self.path):
+            os.unlink(self.path)
+
+    def _line(self, key: bytes, skipped: Skipped) -> bytes:
+        name = os.fsdecode(key)
+        self._attempts[name] = self._attempts.get(name, 0) + 1
+        entry = {
+            "key": name,
+            "reason": skipped.status.word,
+            "exception": skipped.exception,
+            "message": skipped.message,
+            "attempt": self._attempts[name],
+        }
+        return json.dumps(entry).encode() + b"\n"
+
+
+def read_skip_log(path: str) -> list[dict[str, Any]]:
+    """The entries in the order in which they were written; a line that a crash cut short is left out."""
+    if not os.path.exists(path):
+        return []
+    entries = []
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict) and isinstance(entry.get("key"), str):
+                entries.append(entry)
+    return entries
+
+
+def _ends_with_newline(path: str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,64 @@
+"""Rows that a finished shard has already, carried into the shard that replaces it."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from internvit_cli.config import Status
+from internvit_cli.storage.commit import ImageRows, ShardWriter
+from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
+from internvit_cli.storage.reader import OpenShard
+
+if TYPE_CHECKING:
+    from internvit_cli.storage.output import FinishedShard
+    from internvit_cli.table import ImageTable
+
+CHECKPOINT_BYTES = 256_000_000
+
+
+def take_over(old: FinishedShard, table: ImageTable, writer: ShardWriter) -> int:
+    """Copy the rows of images that are pending in `table` and done, from the same file, in `old`.
+
+    Each row's CRC is checked on the way; a damaged row is left pending and encoded again.
+
+    Returns:
+        The number of images copied.
+    """
+    source = OpenShard(old)
+    rows = {key: row for row, key in enumerate(source.table.keys) if source.table.status[row] == Status.DONE}
+    digests, checksums = old.backend.commit_records(old.path)
+    copied = 0
+    for row in np.flatnonzero(writer.status == Status.PENDING).tolist():
+        before = rows.get(table.keys[row])
+        if before is None or not _is_same_file(table, row, source.table, before):
+            continue
+        image = _read_image(source, before, row, digests[before].tobytes())
+        if _checksum(image) != int(checksums[before]):
+            continue
+        writer.write(image)
+        copied += 1
+        if writer.uncommitted_bytes >= CHECKPOINT_BYTES:
+            writer.checkpoint()
+    writer.checkpoint()
+    return copied
+
+
+def _is_same_file(table: ImageTable, row: int, old: ImageTable, before: int) -> bool:
+    return all(getattr(table, name)[row] == getattr(old, name)[before] for name in ("file_size", "file_mtime_ns", "columns", "rows"))
+
+
+def _read_image(source: OpenShard, before: int, row: int, digest: bytes) -> ImageRows:
+    start, stop = (int(offset) for offset in source.table.tile_offset[before : before + 2])
+    tokens = [source.rows(name, start, stop) for name in TOKEN_DATASETS if name in source.extents]
+    vectors = [source.rows(TILE_POOLED, start, stop)] if TILE_POOLED in source.extents else []
+    return ImageRows(row, digest, source.rows(POOLED, before, before + 1)[0], tokens, vectors)
+
+
+def _checksum(image: ImageRows) -> int:
+    checksum = 0
+    for block in (image.pooled, *image.tokens, *image.tile_pooled):
+        checksum = zlib.crc32(np.ascontiguousarray(block), checksum)
+    return checksum

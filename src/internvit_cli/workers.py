@@ -1,0 +1,308 @@
+"""Processes that may die: a pool in which a crash or a hang costs the task at hand and nothing else.
+
+Each worker is a fresh interpreter with one socket to the parent. It holds no lock, ignores the signals that stop a run, and ends when
+its socket closes, so that neither a killed worker nor a killed parent leaves anything behind. A shared queue would not do: its lock dies
+with whoever holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from internvit_cli.config import Status
+from internvit_cli.errors import InternvitError
+
+QUEUE_DEPTH = 2
+"""Tasks given to one worker: the one at hand and the next, so that it never waits for the parent."""
+
+BOOTSTRAP = (
+    "import sys; sys.path[:] = sys.argv[2:]; from internvit_cli.workers import serve_socket; serve_socket(int(sys.argv[1]))"
+)
+"""The worker imports from exactly where its parent does, never from the working directory, which may hold anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What every worker of a pool runs."""
+
+    handler: str
+    """`package.module:factory`; factory(*arguments) returns the function that turns a task into a result."""
+    arguments: tuple[Any, ...] = ()
+    descriptors: tuple[int, ...] = ()
+    """File descriptors that the worker inherits under the same numbers."""
+    memory_bytes: int | None = None
+    """Address space a worker may use; over it the task sees MemoryError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A task's result and the seconds that it took in the worker."""
+
+    task_id: int
+    result: Any
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A task whose worker died or ran out of time."""
+
+    task_id: int
+    status: Status
+    """TIMEOUT or WORKER_DIED."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    task_id: int
+    payload: Any
+    alone: bool
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    tasks: deque[_Task] = field(default_factory=deque)
+    ready: bool = False
+    head_since: float = 0.0
+
+    def accepts(self, task: _Task) -> bool:
+        if task.alone:
+            return not self.tasks
+        return len(self.tasks) < QUEUE_DEPTH and not any(queued.alone for queued in self.tasks)
+
+
+class WorkerPool:
+    """A fixed number of workers over one queue of tasks. Not thread-safe: one thread submits and waits."""
+
+    def __init__(self, spec: WorkerSpec, count: int, task_seconds: float) -> None:
+        """Start `count` workers; a task may take `task_seconds` before its worker is killed."""
+        self._spec = spec
+        self._task_seconds = task_seconds
+        self._queue: deque[_Task] = deque()
+        self._workers: list[_Worker] = []
+        for _ in range(count):
+            self._workers.append(self._start())
+
+    @property
+    def capacity(self) -> int:
+        """Tasks that can be handed to workers at once."""
+        return QUEUE_DEPTH * len(self._workers)
+
+    @property
+    def outstanding(self) -> int:
+        """Tasks submitted whose outcome has not been returned."""
+        return len(self._queue) + sum(len(worker.tasks) for worker in self._workers)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the living workers."""
+        return [worker.process.pid for worker in self._workers]
+
+    def submit(self, task_id: int, payload: Any, *, alone: bool = False) -> None:
+        """Queue a task. With `alone` nothing shares its worker, so that a death can be nobody else's fault."""
+        self._queue.append(_Task(task_id, payload, alone))
+        self._dispatch()
+
+    def wait(self, timeout: float | None = None) -> list[Finished | Lost]:
+        """Outcomes that are there, or the first to come within `timeout` seconds; an empty list when none did."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.outstanding:
+            outcomes = self._collect(self._patience(deadline))
+            self._dispatch()
+            if outcomes or (deadline is not None and time.monotonic() >= deadline):
+                return outcomes
+        return []
+
+    def close(self) -> None:
+        """End every worker now, whatever it is doing."""
+        for worker in self._workers:
+            worker.connection.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+        self._workers.clear()
+        self._queue.clear()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _start(self) -> _Worker:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-c", BOOTSTRAP, str(theirs.fileno()), *(p for p in sys.path if p)]
+            # One thread a worker: the pool is the parallelism. Libraries such as libtiff write what they think of a
+            # picture to stderr, which belongs to the user's terminal; the outcome says it instead.
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+            process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(), *self._spec.descriptors),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        connection = Connection(ours.detach())
+        # A worker that is gone already is noticed when its connection is read.
+        with contextlib.suppress(OSError):
+            connection.send(self._spec)
+        return _Worker(process, connection)
+
+    def _dispatch(self) -> None:
+        while self._queue:
+            task = self._queue[0]
+            worker = min((w for w in self._workers if w.accepts(task)), key=lambda w: len(w.tasks), default=None)
+            if worker is None:
+                return
+            self._queue.popleft()
+            if not worker.tasks:
+                worker.head_since = time.monotonic()
+            worker.tasks.append(task)
+            # A worker that just died is noticed when its connection is read, and its tasks go back to the queue.
+            with contextlib.suppress(OSError):
+                worker.connection.send((task.task_id, task.payload))
+
+    def _patience(self, deadline: float | None) -> float | None:
+        """Seconds to sleep before either the caller's deadline or the first worker's time limit."""
+        ends = [worker.head_since + self._task_seconds for worker in self._workers if worker.tasks and worker.ready]
+        if deadline is not None:
+            ends.append(deadline)
+        return max(0.0, min(ends) - time.monotonic()) if ends else None
+
+    def _collect(self, patience: float | None) -> list[Finished | Lost]:
+        outcomes: list[Finished | Lost] = []
+        by_connection = {worker.connection: worker for worker in self._workers}
+        for connection in wait(list(by_connection), patience):
+            outcomes += self._receive(by_connection[connection])  # type: ignore[index]
+        now = time.monotonic()
+        for worker in list(self._workers):
+            late = worker.ready and worker.tasks and now - worker.head_since > self._task_seconds
+            if late and not worker.connection.poll():
+                worker.process.kill()
+                message = f"gave no result within {self._task_seconds:g} s"
+                outcomes += self._replace(worker, Status.TIMEOUT, message)
+        return outcomes
+
+    def _receive(self, worker: _Worker) -> list[Finished | Lost]:
+        try:
+            message = worker.connection.recv()
+        except (EOFError, OSError):
+            if not worker.ready:
+                raise InternvitError(
+                    f"a worker process ended before it was ready ({_ending(worker.process)})",
+                    "check that there is memory to start Python processes, or lower --workers",
+                ) from None
+            return self._replace(worker, Status.WORKER_DIED, f"its worker process ended ({_ending(worker.process)})")
+        if isinstance(message, _Ready):
+            if message.failure:
+                raise InternvitError(f"a worker process cannot start: {message.failure}")
+            worker.ready = True
+            worker.head_since = time.monotonic()
+            return []
+        task = worker.tasks.popleft()
+        worker.head_since = time.monotonic()
+        task_id, result, seconds = message
+        assert task_id == task.task_id
+        return [Finished(task_id, result, seconds)]
+
+    def _replace(self, worker: _Worker, status: Status, message: str) -> list[Finished | Lost]:
+        """Bury a worker: its head task is lost, the others go back to the front of the queue."""
+        worker.connection.close()
+        worker.process.kill()
+        worker.process.wait()
+        position = self._workers.index(worker)
+        self._workers[position] = self._start()
+        if not worker.tasks:
+            return []
+        head, *rest = worker.tasks
+        self._queue.extendleft(reversed(rest))
+        return [Lost(head.task_id, status, message)]
+
+
+def map_in_workers(pool: WorkerPool, payloads: Iterable[Any]) -> Iterable[Finished | Lost]:
+    """Outcomes of all payloads as they come, task ids counting from 0; only a pool's fill is in flight at once."""
+    numbered = enumerate(payloads)
+    exhausted = False
+    while True:
+        while not exhausted and pool.outstanding < pool.capacity:
+            task = next(numbered, None)
+            if task is None:
+                exhausted = True
+            else:
+                pool.submit(*task)
+        if exhausted and not pool.outstanding:
+            return
+        yield from pool.wait()
+
+
+def usable_cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ending(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        return "it closed its connection"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+# ------------------------------------------------------------------------------------------------ inside the worker
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """The worker's first message: it can take tasks, or why it never will."""
+
+    failure: str = ""
+
+
+def serve_socket(descriptor: int) -> None:
+    """Run a worker over an inherited socket until the parent closes it."""
+    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(stop, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, OSError), Connection(descriptor) as connection:
+        spec: WorkerSpec = connection.recv()
+        try:
+            handle = _build_handler(spec)
+        except Exception:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+            connection.send(_Ready(traceback.format_exc().strip().splitlines()[-1]))
+            return
+        connection.send(_Ready())
+        while True:
+            task_id, payload = connection.recv()
+            started = time.perf_counter()
+            result = handle(payload)
+            connection.send((task_id, result, time.perf_counter() - started))
+
+
+def _build_handler(spec: WorkerSpec) -> Callable[[Any], Any]:
+    module, _, factory = spec.handler.partition(":")
+    handle: Callable[[Any], Any] = getattr(importlib.import_module(module), factory)(*spec.arguments)
+    if spec.memory_bytes is not None:
+        import resource  # noqa: PLC0415
+
+        resource.setrlimit(resource.RLIMIT_AS, (spec.memory_bytes, spec.memory_bytes))
+    return handle
