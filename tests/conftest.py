@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared machine", deadline=None)  # A slow moment of the machine is no failure.
+settings.load_profile("shared machine")
 
 SHARED = Path(os.environ.get("INTERNVIT_SHARED") or Path(__file__).resolve().parents[1].parent / "shared")
 

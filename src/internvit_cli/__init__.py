@@ -1,8 +1,8 @@
 """internvit: folders of pictures in, InternViT features on disk.
 
-    from internvit_cli import open_features
-    features = open_features("feats.h5")
-    features["cat.jpg"].visual_tokens
+from internvit_cli import open_features
+features = open_features("feats.h5")
+features["cat.jpg"].visual_tokens
 """
 
 from __future__ import annotations

@@ -188,7 +188,9 @@ class Recipe:
         known = {field.name for field in fields(cls)}
         if not isinstance(stored, dict) or set(stored) != known:
             raise ValueError("not a recipe of this version")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
+        }
         return cls(**values)
 
     @property

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from internvit_cli.config import Recipe
 from internvit_cli.errors import OutputError
 from internvit_cli.recipes import check_same
 from internvit_cli.storage.layout import ForeignFileError, stored_recipe
-from internvit_cli.storage.output import FinishedShard, Output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from internvit_cli.config import Recipe
+    from internvit_cli.storage.output import FinishedShard, Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,8 @@ def load_existing(output: Output, *, overwrite: bool) -> Existing:
 def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: bool) -> Existing:
     """What of the existing shards a run with the recipe `wanted` goes on with.
 
-    With `overwrite`, shards of another recipe are set aside, to be replaced when the new output is complete, and an unfinished shard of
-    another recipe is dropped.
+    With `overwrite`, shards of another recipe are set aside, to be replaced when the new output is complete, and an
+    unfinished shard of another recipe is dropped.
 
     Raises:
         OtherRecipeError: there is another recipe and `overwrite` is off.

@@ -1,6 +1,6 @@
 """Fill one shard: pictures are decoded, encoded in batches across images, and written, all at the same time.
 
-    decode thread -> images -> main thread: batches -> encoder -> images' rows -> writer thread
+decode thread -> images -> main thread: batches -> encoder -> images' rows -> writer thread
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from internvit_cli.config import Skipped, Status
-from internvit_cli.decode.decoder import DecodedImage, Decoder, DecodeJob, FailedImage
+from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, FailedImage
 from internvit_cli.errors import InternvitError
 from internvit_cli.observer import Progress
 from internvit_cli.report import Stages
 from internvit_cli.storage.commit import ImageRows, ShardWriter
-from internvit_cli.storage.skipped import SkipLog
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from numpy.typing import NDArray
 
     from internvit_cli.encoder import Encoder, PendingBatch
+    from internvit_cli.storage.skipped import SkipLog
 
 BATCHES_IN_FLIGHT = 2
 """One that the device works on and one that waits, so that the device never does."""

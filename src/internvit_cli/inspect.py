@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import StoreDtype, Tokens
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, stored_recipe
-from internvit_cli.storage.output import FinishedShard
 from internvit_cli.storage.reader import find_shards
 from internvit_cli.table import count_statuses
+
+if TYPE_CHECKING:
+    from internvit_cli.storage.output import FinishedShard
 
 FEATURES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 
@@ -54,6 +56,8 @@ def _datasets(shards: list[FinishedShard], store_dtype: StoreDtype, tokens: Toke
             if name not in FEATURES:
                 continue
             is_tokens = tokens is not Tokens.NONE and name == tokens.dataset
-            entry = found.setdefault(name, {"shape": [0, *extent.spec.shape[1:]], "dtype": store_dtype.value if is_tokens else "float32"})
+            entry = found.setdefault(
+                name, {"shape": [0, *extent.spec.shape[1:]], "dtype": store_dtype.value if is_tokens else "float32"}
+            )
             entry["shape"][0] += extent.spec.shape[0]
     return found

@@ -32,3 +32,6 @@ class Observer:
 
     def progress(self, progress: Progress) -> None:
         """How far the encoding is, all shards together."""
+
+
+SILENT = Observer()

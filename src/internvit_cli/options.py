@@ -45,7 +45,9 @@ class PictureOptions:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_tiles <= self.max_tiles:
-            raise UsageError(f"--min-tiles {self.min_tiles} is above --max-tiles {self.max_tiles}", "give a range, such as 1 and 12")
+            raise UsageError(
+                f"--min-tiles {self.min_tiles} is above --max-tiles {self.max_tiles}", "give a range, such as 1 and 12"
+            )
 
 
 @dataclass(frozen=True, slots=True)

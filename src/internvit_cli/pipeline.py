@@ -1,4 +1,4 @@
-"""The main job from end to end: discover, plan, decode, encode, store, report. The only module that knows every stage."""
+"""The main job from end to end: discover, plan, decode, encode, store, report; it alone knows every stage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillJob, Stop, fill_shard
 from internvit_cli.headers import Header
 from internvit_cli.model.catalog import TINY_RANDOM
-from internvit_cli.observer import Observer, Progress
-from internvit_cli.options import ExtractOptions
+from internvit_cli.observer import SILENT, Observer, Progress
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.preview import find_images
 from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule
@@ -39,11 +38,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.encoder import Encoder
+    from internvit_cli.options import ExtractOptions
     from internvit_cli.sources import Listing, Source
     from internvit_cli.storage.layout import FeatureShape, NewShard
 
 
-def extract(options: ExtractOptions, stop: Stop, observer: Observer = Observer(), stdin: BinaryIO | None = None) -> Summary:
+def extract(options: ExtractOptions, stop: Stop, observer: Observer = SILENT, stdin: BinaryIO | None = None) -> Summary:
     """Bring an output up to date with its sources: make it, go on with it, or find that there is nothing to do.
 
     Args:
@@ -117,7 +117,9 @@ class _Extraction:
         self._model.confirm_weights()
         plan = self._plan(changes.entries)
         shape = feature_shape(self._options, self._model.card, self._model.recipe)
-        self._check_space(existing, [self._new_shard(draft, shape) for draft in self._drafts(existing, changes, plan, shape)])
+        self._check_space(
+            existing, [self._new_shard(draft, shape) for draft in self._drafts(existing, changes, plan, shape)]
+        )
         self._skip_log = SkipLog(self._output.skipped_path)
         self._log_planned_skips(changes.entries, plan)
         self._start(existing, plan)
@@ -139,10 +141,12 @@ class _Extraction:
         run = self._options.run
         rule = pixel_rule(self._model.recipe, self._options.pictures.max_pixels)
         plan_options = PlanOptions(rule, usable_cpus(), run.decode_timeout, run.worker_memory)
-        return plan_images(self._listing, entries, plan_options, lambda done: self._observer.headers(done, len(entries)))
+        return plan_images(
+            self._listing, entries, plan_options, lambda done: self._observer.headers(done, len(entries))
+        )
 
     def _drafts(self, existing: Existing, changes: Changes, plan: Plan, shape: FeatureShape) -> list[Draft]:
-        """The shards to make. New images of a folder get shards of their own; a single file is made anew, with the rows it has."""
+        """The shards to make: more of them in a folder; a single file is made anew, with the rows it has."""
         if not len(plan.table):
             return []
         sources = self._listing.sources
@@ -200,7 +204,7 @@ class _Extraction:
             pool=options.store.pool,
             tile_size=recipe.tile_size,
             layer=recipe.layer,
-            token_order=recipe.token_order,
+            token_order=self._model.card.token_order,
             store_dtype=options.store.store_dtype,
             on_overflow=options.store.on_overflow,
             threads=options.run.threads,
@@ -245,7 +249,11 @@ class _Extraction:
         )
         before = self._total
         filled = fill_shard(
-            job, self._decoder, self._encoder, self._stop, lambda progress: self._observer.progress(before.plus(progress))
+            job,
+            self._decoder,
+            self._encoder,
+            self._stop,
+            lambda progress: self._observer.progress(before.plus(progress)),
         )
         self._stages = self._stages.plus(filled.stages)
         self._total = before.plus(filled.progress)
@@ -290,7 +298,10 @@ class _Extraction:
         if self._options.model.name == TINY_RANDOM:
             notes.append("tiny-random has random weights: its features try the tool out and mean nothing")
         if self._encoder is not None and self._encoder.halved:
-            notes.append("a batch ran out of memory and the size was halved: rows may differ by rounding from those of full batches")
+            notes.append(
+                "a batch ran out of memory and the size was halved: "
+                "rows may differ by rounding from those of full batches"
+            )
         if self._clamped:
             notes.append(f"{self._clamped:,} values were clamped to the range of the stored type")
         if self._listing.unfollowed_links:
@@ -308,7 +319,7 @@ class _Extraction:
 
 
 def _pending(table: ImageTable) -> NDArray[Any]:
-    return table.status == Status.PENDING
+    return np.equal(table.status, Status.PENDING)
 
 
 def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:

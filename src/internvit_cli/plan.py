@@ -1,20 +1,23 @@
-"""From a listing to a table of images: headers give sizes, and sizes give tiles, rows and bytes, before a picture is decoded."""
+"""From a listing to a table of images: headers give sizes, and sizes give tiles, rows and bytes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped, Status
 from internvit_cli.headers import Header
-from internvit_cli.sources.interface import Listing
 from internvit_cli.table import ImageTable
 from internvit_cli.tiling import choose_grid, has_thumbnail
 from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from internvit_cli.sources.interface import Listing
 
 HEADER_CHUNK = 256
 """Headers read in one task: enough to hide the round trip, few enough to be read again one by one if a worker dies."""
@@ -130,7 +133,7 @@ def _build_table(
         if status[row] == Status.PENDING:
             grid = choose_grid(width, height, rule.tiling)
             grids[row] = grid.columns, grid.rows, has_thumbnail(grid, rule.tiling.thumbnail)
-    columns = {
+    columns: dict[str, Any] = {
         "source": np.fromiter((listing.source_index[entry] for entry in entries), np.uint32, size),
         "columns": grids[:, 0],
         "rows": grids[:, 1],

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.errors import NoImagesError
 from internvit_cli.model.catalog import describe_model
-from internvit_cli.observer import Observer
-from internvit_cli.options import ExtractOptions
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.plan import PlanOptions, plan_images
 from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make_recipe, pixel_rule
 from internvit_cli.report import PlanSummary
@@ -21,11 +20,14 @@ from internvit_cli.storage.output import Output
 from internvit_cli.table import count_statuses
 from internvit_cli.workers import usable_cpus
 
+if TYPE_CHECKING:
+    from internvit_cli.options import ExtractOptions
+
 UNKNOWN_DIGEST = "0" * 64
 """Stands for the weights' digest: the weights are not looked at, and only its length matters."""
 
 
-def preview(options: ExtractOptions, observer: Observer = Observer(), stdin: BinaryIO | None = None) -> PlanSummary:
+def preview(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO | None = None) -> PlanSummary:
     """Count the images, tiles and bytes of an extraction of all sources.
 
     Raises:
@@ -42,7 +44,9 @@ def preview(options: ExtractOptions, observer: Observer = Observer(), stdin: Bin
     output = Output(options.store.output, options.store.format)
     tables = [table] if output.is_file else split_table(table, shape, options.store.shard_bytes)
     shards = [new_shard((part, listing.sources), shape, recipe, card) for part in tables]
-    reasons = {status.word: count for status, count in count_statuses(table.status).items() if status is not Status.PENDING}
+    reasons = {
+        status.word: count for status, count in count_statuses(table.status).items() if status is not Status.PENDING
+    }
     if listing.unreadable_folders:
         reasons["unreadable_folder"] = len(listing.unreadable_folders)
     tiles_of_images = table.tile_counts[table.status == Status.PENDING]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import ComputeDtype, PixelRule, Preprocess, Recipe, TilingRule, Tokens
 from internvit_cli.errors import OtherRecipeError
 from internvit_cli.model.card import ModelCard, feature_shapes
 from internvit_cli.model.catalog import describe_model, hub_name
 from internvit_cli.model.checkpoint import Checkpoint
-from internvit_cli.options import ExtractOptions
 from internvit_cli.storage.layout import FeatureShape
+
+if TYPE_CHECKING:
+    from internvit_cli.options import ExtractOptions
 
 LONGEST_DTYPE = "bfloat16"
 OPTION_OF_FIELD = {
@@ -50,8 +52,8 @@ class ModelFacts:
 class ModelInUse:
     """The model of a run, looked at no closer than the run needs.
 
-    A repeated command whose output names the same model on the hub is compared by what the output recorded: without network, without
-    weights, without torch.
+    A repeated command whose output names the same model on the hub is compared by what the output recorded: without
+    network, without weights, without torch.
     """
 
     def __init__(self, options: ExtractOptions, stored: dict[str, Any] | None) -> None:
@@ -83,7 +85,9 @@ class ModelInUse:
         """The model's weights, located and checked when first asked for, not yet read."""
         if self._checkpoint is None:
             layer = self.card.resolve_layer(self._options.model.layer)
-            self._checkpoint = Checkpoint.open(self.card, layer=layer, projector=self._options.store.tokens is Tokens.PROJECTED)
+            self._checkpoint = Checkpoint.open(
+                self.card, layer=layer, projector=self._options.store.tokens is Tokens.PROJECTED
+            )
         return self._checkpoint
 
     def confirm_weights(self) -> None:
@@ -137,7 +141,9 @@ def pixel_rule(recipe: Recipe, max_pixels: int) -> PixelRule:
         exif=recipe.exif,
         background=recipe.background,
         # Without tokens the other tiles matter only when the image's vector is their mean.
-        global_view_only=recipe.tokens == Tokens.NONE.value and not recipe.tile_pooled and recipe.thumbnail | (recipe.max_tiles == 1),
+        global_view_only=recipe.tokens == Tokens.NONE.value
+        and not recipe.tile_pooled
+        and recipe.thumbnail | (recipe.max_tiles == 1),
         max_pixels=max_pixels,
     )
 
@@ -160,10 +166,10 @@ def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> F
 
 
 def planned_dtype(options: ExtractOptions, stored: Recipe | None) -> str | None:
-    """The compute type as far as it is known before the encoder is loaded: asked for, or that of the output; else None."""
+    """The compute type that was asked for, or else that of the output; None while it is still to be measured."""
     if options.run.dtype is not ComputeDtype.AUTO:
         return options.run.dtype.value
-    return None if stored is None else stored.compute_dtype
+    return str(stored.compute_dtype) if stored else None
 
 
 def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Status
 from internvit_cli.errors import OtherRecipeError, OutputError
 from internvit_cli.sources.interface import Listing, Source
-from internvit_cli.storage.output import FinishedShard
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from internvit_cli.storage.output import FinishedShard
 
 HASH_BLOCK = 1 << 20
 
@@ -84,7 +87,8 @@ class StoredImages:
         if then == now or then.path(listing.keys[entry]) == listing.path(entry):
             return
         raise OtherRecipeError(
-            f"{os.fsdecode(listing.keys[entry])!r} came from {os.fsdecode(then.root)!r} before and comes from {os.fsdecode(now.root)!r} now",
+            f"{os.fsdecode(listing.keys[entry])!r} came from {os.fsdecode(then.root)!r} before "
+            f"and comes from {os.fsdecode(now.root)!r} now",
             "choose another output, or give the sources names of their own: NAME=DIR",
         )
 

@@ -34,7 +34,9 @@ class Stages:
 
     def plus(self, other: Stages) -> Stages:
         """The sum of two."""
-        return Stages(self.wall + other.wall, self.decode + other.decode, self.device + other.device, self.write + other.write)
+        return Stages(
+            self.wall + other.wall, self.decode + other.decode, self.device + other.device, self.write + other.write
+        )
 
     @property
     def bottleneck(self) -> str:
@@ -45,7 +47,7 @@ class Stages:
         stage = max(shares, key=lambda name: shares[name])
         share = f"{100 * min(1.0, shares[stage]):.0f} %"
         if shares[stage] < BUSY:
-            return f"No stage is the limit: the busiest, {stage}, worked {share} of the time; starting up and the last batch take the rest."
+            return f"No stage is the limit: the busiest, {stage}, worked {share} of the time."
         return {
             "device": f"The encoder is the limit: it was busy {share} of the time.",
             "decode": f"Decoding is the limit: the workers were busy {share} of the time; try more --workers.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +14,8 @@ from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, POOLED, Feature
 from internvit_cli.table import ImageTable, concatenate
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
     from internvit_cli.model.card import ModelCard
     from internvit_cli.sources import Source
     from internvit_cli.storage.output import FinishedShard

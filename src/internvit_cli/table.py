@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from internvit_cli.config import Status
+
+if TYPE_CHECKING:
+    import hashlib
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
 
 COLUMN_DTYPES: dict[str, str] = {
     "source": "<u4",

@@ -1,8 +1,8 @@
 """Processes that may die: a pool in which a crash or a hang costs the task at hand and nothing else.
 
-Each worker is a fresh interpreter with one socket to the parent. It holds no lock, ignores the signals that stop a run, and ends when
-its socket closes, so that neither a killed worker nor a killed parent leaves anything behind. A shared queue would not do: its lock dies
-with whoever holds it.
+Each worker is a fresh interpreter with one socket to the parent. It holds no lock, ignores the signals that stop a run,
+and ends when its socket closes, so that neither a killed worker nor a killed parent leaves anything behind. A shared
+queue would not do: its lock dies with whoever holds it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Status
 from internvit_cli.errors import InternvitError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from typing_extensions import Self
+
 QUEUE_DEPTH = 2
 """Tasks given to one worker: the one at hand and the next, so that it never waits for the parent."""
 
-BOOTSTRAP = (
-    "import sys; sys.path[:] = sys.argv[2:]; from internvit_cli.workers import serve_socket; serve_socket(int(sys.argv[1]))"
-)
+BOOTSTRAP = """\
+import sys
+sys.path[:] = sys.argv[2:]
+from internvit_cli.workers import serve_socket
+serve_socket(int(sys.argv[1]))
+"""
 """The worker imports from exactly where its parent does, never from the working directory, which may hold anything."""
 
 
@@ -139,7 +146,7 @@ class WorkerPool:
         self._workers.clear()
         self._queue.clear()
 
-    def __enter__(self) -> WorkerPool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +159,7 @@ class WorkerPool:
             # One thread a worker: the pool is the parallelism. Libraries such as libtiff write what they think of a
             # picture to stderr, which belongs to the user's terminal; the outcome says it instead.
             environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: S603 - our own interpreter, and nothing from outside
                 command,
                 pass_fds=(theirs.fileno(), *self._spec.descriptors),
                 env=environment,
@@ -302,7 +309,7 @@ def _build_handler(spec: WorkerSpec) -> Callable[[Any], Any]:
     module, _, factory = spec.handler.partition(":")
     handle: Callable[[Any], Any] = getattr(importlib.import_module(module), factory)(*spec.arguments)
     if spec.memory_bytes is not None:
-        import resource  # noqa: PLC0415
+        import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (spec.memory_bytes, spec.memory_bytes))
     return handle

@@ -1,1 +1,1 @@
-"""The command line: a thin shell around the pipeline and the reader. Only here is anything printed, and only here does a run exit."""
+"""The command line: a thin shell around pipeline and reader, and the only place that prints or exits."""

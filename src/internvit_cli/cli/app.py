@@ -11,8 +11,9 @@ from internvit_cli.cli import extract, info, plan
 from internvit_cli.cli.console import fail
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
 
-EXIT_CODES = """Exit codes: 0 done, 1 cannot run, 2 usage, 3 finished with skipped images, 4 no images found, 5 the output has another recipe,
-6 not enough disk space, 75 the output is in use, 130/143/138 stopped by a signal (run the same command to continue)."""
+EXIT_CODES = """Exit codes: 0 done, 1 cannot run, 2 usage, 3 finished with skipped images, 4 no images found,
+5 the output has another recipe, 6 not enough disk space, 75 the output is in use,
+130/143/138 stopped by a signal (run the same command to continue)."""
 
 app = typer.Typer(
     name="internvit",

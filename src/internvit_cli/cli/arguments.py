@@ -31,7 +31,7 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 LEAST_WORKER_MEMORY = 512 << 20
 
 
-def build_options(  # noqa: D417 - each argument is an option and has its help
+def build_options(
     sources: Annotated[
         Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
         typer.Argument(help="Folders, files, globs, NAME=DIR, or - for a list on standard input.", show_default=False),
@@ -40,27 +40,42 @@ def build_options(  # noqa: D417 - each argument is an option and has its help
         str, typer.Option("-o", "--output", help="feats.h5 for one file, feats/ for shards.", show_default=False)
     ] = "",
     files_from: Annotated[
-        Optional[str], typer.Option(help="A file with one path a line; - is standard input.", rich_help_panel=SOURCES)
+        str | None, typer.Option(help="A file with one path a line; - is standard input.", rich_help_panel=SOURCES)
     ] = None,
-    null: Annotated[bool, typer.Option("-0", "--null", help="Paths of lists end in NUL.", rich_help_panel=SOURCES)] = False,
+    null: Annotated[
+        bool, typer.Option("-0", "--null", help="Paths of lists end in NUL.", rich_help_panel=SOURCES)
+    ] = False,
     root: Annotated[
-        Optional[str], typer.Option(help="What keys of files and lists are relative to.", rich_help_panel=SOURCES)
+        str | None, typer.Option(help="What keys of files and lists are relative to.", rich_help_panel=SOURCES)
     ] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Follow links out of a source, and to folders.", rich_help_panel=SOURCES)
+        bool,
+        typer.Option("--follow-links", help="Follow links out of a source, and to folders.", rich_help_panel=SOURCES),
     ] = False,
     model: Annotated[
-        str, typer.Option("-m", "--model", help="Hub id, alias (300m, 6b), directory, or tiny-random.", rich_help_panel=MODEL)
+        str,
+        typer.Option(
+            "-m", "--model", help="Hub id, alias (300m, 6b), directory, or tiny-random.", rich_help_panel=MODEL
+        ),
     ] = DEFAULT_MODEL,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=MODEL)] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=MODEL)
+    ] = None,
     layer: Annotated[
         str, typer.Option(help="Hidden state to take: auto, or an index such as -4.", rich_help_panel=MODEL)
     ] = "auto",
     tile_size: Annotated[
-        Optional[int], typer.Option(min=14, max=4480, help="Side of a tile, pixels.  [default: the model's]", rich_help_panel=PICTURES)
+        int | None,
+        typer.Option(
+            min=14, max=4480, help="Side of a tile, pixels.  [default: the model's]", rich_help_panel=PICTURES
+        ),
     ] = None,
-    min_tiles: Annotated[int, typer.Option(min=1, max=1000, help="Fewest tiles of a grid.", rich_help_panel=PICTURES)] = 1,
-    max_tiles: Annotated[int, typer.Option(min=1, max=1000, help="Most tiles of a grid.", rich_help_panel=PICTURES)] = 12,
+    min_tiles: Annotated[
+        int, typer.Option(min=1, max=1000, help="Fewest tiles of a grid.", rich_help_panel=PICTURES)
+    ] = 1,
+    max_tiles: Annotated[
+        int, typer.Option(min=1, max=1000, help="Most tiles of a grid.", rich_help_panel=PICTURES)
+    ] = 12,
     thumbnail: Annotated[
         bool, typer.Option(help="Add the whole picture as a last tile.", rich_help_panel=PICTURES)
     ] = True,
@@ -69,7 +84,8 @@ def build_options(  # noqa: D417 - each argument is an option and has its help
     ] = Preprocess.TILES,
     exif: Annotated[bool, typer.Option(help="Turn pictures upright by their EXIF.", rich_help_panel=PICTURES)] = True,
     background: Annotated[
-        Optional[str], typer.Option(metavar="COLOR", help="Compose transparency over it first.", rich_help_panel=PICTURES)
+        str | None,
+        typer.Option(metavar="COLOR", help="Compose transparency over it first.", rich_help_panel=PICTURES),
     ] = None,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Skip pictures with more.", rich_help_panel=PICTURES)
@@ -79,24 +95,32 @@ def build_options(  # noqa: D417 - each argument is an option and has its help
     tile_pooled: Annotated[
         bool, typer.Option("--tile-pooled", help="Store a vector of every tile too.", rich_help_panel=STORE)
     ] = False,
-    store_dtype: Annotated[StoreDtype, typer.Option(help="Type of stored tokens.", rich_help_panel=STORE)] = StoreDtype.FLOAT16,
+    store_dtype: Annotated[
+        StoreDtype, typer.Option(help="Type of stored tokens.", rich_help_panel=STORE)
+    ] = StoreDtype.FLOAT16,
     on_overflow: Annotated[
         OnOverflow, typer.Option(help="A value too large for that type.", rich_help_panel=STORE)
     ] = OnOverflow.SKIP,
     shard_format: Annotated[
-        Optional[Format], typer.Option("--format", help="Of the shards of a folder.  [default: npy]", rich_help_panel=STORE)
+        Format | None,
+        typer.Option("--format", help="Of the shards of a folder.  [default: npy]", rich_help_panel=STORE),
     ] = None,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of a shard.", rich_help_panel=STORE)] = "4GiB",
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Most bytes of a shard.", rich_help_panel=STORE)
+    ] = "4GiB",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
-    dtype: Annotated[ComputeDtype, typer.Option(help="Type the encoder computes in.", rich_help_panel=RUN)] = ComputeDtype.AUTO,
+    dtype: Annotated[
+        ComputeDtype, typer.Option(help="Type the encoder computes in.", rich_help_panel=RUN)
+    ] = ComputeDtype.AUTO,
     batch_size: Annotated[
         str, typer.Option(metavar="TILES", help="Tiles a batch: auto measures.", rich_help_panel=RUN)
     ] = "auto",
     workers: Annotated[
-        Optional[int], typer.Option(min=1, max=512, help="Decode processes.  [default: by cores]", rich_help_panel=RUN)
+        int | None, typer.Option(min=1, max=512, help="Decode processes.  [default: by cores]", rich_help_panel=RUN)
     ] = None,
     threads: Annotated[
-        Optional[int], typer.Option(min=1, max=512, help="Encoder threads on a CPU.  [default: cores]", rich_help_panel=RUN)
+        int | None,
+        typer.Option(min=1, max=512, help="Encoder threads on a CPU.  [default: cores]", rich_help_panel=RUN),
     ] = None,
     decode_timeout: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Skip a picture that takes longer.", rich_help_panel=RUN)
@@ -121,8 +145,6 @@ def build_options(  # noqa: D417 - each argument is an option and has its help
     """
     if not sources and files_from is None:
         raise UsageError("no sources given", "name a folder of pictures, such as: internvit extract ./imgs -o feats.h5")
-    if tokens is Tokens.NONE and shard_format is None and not output:
-        output = ""
     return ExtractOptions(
         sources=tuple(sources or ()),
         discover=DiscoverOptions(files_from=files_from, null_separated=null, root=root, follow_links=follow_links),
@@ -163,7 +185,7 @@ def build_options(  # noqa: D417 - each argument is an option and has its help
 
 
 def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command all options of `build_options` beside its own; it is called with the `ExtractOptions` they make."""
+    """Give a command the options of `build_options` beside its own; it is called with what they make."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     shared = list(inspect.signature(build_options, eval_str=True).parameters.values())
 
@@ -184,7 +206,9 @@ def parse_size(option: str, text: str, least: int) -> int:
     match = SIZE.fullmatch(text.strip())
     size = int(float(match[1]) * BINARY_UNITS[match[2].lower()]) if match else 0
     if size < least:
-        raise UsageError(f"{option} {text}: not a size of at least {least:,} bytes", f"give a size such as {option} 4GiB")
+        raise UsageError(
+            f"{option} {text}: not a size of at least {least:,} bytes", f"give a size such as {option} 4GiB"
+        )
     return size
 
 
@@ -195,7 +219,9 @@ def parse_layer(text: str) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"--layer {text}: neither auto nor a whole number", "give an index such as --layer -4") from None
+        raise UsageError(
+            f"--layer {text}: neither auto nor a whole number", "give an index such as --layer -4"
+        ) from None
 
 
 def parse_batch_size(text: str) -> int | None:
@@ -203,7 +229,9 @@ def parse_batch_size(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65536:
-        raise UsageError(f"--batch-size {text}: neither auto nor a number of tiles", "give a number such as --batch-size 64")
+        raise UsageError(
+            f"--batch-size {text}: neither auto nor a number of tiles", "give a number such as --batch-size 64"
+        )
     return int(text)
 
 
@@ -214,6 +242,8 @@ def parse_color(text: str) -> tuple[int, int, int]:
     try:
         color = ImageColor.getcolor(text, "RGB")
     except ValueError:
-        raise UsageError(f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'") from None
+        raise UsageError(
+            f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'"
+        ) from None
     assert isinstance(color, tuple)
     return color[0], color[1], color[2]

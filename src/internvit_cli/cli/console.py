@@ -1,4 +1,4 @@
-"""Lines for people and programs: messages on stderr, results on stdout, nothing in a name that could steer a terminal."""
+"""Lines for people and programs: messages on stderr, results on stdout."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def one_line(text: str) -> str:
-    """The text with control characters and undecodable bytes written out, so that a file's name cannot steer a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text)
+    """The text with control characters written out, so that a file's name cannot steer a terminal."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
+    )
 
 
 def human_bytes(count: float) -> str:

@@ -28,7 +28,8 @@ def extract_command(
     options: ExtractOptions,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     allow_skipped: Annotated[
-        str, typer.Option(metavar="N|N%", help="Exit 0 with up to so many skipped images.", rich_help_panel="How it runs")
+        str,
+        typer.Option(metavar="N|N%", help="Exit 0 with up to so many skipped images.", rich_help_panel="How it runs"),
     ] = "0",
     json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
@@ -106,7 +107,8 @@ def print_summary(summary: Summary) -> None:
     """The run in a few lines: every image accounted for, and where the time went."""
     counts, stages = summary.counts, summary.stages
     print_line(
-        f"{summary.output}: {counts.found:,} images found = {counts.done:,} done + {counts.skipped:,} skipped + {counts.pending:,} pending"
+        f"{summary.output}: {counts.found:,} images found = "
+        f"{counts.done:,} done + {counts.skipped:,} skipped + {counts.pending:,} pending"
     )
     if counts.reasons:
         print_line("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.reasons.items())))

@@ -51,5 +51,8 @@ def _print_tables(facts: dict[str, Any]) -> None:
         table.add_row(name, one_line(f"{dataset['shape']} {dataset['dtype']}"))
     if runs := facts["runs"]:
         last = runs[-1]
-        table.add_row("last run", one_line(f"{last.get('ended')} on {last.get('host')}, {last.get('device')}, {last.get('dtype')}"))
+        table.add_row(
+            "last run",
+            one_line(f"{last.get('ended')} on {last.get('host')}, {last.get('device')}, {last.get('dtype')}"),
+        )
     console.print(table)

@@ -49,7 +49,9 @@ def show_plan(options: ExtractOptions, *, as_json: bool, quiet: bool) -> int:
 
 def print_plan(planned: PlanSummary) -> None:
     """The plan for a person, with the tile histogram drawn."""
-    print_line(f"images   {planned.images:,}" + (f", of which {planned.skipped:,} cannot be read" if planned.skipped else ""))
+    print_line(
+        f"images   {planned.images:,}" + (f", of which {planned.skipped:,} cannot be read" if planned.skipped else "")
+    )
     for reason, count in sorted(planned.reasons.items()):
         print_line(f"         {count:,} {reason}")
     print_line(f"tiles    {planned.tiles:,}, thumbnails included")

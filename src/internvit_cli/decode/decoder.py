@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from internvit_cli.config import PixelRule, Skipped, Status
 from internvit_cli.decode.pictures import Decoded, decode_tiles
 from internvit_cli.decode.slots import Slots, SlotShape
-from internvit_cli.headers import Header
-from internvit_cli.tiling import Grid
 from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
     from numpy.typing import NDArray
+
+    from internvit_cli.headers import Header
+    from internvit_cli.tiling import Grid
 
 PIXELS_IN_FLIGHT = 256_000_000
 """Source pixels that all workers together may have in hand: decoded pictures are what memory goes to."""
@@ -96,7 +98,8 @@ class Decoder:
     ) -> Iterator[DecodedImage | FailedImage]:
         """Decode all jobs; results come in the order in which they are ready.
 
-        A job whose worker died is tried once more, alone. After `stopped` turns true nothing more is started or returned.
+        A job whose worker died is tried once more, alone. After `stopped` turns true nothing more is started or
+        returned.
         """
         waiting = iter(jobs)
         retries: deque[DecodeJob] = deque()

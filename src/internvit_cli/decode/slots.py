@@ -1,7 +1,7 @@
 """Shared memory through which tiles come from the decode workers, without a copy.
 
-The segment is an anonymous memory file, passed by descriptor and allocated up front: a small /dev/shm cannot break it in the middle of a
-run, and nothing is left behind when a process is killed.
+The segment is an anonymous memory file, passed by descriptor and allocated up front: a small /dev/shm cannot break it
+in the middle of a run, and nothing is left behind when a process is killed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import mmap
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from internvit_cli.errors import InternvitError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)

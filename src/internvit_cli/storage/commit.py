@@ -1,7 +1,8 @@
 """The commit protocol: an image is done when, and only when, its rows are on the disk.
 
-Rows, digests and CRCs are written and synced first, statuses after them, and synced again. So whatever instant a process dies or the
-power goes, a status that says done is true. Between checkpoints nothing is promised, and nothing but those images is done again.
+Rows, digests and CRCs are written and synced first, statuses after them, and synced again. So whatever instant a
+process dies or the power goes, a status that says done is true. Between checkpoints nothing is promised, and nothing
+but those images is done again.
 """
 
 from __future__ import annotations
@@ -11,20 +12,35 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from internvit_cli.config import Skipped, Status
 from internvit_cli.errors import NoSpaceError, OutputError
-from internvit_cli.table import ImageTable
 from internvit_cli.storage.durable import read_exactly, rename_durably, reserve, sync_data, sync_path, write_all
-from internvit_cli.storage.interface import ShardFormat
-from internvit_cli.storage.layout import CRC32, DIGEST, POOLED, RUN_LOG, RUN_LOG_BYTES, STATUS, TILE_POOLED, TOKEN_DATASETS, Extent, NewShard
+from internvit_cli.storage.layout import (
+    CRC32,
+    DIGEST,
+    POOLED,
+    RUN_LOG,
+    RUN_LOG_BYTES,
+    STATUS,
+    TILE_POOLED,
+    TOKEN_DATASETS,
+    Extent,
+    NewShard,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.storage.interface import ShardFormat
+    from internvit_cli.table import ImageTable
 
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -72,7 +88,7 @@ class ImageRows:
     pooled: NDArray[Any]
     """[d] float32."""
     tokens: Sequence[NDArray[Any]] = ()
-    """Consecutive blocks of the image's tiles, each [tiles, T, C] in the stored type; empty where no tokens are stored."""
+    """Consecutive blocks of its tiles, each [tiles, T, C] in the stored type; empty where none are stored."""
     tile_pooled: Sequence[NDArray[Any]] = ()
     """The same for the tiles' vectors, each [tiles, d] float32."""
 
@@ -95,7 +111,9 @@ class ShardWriter:
     def __init__(self, backend: ShardFormat, partial: str, table: ImageTable) -> None:
         """Open a shard that `create_shard` made; `table` is its table with the statuses on disk."""
         self._extents = backend.extents(partial)
-        self._descriptors = {path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in self._extents.values()}}
+        self._descriptors = {
+            path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in self._extents.values()}
+        }
         self._tile_offset = table.tile_offset.tolist()
         images = len(table)
         self._status = table.status.copy()
@@ -119,7 +137,7 @@ class ShardWriter:
         return time.monotonic() - self._pending.since if self._pending.rows else 0.0
 
     def rewrite_commit_records(self) -> None:
-        """Write digests, CRCs and statuses with their own bytes and sync: after a failed sync the kernel may have dropped them."""
+        """Write digests, CRCs and statuses again and sync: an earlier, failed sync may have dropped them."""
         self._write_records(np.arange(len(self._status)))
 
     def write(self, image: ImageRows) -> None:
@@ -158,7 +176,7 @@ class ShardWriter:
         extent = self._extents[RUN_LOG]
         descriptor = self._descriptors[extent.path]
         log = read_exactly(descriptor, RUN_LOG_BYTES, extent.offset, extent.path).rstrip(b"\0")
-        lines = [*log.splitlines(keepends=True), json.dumps(entry, sort_keys=True).encode() + b"\n"]
+        lines = [*bytes(log).splitlines(keepends=True), json.dumps(entry, sort_keys=True).encode() + b"\n"]
         while sum(map(len, lines)) > RUN_LOG_BYTES:
             del lines[0]
         with _disk_errors(extent.path):
@@ -186,7 +204,7 @@ class ShardWriter:
         data = np.ascontiguousarray(rows)
         with _disk_errors(extent.path):
             write_all(self._descriptors[extent.path], data, extent.offset + position * extent.spec.row_bytes)
-        return zlib.crc32(data, checksum)
+        return zlib.crc32(data.data, checksum)
 
     def _finish(self, row: int, status: Status, digest: bytes, nbytes: int) -> None:
         if not self._pending.rows:
@@ -208,7 +226,9 @@ class ShardWriter:
         extent: Extent = self._extents[name]
         with _disk_errors(extent.path):
             for start, stop in runs:
-                write_all(self._descriptors[extent.path], column[start:stop], extent.offset + start * extent.spec.row_bytes)
+                write_all(
+                    self._descriptors[extent.path], column[start:stop], extent.offset + start * extent.spec.row_bytes
+                )
 
     def _sync(self, paths: set[str]) -> None:
         for path in sorted(paths):
@@ -223,7 +243,9 @@ def _disk_errors(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_SPACE_ERRNOS:
-            raise NoSpaceError(f"the disk of {path} is full", "free some space and run the same command again") from error
+            raise NoSpaceError(
+                f"the disk of {path} is full", "free some space and run the same command again"
+            ) from error
         raise OutputError(
             f"cannot write {path}: {error.strerror}",
             "check the disk, then run the same command again: what was committed is kept",

@@ -1,4 +1,4 @@
-"""Writing that survives a crash: exact positioned writes, reserved space, syncs, and names that appear whole or not at all."""
+"""Writing that survives a crash: positioned writes, reserved space, syncs, names that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import fcntl
 import os
 import sys
 import tempfile
-from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from internvit_cli.errors import NoSpaceError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 WITHOUT_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -35,13 +37,19 @@ def read_exactly(descriptor: int, size: int, offset: int, path: str) -> bytearra
     while view:
         got = os.preadv(descriptor, [view], offset)
         if got == 0:
-            raise OutputError(f"{path} is shorter than its index says", "it was truncated after it was written; restore it from a copy")
+            raise OutputError(
+                f"{path} is shorter than its index says",
+                "it was truncated after it was written; restore it from a copy",
+            )
         view, offset = view[got:], offset + got
     return data
 
 
 def sync_data(descriptor: int) -> None:
-    """Wait until a file's data is on the disk. An error is fatal: after a failed sync the data may be gone, so it is never retried."""
+    """Wait until a file's data is on the disk.
+
+    An error is fatal: after a failed sync the data may be gone, so it is never retried.
+    """
     if sys.platform == "darwin":  # fsync there leaves the data in the drive's cache
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
@@ -76,7 +84,8 @@ def write_file(path: str, data: bytes) -> None:
 def reserve(path: str) -> None:
     """Have the filesystem set the blocks of a file aside, so that the disk cannot fill up in the middle of a run.
 
-    This is fallocate(2) itself: the C library's stand-in for filesystems without it would write every block. There the file stays sparse.
+    This is fallocate(2) itself: the C library's stand-in for filesystems without it would write every block. There the
+    file stays sparse.
 
     Raises:
         OSError: the blocks are not to be had.
@@ -99,8 +108,8 @@ def reserve(path: str) -> None:
 def memory_file() -> BinaryIO:
     """An empty file that lies in memory and goes when it is closed; its holes take no room."""
     if not hasattr(os, "memfd_create"):
-        return tempfile.TemporaryFile(buffering=0)  # type: ignore[return-value]
-    return os.fdopen(os.memfd_create("internvit-plan"), "w+b", buffering=0)  # type: ignore[return-value]
+        return tempfile.TemporaryFile(buffering=0)
+    return os.fdopen(os.memfd_create("internvit-plan"), "w+b", buffering=0)
 
 
 def free_bytes(path: str) -> int:

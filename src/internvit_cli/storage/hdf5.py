@@ -1,23 +1,36 @@
 """A shard as one HDF5 file.
 
-HDF5 makes the file and is closed before the first row: rows are then written at the datasets' byte offsets, so that no moment of a run
-leaves a file that HDF5 cannot open.
+HDF5 makes the file and is closed before the first row: rows are then written at the datasets' byte offsets, so that no
+moment of a run leaves a file that HDF5 cannot open.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from internvit_cli.config import Tokens
 from internvit_cli.errors import OutputError
-from internvit_cli.table import COLUMN_DTYPES, ImageTable
 from internvit_cli.storage.durable import memory_file, rename_durably, sync_path
-from internvit_cli.storage.layout import ALIGNMENT, CRC32, DIGEST, RUN_LOG, STATUS, DatasetSpec, Extent, NewShard, StoredShard, parse_run_log
+from internvit_cli.storage.layout import (
+    ALIGNMENT,
+    CRC32,
+    DIGEST,
+    RUN_LOG,
+    STATUS,
+    DatasetSpec,
+    Extent,
+    NewShard,
+    StoredShard,
+    parse_run_log,
+)
+from internvit_cli.table import COLUMN_DTYPES, ImageTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 KEY_BLOCK = 65536
 """Keys written in one call: bounds the memory of their conversion."""
@@ -42,7 +55,8 @@ def _write_structure(target: BinaryIO, shard: NewShard) -> None:
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     access.set_alignment(1, ALIGNMENT)
-    # The same driver for a real file and for one in memory: HDF5's layout depends on it, and a planned size has to be exact.
+    # The same driver for a real file and for one in memory: HDF5's layout depends on it, and a planned size has
+    # to be exact.
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, target)
     with h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, fapl=access)) as file:
         for name, value in shard.complete_attributes.items():
@@ -84,7 +98,9 @@ def read(path: str) -> StoredShard:
             table = ImageTable.build(_read_keys(file["image/key"]), file[STATUS][...], columns)
             return StoredShard(table, {name: _plain(value) for name, value in file.attrs.items()})
         except (KeyError, ValueError, OSError, RuntimeError) as error:
-            raise OutputError(f"{path} is not a sound feature file: {error}", "restore it, or start anew with --overwrite") from error
+            raise OutputError(
+                f"{path} is not a sound feature file: {error}", "restore it, or start anew with --overwrite"
+            ) from error
 
 
 def publish(partial: str, final: str) -> None:
@@ -112,12 +128,19 @@ def final_paths(final: str) -> list[str]:
 
 def _open(path: str) -> h5py.File:
     try:
-        # Rows are written past HDF5, under a lock of our own, so its lock would only shut readers out.
-        return h5py.File(path, "r", locking=False)
+        return h5py.File(path, "r")
     except OSError as error:
+        failure = error
+    try:
+        # Some filesystems have no locks. Rows are written past HDF5, under a lock of our own, so its lock
+        # matters to nobody.
+        return h5py.File(path, "r", locking=False)
+    except OSError:
         if not os.path.exists(path):
-            raise OutputError(f"{path} is not there", "check the path") from error
-        raise OutputError(f"{path} is not a readable HDF5 file: {error}", "restore it, or start anew with --overwrite") from error
+            raise OutputError(f"{path} is not there", "check the path") from failure
+        raise OutputError(
+            f"{path} is not a readable HDF5 file: {failure}", "restore it, or start anew with --overwrite"
+        ) from failure
 
 
 def _lay_out(file: h5py.File, spec: DatasetSpec) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from internvit_cli.config import Format
-from internvit_cli.storage.layout import Extent, NewShard, StoredShard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from internvit_cli.storage.layout import Extent, NewShard, StoredShard
+
 
 class ShardFormat(Protocol):
-    """One way to keep a shard on disk. `partial` and `final` are the paths of the shard before and after it is complete."""
+    """One way to keep a shard on disk, at a `partial` path before and a `final` one after it is complete."""
 
     SUFFIX: str
     """What a shard's name ends in, such as `.h5`."""

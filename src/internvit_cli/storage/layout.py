@@ -6,14 +6,17 @@ import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from internvit_cli.config import Recipe, StoreDtype, Tokens
 from internvit_cli.errors import OutputError
-from internvit_cli.table import ImageTable
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from internvit_cli.table import ImageTable
 
 FORMAT = "internvit-features"
 FORMAT_VERSION = 1
@@ -124,7 +127,9 @@ class StoredShard:
         """
         name = self.attributes.get("format")
         if name != FORMAT:
-            raise ForeignFileError(f"{path} is not an internvit feature file", "choose another output, or move that file away")
+            raise ForeignFileError(
+                f"{path} is not an internvit feature file", "choose another output, or move that file away"
+            )
         version = self.attributes.get("format_version")
         if version != FORMAT_VERSION:
             raise OutputError(
@@ -133,7 +138,10 @@ class StoredShard:
             )
         unsigned = {name: value for name, value in self.attributes.items() if name != "index_digest"}
         if index_digest(self.table, unsigned) != self.attributes.get("index_digest"):
-            raise OutputError(f"the index of {path} is damaged: its digest does not match", "restore it, or start anew with --overwrite")
+            raise OutputError(
+                f"the index of {path} is damaged: its digest does not match",
+                "restore it, or start anew with --overwrite",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +180,9 @@ def stored_recipe(attributes: dict[str, Any], path: str) -> Recipe:
     try:
         return Recipe.from_json(attributes["recipe"])
     except (KeyError, ValueError, TypeError) as error:
-        raise OutputError(f"{path} has no recipe that this version understands", "restore it, or start anew with --overwrite") from error
+        raise OutputError(
+            f"{path} has no recipe that this version understands", "restore it, or start anew with --overwrite"
+        ) from error
 
 
 def decode_values(stored: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -8,10 +8,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from internvit_cli.errors import LockedError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -47,7 +50,8 @@ def _acquire(path: str) -> int:
         except OSError as error:
             folder = os.path.dirname(os.path.abspath(path))
             raise OutputError(
-                f"cannot write in {folder}: {error.strerror}", "create the folder, or choose an output in one that can be written"
+                f"cannot write in {folder}: {error.strerror}",
+                "create the folder, or choose an output in one that can be written",
             ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,9 +60,12 @@ def _acquire(path: str) -> int:
             os.close(descriptor)
             if error.errno in WITHOUT_FLOCK:
                 raise OutputError(
-                    f"the filesystem of {path} has no locks", "run with --no-lock, and see to it that only one run writes this output"
+                    f"the filesystem of {path} has no locks",
+                    "run with --no-lock, and see to it that only one run writes this output",
                 ) from error
-            raise LockedError(f"{path.removesuffix('.lock')} is held by another run{_describe(holder)}", "try again later") from error
+            raise LockedError(
+                f"{path.removesuffix('.lock')} is held by another run{_describe(holder)}", "try again later"
+            ) from error
         if _is_at(descriptor, path):
             return descriptor
         os.close(descriptor)

@@ -1,22 +1,19 @@
 """A shard as .npy files, for those who map arrays straight into memory.
 
-While it is filled the shard is a folder, `shard-00000.partial/`, with one fixed-size file a dataset. Publishing moves the feature arrays to
-`shard-00000.pooled.npy` and so on, and writes what is known of each image to `shard-00000.images.jsonl` and the attributes to
-`shard-00000.json`.
+While it is filled the shard is a folder, `shard-00000.partial/`, with one fixed-size file a dataset. Publishing moves
+the feature arrays to `shard-00000.pooled.npy` and so on, and writes what is known of each image to
+`shard-00000.images.jsonl` and the attributes to `shard-00000.json`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from internvit_cli.errors import OutputError
-from internvit_cli.table import COLUMN_DTYPES, ImageTable
 from internvit_cli.storage.durable import read_exactly, rename_durably, sync_path, write_file
 from internvit_cli.storage.layout import (
     ALIGNMENT,
@@ -33,6 +30,12 @@ from internvit_cli.storage.layout import (
     StoredShard,
     parse_run_log,
 )
+from internvit_cli.table import COLUMN_DTYPES, ImageTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
 SUFFIX = ""
 FEATURE_DATASETS = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
@@ -86,14 +89,16 @@ def read(path: str) -> StoredShard:
     except FileNotFoundError as error:
         raise OutputError(f"{error.filename} is not there", "restore it, or start anew with --overwrite") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise OutputError(f"{path} is not a sound feature shard: {error}", "restore it, or start anew with --overwrite") from error
+        raise OutputError(
+            f"{path} is not a sound feature shard: {error}", "restore it, or start anew with --overwrite"
+        ) from error
 
 
 def publish(partial: str, final: str) -> None:
     """Move the arrays to their names and write the index beside them.
 
-    `partial` keeps what is known of each image and stays until the manifest names the shard, so that a crash in between loses nothing:
-    publishing again finishes what was begun.
+    `partial` keeps what is known of each image and stays until the manifest names the shard, so that a crash in between
+    loses nothing: publishing again finishes what was begun.
     """
     table = read(partial).table
     digests = _read_array(_dataset_path(partial, DIGEST), DIGEST)
@@ -160,11 +165,16 @@ def _lay_out(path: str, spec: DatasetSpec) -> None:
 def _read_header(path: str, name: str) -> tuple[DatasetSpec, int]:
     with open(path, "rb") as file:
         try:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("another version of the format")
+            version = np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
         except (ValueError, SyntaxError, TypeError) as error:
-            raise OutputError(f"{path} is not a sound .npy file: {error}", "restore it, or start anew with --overwrite") from error
+            raise OutputError(
+                f"{path} is not a sound .npy file: {error}", "restore it, or start anew with --overwrite"
+            ) from error
+        if version != (1, 0):
+            raise OutputError(
+                f"{path} is a .npy file of another version", "it was not written by internvit; restore it"
+            )
         return DatasetSpec(name, shape, dtype.str), file.tell()
 
 
@@ -192,7 +202,9 @@ def _planned_lines(table: ImageTable) -> Iterator[bytes]:
 
 
 def _finished_lines(table: ImageTable, digests: NDArray[Any], checksums: NDArray[Any]) -> Iterator[bytes]:
-    for line, status, digest, checksum in zip(_planned_lines(table), table.status.tolist(), digests, checksums.tolist(), strict=True):
+    for line, status, digest, checksum in zip(
+        _planned_lines(table), table.status.tolist(), digests, checksums.tolist(), strict=True
+    ):
         yield line.removesuffix(b"}\n") + _finished_suffix(status, digest.tobytes(), checksum)
 
 
@@ -203,7 +215,8 @@ def _finished_suffix(status: int, digest: bytes, checksum: int) -> bytes:
 
 def _table(entries: list[dict[str, Any]]) -> ImageTable:
     columns = {
-        name: np.fromiter((entry[name] for entry in entries), dtype, len(entries)) for name, dtype in COLUMN_DTYPES.items()
+        name: np.fromiter((entry[name] for entry in entries), dtype, len(entries))
+        for name, dtype in COLUMN_DTYPES.items()
     }
     status = np.fromiter((entry.get("status", 0) for entry in entries), np.uint8, len(entries))
     return ImageTable.build([os.fsencode(entry["key"]) for entry in entries], status, columns)

@@ -1,4 +1,4 @@
-"""Where features go: one file, or a folder of shards with a manifest; what is there already, and how a shard gets its final name."""
+"""Where features go: one file, or a folder of shards with a manifest, and how a shard gets its final name."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.storage.durable import rename_durably, write_file
 from internvit_cli.storage.interface import ShardFormat, backend_of
 from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, StoredShard
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 SINGLE_FILE_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
@@ -58,9 +60,13 @@ class Output:
         self.path = path.rstrip("/") or "/"
         self.is_file = self.path.endswith(SINGLE_FILE_SUFFIXES)
         if self.path.endswith(".npy"):
-            raise UsageError(f"{path}: .npy features are written as a folder of shards", f"use -o {path.removesuffix('.npy')}/")
+            raise UsageError(
+                f"{path}: .npy features are written as a folder of shards", f"use -o {path.removesuffix('.npy')}/"
+            )
         if self.is_file and wanted is Format.NPY:
-            raise UsageError(f"{path} names an HDF5 file, but --format npy was given", "name a folder, such as -o feats/")
+            raise UsageError(
+                f"{path} names an HDF5 file, but --format npy was given", "name a folder, such as -o feats/"
+            )
         self.format = Format.H5 if self.is_file else wanted or self._present_format()
         self._staged = False
 
@@ -97,11 +103,15 @@ class Output:
             _remove(f"{self.partial_path(0)}.tmp")
             return
         if os.path.exists(self.path) and not os.path.isdir(self.path):
-            raise OutputError(f"{self.path} is a file, but the output would be a folder", "name it with .h5, or choose another name")
+            raise OutputError(
+                f"{self.path} is a file, but the output would be a folder", "name it with .h5, or choose another name"
+            )
         try:
             os.makedirs(self.path, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"cannot make the folder {self.path}: {error.strerror}", "choose an output that can be written") from error
+            raise OutputError(
+                f"cannot make the folder {self.path}: {error.strerror}", "choose an output that can be written"
+            ) from error
         names = os.listdir(self.path)
         if names and not any(name in (MANIFEST, NEXT_MANIFEST) or SHARD_FILE.fullmatch(name) for name in names):
             raise OutputError(f"{self.path} holds other files and is not a feature store", "name a new or empty folder")
@@ -135,15 +145,19 @@ class Output:
         names = {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
         return max((int(name.removeprefix("shard-")) + 1 for name in names), default=0)
 
-    def publish(self, number: int, images: int, tiles: int, superseded: dict[str, Sequence[str]] | None = None) -> None:
-        """Make a filled shard part of the output: its names first, then the manifest, whose replacement is the commit."""
+    def publish(
+        self, number: int, images: int, tiles: int, superseded: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """Make a filled shard part of the output: first its names, then the manifest, which is the commit."""
         partial = self.partial_path(number)
         self.backend.publish(partial, self.final_path(number))
         if self.is_file:
             return
         added = ManifestEntry(_shard_name(number), self.format, images, tiles)
         older = [
-            ManifestEntry(e.name, e.format, e.images, e.tiles, tuple(sorted({*e.superseded, *(superseded or {}).get(e.name, ())})))
+            ManifestEntry(
+                e.name, e.format, e.images, e.tiles, tuple(sorted({*e.superseded, *superseded.get(e.name, ())}))
+            )
             for e in self._entries()
         ]
         self._write_manifest([*older, added])
@@ -192,7 +206,7 @@ class Output:
         write_file(os.path.join(self.path, self._manifest), text.encode() + b"\n")
 
     def _sweep(self, names: list[str]) -> None:
-        """Remove shards that no manifest names, but for the one at hand, which may have been published just before a crash."""
+        """Remove shards that no manifest names, but for the one at hand: a crash may have come before its entry."""
         current = self.next_number()
         named = {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
         for name in names:
@@ -217,7 +231,10 @@ def read_manifest(path: str) -> list[ManifestEntry]:
             raise OutputError(f"{path} is not a manifest of internvit features", "choose another output")
         if manifest["format_version"] != FORMAT_VERSION:
             version = manifest["format_version"]
-            raise OutputError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}", "install a newer internvit")
+            raise OutputError(
+                f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
+                "install a newer internvit",
+            )
         return [_entry(shard) for shard in manifest["shards"]]
     except FileNotFoundError:
         return []

@@ -1,26 +1,30 @@
 """Reading features back: one view over a single file or a folder of shards, lazily, without torch.
 
-    features = open_features("feats.h5")
-    features["cat.jpg"].visual_tokens   # [tiles, 256, 4096]
+features = open_features("feats.h5")
+features["cat.jpg"].visual_tokens   # [tiles, 256, 4096]
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from internvit_cli.config import Recipe, Status, Tokens
 from internvit_cli.errors import InternvitError, OutputError
-from internvit_cli.table import ImageTable
 from internvit_cli.storage.durable import read_exactly
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, Extent, decode_values, stored_recipe
 from internvit_cli.storage.output import MANIFEST, FinishedShard, Output
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from internvit_cli.table import ImageTable
 
 COLUMN_MAJOR = "v1"
 
@@ -54,7 +58,8 @@ class ImageFeatures:
     def pooled(self) -> NDArray[Any]:
         """One vector of the whole image, [d] float32."""
         self._check(POOLED)
-        return self._shard.rows(POOLED, self._row, self._row + 1)[0]
+        vector: NDArray[Any] = self._shard.rows(POOLED, self._row, self._row + 1)[0]
+        return vector
 
     @property
     def visual_tokens(self) -> NDArray[Any]:
@@ -85,8 +90,9 @@ class ImageFeatures:
         stored = self._tile_rows(kind.dataset)
         values = decode_values(stored, self._shard.recipe.store_dtype)
         if kind is not Tokens.PATCH and self._shard.recipe.token_order == COLUMN_MAJOR:
-            side = int(round(values.shape[1] ** 0.5))
-            return values.reshape(-1, side, side, values.shape[2]).swapaxes(1, 2).reshape(values.shape)
+            side = math.isqrt(values.shape[1])
+            by_column = values.reshape(-1, side, side, values.shape[2])
+            values = by_column.swapaxes(1, 2).reshape(values.shape)
         return values
 
     def _tile_rows(self, name: str) -> NDArray[Any]:
@@ -151,10 +157,12 @@ class OpenShard:
 
     @cached_property
     def recipe(self) -> Recipe:
+        """What its rows were made with."""
         return stored_recipe(self.attributes, self._found.path)
 
     @cached_property
     def extents(self) -> dict[str, Extent]:
+        """Where the rows of each dataset lie."""
         return self._found.backend.extents(self._found.path)
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -170,6 +178,7 @@ class OpenShard:
         return np.frombuffer(data, extent.spec.dtype).reshape(stop - start, *extent.spec.shape[1:])
 
     def image(self, key: str, row: int) -> ImageFeatures:
+        """One row, by number."""
         table = self.table
         return ImageFeatures(
             key=key,
@@ -197,16 +206,24 @@ def find_shards(path: str) -> list[FinishedShard]:
     """The shards at a path that a user names: finished ones, or the partial file itself."""
     if not os.path.exists(path):
         partial = f"{path}.partial"
-        hint = f"the run that makes it has not finished: open {partial}" if os.path.exists(partial) else "check the path"
+        hint = (
+            f"the run that makes it has not finished: open {partial}" if os.path.exists(partial) else "check the path"
+        )
         raise OutputError(f"{path} is not there", hint)
     if os.path.isdir(path):
         shards = Output(path).finished()
         if not shards:
-            raise OutputError(f"{path} has no finished shard ({MANIFEST} names none)", "is it a feature folder, and has its run finished?")
+            raise OutputError(
+                f"{path} has no finished shard ({MANIFEST} names none)",
+                "is it a feature folder, and has its run finished?",
+            )
         return shards
     output = Output(path.removesuffix(".partial"))
     if not output.is_file:
-        raise OutputError(f"{path} is not a feature file", "feature files end in .h5 or .hdf5; feature folders are opened by their folder")
+        raise OutputError(
+            f"{path} is not a feature file",
+            "feature files end in .h5 or .hdf5; feature folders are opened by their folder",
+        )
     stored = output.backend.read(path)
     stored.check(path)
     return [FinishedShard("", path, output.backend, stored)]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from internvit_cli.config import Skipped
 from internvit_cli.storage.durable import sync_path, write_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from internvit_cli.config import Skipped
 
 
 class SkipLog:

@@ -47,7 +47,10 @@ def take_over(old: FinishedShard, table: ImageTable, writer: ShardWriter) -> int
 
 
 def _is_same_file(table: ImageTable, row: int, old: ImageTable, before: int) -> bool:
-    return all(getattr(table, name)[row] == getattr(old, name)[before] for name in ("file_size", "file_mtime_ns", "columns", "rows"))
+    return all(
+        getattr(table, name)[row] == getattr(old, name)[before]
+        for name in ("file_size", "file_mtime_ns", "columns", "rows")
+    )
 
 
 def _read_image(source: OpenShard, before: int, row: int, digest: bytes) -> ImageRows:
@@ -60,5 +63,5 @@ def _read_image(source: OpenShard, before: int, row: int, digest: bytes) -> Imag
 def _checksum(image: ImageRows) -> int:
     checksum = 0
     for block in (image.pooled, *image.tokens, *image.tile_pooled):
-        checksum = zlib.crc32(np.ascontiguousarray(block), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(block).data, checksum)
     return checksum
