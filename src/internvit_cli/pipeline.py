@@ -319,7 +319,8 @@ class _Extraction:
 
 
 def _pending(table: ImageTable) -> NDArray[Any]:
-    return np.equal(table.status, Status.PENDING)
+    pending: NDArray[Any] = table.status == Status.PENDING
+    return pending
 
 
 def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:

@@ -168,7 +168,7 @@ def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> F
 def planned_dtype(options: ExtractOptions, stored: Recipe | None) -> str | None:
     """The compute type that was asked for, or else that of the output; None while it is still to be measured."""
     if options.run.dtype is not ComputeDtype.AUTO:
-        return options.run.dtype.value
+        return str(options.run.dtype.value)
     return str(stored.compute_dtype) if stored else None
 
 

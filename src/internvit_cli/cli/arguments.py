@@ -195,7 +195,7 @@ def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
         return command(build_options(**words), **own_words)
 
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
-    wrapper.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
+    wrapper.__signature__ = inspect.Signature(parameters, return_annotation=int)
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
     del wrapper.__wrapped__  # type: ignore[attr-defined]
     return wrapper

@@ -172,9 +172,7 @@ def _read_header(path: str, name: str) -> tuple[DatasetSpec, int]:
                 f"{path} is not a sound .npy file: {error}", "restore it, or start anew with --overwrite"
             ) from error
         if version != (1, 0):
-            raise OutputError(
-                f"{path} is a .npy file of another version", "it was not written by internvit; restore it"
-            )
+            raise OutputError(f"{path} is a .npy file of another version", "restore it from a copy")
         return DatasetSpec(name, shape, dtype.str), file.tell()
 
 

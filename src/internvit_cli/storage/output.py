@@ -145,9 +145,7 @@ class Output:
         names = {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
         return max((int(name.removeprefix("shard-")) + 1 for name in names), default=0)
 
-    def publish(
-        self, number: int, images: int, tiles: int, superseded: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
+    def publish(self, number: int, images: int, tiles: int, superseded: Mapping[str, Sequence[str]]) -> None:
         """Make a filled shard part of the output: first its names, then the manifest, which is the commit."""
         partial = self.partial_path(number)
         self.backend.publish(partial, self.final_path(number))
