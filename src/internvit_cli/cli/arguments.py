@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -67,7 +66,7 @@ def build_options(
     tile_size: Annotated[
         int | None,
         typer.Option(
-            min=14, max=4480, help="Side of a tile, pixels.  [default: the model's]", rich_help_panel=PICTURES
+            min=14, max=4480, help="Side of a tile, pixels. (default: the model's)", rich_help_panel=PICTURES
         ),
     ] = None,
     min_tiles: Annotated[
@@ -103,7 +102,7 @@ def build_options(
     ] = OnOverflow.SKIP,
     shard_format: Annotated[
         Format | None,
-        typer.Option("--format", help="Of the shards of a folder.  [default: npy]", rich_help_panel=STORE),
+        typer.Option("--format", help="Of the shards of a folder. (default: npy)", rich_help_panel=STORE),
     ] = None,
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Most bytes of a shard.", rich_help_panel=STORE)
@@ -116,11 +115,11 @@ def build_options(
         str, typer.Option(metavar="TILES", help="Tiles a batch: auto measures.", rich_help_panel=RUN)
     ] = "auto",
     workers: Annotated[
-        int | None, typer.Option(min=1, max=512, help="Decode processes.  [default: by cores]", rich_help_panel=RUN)
+        int | None, typer.Option(min=1, max=512, help="Decode processes. (default: by cores)", rich_help_panel=RUN)
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=512, help="Encoder threads on a CPU.  [default: cores]", rich_help_panel=RUN),
+        typer.Option(min=1, max=512, help="Encoder threads on a CPU. (default: one a core)", rich_help_panel=RUN),
     ] = None,
     decode_timeout: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Skip a picture that takes longer.", rich_help_panel=RUN)
@@ -189,15 +188,14 @@ def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     shared = list(inspect.signature(build_options, eval_str=True).parameters.values())
 
-    @functools.wraps(command)
     def wrapper(**words: Any) -> int:
         own_words = {parameter.name: words.pop(parameter.name) for parameter in own}
         return command(build_options(**words), **own_words)
 
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
-    wrapper.__signature__ = inspect.Signature(parameters, return_annotation=int)
+    wrapper.__doc__ = command.__doc__
+    wrapper.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
-    del wrapper.__wrapped__  # type: ignore[attr-defined]
     return wrapper
 
 

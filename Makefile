@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make demo` tries the tool, `make test` runs all tests.
+# Plain torch from PyPI brings several GB of CUDA; take another build with `make demo TORCH=torch==2.13.0`.
+PYTHON ?= python3
+TORCH ?= torch
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint sweep clean
+
+demo: $(VENV)/.installed
+	rm -f feats.h5
+	$(BIN)/internvit extract examples/images -o feats.h5 --model tiny-random
+	$(BIN)/internvit info feats.h5
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not sweep"
+
+sweep: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m sweep
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+clean:
+	rm -rf $(VENV) feats.h5 feats.h5.skipped.jsonl feats

@@ -1,0 +1,191 @@
+"""The whole pipeline against the script that people write today, in one run on one machine.
+
+    python benchmarks/pipeline.py PHOTOS [--repeat 4] [--rounds 3]
+
+The script is a DataLoader whose workers cut tiles with PIL as the model card does, transformers' InternVLVisionModel, and one
+HDF5 group an image. Both sides encode the same pictures with the shape of tiny-random and store visual tokens and pooled vectors
+as they do by default. Each round runs every side once, in a process of its own, one after another; a side's figure is its median.
+Seconds count from the first picture looked at until the file is closed, imports left out on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+SIDES = {
+    "script, float32": ["peer"],
+    "internvit, best dtype": ["ours", "auto"],
+    "internvit, float32": ["ours", "float32"],
+}
+
+
+def peer(folder: str, output: str, workers: int) -> dict[str, float]:
+    """Today's script."""
+    import h5py
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+
+    def closest_grid(width: int, height: int, size: int = 448, most: int = 12) -> tuple[int, int]:
+        grids = sorted(
+            {(i, j) for i in range(1, most + 1) for j in range(1, most + 1) if i * j <= most}, key=lambda g: g[0] * g[1]
+        )
+        best, best_difference = (1, 1), float("inf")
+        for grid in grids:
+            difference = abs(width / height - grid[0] / grid[1])
+            if difference < best_difference:
+                best, best_difference = grid, difference
+            elif difference == best_difference and width * height > 0.5 * size * size * grid[0] * grid[1]:
+                best = grid
+        return best
+
+    def load_image(path: str, size: int = 448) -> torch.Tensor:
+        image = Image.open(path).convert("RGB")
+        columns, rows = closest_grid(*image.size)
+        whole = image.resize((size * columns, size * rows))
+        tiles = [
+            whole.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r in range(rows) for c in range(columns)
+        ]
+        if len(tiles) > 1:
+            tiles.append(image.resize((size, size)))
+        pixels = [torch.from_numpy(np.asarray(tile).copy()).permute(2, 0, 1).float().div(255) for tile in tiles]
+        return torch.stack([(tile - mean) / std for tile in pixels])
+
+    class Photos(Dataset):  # type: ignore[type-arg]
+        def __init__(self) -> None:
+            self.paths = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+
+        def __len__(self) -> int:
+            return len(self.paths)
+
+        def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
+            return os.path.basename(self.paths[index]), load_image(self.paths[index])
+
+    def unshuffle(tokens: torch.Tensor) -> torch.Tensor:
+        n, side, channels = tokens.shape[0], int(tokens.shape[1] ** 0.5), tokens.shape[2]
+        tokens = tokens.reshape(n, side, side // 2, 2 * channels).permute(0, 2, 1, 3)
+        tokens = tokens.reshape(n, side // 2, side // 2, 4 * channels).permute(0, 2, 1, 3)
+        return tokens.reshape(n, -1, 4 * channels)
+
+    started = time.perf_counter()
+    config = InternVLVisionConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+        image_size=[448, 448],
+        attention_bias=True,
+        norm_type="layer_norm",
+        attn_implementation="sdpa",
+    )
+    model = InternVLVisionModel(config).eval()
+    tiles = 0
+    with h5py.File(output, "w") as file, torch.inference_mode():
+        for name, pixels in DataLoader(Photos(), batch_size=None, num_workers=workers):
+            hidden = model(pixel_values=pixels).last_hidden_state
+            group = file.create_group(name)
+            group["tokens"] = unshuffle(hidden[:, 1:]).half().numpy()
+            group["pooled"] = hidden[-1, 1:].mean(dim=0).numpy()
+            tiles += len(pixels)
+    return {"seconds": time.perf_counter() - started, "tiles": tiles}
+
+
+def ours(folder: str, output: str, dtype: str) -> dict[str, float]:
+    """internvit, called as its command line calls it."""
+    import torch  # noqa: F401 - imported before the clock starts, as for the script
+
+    from internvit_cli.cli.extract import StopRequest
+    from internvit_cli.config import ComputeDtype
+    from internvit_cli.options import ExtractOptions, ModelOptions, RunOptions, StoreOptions
+    from internvit_cli.pipeline import extract
+
+    options = ExtractOptions(
+        sources=(folder,),
+        store=StoreOptions(output=output),
+        model=ModelOptions(name="tiny-random"),
+        run=RunOptions(dtype=ComputeDtype(dtype)),
+    )
+    return extract(options, StopRequest()).to_json()
+
+
+def run_side(arguments: list[str], folder: str, workers: int) -> dict[str, float]:
+    """One side in a process of its own; what it returned."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, __file__, folder, "--side", *arguments, "--output", f"{scratch}/features.h5"]
+        result = subprocess.run([*command, "--workers", str(workers)], check=True, capture_output=True, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def repeat_photos(photos: str, repeat: int, scratch: str) -> int:
+    """Copies of all pictures of a folder under new names; returns their number."""
+    count = 0
+    for name in sorted(os.listdir(photos)):
+        if name.endswith((".jpg", ".png", ".webp")):
+            for number in range(repeat):
+                shutil.copy(os.path.join(photos, name), os.path.join(scratch, f"{number}_{name}"))
+                count += 1
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos")
+    parser.add_argument("--repeat", type=int, default=4, help="copies of each photograph")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the script's DataLoader")
+    parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        kind, *rest = arguments.side
+        result = (
+            peer(arguments.photos, arguments.output, arguments.workers)
+            if kind == "peer"
+            else ours(arguments.photos, arguments.output, *rest)
+        )
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        images = repeat_photos(arguments.photos, arguments.repeat, scratch)
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+        for _ in range(arguments.rounds):
+            for name, side in SIDES.items():
+                results[name].append(run_side(side, scratch, arguments.workers))
+    report(images, results)
+
+
+def report(images: int, results: dict[str, list[dict[str, float]]]) -> None:
+    """A Markdown table, with the ratio of each round's own neighbours."""
+    import torch
+
+    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
+    print(f"{images} images, {results['script, float32'][0]['tiles']:.0f} tiles, {len(results['script, float32'])} rounds\n")
+    print("| side | images/s | tiles/s | ratio to the script, median (least..most) | stages, share of the main part |")
+    print("|---|---|---|---|---|")
+    script = [run["seconds"] for run in results["script, float32"]]
+    for name, runs in results.items():
+        seconds = statistics.median(run["seconds"] for run in runs)
+        ratios = [theirs / run["seconds"] for theirs, run in zip(script, runs, strict=True)]
+        stages = runs[0].get("stages", {})
+        split = ", ".join(f"{stage} {100 * stages[stage] / stages['wall']:.0f} %" for stage in stages if stage != "wall")
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
+        dtype = f" ({runs[0]['dtype']})" if "dtype" in runs[0] else ""
+        print(f"| {name}{dtype} | {images / seconds:.1f} | {runs[0]['tiles'] / seconds:.0f} | {spread} | {split} |")
+
+
+if __name__ == "__main__":
+    main()
