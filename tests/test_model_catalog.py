@@ -152,7 +152,9 @@ def test_the_hubs_refusals_are_one_clean_line_without_secrets(monkeypatch, kind,
     assert "hf_secret" not in caught.value.message + caught.value.hint
 
 
-@pytest.mark.parametrize("name", ["", "  ", "a/b/c", "no such", "/nowhere/at/all", "./here", "../x", "a--b/c", "x/..", "~/m"])
+@pytest.mark.parametrize(
+    "name", ["", "  ", "a/b/c", "no such", "/nowhere/at/all", "./here", "../x", "a--b/c", "x/..", "~/m"]
+)
 def test_a_name_that_cannot_be_a_model_is_refused_without_asking_the_hub(name):
     with pytest.raises(ModelError):
         describe_model(name)
@@ -178,7 +180,9 @@ def test_a_revision_of_something_off_the_hub_is_a_usage_error(tmp_path):
         describe_model(str(tmp_path), revision="main")
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model_type": 5}', b'{"a": 1' + b"0" * 9999 + b"}"])
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model_type": 5}', b'{"a": 1' + b"0" * 9999 + b"}"]
+)
 def test_a_broken_config_is_an_error_that_names_the_place(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ModelError, match=str(tmp_path)):

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from internvit_cli.encoder_batches import Launcher, to_host
+from internvit_cli.encoder_batches import OUT_OF_MEMORY_HINT, Launcher, to_host
+from internvit_cli.errors import DeviceError
 from internvit_cli.model.features import Features
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ class Slot:
         self._launcher = launcher
         model = launcher.model
         side, shapes = model.spec.tile_size, model.shapes
+        self.device_tiles = torch.empty((size, side, side, 3), dtype=torch.uint8, device=launcher.device)
         self.host_tiles = _pinned((size, side, side, 3), torch.uint8)
-        self.device_tiles = torch.empty_like(self.host_tiles, device=launcher.device)
         tokens = _pinned((size, shapes.tokens, shapes.token_size), model.store_dtype) if shapes.tokens else None
         self.host_features = Features(
             tokens,
@@ -164,4 +165,7 @@ class CudaBatch:
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, pin_memory=True)
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:  # the driver's refusal has no class of its own
+        raise DeviceError("not enough host memory for the batch's pinned buffers", OUT_OF_MEMORY_HINT) from error

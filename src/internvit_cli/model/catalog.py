@@ -63,6 +63,7 @@ _BY_NAME: Mapping[str, KnownModel] = {
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_REVISION = re.compile(r"[\w.][\w./-]{0,254}", re.ASCII)
 
 
 def describe_model(
@@ -90,6 +91,8 @@ def describe_model(
         return _directory_card(name)
     if known is None:
         _check_hub_id(name)
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise UsageError(f"--revision {revision!r}: not a branch, tag or commit", "give a name such as main")
     repo = name if known is None else known.repo
     try:
         return _hub_card(repo, revision, offline=offline)

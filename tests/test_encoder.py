@@ -1,0 +1,353 @@
+"""Tiles in, features out: the same whatever is encoded beside them, in the asked type, never silently elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import (
+    needs_reference,
+    open_all,
+    random_checkpoint,
+    random_tiles,
+    reference_card,
+    relative_error,
+    tiny_card,
+)
+
+from internvit_cli import encoder as encoder_module
+from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.encoder import (
+    Encoder,
+    EncoderOptions,
+    TileFeatures,
+    available_cores,
+    fastest_dtype,
+    find_device,
+)
+from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
+from internvit_cli.errors import DeviceError, UsageError
+from internvit_cli.model.catalog import TINY_RANDOM, describe_model
+from internvit_cli.model.checkpoint import Checkpoint, Weight
+from internvit_cli.model.features import FeatureModel, FeatureSpec
+from internvit_cli.model.loading import load_vit
+from internvit_cli.model.vit import pixel_unshuffle
+
+CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def options(**changes) -> EncoderOptions:
+    defaults = EncoderOptions(device="cpu", dtype=ComputeDtype.FLOAT32, tile_size=56, threads=2)
+    return replace(defaults, **changes)
+
+
+def tiny_checkpoint() -> Checkpoint:
+    return open_all(tiny_card())
+
+
+def encode(tiles, checkpoint=None, **changes) -> TileFeatures:
+    with Encoder.load(checkpoint or tiny_checkpoint(), options(**changes)) as encoder:
+        return encoder.submit(tiles).result()
+
+
+def scaled(checkpoint: Checkpoint, factor: float) -> Checkpoint:
+    """The same model with position table times `factor`: hidden states of about that size."""
+    name = "embeddings.position_embedding"
+    weight = checkpoint.weights[name]
+    larger = Weight("F32", weight.shape, (checkpoint.read(name).view(np.float32).reshape(weight.shape) * factor,))
+    return Checkpoint(checkpoint.card, checkpoint.blocks, {**checkpoint.weights, name: larger})
+
+
+def normalised(tiles) -> torch.Tensor:
+    card = tiny_card()
+    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
+    return (pixels - torch.tensor(card.mean)[:, None, None]) / torch.tensor(card.std)[:, None, None]
+
+
+@pytest.fixture(scope="module")
+def hidden():
+    """Tiles and their hidden states by the plain float path."""
+    tiles = random_tiles(5)
+    with torch.inference_mode():
+        return tiles, load_vit(tiny_checkpoint(), device=CPU, dtype=torch.float32)(normalised(tiles))
+
+
+@pytest.mark.parametrize("dtype", [ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16])
+def test_on_a_cpu_features_are_bit_equal_however_tiles_are_batched(dtype):
+    tiles = random_tiles(7)
+    with Encoder.load(tiny_checkpoint(), options(dtype=dtype, batch_tiles=7)) as encoder:
+        whole = encoder.submit(tiles).result()
+        for cut in ([1] * 7, [3, 4], [6, 1]):
+            ends = np.cumsum(cut)
+            pending = [encoder.submit(tiles[end - size : end]) for end, size in zip(ends, cut, strict=True)]
+            parts = [batch.result() for batch in pending]
+            assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
+            assert np.array_equal(np.concatenate([part.pooled for part in parts]), whole.pooled)
+
+
+def test_on_a_cpu_features_do_not_depend_on_the_number_of_threads():
+    tiles = random_tiles(4)
+    one, three = encode(tiles, threads=1), encode(tiles, threads=3)
+    assert np.array_equal(one.tokens, three.tokens)
+    assert np.array_equal(one.pooled, three.pooled)
+
+
+@pytest.mark.parametrize("order", ["v1", "v2"])
+def test_visual_tokens_are_the_unshuffled_hidden_state(hidden, order):
+    tiles, states = hidden
+    features = encode(tiles, store_dtype=StoreDtype.FLOAT32, token_order=order)
+    assert relative_error(features.tokens, pixel_unshuffle(states[:, 1:], order)) < 2e-6
+    assert features.fits.tolist() == [0] * 5
+
+
+def test_patch_tokens_are_the_hidden_state_without_cls(hidden):
+    tiles, states = hidden
+    features = encode(tiles, store_dtype=StoreDtype.FLOAT32, tokens=Tokens.PATCH)
+    assert relative_error(features.tokens, states[:, 1:]) < 2e-6
+
+
+@pytest.mark.parametrize("tokens", [Tokens.VISUAL, Tokens.NONE])
+def test_pooled_is_the_mean_of_patches_the_cls_or_both_in_that_order(hidden, tokens):
+    tiles, states = hidden
+    mean, cls = states[:, 1:].mean(1), states[:, 0]
+    for pool, vector in ((Pool.MEAN, mean), (Pool.CLS, cls), (Pool.CLS_MEAN, torch.cat((cls, mean), 1))):
+        features = encode(tiles, pool=pool, tokens=tokens)
+        assert features.pooled.dtype == np.float32
+        assert relative_error(features.pooled, vector) < 2e-6
+        assert (features.tokens is None) is (tokens is Tokens.NONE)
+
+
+@pytest.mark.parametrize("store", StoreDtype)
+def test_tokens_are_stored_in_the_asked_type_rounded_once(hidden, store):
+    tiles, _ = hidden
+    exact = encode(tiles, store_dtype=StoreDtype.FLOAT32).tokens
+    stored = encode(tiles, store_dtype=store).tokens
+    assert stored.dtype == np.dtype(store.numpy_name)
+    torch_type = getattr(torch, store.value)
+    assert np.array_equal(stored, torch.from_numpy(exact).to(torch_type).view(torch.from_numpy(stored).dtype))
+
+
+@needs_reference
+@pytest.mark.parametrize("layout", ["chat", "hf"])
+def test_projected_tokens_come_from_any_layout_with_a_projector(layout):
+    card = reference_card("300m", layout)
+    features = encode(random_tiles(2, 112), open_all(card, projector=True), tokens=Tokens.PROJECTED, tile_size=112)
+    assert features.tokens.shape == (2, 16, 48)
+    assert features.fits.tolist() == [0, 0]
+
+
+def test_projected_tokens_without_a_projector_are_a_usage_error():
+    with pytest.raises(UsageError, match="no projector"):
+        encode(random_tiles(1), tokens=Tokens.PROJECTED)
+
+
+@pytest.mark.parametrize("size", [28, 84])
+def test_another_tile_size_resizes_the_position_table(size):
+    assert encode(random_tiles(1, size), tile_size=size).tokens.shape == (1, (size // 28) ** 2, 256)
+
+
+def test_values_too_large_for_the_stored_type_are_told_apart_tile_by_tile():
+    checkpoint = scaled(tiny_checkpoint(), 1e5)
+    assert encode(random_tiles(2), checkpoint, store_dtype=StoreDtype.FLOAT16).fits.tolist() == [1, 1]
+    assert encode(random_tiles(2), checkpoint, store_dtype=StoreDtype.BFLOAT16).fits.tolist() == [0, 0]
+    assert encode(random_tiles(2), checkpoint, store_dtype=StoreDtype.FLOAT32).fits.tolist() == [0, 0]
+
+
+def test_clamping_keeps_the_tile_and_counts_the_values():
+    checkpoint = scaled(tiny_checkpoint(), 1e5)
+    features = encode(random_tiles(2), checkpoint, on_overflow=OnOverflow.CLAMP)
+    exact = encode(random_tiles(2), checkpoint, store_dtype=StoreDtype.FLOAT32).tokens
+    assert features.fits.tolist() == [0, 0]
+    assert features.clamped == int((np.abs(exact) >= 65520).sum()) > 0
+    assert float(np.abs(features.tokens).max()) == 65504.0
+
+
+@pytest.mark.parametrize("on_overflow", OnOverflow)
+@pytest.mark.parametrize("tokens", [Tokens.VISUAL, Tokens.PATCH, Tokens.NONE])
+def test_not_a_number_is_never_stored(tokens, on_overflow):
+    features = encode(random_tiles(1), scaled(tiny_checkpoint(), np.nan), tokens=tokens, on_overflow=on_overflow)
+    assert features.fits.tolist() == [2]
+
+
+def test_float16_computation_that_overflows_is_not_stored_either():
+    checkpoint = scaled(tiny_checkpoint(), 1e6)
+    features = encode(random_tiles(1), checkpoint, dtype=ComputeDtype.FLOAT16, store_dtype=StoreDtype.FLOAT32)
+    assert features.fits.tolist() != [0]
+
+
+def test_tiny_random_gives_finite_tokens_of_order_one_that_differ_between_pictures():
+    tiles = [np.full((448, 448, 3), 40, np.uint8), random_tiles(1, 448)[0]]
+    card = describe_model(TINY_RANDOM)
+    first, second = encode(tiles, open_all(card), tile_size=448).tokens.astype(np.float32)
+    assert 0.3 < np.abs(first).mean() < 3
+    assert 0.3 < np.abs(second).mean() < 3
+    assert np.abs(first - second).mean() > 0.1
+
+
+def test_wrong_tiles_are_refused_before_any_work():
+    with Encoder.load(tiny_checkpoint(), options()) as encoder:
+        with pytest.raises(ValueError, match="not uint8"):
+            encoder.submit([np.zeros((56, 56, 3), np.float32)])
+        with pytest.raises(ValueError, match=r"\(56, 28, 3\)"):
+            encoder.submit([np.zeros((56, 28, 3), np.uint8)])
+
+
+def test_the_batch_and_the_time_are_reported():
+    with Encoder.load(tiny_checkpoint(), options(threads=3)) as encoder:
+        assert encoder.batch_tiles == 12
+        assert (encoder.device_name, encoder.dtype, encoder.halved) == ("cpu", ComputeDtype.FLOAT32, False)
+        encoder.submit(random_tiles(3)).result()
+        assert encoder.device_seconds > 0
+    assert available_cores() >= 1
+
+
+@pytest.mark.parametrize("changes", [{"batch_tiles": 0}, {"threads": 0}])
+def test_nonsensical_counts_are_usage_errors(changes):
+    with pytest.raises(UsageError, match="at least one"):
+        encode(random_tiles(1), **changes)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "cuda:-1", "", "mps:1", "cuda:0:0"])
+def test_a_word_that_is_no_device_is_a_usage_error(name):
+    with pytest.raises(UsageError, match="not a device"):
+        find_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
+def test_cuda_that_is_not_there_is_an_error_never_a_silent_change(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match=f"--device {name}"):
+        find_device(name)
+
+
+def test_auto_takes_cuda_then_apples_gpu_then_the_cpu(monkeypatch):
+    for cuda, mps, device in ((True, True, "cuda:0"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert str(find_device("auto")) == device
+
+
+@pytest.mark.parametrize(
+    ("float32", "bfloat16", "dtype"), [(1, 0.5, "bfloat16"), (1, 0.9, "float32"), (1, 2, "float32")]
+)
+def test_on_a_cpu_auto_is_bfloat16_only_where_it_is_clearly_faster(monkeypatch, float32, bfloat16, dtype):
+    seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
+    monkeypatch.setattr(encoder_module, "_block_seconds", lambda vision, tokens, dtype: seconds[dtype])
+    assert fastest_dtype(CPU, tiny_card().vision, 448) is ComputeDtype(dtype)
+
+
+def test_auto_dtype_is_resolved_to_one_that_is_not_float16():
+    with Encoder.load(tiny_checkpoint(), options(dtype=ComputeDtype.AUTO)) as encoder:
+        assert encoder.dtype in {ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16}
+
+
+class ForgetfulLauncher(Launcher):
+    """Stands for a device whose memory holds only so many tiles."""
+
+    def __init__(self, model, holds):
+        super().__init__(model, CPU)
+        self.holds = holds
+        self.sizes = []
+
+    def launch(self, tiles, size):
+        self.sizes.append(size)
+        if size > self.holds:
+            raise torch.cuda.OutOfMemoryError
+        return super().launch(tiles, size)
+
+
+def batch_runner(holds, batch_tiles) -> BatchRunner:
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+    model = FeatureModel.load(tiny_checkpoint(), spec, device=CPU, dtype=torch.float32)
+    return BatchRunner(ForgetfulLauncher(model, holds), batch_tiles)
+
+
+def test_a_short_batch_is_padded_and_gives_only_its_own_tiles():
+    tiles = random_tiles(3)
+    features = batch_runner(8, 8).submit(tiles).result()
+    assert relative_error(features.tokens, encode(tiles).tokens) < 1e-3
+    assert len(features.tokens) == len(features.pooled) == len(features.fits) == 3
+
+
+def test_out_of_memory_halves_the_batch_once_and_loses_no_tile():
+    tiles = random_tiles(8)
+    runner = batch_runner(4, 8)
+    features = runner.submit(tiles).result()
+    assert (runner.halved, runner.batch_tiles) == (True, 4)
+    assert relative_error(features.tokens, encode(tiles).tokens) < 1e-3
+    assert len(runner.submit(tiles).result().tokens) == 8
+    assert runner._launcher.sizes == [8, 4, 4, 4, 4]
+
+
+def test_a_second_out_of_memory_is_a_device_error_with_the_way_out():
+    with pytest.raises(DeviceError, match="batches of 4 tiles") as caught:
+        batch_runner(2, 8).submit(random_tiles(8))
+    assert "--batch-size" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({8: 1, 16: 1, 32: 1, 64: 1, 128: 1, 256: 1}, 256),
+        ({8: 1.0, 16: 1.5, 32: 2.95, 64: 5.9}, 16),
+        ({8: 1.0, 16: 1.0}, 16),
+    ],
+)
+def test_the_measured_batch_is_where_doubling_stops_paying_or_memory_ends(seconds, chosen):
+    def measure(size):
+        if size not in seconds:
+            raise torch.cuda.OutOfMemoryError
+        return seconds[size]
+
+    assert measure_batch(measure) == chosen
+
+
+def test_a_device_that_holds_no_batch_at_all_is_a_device_error():
+    def measure(size):
+        raise torch.cuda.OutOfMemoryError
+
+    with pytest.raises(DeviceError, match="does not fit"):
+        measure_batch(measure)
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16])
+def test_cuda_gives_what_the_cpu_gives(dtype):
+    tiles, checkpoint = random_tiles(13), tiny_checkpoint()
+    on_cpu = encode(tiles, checkpoint, store_dtype=StoreDtype.FLOAT32)
+    on_cuda = encode(tiles, checkpoint, device="cuda", dtype=dtype, batch_tiles=8, store_dtype=StoreDtype.FLOAT32)
+    bound = 1e-4 if dtype is ComputeDtype.FLOAT32 else 0.05
+    assert relative_error(on_cuda.tokens, on_cpu.tokens) < bound
+    assert relative_error(on_cuda.pooled, on_cpu.pooled) < bound
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_a_row_does_not_depend_on_its_neighbours_or_on_what_is_in_flight():
+    tiles = random_tiles(40)
+    with Encoder.load(tiny_checkpoint(), options(device="cuda", batch_tiles=8)) as encoder:
+        whole = [encoder.submit(tiles[i : i + 8]) for i in range(0, 40, 8)]
+        alone = [encoder.submit([tile]).result().tokens[0] for tile in tiles]
+        together = np.concatenate([batch.result().tokens for batch in whole])
+    assert np.array_equal(together, np.stack(alone))
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_the_batch_is_measured_and_the_device_named():
+    with Encoder.load(tiny_checkpoint(), options(device="cuda", dtype=ComputeDtype.AUTO)) as encoder:
+        assert encoder.batch_tiles >= 8
+        assert encoder.device_name.startswith("cuda:0 (")
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_a_batch_larger_than_memory_ends_in_a_device_error():
+    checkpoint = random_checkpoint(tiny_card(), 2)
+    with pytest.raises(DeviceError) as caught:
+        encode(random_tiles(1), checkpoint, device="cuda", batch_tiles=1 << 26)
+    assert "--batch-size" in caught.value.hint
