@@ -6,6 +6,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from internvit_cli.config import StoreDtype, Tokens
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, stored_recipe
 from internvit_cli.storage.reader import find_shards
@@ -26,17 +28,20 @@ def describe_output(path: str) -> dict[str, Any]:
     shards = find_shards(path.rstrip("/") or "/")
     attributes = shards[-1].stored.attributes
     recipe = stored_recipe(attributes, path)
-    images: dict[str, int] = {}
-    for shard in shards:
-        for status, count in count_statuses(shard.stored.table.status).items():
-            images[status.word] = images.get(status.word, 0) + count
+    # A key of a later shard takes the place of an earlier one's.
+    newest = {
+        key: code
+        for shard in shards
+        for key, code in zip(shard.stored.table.keys, shard.stored.table.status.tolist(), strict=True)
+    }
+    images = {status.word: count for status, count in count_statuses(np.fromiter(newest.values(), np.uint8)).items()}
     return {
         "path": path,
         "model": attributes.get("model", ""),
         "model_revision": attributes.get("model_revision", ""),
         "recipe": json.loads(recipe.to_json()),
         "recipe_digest": attributes.get("recipe_digest", ""),
-        "total_images": sum(images.values()),
+        "total_images": len(newest),
         "images": images,
         "tiles": sum(shard.stored.table.tiles for shard in shards),
         "datasets": _datasets(shards, StoreDtype(recipe.store_dtype), Tokens(recipe.tokens)),

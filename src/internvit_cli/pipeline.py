@@ -124,14 +124,16 @@ class _Extraction:
         self._log_planned_skips(changes.entries, plan)
         self._start(existing, plan)
         if existing.partial is not None:
-            self._fill(existing.partial.stored.table, existing.partial.stored.attributes, existing.finished)
+            stored = existing.partial.stored
+            self._fill(stored.table, stored.attributes, existing.finished, is_last=not len(plan.table))
             existing = load_existing(self._output, overwrite=False)
-        for draft in self._drafts(existing, changes, plan, shape):
+        drafts = self._drafts(existing, changes, plan, shape)
+        for number, draft in enumerate(drafts, 1):
             if self._stop.signal:
                 return
             shard = self._new_shard(draft, shape)
             create_shard(self._output.backend, self._output.partial_path(self._output.next_number()), shard)
-            self._fill(shard.table, shard.complete_attributes, existing.finished)
+            self._fill(shard.table, shard.complete_attributes, existing.finished, is_last=number == len(drafts))
 
     def _new_shard(self, draft: Draft, shape: FeatureShape) -> NewShard:
         batch_tiles = self._encoder.batch_tiles if self._encoder else 0
@@ -214,7 +216,9 @@ class _Extraction:
         label = f"{self._model.card.name} in {self._encoder.dtype.value} on {self._encoder.device_name}"
         self._observer.note(f"encoding with {label}, {self._encoder.batch_tiles} tiles a batch")
 
-    def _fill(self, table: ImageTable, attributes: dict[str, Any], finished: Sequence[FinishedShard]) -> None:
+    def _fill(
+        self, table: ImageTable, attributes: dict[str, Any], finished: Sequence[FinishedShard], *, is_last: bool
+    ) -> None:
         """Encode the pending images of the shard at hand and publish it when none is left."""
         number = self._output.next_number()
         writer = ShardWriter(self._output.backend, self._output.partial_path(number), table)
@@ -226,11 +230,19 @@ class _Extraction:
             finished_all = bool((writer.status != Status.PENDING).all())
         finally:
             writer.close()
-        if finished_all:
-            statuses = dict(zip(map(os.fsdecode, table.keys), writer.status.tolist(), strict=True))
-            folders = {os.fsdecode(problem.path) for problem in self._listing.unreadable_folders}
-            self._skip_log.rewrite(lambda key: key in folders or statuses.get(key, Status.UNREADABLE) != Status.DONE)
-            self._output.publish(number, len(table), table.tiles, self._superseded(table, finished))
+        if not finished_all:
+            return
+        if is_last:
+            self._tidy_skip_log(finished)
+        self._output.publish(number, len(table), table.tiles, self._superseded(table, finished))
+
+    def _tidy_skip_log(self, finished: Sequence[FinishedShard]) -> None:
+        """Leave one line for each image that is skipped now, whichever run skipped it."""
+        partial = self._output.partial()
+        stored = StoredImages([*finished, *([partial] if partial else [])])
+        folders = {os.fsdecode(problem.path) for problem in self._listing.unreadable_folders}
+        settled = (None, Status.DONE, Status.PENDING)
+        self._skip_log.rewrite(lambda key: key in folders or stored.status(os.fsencode(key)) not in settled)
 
     def _encode_pending(self, table: ImageTable, sources: Sequence[Source], writer: ShardWriter) -> None:
         rows = np.flatnonzero(writer.status == Status.PENDING)

@@ -166,6 +166,8 @@ class WorkerPool:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                # A Ctrl-C goes to the terminal's whole group; a worker that is still starting would die of it.
+                start_new_session=True,
             )
         connection = Connection(ours.detach())
         # A worker that is gone already is noticed when its connection is read.

@@ -56,21 +56,29 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run a command line; returns the exit code."""
-    if sys.platform == "win32":
-        return fail(InternvitError("Windows is not supported", "use Linux, or WSL"))
+    as_json = "--json" in arguments
     try:
+        if sys.platform == "win32":
+            raise InternvitError("Windows is not supported", "use Linux, or WSL")
         return app(arguments, prog_name="internvit", standalone_mode=False) or ExitCode.DONE
     except InternvitError as error:
         if "--debug" in arguments:
             raise
-        return fail(error, as_json="--json" in arguments)
+        return fail(error, as_json=as_json)
     except USAGE_ERROR as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context is not None else "internvit"
-        return fail(UsageError(error.format_message(), f"{command} --help"), as_json="--json" in arguments)
+        return _fail_usage(error, as_json=as_json)
     except typer.Abort:
         return ExitCode.SIGINT
     except BrokenPipeError:
         # Whoever read our output has gone; nothing is left to tell them.
         sys.stderr.close()
         return ExitCode.CANNOT_RUN
+
+
+def _fail_usage(error: Any, *, as_json: bool) -> int:
+    """Say what is wrong with a command line in our own two lines."""
+    if not error.format_message():
+        return ExitCode.USAGE  # no command was given, and Typer has shown the help
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "internvit"
+    return fail(UsageError(error.format_message(), f"{command} --help"), as_json=as_json)

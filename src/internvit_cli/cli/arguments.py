@@ -65,9 +65,7 @@ def build_options(
     ] = "auto",
     tile_size: Annotated[
         int | None,
-        typer.Option(
-            min=14, max=4480, help="Side of a tile, pixels. (default: the model's)", rich_help_panel=PICTURES
-        ),
+        typer.Option(min=14, max=4480, help="Side of a tile, pixels. (default: the model's)", rich_help_panel=PICTURES),
     ] = None,
     min_tiles: Annotated[
         int, typer.Option(min=1, max=1000, help="Fewest tiles of a grid.", rich_help_panel=PICTURES)

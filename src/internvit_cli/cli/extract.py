@@ -56,13 +56,13 @@ def extract_command(
             raise
     limit = int(summary.counts.found * allowed / 100) if is_percentage else int(allowed)
     code = summary.exit_code(limit)
+    useless = InternvitError("not one image could be used", f"see {summary.skipped_path} for the reasons")
+    error = useless if code == ExitCode.CANNOT_RUN else None
     if json:
-        print_json(summary.to_json() | {"exit_code": int(code), "error": None})
+        print_json(summary.to_json() | {"exit_code": int(code), "error": error.message if error else None})
     elif not quiet:
         print_summary(summary)
-    if code == ExitCode.CANNOT_RUN:
-        fail(InternvitError("not one image could be used", f"see {summary.skipped_path} for the reasons"))
-    return int(code)
+    return fail(error) if error else int(code)
 
 
 class StopRequest:

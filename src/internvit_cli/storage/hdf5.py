@@ -23,6 +23,7 @@ from internvit_cli.storage.layout import (
     STATUS,
     DatasetSpec,
     Extent,
+    ForeignFileError,
     NewShard,
     StoredShard,
     parse_run_log,
@@ -36,6 +37,7 @@ KEY_BLOCK = 65536
 """Keys written in one call: bounds the memory of their conversion."""
 
 SUFFIX = ".h5"
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def build(path: str, shard: NewShard) -> None:
@@ -138,9 +140,22 @@ def _open(path: str) -> h5py.File:
     except OSError:
         if not os.path.exists(path):
             raise OutputError(f"{path} is not there", "check the path") from failure
+        if not _is_hdf5(path):
+            raise ForeignFileError(
+                f"{path} is not an HDF5 file", "choose another output, or move that file away"
+            ) from failure
         raise OutputError(
             f"{path} is not a readable HDF5 file: {failure}", "restore it, or start anew with --overwrite"
         ) from failure
+
+
+def _is_hdf5(path: str) -> bool:
+    """Whether a file begins as HDF5 does; an empty one may be what a full disk left of ours."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(SIGNATURE)) in {SIGNATURE, b""}
+    except OSError:
+        return True  # it may well be: it could not be read
 
 
 def _lay_out(file: h5py.File, spec: DatasetSpec) -> None:
