@@ -51,6 +51,8 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
+    if sys.platform == "win32":
+        sys.exit(fail(InternvitError("Windows is not supported", "use Linux, or WSL")))
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -58,8 +60,6 @@ def run(arguments: list[str]) -> int:
     """Run a command line; returns the exit code."""
     as_json = "--json" in arguments
     try:
-        if sys.platform == "win32":
-            raise InternvitError("Windows is not supported", "use Linux, or WSL")
         return app(arguments, prog_name="internvit", standalone_mode=False) or ExitCode.DONE
     except InternvitError as error:
         if "--debug" in arguments:
