@@ -8,14 +8,16 @@ import sys
 import time
 
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import constants, errors
+from model_helpers import safetensors_bytes
 
 from internvit_cli.config import DEFAULT_MODEL
 from internvit_cli.errors import ModelError, UsageError
 from internvit_cli.model import hub
 from internvit_cli.model.catalog import KNOWN_MODELS, TINY_RANDOM, describe_model
-from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.model.checkpoint import Checkpoint, expected_shapes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"model_type": "intern_vit_6b", "hidden_size": 64, "num_attention_heads": 2}
@@ -180,6 +182,12 @@ def test_a_revision_of_something_off_the_hub_is_a_usage_error(tmp_path):
         describe_model(str(tmp_path), revision="main")
 
 
+@pytest.mark.parametrize("revision", ["", "../../x", "/etc/passwd", "a b", "x\n"])
+def test_a_revision_that_can_be_none_is_a_usage_error(revision):
+    with pytest.raises(UsageError, match="not a branch"):
+        describe_model("300m", revision=revision, allow_catalog=True)
+
+
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"model_type": 5}', b'{"a": 1' + b"0" * 9999 + b"}"]
 )
@@ -205,3 +213,47 @@ def test_cards_and_checkpoints_need_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def stored_on_hub(folder) -> None:
+    """A sharded chat checkpoint, whose second shard holds only the language model."""
+    folder.mkdir()
+    vision = {**CONFIG, "hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 16, "image_size": 28}
+    config = {"model_type": "internvl_chat", "vision_config": vision, "llm_config": {"hidden_size": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = expected_shapes(describe_model(str(folder)).vision, 1, None)
+    tower = {f"vision_model.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    (folder / "a.safetensors").write_bytes(safetensors_bytes(tower))
+    weight_map = dict.fromkeys(tower, "a.safetensors") | {"language_model.norm.weight": "b.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_from_the_hub_only_json_and_the_shards_with_wanted_tensors_are_fetched(tmp_path, monkeypatch):
+    stored_on_hub(tmp_path / "stored")
+    online(monkeypatch)
+    fetched = []
+
+    def download(repo, filename, *, revision, **_):
+        fetched.append(filename)
+        assert (repo, revision) == ("some/model", COMMIT)
+        if not (tmp_path / "stored" / filename).exists():
+            raise hub_error(errors.RemoteEntryNotFoundError)
+        return str(tmp_path / "stored" / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    card = describe_model("some/model")
+    assert (card.name, card.revision) == ("some/model", COMMIT)
+    local = Checkpoint.open(describe_model(str(tmp_path / "stored")), layer=1)
+    assert Checkpoint.open(card, layer=1).digest() == local.digest()
+    assert fetched == ["config.json", "preprocessor_config.json", "model.safetensors.index.json", "a.safetensors"]
+
+
+def test_a_failing_download_is_one_clean_line(monkeypatch):
+    online(monkeypatch)
+
+    def download(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ModelError, match=r"config\.json can't be fetched \(No space left on device\)"):
+        describe_model("some/model")

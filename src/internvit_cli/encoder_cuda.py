@@ -30,6 +30,7 @@ class CudaLauncher(Launcher):
 
     def __init__(self, model: FeatureModel, device: torch.device) -> None:
         super().__init__(model, device)
+        torch.cuda.set_device(device)  # or pinning would open a context on device 0
         self._copy_in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copy_out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

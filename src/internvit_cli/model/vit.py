@@ -14,6 +14,7 @@ D = C / H, M mlp size, S side of a tile in pixels, P = 14. Parameters have the n
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 from collections.abc import Callable
@@ -118,7 +119,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,T,C] -> [B,T,C]."""
-        y: Tensor = self.fc2(F.gelu(self.fc1(x)))  # [B,T,C] -> [B,T,M] -> [B,T,C]
+        hidden = self.fc1(x)  # [B,T,M]
+        y: Tensor = self.fc2(torch.ops.aten.gelu_(hidden))  # in place: M is the widest tensor there is
         return y
 
 
@@ -197,19 +199,21 @@ class TileEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.side = tile_size // PATCH_SIZE  # patches along a side
+        device = embeddings.class_embedding.device
+        embeddings = copy.deepcopy(embeddings).cpu()  # where float64 is, and the same table for every device
         w = embeddings.patch_embedding.weight.double()  # [C,3,P,P]
         bias = embeddings.patch_embedding.bias
         assert bias is not None
-        channel_mean = torch.tensor(mean, dtype=torch.float64, device=w.device)
-        channel_std = torch.tensor(std, dtype=torch.float64, device=w.device)
+        channel_mean = torch.tensor(mean, dtype=torch.float64)
+        channel_std = torch.tensor(std, dtype=torch.float64)
         scaled = w / (255 * channel_std)[:, None, None]
         offset = torch.einsum("ckyx,k->c", w, (128 / 255 - channel_mean) / channel_std) + bias.double()  # [C]
         table = embeddings.position_table(self.side, self.side)[0].double()  # [1+N,C]
         table[0] += embeddings.class_embedding[0, 0].double()
         table[1:] += offset
         weight = scaled.permute(0, 2, 3, 1).flatten(1)  # [C,588], in a tile's own order (y, x, channel)
-        self.register_buffer("weight", weight.to(dtype).contiguous(), persistent=False)
-        self.register_buffer("table", table.to(dtype), persistent=False)
+        self.register_buffer("weight", weight.to(dtype).contiguous().to(device), persistent=False)
+        self.register_buffer("table", table.to(dtype).to(device), persistent=False)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """uint8 RGB [B,S,S,3] -> [B,1+N,C] in the compute dtype."""
