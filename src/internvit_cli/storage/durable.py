@@ -32,17 +32,22 @@ def read_exactly(descriptor: int, size: int, offset: int, path: str) -> bytearra
     Raises:
         OutputError: the file ends before that.
     """
+    if offset + size > os.fstat(descriptor).st_size:
+        raise _too_short(path)
     data = bytearray(size)
     view = memoryview(data)
     while view:
         got = os.preadv(descriptor, [view], offset)
         if got == 0:
-            raise OutputError(
-                f"{path} is shorter than its index says",
-                "it was truncated after it was written; restore it from a copy",
-            )
+            raise _too_short(path)
         view, offset = view[got:], offset + got
     return data
+
+
+def _too_short(path: str) -> OutputError:
+    return OutputError(
+        f"{path} is shorter than its index says", "it was truncated after it was written; restore it from a copy"
+    )
 
 
 def sync_data(descriptor: int) -> None:

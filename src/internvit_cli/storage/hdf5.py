@@ -7,18 +7,20 @@ moment of a run leaves a file that HDF5 cannot open.
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import h5py
 import numpy as np
 
 from internvit_cli.config import Tokens
-from internvit_cli.errors import OutputError
+from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.durable import memory_file, rename_durably, sync_path
 from internvit_cli.storage.layout import (
     ALIGNMENT,
     CRC32,
     DIGEST,
+    FORMAT,
     RUN_LOG,
     STATUS,
     DatasetSpec,
@@ -31,12 +33,16 @@ from internvit_cli.storage.layout import (
 from internvit_cli.table import COLUMN_DTYPES, ImageTable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
 KEY_BLOCK = 65536
 """Keys written in one call: bounds the memory of their conversion."""
 
 SUFFIX = ".h5"
+DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, OverflowError, MemoryError)
+"""What reading a damaged file has been seen to raise, and its kin."""
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -87,22 +93,25 @@ def extents(path: str) -> dict[str, Extent]:
             spec = DatasetSpec(name, item.shape, item.dtype.newbyteorder("<").str)
             found[name] = Extent(path, item.id.get_offset(), spec)
 
-    with _open(path) as file:
+    with _open(path) as file, _damage(path):
         file.visititems(visit)
     return found
 
 
 def read(path: str) -> StoredShard:
     """The shard's index and attributes."""
-    with _open(path) as file:
-        try:
-            columns = {name: file[f"image/{name}"][...] for name in COLUMN_DTYPES}
-            table = ImageTable.build(_read_keys(file["image/key"]), file[STATUS][...], columns)
-            return StoredShard(table, {name: _plain(value) for name, value in file.attrs.items()})
-        except (KeyError, ValueError, OSError, RuntimeError) as error:
-            raise OutputError(
-                f"{path} is not a sound feature file: {error}", "restore it, or start anew with --overwrite"
-            ) from error
+    with _open(path) as file, _damage(path):
+        attributes = {name: _plain(value) for name, value in file.attrs.items()}
+        if attributes.get("format") != FORMAT:
+            raise ForeignFileError(
+                f"{path} is not an internvit feature file", "choose another output, or move that file away"
+            )
+        columns = {name: file[f"image/{name}"][...] for name in COLUMN_DTYPES}
+        table = ImageTable.build(_read_keys(file["image/key"]), file[STATUS][...], columns)
+        # The digest is over the offsets that follow from the columns; these are what other programs go by.
+        if not np.array_equal(file["image/tile_offset"][...], table.tile_offset):
+            raise ValueError("its tile offsets do not follow from its grids")
+        return StoredShard(table, attributes)
 
 
 def publish(partial: str, final: str) -> None:
@@ -113,13 +122,13 @@ def publish(partial: str, final: str) -> None:
 
 def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Digests, uint8 [n, 32], and CRCs, uint32 [n], of a shard."""
-    with _open(path) as file:
+    with _open(path) as file, _damage(path):
         return file[DIGEST][...], file[CRC32][...]
 
 
 def run_log(path: str) -> list[dict[str, Any]]:
     """One entry a start that wrote to the shard, oldest first."""
-    with _open(path) as file:
+    with _open(path) as file, _damage(path):
         return parse_run_log(file[RUN_LOG][...].tobytes())
 
 
@@ -147,6 +156,17 @@ def _open(path: str) -> h5py.File:
         raise OutputError(
             f"{path} is not a readable HDF5 file: {failure}", "restore it, or start anew with --overwrite"
         ) from failure
+
+
+@contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """Turn whatever h5py makes of a damaged file into one error that says what to do."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise OutputError(
+            f"{path} is not a sound feature file: {one_line(str(error))}", "restore it, or start anew with --overwrite"
+        ) from error
 
 
 def _is_hdf5(path: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.config import Recipe, StoreDtype, Tokens
+from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
 from internvit_cli.errors import OutputError
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ class StoredShard:
                 f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
                 "install the version of internvit that wrote it, or a newer one",
             )
+        if len(self.table.status) != len(self.table) or not np.isin(self.table.status, list(Status)).all():
+            raise OutputError(f"the statuses of {path} are damaged", "restore it, or start anew with --overwrite")
         unsigned = {name: value for name, value in self.attributes.items() if name != "index_digest"}
         if index_digest(self.table, unsigned) != self.attributes.get("index_digest"):
             raise OutputError(

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.errors import OutputError
+from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.durable import read_exactly, rename_durably, sync_path, write_file
 from internvit_cli.storage.layout import (
     ALIGNMENT,
@@ -43,6 +45,9 @@ COMMIT_DATASETS = (STATUS, DIGEST, CRC32, RUN_LOG)
 INDEX_FILE = "images.jsonl"
 ATTRIBUTES_FILE = "attributes.json"
 ATTRIBUTES_BLOCK = 4096
+HEADER = re.compile(
+    rb".{10}{'descr': '([|]u1|<u[24]|<f[24])', 'fortran_order': False, 'shape': \((\d{1,18}(?:, \d{1,18})*)", re.DOTALL
+)
 
 
 def build(folder: str, shard: NewShard) -> None:
@@ -76,7 +81,7 @@ def extents(path: str) -> dict[str, Extent]:
 
 def read(path: str) -> StoredShard:
     """The shard's index and attributes, while it is filled or when it is published."""
-    try:
+    with _damage(path):
         with open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
             attributes = json.load(file)
         attributes.pop(RUN_LOG, None)
@@ -86,12 +91,6 @@ def read(path: str) -> StoredShard:
         if os.path.isdir(path):
             table = table.with_status(_read_array(_dataset_path(path, STATUS), STATUS))
         return StoredShard(table, attributes)
-    except FileNotFoundError as error:
-        raise OutputError(f"{error.filename} is not there", "restore it, or start anew with --overwrite") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise OutputError(
-            f"{path} is not a sound feature shard: {error}", "restore it, or start anew with --overwrite"
-        ) from error
 
 
 def publish(partial: str, final: str) -> None:
@@ -120,7 +119,7 @@ def run_log(path: str) -> list[dict[str, Any]]:
     """One entry a start that wrote to the shard, oldest first."""
     if os.path.isdir(path):
         return parse_run_log(_read_array(_dataset_path(path, RUN_LOG), RUN_LOG).tobytes())
-    with open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
+    with _damage(path), open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
         entries: list[dict[str, Any]] = json.load(file).get(RUN_LOG, [])
         return entries
 
@@ -133,10 +132,24 @@ def final_paths(final: str) -> list[str]:
 
 def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Digests, uint8 [n, 32], and CRCs, uint32 [n], of a published shard."""
-    with open(_beside(path, INDEX_FILE), "rb") as file:
+    with _damage(path), open(_beside(path, INDEX_FILE), "rb") as file:
         entries = [json.loads(line) for line in file]
-    digests = np.frombuffer(bytes.fromhex("".join(entry["digest"] for entry in entries)), np.uint8)
-    return digests.reshape(-1, 32), np.array([int(entry["crc32"], 16) for entry in entries], np.uint32)
+        digests = np.frombuffer(bytes.fromhex("".join(entry["digest"] for entry in entries)), np.uint8)
+        checksums = np.array([int(entry["crc32"], 16) for entry in entries], np.uint32)
+        return digests.reshape(len(entries), 32), checksums
+
+
+@contextmanager
+def _damage(path: str) -> Iterator[None]:
+    """Turn whatever damaged files raise into one error that says what to do."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise OutputError(f"{error.filename} is not there", "restore it, or start anew with --overwrite") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise OutputError(
+            f"{path} is not a sound feature shard: {one_line(str(error))}", "restore it, or start anew with --overwrite"
+        ) from error
 
 
 def _beside(path: str, name: str) -> str:
@@ -163,17 +176,17 @@ def _lay_out(path: str, spec: DatasetSpec) -> None:
 
 
 def _read_header(path: str, name: str) -> tuple[DatasetSpec, int]:
+    """The header of an array of ours, held to the very bytes that `_header` writes and to the size that it promises."""
     with open(path, "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        except (ValueError, SyntaxError, TypeError) as error:
-            raise OutputError(
-                f"{path} is not a sound .npy file: {error}", "restore it, or start anew with --overwrite"
-            ) from error
-        if version != (1, 0):
-            raise OutputError(f"{path} is a .npy file of another version", "restore it from a copy")
-        return DatasetSpec(name, shape, dtype.str), file.tell()
+        header = file.read(ALIGNMENT)
+        size = os.fstat(file.fileno()).st_size
+    match = HEADER.match(header)
+    if match is not None:
+        shape = tuple(int(length) for length in match[2].split(b", "))
+        spec = DatasetSpec(name, shape, match[1].decode())
+        if header == _header(spec) and size == ALIGNMENT + spec.nbytes:
+            return spec, ALIGNMENT
+    raise OutputError(f"{path} is not a sound .npy file of ours", "restore it, or start anew with --overwrite")
 
 
 def _read_array(path: str, name: str) -> NDArray[Any]:
