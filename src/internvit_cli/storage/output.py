@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -10,18 +11,23 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Format
-from internvit_cli.errors import OutputError, UsageError
+from internvit_cli.errors import OutputError, UsageError, one_line
 from internvit_cli.storage.durable import rename_durably, write_file
 from internvit_cli.storage.interface import ShardFormat, backend_of
-from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, StoredShard
+from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, ForeignFileError, StoredShard
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 SINGLE_FILE_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
 NEXT_MANIFEST = "manifest.next.json"
-SHARD_FILE = re.compile(r"(shard-\d{5})(\..+)?")
+SKIPPED = "skipped.jsonl"
+SHARD_NAME = re.compile(r"shard-\d{5}")
+SHARD_FILE = re.compile(
+    r"(shard-\d{5})((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_tokens)\.npy)(\.tmp)?"
+)
+"""The names of our files and no others: a folder of `shard-00000.tar` is somebody else's."""
 REMEDY = "restore it, or start anew with --overwrite"
 
 
@@ -78,7 +84,7 @@ class Output:
     @property
     def skipped_path(self) -> str:
         """The JSON lines that say why images were skipped."""
-        return f"{self.path}.skipped.jsonl" if self.is_file else os.path.join(self.path, "skipped.jsonl")
+        return f"{self.path}.skipped.jsonl" if self.is_file else os.path.join(self.path, SKIPPED)
 
     def final_path(self, number: int) -> str:
         """Where a finished shard lies: for .npy shards, what their files' names begin with."""
@@ -113,9 +119,12 @@ class Output:
                 f"cannot make the folder {self.path}: {error.strerror}", "choose an output that can be written"
             ) from error
         names = os.listdir(self.path)
-        if names and not any(name in (MANIFEST, NEXT_MANIFEST) or SHARD_FILE.fullmatch(name) for name in names):
+        if names and not any(
+            name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names
+        ):
             raise OutputError(f"{self.path} holds other files and is not a feature store", "name a new or empty folder")
-        self._sweep(names)
+        if not self._has_damaged_manifest():  # which vouches for nothing: loading it says so
+            self._recover()
 
     def finished(self) -> list[FinishedShard]:
         """The complete shards, oldest first, each checked against its digest."""
@@ -142,8 +151,7 @@ class Output:
 
     def next_number(self) -> int:
         """Number of the shard that comes after all that a manifest names."""
-        names = {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
-        return max((int(name.removeprefix("shard-")) + 1 for name in names), default=0)
+        return max((int(name.removeprefix("shard-")) + 1 for name in self._named()), default=0)
 
     def publish(self, number: int, images: int, tiles: int, superseded: Mapping[str, Sequence[str]]) -> None:
         """Make a filled shard part of the output: first its names, then the manifest, which is the commit."""
@@ -164,9 +172,14 @@ class Output:
             _remove(f"{partial}.tmp")
 
     def replace_all(self) -> None:
-        """Begin an output that replaces the present one when it is complete, or go on with such a one."""
+        """Begin an output that replaces the present one when it is complete, or go on with such a one.
+
+        Where a manifest is damaged nobody can tell what is complete, and all shards go at once.
+        """
         if self.is_file:
             return
+        if self._has_damaged_manifest():
+            self._clear()
         self._staged = True
         if not os.path.exists(os.path.join(self.path, NEXT_MANIFEST)):
             self._write_manifest([])
@@ -175,14 +188,17 @@ class Output:
         """Forget the unfinished shard, and with it an unfinished replacement."""
         if self._staged:
             self._write_manifest([])
-        _remove(self.partial_path(self.next_number()))
+        if self.is_file:
+            _remove(self.partial_path(0))
+        else:
+            self._sweep(self._named())
 
     def complete(self) -> None:
         """Say that all planned shards are there: a replacement takes the place of what it replaces."""
         if self._staged:
             rename_durably(os.path.join(self.path, NEXT_MANIFEST), os.path.join(self.path, MANIFEST))
             self._staged = False
-            self._sweep(os.listdir(self.path))
+            self._sweep(self._named())
 
     def _present_format(self) -> Format:
         """The format of the shards that are there, so that a repeated command need not name it."""
@@ -200,17 +216,44 @@ class Output:
 
     def _write_manifest(self, entries: list[ManifestEntry]) -> None:
         shards = [asdict(entry) | {"format": entry.format.value} for entry in entries]
-        text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, "shards": shards}, indent=1)
+        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "shards": shards, "digest": _digest(shards)}
+        text = json.dumps(manifest, indent=1)
         write_file(os.path.join(self.path, self._manifest), text.encode() + b"\n")
 
-    def _sweep(self, names: list[str]) -> None:
-        """Remove shards that no manifest names, but for the one at hand: a crash may have come before its entry."""
-        current = self.next_number()
-        named = {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
-        for name in names:
+    def _named(self) -> set[str]:
+        """The shards that a manifest names."""
+        return {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
+
+    def _has_damaged_manifest(self) -> bool:
+        try:
+            self._named()
+        except ForeignFileError:
+            raise
+        except OutputError:
+            return True
+        return False
+
+    def _sweep(self, kept: Collection[str]) -> None:
+        """Remove half-written files, and all files of shards but the named ones."""
+        for name in os.listdir(self.path):
             match = SHARD_FILE.fullmatch(name)
-            if name.endswith(".tmp") or (match and match[1] not in named and match[1] != _shard_name(current)):
+            is_ours = match is not None or name.removesuffix(".tmp") in (MANIFEST, NEXT_MANIFEST, SKIPPED)
+            if (is_ours and name.endswith(".tmp")) or (match is not None and match[1] not in kept):
                 _remove(os.path.join(self.path, name))
+
+    def _clear(self) -> None:
+        """Remove every shard, and the manifests last, so that a crash in between leaves them as they are."""
+        self._sweep(())
+        for name in (NEXT_MANIFEST, MANIFEST):
+            _remove(os.path.join(self.path, name))
+
+    def _recover(self) -> None:
+        """Remove what no manifest names, but for the shard at hand: a crash may have come before its entry."""
+        current, named = self.next_number(), self._named()
+        self._sweep({*named, _shard_name(current)})
+        for name in named:  # a crash came after the entry, and before what is unfinished no more was removed
+            for shard_format in Format:
+                _remove(os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + ".partial")
         final, partial = self.final_path(current), self.partial_path(current)
         if os.path.isfile(final) and not os.path.exists(partial):
             os.rename(final, partial)
@@ -225,24 +268,34 @@ def read_manifest(path: str) -> list[ManifestEntry]:
     try:
         with open(path, "rb") as file:
             manifest: Any = json.load(file)
-        if manifest["format"] != FORMAT:
-            raise OutputError(f"{path} is not a manifest of internvit features", "choose another output")
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise ForeignFileError(f"{path} is not a manifest of internvit features", "choose another output")
         if manifest["format_version"] != FORMAT_VERSION:
             version = manifest["format_version"]
             raise OutputError(
                 f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
                 "install a newer internvit",
             )
-        return [_entry(shard) for shard in manifest["shards"]]
+        return _entries_of(manifest)
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path} is damaged: {error!s:.200}", REMEDY) from error
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise OutputError(f"{path} is damaged: {one_line(str(error))}", REMEDY) from error
+
+
+def _entries_of(manifest: dict[str, Any]) -> list[ManifestEntry]:
+    if manifest["digest"] != _digest(manifest["shards"]):
+        raise ValueError("its digest does not match")
+    return [_entry(shard) for shard in manifest["shards"]]
+
+
+def _digest(shards: Any) -> str:
+    """SHA-256 of a manifest's shards, 64 hex digits: files are removed on a manifest's word."""
+    return hashlib.sha256(json.dumps(shards, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _entry(shard: Any) -> ManifestEntry:
-    match = SHARD_FILE.fullmatch(shard["name"])
-    if match is None or match[2]:
+    if not SHARD_NAME.fullmatch(shard["name"]):
         raise ValueError(f"{shard['name']!r} is not a shard's name")
     superseded = tuple(str(key) for key in shard["superseded"])
     return ManifestEntry(shard["name"], Format(shard["format"]), int(shard["images"]), int(shard["tiles"]), superseded)
