@@ -215,10 +215,7 @@ class _Filling:
 
     def _skip(self, row: int, skipped: Skipped) -> None:
         if self._job.strict:
-            raise InternvitError(
-                f"{_printable(self._job.keys[row])}: {skipped.status.word}: {skipped.message}",
-                "run without --strict to skip such images and list them",
-            )
+            raise unusable(self._job.keys[row], skipped)
         self._skipped += 1
         self._writer.put((row, skipped))
         self._on_progress(self._progress())
@@ -235,6 +232,14 @@ def _unfit(blocks: list[_Block]) -> Skipped | None:
     if worst == 1:
         return Skipped(Status.OVERFLOW, "OverflowError", "a feature is too large for the stored type")
     return Skipped(Status.OVERFLOW, "ArithmeticError", "a feature is not a number")
+
+
+def unusable(key: bytes, skipped: Skipped) -> InternvitError:
+    """What `--strict` ends a run with."""
+    return InternvitError(
+        f"{_printable(key)}: {skipped.status.word}: {skipped.message}",
+        "run without --strict to skip such images and list them",
+    )
 
 
 def _printable(key: bytes) -> str:

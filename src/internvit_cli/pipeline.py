@@ -12,7 +12,7 @@ import numpy as np
 from internvit_cli.config import ComputeDtype, Status
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.existing import Existing, load_existing, settle
-from internvit_cli.filling import FillJob, Stop, fill_shard
+from internvit_cli.filling import FillJob, Stop, fill_shard, unusable
 from internvit_cli.headers import Header
 from internvit_cli.model.catalog import TINY_RANDOM
 from internvit_cli.observer import SILENT, Observer, Progress
@@ -116,6 +116,9 @@ class _Extraction:
         """Encode what is missing: first what an earlier run planned, then what is new."""
         self._model.confirm_weights()
         plan = self._plan(changes.entries)
+        if plan.skipped and self._options.run.strict:
+            row, skipped = min(plan.skipped.items())
+            raise unusable(plan.table.keys[row], skipped)
         shape = feature_shape(self._options, self._model.card, self._model.recipe)
         self._check_space(
             existing, [self._new_shard(draft, shape) for draft in self._drafts(existing, changes, plan, shape)]

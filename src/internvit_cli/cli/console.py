@@ -150,7 +150,18 @@ class BarObserver(Observer):
         from tqdm import tqdm
 
         if self._bar is None:
-            self._bar = tqdm(desc=what, unit=f" {unit}", total=total, file=sys.stderr, dynamic_ncols=True, leave=False)
+            # A terminal that does not tell its size says 0, and tqdm would then draw nothing.
+            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            self._bar = tqdm(
+                desc=what,
+                unit=f" {unit}",
+                total=total,
+                file=sys.stderr,
+                ncols=None if known else 80,
+                nrows=None if known else 24,
+                dynamic_ncols=known,
+                leave=False,
+            )
         self._bar.update(done - self._bar.n)
         if done >= total:
             self._close()

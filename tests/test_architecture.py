@@ -1,0 +1,119 @@
+"""The house rules: who may import whom, what stays free of torch, and that only the command line prints."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import internvit_cli
+
+PACKAGE = Path(internvit_cli.__file__).parent
+
+ROWS = [
+    {"config", "errors", "observer"},
+    {"tiling", "table"},
+    {"sources", "workers", "decode.files"},
+    {"headers"},
+    {"plan"},
+    {"decode"},
+    {"model"},
+    {"encoder", "encoder_batches", "encoder_cuda"},
+    {"options", "report"},
+    {"storage"},
+    {"reconcile"},
+    {"recipes"},
+    {"existing", "sharding", "filling", "inspect"},
+    {"preview"},
+    {"pipeline"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+"""The modules from the ground up: each imports from its own row and those before it, never from a later one."""
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") or "__init__"
+        found[name] = ast.parse(path.read_text())
+    return found
+
+
+def row_of(module: str) -> int:
+    for depth in (2, 1):
+        prefix = ".".join(module.split(".")[:depth])
+        for number, row in enumerate(ROWS):
+            if prefix in row:
+                return number
+    raise AssertionError(f"{module} stands in no row: add it to ROWS and to ARCHITECTURE.md")
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Names of imported modules, those imported for type checking left out."""
+    names = set()
+    hidden = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their module in full"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+def test_every_module_imports_only_from_its_own_row_and_those_before_it() -> None:
+    trees = modules()
+    for module, tree in trees.items():
+        for name in imported_modules(tree):
+            target = name.removeprefix("internvit_cli.")
+            if name.startswith("internvit_cli.") and target in trees and target != "__init__":
+                assert row_of(target) <= row_of(module), f"{module} imports {target}, which stands above it"
+
+
+def test_only_model_and_encoder_import_torch_at_the_top() -> None:
+    allowed = {"encoder", "encoder_batches", "encoder_cuda", "model.vit", "model.loading", "model.features"}
+    users = {module for module, tree in modules().items() if "torch" in imported_modules(tree)}
+    assert users <= allowed
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    for module, tree in modules().items():
+        if module.startswith(("cli", "__main__")):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"print", "sys.exit", "exit", "quit", "os._exit"}, f"{module} calls {called}"
+
+
+def modules_loaded_by(arguments: list[str]) -> set[str]:
+    code = (
+        "import sys; from internvit_cli.cli.app import run; code = run(sys.argv[1:]);"
+        "print('\\nMODULES', *sorted(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(result.stdout.rpartition("MODULES")[2].split())
+
+
+def test_help_and_usage_errors_load_neither_torch_nor_numpy_nor_transformers() -> None:
+    for arguments in (["--help"], ["extract", "--help"], ["extract"], ["extract", "x", "--bogus"], ["--version"]):
+        loaded = modules_loaded_by(arguments)
+        assert not loaded & {"torch", "transformers", "numpy", "h5py"}, arguments
+
+
+def test_info_and_plan_load_no_torch(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    loaded = modules_loaded_by(["plan", str(tmp_path), "--model", "tiny-random"])
+    assert "numpy" in loaded and not loaded & {"torch", "transformers"}
+    assert not modules_loaded_by(["info", str(tmp_path / "nothing.h5")]) & {"torch", "transformers"}
