@@ -30,6 +30,9 @@ class Observer:
     def encoding(self, images: int, tiles: int) -> None:
         """So much there is to encode, all shards together."""
 
+    def ready(self, encoder: str) -> None:
+        """The encoder is loaded, as described; the encoding begins now."""
+
     def progress(self, progress: Progress) -> None:
         """How far the encoding is, all shards together."""
 

@@ -217,7 +217,7 @@ class _Extraction:
         self._encoder = Encoder.load(self._model.checkpoint, encoder_options)
         self._model.recipe = replace(recipe, compute_dtype=self._encoder.dtype.value)
         label = f"{self._model.card.name} in {self._encoder.dtype.value} on {self._encoder.device_name}"
-        self._observer.note(f"encoding with {label}, {self._encoder.batch_tiles} tiles a batch")
+        self._observer.ready(f"{label}, {self._encoder.batch_tiles} tiles a batch")
 
     def _fill(
         self, table: ImageTable, attributes: dict[str, Any], finished: Sequence[FinishedShard], *, is_last: bool

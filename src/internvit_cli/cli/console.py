@@ -90,10 +90,14 @@ class PlainObserver(Observer):
             say(f"planning: {done:,} of {total:,} images")
 
     def encoding(self, images: int, tiles: int) -> None:
-        """Say what there is to do, and start the clock."""
+        """Say what there is to do."""
         self._images, self._tiles = images, tiles
-        self._started = self._printed = time.monotonic()
         say(f"{images:,} images to encode, {tiles:,} tiles")
+
+    def ready(self, encoder: str) -> None:
+        """Say what encodes, and start the clock."""
+        say(f"encoding with {encoder}")
+        self._started = self._printed = time.monotonic()
 
     def progress(self, progress: Progress) -> None:
         """Say how far it is."""
@@ -135,9 +139,13 @@ class BarObserver(Observer):
     def encoding(self, images: int, tiles: int) -> None:
         """Begin anew for the encoding."""
         self._close()
-        self._started = time.monotonic()
         say(f"{images:,} images to encode, {tiles:,} tiles")
         self._images = images
+
+    def ready(self, encoder: str) -> None:
+        """Say what encodes, and start the clock."""
+        say(f"encoding with {encoder}")
+        self._started = time.monotonic()
 
     def progress(self, progress: Progress) -> None:
         """Draw how far it is."""
