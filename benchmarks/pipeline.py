@@ -58,7 +58,9 @@ def peer(folder: str, output: str, workers: int) -> dict[str, float]:
         columns, rows = closest_grid(*image.size)
         whole = image.resize((size * columns, size * rows))
         tiles = [
-            whole.crop((c * size, r * size, (c + 1) * size, (r + 1) * size)) for r in range(rows) for c in range(columns)
+            whole.crop((c * size, r * size, (c + 1) * size, (r + 1) * size))
+            for r in range(rows)
+            for c in range(columns)
         ]
         if len(tiles) > 1:
             tiles.append(image.resize((size, size)))
@@ -172,8 +174,12 @@ def report(images: int, results: dict[str, list[dict[str, float]]]) -> None:
     """A Markdown table, with the ratio of each round's own neighbours."""
     import torch
 
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
-    print(f"{images} images, {results['script, float32'][0]['tiles']:.0f} tiles, {len(results['script, float32'])} rounds\n")
+    print(
+        f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
+    )
+    print(
+        f"{images} images, {results['script, float32'][0]['tiles']:.0f} tiles, {len(results['script, float32'])} rounds\n"
+    )
     print("| side | images/s | tiles/s | ratio to the script, median (least..most) | stages, share of the main part |")
     print("|---|---|---|---|---|")
     script = [run["seconds"] for run in results["script, float32"]]
@@ -181,7 +187,9 @@ def report(images: int, results: dict[str, list[dict[str, float]]]) -> None:
         seconds = statistics.median(run["seconds"] for run in runs)
         ratios = [theirs / run["seconds"] for theirs, run in zip(script, runs, strict=True)]
         stages = runs[0].get("stages", {})
-        split = ", ".join(f"{stage} {100 * stages[stage] / stages['wall']:.0f} %" for stage in stages if stage != "wall")
+        split = ", ".join(
+            f"{stage} {100 * stages[stage] / stages['wall']:.0f} %" for stage in stages if stage != "wall"
+        )
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
         dtype = f" ({runs[0]['dtype']})" if "dtype" in runs[0] else ""
         print(f"| {name}{dtype} | {images / seconds:.1f} | {runs[0]['tiles'] / seconds:.0f} | {spread} | {split} |")
