@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [--images 100 2000]
 
-Small random pictures, tiny-random, tokens stored. The figure is the peak resident set of the main process, and of its largest worker,
-as the kernel counted them.
+Small random pictures, tiny-random, tokens stored. The figure is the peak resident set of the main process, and of its
+largest worker, as the kernel counted them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ def make_pictures(folder: Path, count: int) -> None:
 
 
 def peak_of(pid: int) -> int:
-    """Peak resident set of a process so far, bytes."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    return 0
+    """Peak resident set of a process so far, bytes; 0 for one that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def run(images: int) -> tuple[int, int, float]:
@@ -49,11 +50,8 @@ def run(images: int) -> tuple[int, int, float]:
 
         def watch() -> None:
             while process.poll() is None:
-                for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-                    try:
-                        workers[0] = max(workers[0], peak_of(int(child)))
-                    except OSError:
-                        continue
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                workers[0] = max([workers[0], *(peak_of(int(child)) for child in children)])
                 time.sleep(0.1)
 
         watcher = threading.Thread(target=watch, daemon=True)

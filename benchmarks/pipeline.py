@@ -2,10 +2,11 @@
 
     python benchmarks/pipeline.py PHOTOS [--repeat 4] [--rounds 3]
 
-The script is a DataLoader whose workers cut tiles with PIL as the model card does, transformers' InternVLVisionModel, and one
-HDF5 group an image. Both sides encode the same pictures with the shape of tiny-random and store visual tokens and pooled vectors
-as they do by default. Each round runs every side once, in a process of its own, one after another; a side's figure is its median.
-Seconds count from the first picture looked at until the file is closed, imports left out on both sides.
+The script is a DataLoader whose workers cut tiles with PIL as the model card does, transformers' InternVLVisionModel,
+and one HDF5 group an image. Both sides encode the same pictures with the shape of tiny-random and store visual tokens
+and pooled vectors. Each round runs every side once, in a process of its own, one after another; a side's figure is its
+median. Seconds count from the start of the work, planning and loading of the model included, until the file is closed;
+imports are left out on both sides.
 """
 
 from __future__ import annotations
@@ -168,6 +169,12 @@ def main() -> None:
             for name, side in SIDES.items():
                 results[name].append(run_side(side, scratch, arguments.workers))
     report(images, results)
+
+
+def processor() -> str:
+    """The processor's name."""
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
 
 
 def report(images: int, results: dict[str, list[dict[str, float]]]) -> None:
