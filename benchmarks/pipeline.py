@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -181,12 +180,9 @@ def report(images: int, results: dict[str, list[dict[str, float]]]) -> None:
     """A Markdown table, with the ratio of each round's own neighbours."""
     import torch
 
-    print(
-        f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
-    )
-    print(
-        f"{images} images, {results['script, float32'][0]['tiles']:.0f} tiles, {len(results['script, float32'])} rounds\n"
-    )
+    first = results["script, float32"]
+    print(f"{processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
+    print(f"{images} images, {first[0]['tiles']:.0f} tiles, {len(first)} rounds\n")
     print("| side | images/s | tiles/s | ratio to the script, median (least..most) | stages, share of the main part |")
     print("|---|---|---|---|---|")
     script = [run["seconds"] for run in results["script, float32"]]
