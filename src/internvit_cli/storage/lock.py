@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import socket
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from internvit_cli.errors import LockedError, OutputError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WITHOUT_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive(output: str, *, enabled: bool = True) -> Iterator[None]:
     """Hold `output` for this process. The data itself is never locked, so readers always get in.
 
@@ -34,12 +34,14 @@ def exclusive(output: str, *, enabled: bool = True) -> Iterator[None]:
     descriptor = _acquire(path)
     try:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+        with contextlib.suppress(OSError):  # such as a full disk: the lock holds without its text
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
         yield
     finally:
         # Unlinking while the lock is held is safe: whoever waits for this inode looks whether the path still has it.
-        os.unlink(path)
+        if _is_at(descriptor, path):
+            os.unlink(path)
         os.close(descriptor)
 
 

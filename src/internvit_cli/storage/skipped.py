@@ -6,7 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from internvit_cli.storage.durable import sync_path, write_file
+from internvit_cli.storage.durable import disk_errors, sync_path, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ class SkipLog:
         if not lines:
             return
         existed = os.path.exists(self.path)
-        with open(self.path, "ab") as file:
+        with disk_errors(self.path), open(self.path, "ab") as file:
             # A line that a crash cut short must not swallow the next one.
             if file.tell() and not _ends_with_newline(self.path):
                 file.write(b"\n")
