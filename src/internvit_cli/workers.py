@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 QUEUE_DEPTH = 2
 """Tasks given to one worker: the one at hand and the next, so that it never waits for the parent."""
 
+START_ATTEMPTS = 5
+"""Workers that may end before they are ready with no word from any other in between; then none ever will be."""
+
 BOOTSTRAP = """\
 import sys
 sys.path[:] = sys.argv[2:]
@@ -103,6 +106,7 @@ class WorkerPool:
         self._task_seconds = task_seconds
         self._queue: deque[_Task] = deque()
         self._workers: list[_Worker] = []
+        self._failed_starts = 0
         for _ in range(count):
             self._workers.append(self._start())
 
@@ -215,11 +219,10 @@ class WorkerPool:
             message = worker.connection.recv()
         except (EOFError, OSError):
             if not worker.ready:
-                raise InternvitError(
-                    f"a worker process ended before it was ready ({_ending(worker.process)})",
-                    "check that there is memory to start Python processes, or lower --workers",
-                ) from None
+                self._start_again(worker)
+                return []
             return self._replace(worker, Status.WORKER_DIED, f"its worker process ended ({_ending(worker.process)})")
+        self._failed_starts = 0
         if isinstance(message, _Ready):
             if message.failure:
                 raise InternvitError(f"a worker process cannot start: {message.failure}")
@@ -234,16 +237,27 @@ class WorkerPool:
 
     def _replace(self, worker: _Worker, status: Status, message: str) -> list[Finished | Lost]:
         """Bury a worker: its head task is lost, the others go back to the front of the queue."""
+        head = [worker.tasks.popleft()] if worker.tasks else []
+        self._succeed(worker)
+        return [Lost(task.task_id, status, message) for task in head]
+
+    def _start_again(self, worker: _Worker) -> None:
+        """Replace a worker that never was ready: a few may be killed for reasons that pass, and no task is to blame."""
+        self._failed_starts += 1
+        if self._failed_starts >= START_ATTEMPTS:
+            raise InternvitError(
+                f"a worker process ended before it was ready ({_ending(worker.process)})",
+                "check that there is memory to start Python processes, or lower --workers",
+            )
+        self._succeed(worker)
+
+    def _succeed(self, worker: _Worker) -> None:
+        """Put a fresh worker in a dead one's place; its tasks go back to the front of the queue."""
         worker.connection.close()
         worker.process.kill()
         worker.process.wait()
-        position = self._workers.index(worker)
-        self._workers[position] = self._start()
-        if not worker.tasks:
-            return []
-        head, *rest = worker.tasks
-        self._queue.extendleft(reversed(rest))
-        return [Lost(head.task_id, status, message)]
+        self._workers[self._workers.index(worker)] = self._start()
+        self._queue.extendleft(reversed(worker.tasks))
 
 
 def map_in_workers(pool: WorkerPool, payloads: Iterable[Any]) -> Iterable[Finished | Lost]:

@@ -1,0 +1,105 @@
+"""What the workers of test_workers.py run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+
+def double() -> Any:
+    return lambda number: number * 2
+
+
+def obey() -> Any:
+    """Tasks that say what to do: (what, argument)."""
+
+    def handle(task: tuple[str, Any]) -> Any:
+        what, argument = task
+        match what:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "die once":  # a file that is there tells that it happened before
+                if not os.path.exists(argument):
+                    open(argument, "w").close()
+                    os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(argument)
+            case "raise":
+                raise ValueError(argument)
+            case "sleep":
+                time.sleep(argument)
+            case "allocate":
+                try:
+                    return len(bytearray(argument))
+                except MemoryError:
+                    return "MemoryError"
+            case "pid":
+                return os.getpid()
+            case "cwd":
+                return os.getcwd()
+        return argument
+
+    return handle
+
+
+def broken() -> Any:
+    raise ZeroDivisionError("no such luck")
+
+
+def dies_at_start() -> Any:
+    os._exit(3)
+
+
+def dies_at_first_start(marker: str) -> Any:
+    """Killed while it starts, once; like a machine that is short of memory for a moment."""
+    if not os.path.exists(marker):
+        open(marker, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return obey()
+
+
+def writes_to(descriptor: int) -> Any:
+    return lambda text: os.write(descriptor, text)
+
+
+def slow_copy(seconds: float, rule: Any, shape: Any, descriptor: int) -> Any:
+    """The real decoder, after a pause in which it can be killed."""
+    from internvit_cli.decode.decoder import tile_decoder
+
+    decode = tile_decoder(rule, shape, descriptor)
+
+    def handle(task: Any) -> Any:
+        time.sleep(seconds)
+        return decode(task)
+
+    return handle
+
+
+def deadly(name: bytes, rule: Any, shape: Any, descriptor: int) -> Any:
+    """The real decoder, but for one picture that crashes it, as a bug in a C library does."""
+    from internvit_cli.decode.decoder import tile_decoder
+
+    decode = tile_decoder(rule, shape, descriptor)
+
+    def handle(task: Any) -> Any:
+        if task[0].endswith(name):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return decode(task)
+
+    return handle
+
+
+def endless(name: bytes, rule: Any, shape: Any, descriptor: int) -> Any:
+    """The real decoder, but for one picture that it never finishes."""
+    from internvit_cli.decode.decoder import tile_decoder
+
+    decode = tile_decoder(rule, shape, descriptor)
+
+    def handle(task: Any) -> Any:
+        if task[0].endswith(name):
+            time.sleep(600)
+        return decode(task)
+
+    return handle
