@@ -463,8 +463,8 @@ def test_a_picture_that_takes_too_long_is_skipped_at_once(pictures, monkeypatch)
 def test_after_a_stop_nothing_more_is_returned(pictures, slow_decoder):
     """What was in hand stays pending: it is neither done nor skipped."""
     decoder = slow_decoder(options())
-    seen = []
+    seen = {}
     with contextlib.closing(decoder):
         for image in decoder.run(jobs_for(pictures), lambda: len(seen) >= 3):
-            seen.append(image.row)
+            seen[image.row] = image
     assert len(seen) == 3
