@@ -103,3 +103,17 @@ def endless(name: bytes, rule: Any, shape: Any, descriptor: int) -> Any:
         return decode(task)
 
     return handle
+
+
+def deadly_header(name: bytes, rule: Any) -> Any:
+    """The real header reader, but for one file that crashes it."""
+    from internvit_cli.headers import header_reader
+
+    read = header_reader(rule)
+
+    def handle(paths: list[bytes]) -> Any:
+        if any(path.endswith(name) for path in paths):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return read(paths)
+
+    return handle

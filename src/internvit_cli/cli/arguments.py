@@ -28,6 +28,7 @@ MODEL, PICTURES, STORE, RUN, SOURCES = "Model", "Pictures", "What is stored", "H
 BINARY_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 LEAST_WORKER_MEMORY = 512 << 20
+MOST_BYTES = 1 << 63
 
 
 def build_options(
@@ -200,12 +201,12 @@ def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
 def parse_size(option: str, text: str, least: int) -> int:
     """Bytes from a size such as `4GiB`, `500M` or `1000000`; units are powers of 1024."""
     match = SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * BINARY_UNITS[match[2].lower()]) if match else 0
-    if size < least:
+    size = float(match[1]) * BINARY_UNITS[match[2].lower()] if match else 0
+    if not least <= size < MOST_BYTES:
         raise UsageError(
             f"{option} {text}: not a size of at least {least:,} bytes", f"give a size such as {option} 4GiB"
         )
-    return size
+    return int(size)
 
 
 def parse_layer(text: str) -> int | None:
@@ -224,7 +225,7 @@ def parse_batch_size(text: str) -> int | None:
     """Tiles a batch, or None for `auto`."""
     if text == "auto":
         return None
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 65536:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= 65536:
         raise UsageError(
             f"--batch-size {text}: neither auto nor a number of tiles", "give a number such as --batch-size 64"
         )
@@ -236,10 +237,10 @@ def parse_color(text: str) -> tuple[int, int, int]:
     from PIL import ImageColor
 
     try:
-        color = ImageColor.getcolor(text, "RGB")
+        red, green, blue, *_ = ImageColor.getrgb(text)
     except ValueError:
-        raise UsageError(
-            f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'"
-        ) from None
-    assert isinstance(color, tuple)
-    return color[0], color[1], color[2]
+        red = green = blue = -1
+    # Pillow takes rgb(999, 0, 0) for a colour.
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise UsageError(f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'")
+    return red, green, blue

@@ -98,7 +98,7 @@ def parse_allowed(text: str) -> tuple[float, bool]:
         value = float(number) if text.endswith("%") else int(number)
     except ValueError:
         value = -1
-    if value < 0 or (text.endswith("%") and value > 100):
+    if not 0 <= value <= (100 if text.endswith("%") else sys.maxsize):  # nan is neither
         raise UsageError(f"--allow-skipped {text}: neither a number nor a percentage", "give 10 or 1%")
     return value, text.endswith("%")
 

@@ -1,0 +1,395 @@
+"""From a listing to shards: tables, cuts, recipes, headers in parallel, counts and the words of the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from array import array
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import storage_helpers as helpers
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from internvit_cli import plan as plan_module
+from internvit_cli.cli.arguments import parse_batch_size, parse_color, parse_layer, parse_size
+from internvit_cli.cli.extract import parse_allowed
+from internvit_cli.config import PixelRule, Recipe, Skipped, Status, StoreDtype, TilingRule, Tokens
+from internvit_cli.errors import ExitCode, OtherRecipeError, UsageError
+from internvit_cli.plan import Plan, PlanOptions, plan_images
+from internvit_cli.recipes import check_same
+from internvit_cli.report import Counts, Stages, Summary
+from internvit_cli.sharding import split_table
+from internvit_cli.sources import DiscoverOptions, Source, discover
+from internvit_cli.sources.interface import Listing
+from internvit_cli.storage.layout import FeatureShape
+from internvit_cli.table import COLUMN_DTYPES, ImageTable, concatenate, count_statuses
+from internvit_cli.tiling import choose_grid, tile_count
+from internvit_cli.workers import WorkerSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# ----------------------------------------------------------------------------------------------------------- tables
+
+images = st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(0, 1))
+
+
+@st.composite
+def tables(draw: Any, least: int = 0) -> ImageTable:
+    """Tables of images, some of which have no readable header."""
+    grids = draw(st.lists(images, min_size=least, max_size=30))
+    failed = draw(st.sets(st.integers(0, max(0, len(grids) - 1))))
+    keys = [b"%d-%d" % (draw(st.integers(0, 9)), row) for row in range(len(grids))]
+    return helpers.make_table(grids, keys, dict.fromkeys(failed, Status.TRUNCATED))
+
+
+def assert_same_table(one: ImageTable, other: ImageTable) -> None:
+    assert list(one.keys) == list(other.keys)
+    for name in (*COLUMN_DTYPES, "tile_offset", "status"):
+        assert getattr(one, name).dtype == getattr(other, name).dtype
+        assert getattr(one, name).tolist() == getattr(other, name).tolist(), name
+
+
+@given(tables(least=1), st.data())
+def test_taking_rows_keeps_each_row_together(table, data):
+    """In any order, with tile offsets that follow from the rows taken."""
+    rows = data.draw(st.lists(st.integers(0, len(table) - 1), max_size=20))
+    taken = table.take(np.array(rows, np.int64))
+    assert list(taken.keys) == [table.keys[row] for row in rows]
+    for name in (*COLUMN_DTYPES, "status"):
+        assert getattr(taken, name).tolist() == [int(getattr(table, name)[row]) for row in rows]
+    assert taken.tile_counts.tolist() == [int(table.tile_counts[row]) for row in rows]
+    assert taken.tiles == sum(taken.tile_counts.tolist())
+
+
+@given(tables(least=1), st.data())
+def test_cutting_and_joining_gives_the_same_table(table, data):
+    cut = data.draw(st.integers(0, len(table)))
+    parts = [table.take(np.arange(cut)), table.take(np.arange(cut, len(table)))]
+    assert_same_table(concatenate(parts), table)
+
+
+@given(tables(least=1))
+def test_statuses_are_counted(table):
+    counts = count_statuses(table.status)
+    assert sum(counts.values()) == len(table)
+    assert all(count == table.status.tolist().count(status) for status, count in counts.items())
+
+
+# ----------------------------------------------------------------------------------------------------------- shards
+
+shapes = st.builds(
+    FeatureShape,
+    st.sampled_from(Tokens),
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.sampled_from(StoreDtype),
+    st.booleans(),
+)
+
+
+def feature_bytes(table: ImageTable, shape: FeatureShape) -> int:
+    return sum(spec.nbytes for spec in shape.row_datasets(len(table), table.tiles))
+
+
+@given(tables(least=1), shapes, st.integers(1, 5000))
+def test_shards_hold_every_image_once_and_in_order(table, shape, limit):
+    """No image spans two; none is larger than asked for unless it is a single image; none could have taken one more."""
+    shards = list(split_table(table, shape, limit))
+    assert_same_table(concatenate(shards), table)
+    for shard, following in zip(shards, [*shards[1:], None], strict=True):
+        assert len(shard) == 1 or feature_bytes(shard, shape) <= limit
+        if following is not None:
+            first = following.take(np.array([0]))
+            assert feature_bytes(shard, shape) + feature_bytes(first, shape) > limit
+
+
+@given(tables(least=2), shapes, st.integers(1, 5000), st.data())
+def test_cuts_do_not_depend_on_what_follows(table, shape, limit, data):
+    """A run that goes on after its first shards makes the ones that it would have made."""
+    shards = list(split_table(table, shape, limit))
+    shorter = table.take(np.arange(data.draw(st.integers(1, len(table)))))
+    prefix = list(split_table(shorter, shape, limit))
+    for ours, theirs in zip(prefix[:-1], shards, strict=False):
+        assert_same_table(ours, theirs)
+    rest = table.take(np.arange(len(shards[0]), len(table)))
+    if len(rest):
+        for ours, theirs in zip(split_table(rest, shape, limit), shards[1:], strict=True):
+            assert_same_table(ours, theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------- recipes
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same type."""
+    match value:
+        case bool():
+            return not value
+        case int():
+            return value + 1
+        case str():
+            return value + "x"
+        case tuple():
+            return (0.1, 0.2, 0.3)
+    return (1, 2, 3)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Recipe)])
+def test_every_field_of_a_recipe_counts(name):
+    """A change of any one is a difference by that name, another digest, and a refusal that names both values."""
+    other = dataclasses.replace(helpers.RECIPE, **{name: changed(getattr(helpers.RECIPE, name))})
+    assert helpers.RECIPE.differences(other) == [name]
+    assert helpers.RECIPE.digest != other.digest
+    with pytest.raises(OtherRecipeError, match=f"feats.h5 was made with another recipe: {name} was") as caught:
+        check_same(other, helpers.RECIPE, "feats.h5")
+    assert caught.value.exit_code == ExitCode.OTHER_RECIPE
+    assert "--" in caught.value.hint
+    assert Recipe.from_json(other.to_json()) == other
+
+
+def test_equal_recipes_differ_in_nothing():
+    assert helpers.RECIPE.differences(dataclasses.replace(helpers.RECIPE)) == []
+    check_same(helpers.RECIPE, dataclasses.replace(helpers.RECIPE), "feats.h5")
+
+
+@given(st.text(max_size=200) | st.from_regex(r'\{("\w+":\d,)*"layer":1\}', fullmatch=True))
+def test_what_is_no_recipe_is_a_value_error(text):
+    with pytest.raises(ValueError):
+        Recipe.from_json(text)
+
+
+# ---------------------------------------------------------------------------------------------------------- planning
+
+RULE = PixelRule(TilingRule())
+
+
+def options(**changes: Any) -> PlanOptions:
+    return dataclasses.replace(PlanOptions(RULE, 2, 30.0, 4 << 30), **changes)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """Sixty pictures of many shapes, and between them what is none."""
+    folder = tmp_path_factory.mktemp("tree")
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        width, height = (int(n) for n in rng.integers(1, 900, 2))
+        Image.new("L", (width, height)).save(folder / f"{number:03d}.png")
+    (folder / "001.png").write_bytes((folder / "001.png").read_bytes()[:20])
+    (folder / "007.jpg").write_bytes(b"no picture at all")
+    (folder / "008.jpg").touch()
+    (folder / "009.gif").write_bytes(b"GIF89a")
+    return folder
+
+
+def plan_of(folder: Path, plan_options: PlanOptions | None = None) -> tuple[Listing, Plan]:
+    listing = discover([str(folder)], DiscoverOptions())
+    return listing, plan_images(listing, range(len(listing)), plan_options or options())
+
+
+def test_a_plan_has_one_row_an_entry_with_the_sizes_that_pillow_gives(tree):
+    """In the listing's order, whatever order the headers came in; what cannot be read has no tiles and a reason."""
+    listing, plan = plan_of(tree)
+    table = plan.table
+    assert table.keys == listing.keys
+    assert len(table) == 63
+    bad = {b"001.png", b"007.jpg", b"008.jpg", b"009.gif"}
+    assert {listing.keys[row] for row in plan.skipped} == bad
+    for row, key in enumerate(table.keys):
+        status = os.stat(tree / os.fsdecode(key))
+        assert int(table.file_size[row]) == status.st_size
+        assert int(table.file_mtime_ns[row]) == status.st_mtime_ns
+        if key in bad:
+            assert table.status[row] == plan.skipped[row].status != Status.PENDING
+            assert (table.width[row], table.tile_counts[row], table.orientation[row]) == (0, 0, 0)
+            continue
+        with Image.open(tree / os.fsdecode(key)) as image:
+            assert (int(table.width[row]), int(table.height[row])) == image.size
+        grid = choose_grid(*image.size, RULE.tiling)
+        assert (table.columns[row], table.rows[row]) == grid
+        assert table.tile_counts[row] == tile_count(grid, thumbnail=True)
+        assert table.status[row] == Status.PENDING
+
+
+def test_a_plan_of_some_entries_has_just_those(tree):
+    listing, whole = plan_of(tree)
+    entries = [5, 1, 40]
+    plan = plan_images(listing, entries, options())
+    assert_same_table(plan.table, whole.table.take(np.array(entries)))
+    assert set(plan.skipped) == {1}
+    assert len(plan_images(listing, [], options()).table) == 0
+
+
+def test_progress_ends_with_all(tree):
+    listing = discover([str(tree)], DiscoverOptions())
+    seen: list[int] = []
+    plan_images(listing, range(len(listing)), options(), seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == len(listing)
+
+
+def test_entries_that_must_not_be_opened_are_not(tmp_path):
+    """What discovery has ruled out, such as a link that leaves its source, is not looked at again."""
+    Image.new("L", (9, 9)).save(tmp_path / "a.png")
+    outside = Skipped(Status.LINK_OUTSIDE, "", "it leaves the source")
+    source = Source(os.fsencode(tmp_path))
+    listing = Listing((source,), [b"a.png", b"b.png"], array("I", [0, 0]), {0: outside}, (), 0)
+    plan = plan_images(listing, [0, 1], options())
+    assert plan.skipped[0] is outside
+    assert plan.skipped[1].status is Status.VANISHED
+    assert plan.table.status.tolist() == [Status.LINK_OUTSIDE, Status.VANISHED]
+
+
+def test_a_file_whose_header_crashes_its_reader_costs_itself_alone(tree, monkeypatch):
+    """Its chunk is read again one by one, and all other headers are there."""
+    spec = WorkerSpec
+    monkeypatch.setattr(
+        plan_module,
+        "WorkerSpec",
+        lambda handler, arguments, **rest: spec("worker_handlers:deadly_header", (b"030.png", *arguments), **rest),
+    )
+    listing, plan = plan_of(tree)
+    crashed = listing.keys.index(b"030.png")
+    assert plan.skipped[crashed].status is Status.WORKER_DIED
+    assert "SIGSEGV" in plan.skipped[crashed].message
+    assert len(plan.skipped) == 5
+
+
+# ------------------------------------------------------------------------------------------------- counts and codes
+
+
+@pytest.mark.parametrize(
+    ("counts", "allowed", "code"),
+    [
+        ({"found": 5, "done": 5}, 0, 0),
+        ({"found": 5, "done": 4, "skipped": 1}, 0, 3),
+        ({"found": 5, "done": 4, "skipped": 1}, 1, 0),
+        ({"found": 5, "done": 3, "skipped": 2}, 1, 3),
+        ({"found": 5, "skipped": 5}, 0, 1),
+        ({"found": 5, "skipped": 5}, 5, 1),
+        ({"found": 5, "done": 1, "pending": 4, "stopped_by": 2}, 0, 130),
+        ({"found": 5, "done": 1, "pending": 4, "stopped_by": 15}, 0, 143),
+        ({"found": 5, "done": 1, "pending": 4, "stopped_by": 10}, 0, 138),
+        ({"found": 5, "skipped": 5, "stopped_by": 15}, 0, 143),
+    ],
+)
+def test_the_exit_code_follows_from_the_counts(counts, allowed, code):
+    stopped_by = counts.pop("stopped_by", 0)
+    result = Summary(
+        output="feats.h5",
+        skipped_path="feats.h5.skipped.jsonl",
+        model="m",
+        counts=Counts(**counts),
+        tiles=0,
+        encoded=0,
+        bytes=0,
+        seconds=1.0,
+        stages=Stages(),
+        stopped_by=stopped_by,
+    )
+    assert result.exit_code(allowed) == code
+    facts = result.to_json()
+    assert facts["found"] == facts["done"] + facts["skipped"] + facts["pending"]
+    assert (facts["skipped_path"] is None) == (not facts["skipped"])
+
+
+seconds = st.floats(0, 1e6)
+
+
+@given(seconds, seconds, seconds, seconds)
+def test_the_sentence_on_the_bottleneck_names_the_busiest_stage(wall, decode, device, write):
+    stages = Stages(wall, decode, device, write)
+    sentence = stages.bottleneck
+    assert sentence.endswith(".")
+    assert stages.idle >= 0
+    if wall and max(decode, device, write) > wall:
+        words = [(decode, "Decoding"), (device, "encoder"), (write, "Writing")]
+        assert any(word in sentence for value, word in words if value == max(decode, device, write))
+    assert stages.plus(Stages()) == stages
+
+
+# ------------------------------------------------------------------------------------------- words of the command line
+
+awkward = st.text(max_size=30) | st.from_regex(r"[-+]?\d{0,5000}\.?\d{0,20}[a-zA-Z%]{0,3}", fullmatch=True)
+
+
+def value_or_usage_error(parse: Callable[[str], Any], text: str) -> Any:
+    """What a word means; None for a usage error, which has a hint."""
+    try:
+        return parse(text)
+    except UsageError as error:
+        assert error.hint
+        return None
+
+
+@given(awkward | st.sampled_from(["1" * 400 + "G", "9e99", "0", "-1", "\u0661k", "1KiB", " 5 MB "]))
+def test_a_size_is_a_number_of_bytes_or_a_usage_error(text):
+    size = value_or_usage_error(lambda word: parse_size("--shard-size", word, least=1), text)
+    assert size is None or (isinstance(size, int) and 1 <= size < 1 << 63)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("1k", 1024), ("4GiB", 4 << 30), ("500M", 500 << 20), ("1.5g", 3 << 29), ("2 TB", 2 << 40), ("7b", 7)],
+)
+def test_sizes_have_binary_units(text, size):
+    assert parse_size("--shard-size", text, least=1) == size
+
+
+@given(awkward | st.sampled_from(["auto", "-4", "1_0", "9" * 5000, "nan", "inf", "1.0"]))
+def test_a_layer_is_an_index_or_a_usage_error(text):
+    layer = value_or_usage_error(parse_layer, text)
+    assert layer is None or isinstance(layer, int)
+
+
+@given(awkward | st.sampled_from(["auto", "1", "65536", "65537", "0", "1" * 5000, "²", "٣"]))
+def test_a_batch_is_a_number_of_tiles_or_a_usage_error(text):
+    tiles = value_or_usage_error(parse_batch_size, text)
+    assert tiles is None or 1 <= tiles <= 65536
+
+
+@given(
+    awkward
+    | st.from_regex(r"#[0-9a-fA-F]{0,9}", fullmatch=True)
+    | st.from_regex(r"(rgb|hsl|hsv|rgba)\(\d{0,9}%?,\d{0,90}%?,\d{0,9}%?\)", fullmatch=True)
+    | st.sampled_from(["white", "rgb(999,0,0)", "rgb(300%,0%,0%)", "#fff", "#ffffff80", "hsl(0,100%,50%)"])
+)
+def test_a_colour_is_three_bytes_or_a_usage_error(text):
+    colour = value_or_usage_error(parse_color, text)
+    assert colour is None or (len(colour) == 3 and all(0 <= part <= 255 for part in colour))
+
+
+def test_colours_have_names_and_values():
+    assert parse_color("white") == (255, 255, 255)
+    assert parse_color("#ff8000") == (255, 128, 0)
+    assert parse_color("rgb(1, 2, 3)") == (1, 2, 3)
+    for text in ("rgb(999,0,0)", "", "no colour", "rgb(1,2)"):
+        with pytest.raises(UsageError):
+            parse_color(text)
+
+
+@given(awkward | st.sampled_from(["nan%", "inf%", "-inf%", "nan", "1e3", "100%", "100.1%", "%", "9" * 5000, "-0"]))
+def test_allowed_skips_are_a_number_a_percentage_or_a_usage_error(text):
+    """And whatever it is, a limit can be computed from it."""
+    parsed = value_or_usage_error(parse_allowed, text)
+    if parsed is not None:
+        value, is_percentage = parsed
+        assert value >= 0
+        assert value <= (100 if is_percentage else sys.maxsize)
+        assert int(1000 * value / 100) >= 0
+
+
+def test_allowed_skips_as_they_are_written():
+    assert parse_allowed("10") == (10, False)
+    assert parse_allowed("2.5%") == (2.5, True)
+    for text in ("nan%", "101%", "-1", "1.5", "ten", ""):
+        with pytest.raises(UsageError):
+            parse_allowed(text)
