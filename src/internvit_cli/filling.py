@@ -56,6 +56,8 @@ class FillJob:
     pool_all_tiles: bool
     """The image's vector is the mean over its tiles' vectors instead of the global view's."""
     store_tile_vectors: bool
+    is_begun: bool
+    """Other shards of the output have rows: a value that is too large skips its image, and no more ends the run."""
     strict: bool
     """End at the first image that cannot be used, leaving it pending."""
 
@@ -130,6 +132,7 @@ class _Filling:
         self._filled = 0
         self._in_flight: deque[tuple[PendingBatch, list[_Span], NDArray[Any]]] = deque()
         self._images = self._skipped = self._tiles = 0
+        self._is_begun = job.is_begun or bool((job.writer.status == Status.DONE).any())
         self.clamped = 0
 
     def run(self) -> Filled:
@@ -199,7 +202,8 @@ class _Filling:
     def _store(self, assembly: _Assembly) -> None:
         row, blocks = assembly.row, assembly.blocks
         if (unfit := _unfit(blocks)) is not None:
-            if unfit.status is Status.OVERFLOW and not self._images and unfit.exception == "OverflowError":
+            is_first = not (self._images or self._is_begun)
+            if is_first and unfit.exception == "OverflowError":
                 raise InternvitError(
                     f"{_printable(self._job.keys[row])}: {unfit.message}",
                     "store with --store-dtype bfloat16 (or float32), or --on-overflow clamp",

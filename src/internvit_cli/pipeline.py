@@ -229,7 +229,8 @@ class _Extraction:
             writer.rewrite_commit_records()
             if self._output.is_file and finished:
                 take_over(finished[0], table, writer)
-            self._encode_pending(table, stored_sources(attributes, self._output.path), writer)
+            sources = stored_sources(attributes, self._output.path)
+            self._encode_pending(table, sources, writer, is_begun=bool(finished or self._total.images))
             finished_all = bool((writer.status != Status.PENDING).all())
         finally:
             writer.close()
@@ -247,7 +248,9 @@ class _Extraction:
         settled = (None, Status.DONE, Status.PENDING)
         self._skip_log.rewrite(lambda key: key in folders or stored.status(os.fsencode(key)) not in settled)
 
-    def _encode_pending(self, table: ImageTable, sources: Sequence[Source], writer: ShardWriter) -> None:
+    def _encode_pending(
+        self, table: ImageTable, sources: Sequence[Source], writer: ShardWriter, *, is_begun: bool
+    ) -> None:
         rows = np.flatnonzero(writer.status == Status.PENDING)
         if not len(rows):
             return
@@ -260,6 +263,7 @@ class _Extraction:
             skip_log=self._skip_log,
             pool_all_tiles=not recipe.thumbnail,
             store_tile_vectors=recipe.tile_pooled,
+            is_begun=is_begun,
             strict=self._options.run.strict,
         )
         before = self._total
