@@ -29,12 +29,12 @@ def describe_output(path: str) -> dict[str, Any]:
     attributes = shards[-1].stored.attributes
     recipe = stored_recipe(attributes, path)
     # A key of a later shard takes the place of an earlier one's.
-    newest = {
-        key: code
-        for shard in shards
-        for key, code in zip(shard.stored.table.keys, shard.stored.table.status.tolist(), strict=True)
-    }
-    images = {status.word: count for status, count in count_statuses(np.fromiter(newest.values(), np.uint8)).items()}
+    newest: dict[bytes, int] = {}
+    for shard in shards:
+        superseded, table = shard.superseded_keys, shard.stored.table
+        rows = zip(table.keys, table.status.tolist(), strict=True)
+        newest |= {key: status for key, status in rows if key not in superseded}
+    statuses = count_statuses(np.fromiter(newest.values(), np.uint8, len(newest)))
     return {
         "path": path,
         "model": attributes.get("model", ""),
@@ -42,7 +42,7 @@ def describe_output(path: str) -> dict[str, Any]:
         "recipe": json.loads(recipe.to_json()),
         "recipe_digest": attributes.get("recipe_digest", ""),
         "total_images": len(newest),
-        "images": images,
+        "images": {status.word: count for status, count in statuses.items()},
         "tiles": sum(shard.stored.table.tiles for shard in shards),
         "datasets": _datasets(shards, StoreDtype(recipe.store_dtype), Tokens(recipe.tokens)),
         "bytes": sum(os.path.getsize(file) for shard in shards for file in shard.backend.final_paths(shard.path)),

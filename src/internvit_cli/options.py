@@ -64,6 +64,13 @@ class StoreOptions:
     store_dtype: StoreDtype = StoreDtype.FLOAT16
     on_overflow: OnOverflow = OnOverflow.SKIP
     overwrite: bool = False
+    prune: bool = False
+    """Drop the rows of pictures that were deleted."""
+    yes: bool = False
+    """Also when that is more than half of all rows."""
+    retry_skipped: bool = False
+    relocations: tuple[tuple[bytes, bytes], ...] = ()
+    """Trees that moved: old and new absolute path."""
     lock: bool = True
 
 

@@ -19,7 +19,7 @@ from internvit_cli.observer import SILENT, Observer, Progress
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.preview import find_images
 from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule
-from internvit_cli.reconcile import Changes, StoredImages, stored_sources
+from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Counts, Stages, Summary, run_log_entry
 from internvit_cli.sharding import Draft, merge_rows, new_shard, split_table
 from internvit_cli.storage.commit import ShardWriter, create_shard
@@ -33,12 +33,14 @@ from internvit_cli.tiling import Grid
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from internvit_cli.config import PixelRule
     from internvit_cli.encoder import Encoder
     from internvit_cli.options import ExtractOptions
+    from internvit_cli.reconcile import Changes
     from internvit_cli.sources import Listing, Source
     from internvit_cli.storage.layout import FeatureShape, NewShard
 
@@ -82,23 +84,28 @@ class _Extraction:
         self._output = output
         self._model: ModelInUse
         self._skip_log: SkipLog
+        self._existing: Existing
+        self._finished_images: tuple[Existing, StoredImages] | None = None
+        self._relocations = [Relocation(old, new) for old, new in options.store.relocations]
         self._decoder: Decoder | None = None
         self._encoder: Encoder | None = None
         self._stages = Stages()
         self._total = Progress()
         self._clamped = 0
-        self._kept = 0
+        self._kept = self._dropped = 0
 
     def run(self, started: float) -> Summary:
         self._output.prepare()
-        overwrite = self._options.store.overwrite
-        existing = load_existing(self._output, overwrite=overwrite)
+        store = self._options.store
+        existing = load_existing(self._output, overwrite=store.overwrite)
         self._model = ModelInUse(self._options, existing.attributes)
-        existing = settle(self._output, existing, self._model.recipe, overwrite=overwrite)
-        changes = StoredImages(existing.shards).compare(self._listing)
-        self._kept = changes.kept
-        if existing.partial is not None or changes.entries:
-            self._make(existing, changes)
+        existing = settle(self._output, existing, self._model.recipe, overwrite=store.overwrite)
+        stored = StoredImages(existing.shards, self._relocations)
+        changes = stored.compare(self._listing, retry_skipped=store.retry_skipped)
+        dropped = prunable(stored, changes, self._listing, confirmed=store.yes) if store.prune else []
+        self._kept, self._dropped = len(changes.unlisted) - len(dropped), len(dropped)
+        if existing.partial is not None or changes.entries or dropped or self._is_moved(existing.shards):
+            self._make(existing, changes, dropped)
         if not self._stop.signal:
             self._output.complete()
         return self._summary(time.monotonic() - started)
@@ -112,7 +119,7 @@ class _Extraction:
 
     # -------------------------------------------------------------------------------------------------- what is to do
 
-    def _make(self, existing: Existing, changes: Changes) -> None:
+    def _make(self, existing: Existing, changes: Changes, dropped: list[bytes]) -> None:
         """Encode what is missing: first what an earlier run planned, then what is new."""
         self._model.confirm_weights()
         plan = self._plan(changes.entries)
@@ -120,23 +127,26 @@ class _Extraction:
             row, skipped = min(plan.skipped.items())
             raise unusable(plan.table.keys[row], skipped)
         shape = feature_shape(self._options, self._model.card, self._model.recipe)
-        self._check_space(
-            existing, [self._new_shard(draft, shape) for draft in self._drafts(existing, changes, plan, shape)]
-        )
+        gone = {*dropped, *(self._listing.keys[entry] for entry in changes.changed)}
+        drafts = self._drafts(existing.finished, gone, plan, shape)
+        self._check_space(existing, [self._new_shard(draft, shape) for draft in drafts])
         self._skip_log = SkipLog(self._output.skipped_path)
         self._log_planned_skips(changes.entries, plan)
-        self._start(existing, plan)
+        self._existing = existing
+        self._start(plan)
         if existing.partial is not None:
             stored = existing.partial.stored
-            self._fill(stored.table, stored.attributes, existing.finished, is_last=not len(plan.table))
-            existing = load_existing(self._output, overwrite=False)
-        drafts = self._drafts(existing, changes, plan, shape)
+            self._fill(stored.table, stored.attributes, is_last=not drafts)
+            self._existing = load_existing(self._output, overwrite=False)
+            drafts = self._drafts(self._existing.finished, gone, plan, shape)
         for number, draft in enumerate(drafts, 1):
             if self._stop.signal:
                 return
             shard = self._new_shard(draft, shape)
             create_shard(self._output.backend, self._output.partial_path(self._output.next_number()), shard)
-            self._fill(shard.table, shard.complete_attributes, existing.finished, is_last=number == len(drafts))
+            self._fill(shard.table, shard.complete_attributes, is_last=number == len(drafts))
+        if dropped and not self._stop.signal and not self._output.is_file:
+            self._output.drop_rows(self._by_shard(dropped))
 
     def _new_shard(self, draft: Draft, shape: FeatureShape) -> NewShard:
         batch_tiles = self._encoder.batch_tiles if self._encoder else 0
@@ -150,17 +160,34 @@ class _Extraction:
             self._listing, entries, plan_options, lambda done: self._observer.headers(done, len(entries))
         )
 
-    def _drafts(self, existing: Existing, changes: Changes, plan: Plan, shape: FeatureShape) -> list[Draft]:
-        """The shards to make: more of them in a folder; a single file is made anew, with the rows it has."""
-        if not len(plan.table):
-            return []
-        sources = self._listing.sources
-        if not self._output.is_file:
-            return [(table, sources) for table in split_table(plan.table, shape, self._options.store.shard_bytes)]
-        if not existing.finished:
-            return [(plan.table, sources)]
-        changed = {self._listing.keys[entry] for entry in changes.changed}
-        return [merge_rows(existing.finished[0], changed, plan.table, sources)]
+    def _drafts(
+        self, finished: Sequence[FinishedShard], gone: Collection[bytes], plan: Plan, shape: FeatureShape
+    ) -> list[Draft]:
+        """The shards to make: more of them in a folder; a single file is made anew, with the rows it has.
+
+        A shard whose pictures moved is made anew too, for it names their source.
+        """
+        sources, added = self._listing.sources, plan.table
+        if self._output.is_file and finished:
+            if not len(added) and not gone and not self._is_moved(finished):
+                return []
+            return [merge_rows(finished[0], gone, added, sources, self._relocations)]
+        nothing = added.take(np.arange(0))
+        moved = [shard for shard in finished if self._is_moved([shard])]
+        drafts = [merge_rows(shard, gone, nothing, (), self._relocations) for shard in moved]
+        if not len(added):
+            return drafts
+        tables = [added] if self._output.is_file else split_table(added, shape, self._options.store.shard_bytes)
+        return [*drafts, *(Draft(table, sources) for table in tables)]
+
+    def _is_moved(self, shards: Sequence[FinishedShard]) -> bool:
+        """Whether shards name a source that has moved since."""
+        return any(
+            stored_sources(shard.stored.attributes, shard.path)
+            != stored_sources(shard.stored.attributes, shard.path, self._relocations)
+            for shard in shards
+            if len(shard.superseded_keys) < len(shard.stored.table)
+        )
 
     def _check_space(self, existing: Existing, shards: list[NewShard]) -> None:
         """Refuse before any work what cannot fit. An unfinished shard has had its space from its creation."""
@@ -178,28 +205,33 @@ class _Extraction:
 
     # ------------------------------------------------------------------------------------------------------- doing it
 
-    def _start(self, existing: Existing, plan: Plan) -> None:
+    def _start(self, plan: Plan) -> None:
         """Start the decode workers, and while they start, load the encoder."""
-        tables = [plan.table, *([existing.partial.stored.table] if existing.partial else [])]
+        partial = self._existing.partial
+        tables = [plan.table, *([partial.stored.table] if partial else [])]
         counts = np.concatenate([table.tile_counts[_pending(table)] for table in tables]).astype(np.int64)
-        if not len(counts):
-            self._load_encoder(existing)  # only its recipe is needed
-            return
-        rule = pixel_rule(self._model.recipe, self._options.pictures.max_pixels)
-        if rule.global_view_only:
-            counts = np.ones_like(counts)
-        run = self._options.run
-        self._observer.encoding(len(counts), int(counts.sum()))
-        workers = run.workers or default_workers(run.device)
-        workers = min(workers, len(counts))
-        self._decoder = Decoder(DecodeOptions(rule, int(counts.max()), workers, run.decode_timeout, run.worker_memory))
-        self._load_encoder(existing)
+        if len(counts):
+            if self._rule.global_view_only:
+                counts = np.ones_like(counts)
+            self._observer.encoding(len(counts), int(counts.sum()))
+            self._start_decoder(len(counts), int(counts.max()))
+        if len(counts) or not self._model.dtype_is_known:
+            self._load_encoder()
 
-    def _load_encoder(self, existing: Existing) -> None:
+    def _start_decoder(self, images: int, tiles: int) -> None:
+        run = self._options.run
+        workers = min(run.workers or default_workers(run.device), images)
+        self._decoder = Decoder(DecodeOptions(self._rule, tiles, workers, run.decode_timeout, run.worker_memory))
+
+    @property
+    def _rule(self) -> PixelRule:
+        return pixel_rule(self._model.recipe, self._options.pictures.max_pixels)
+
+    def _load_encoder(self) -> None:
         from internvit_cli.encoder import Encoder, EncoderOptions
 
         options, recipe = self._options, self._model.recipe
-        recorded = existing.attributes or {}
+        recorded = self._existing.attributes or {}
         dtype = ComputeDtype(recipe.compute_dtype) if self._model.dtype_is_known else options.run.dtype
         encoder_options = EncoderOptions(
             device=options.run.device,
@@ -219,17 +251,17 @@ class _Extraction:
         label = f"{self._model.card.name} in {self._encoder.dtype.value} on {self._encoder.device_name}"
         self._observer.ready(f"{label}, {self._encoder.batch_tiles} tiles a batch")
 
-    def _fill(
-        self, table: ImageTable, attributes: dict[str, Any], finished: Sequence[FinishedShard], *, is_last: bool
-    ) -> None:
+    def _fill(self, table: ImageTable, attributes: dict[str, Any], *, is_last: bool) -> None:
         """Encode the pending images of the shard at hand and publish it when none is left."""
-        number = self._output.next_number()
+        number, finished = self._output.next_number(), self._existing.finished
+        older = self._by_shard(table.keys)
         writer = ShardWriter(self._output.backend, self._output.partial_path(number), table)
         try:
             writer.rewrite_commit_records()
-            if self._output.is_file and finished:
-                take_over(finished[0], table, writer)
-            sources = stored_sources(attributes, self._output.path)
+            for shard in finished:
+                if self._output.is_file or shard.name in older:
+                    take_over(shard, table, writer)
+            sources = stored_sources(attributes, self._output.path, self._relocations)
             self._encode_pending(table, sources, writer, is_begun=bool(finished or self._total.images))
             finished_all = bool((writer.status != Status.PENDING).all())
         finally:
@@ -237,13 +269,14 @@ class _Extraction:
         if not finished_all:
             return
         if is_last:
-            self._tidy_skip_log(finished)
-        self._output.publish(number, len(table), table.tiles, self._superseded(table, finished))
+            self._tidy_skip_log()
+        self._output.publish(number, len(table), table.tiles, older)
 
-    def _tidy_skip_log(self, finished: Sequence[FinishedShard]) -> None:
+    def _tidy_skip_log(self) -> None:
         """Leave one line for each image that is skipped now, whichever run skipped it."""
         partial = self._output.partial()
-        stored = StoredImages([*finished, *([partial] if partial else [])])
+        others = () if self._output.is_file else self._output.finished()
+        stored = StoredImages([*others, *([partial] if partial else [])])
         folders = {os.fsdecode(problem.path) for problem in self._listing.unreadable_folders}
         settled = (None, Status.DONE, Status.PENDING)
         self._skip_log.rewrite(lambda key: key in folders or stored.status(os.fsencode(key)) not in settled)
@@ -254,6 +287,11 @@ class _Extraction:
         rows = np.flatnonzero(writer.status == Status.PENDING)
         if not len(rows):
             return
+        tiles = 1 if self._rule.global_view_only else int(table.tile_counts[rows].max())
+        if self._decoder is None or self._decoder.tiles < tiles:
+            self._restart_decoder(len(rows), tiles)
+        if self._encoder is None:
+            self._load_encoder()
         assert self._decoder is not None and self._encoder is not None
         recipe = self._model.recipe
         job = FillJob(
@@ -281,13 +319,21 @@ class _Extraction:
         how = {"device": encoder.device_name, "dtype": encoder.dtype.value, "batch_tiles": encoder.batch_tiles}
         writer.append_run_log(how | run_log_entry(filled.stages, filled.progress.images))
 
-    def _superseded(self, table: ImageTable, finished: Sequence[FinishedShard]) -> dict[str, list[str]]:
-        """Keys of older shards whose rows this one replaces, by shard."""
-        older = StoredImages(finished)
+    def _restart_decoder(self, images: int, tiles: int) -> None:
+        """Decode what was not planned: rows that could not be taken over because they are damaged."""
+        if self._decoder is not None:
+            self._decoder.close()
+        self._start_decoder(images, tiles)
+
+    def _by_shard(self, keys: Iterable[bytes]) -> dict[str, list[str]]:
+        """Those of some keys that have rows in finished shards of a folder, by the shard's name."""
+        if self._finished_images is None or self._finished_images[0] is not self._existing:
+            self._finished_images = self._existing, StoredImages(self._existing.finished)
+        stored = self._finished_images[1]
         found: dict[str, list[str]] = {}
-        for key in table.keys:
-            if older.status(key) is not None:
-                found.setdefault(older.shard_name(key), []).append(os.fsdecode(key))
+        for key in keys:
+            if stored.status(key) is not None:
+                found.setdefault(stored.shard_name(key), []).append(os.fsdecode(key))
         return found
 
     # ------------------------------------------------------------------------------------------------------ telling it
@@ -321,6 +367,8 @@ class _Extraction:
                 "a batch ran out of memory and the size was halved: "
                 "rows may differ by rounding from those of full batches"
             )
+        if self._dropped:
+            notes.append(f"{self._dropped:,} rows of deleted pictures were dropped")
         if self._clamped:
             notes.append(f"{self._clamped:,} values were clamped to the range of the stored type")
         if self._listing.unfollowed_links:

@@ -13,7 +13,7 @@ from internvit_cli.observer import SILENT, Observer
 from internvit_cli.plan import PlanOptions, plan_images
 from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make_recipe, pixel_rule
 from internvit_cli.report import PlanSummary
-from internvit_cli.sharding import new_shard, split_table
+from internvit_cli.sharding import Draft, new_shard, split_table
 from internvit_cli.sources import Listing, discover
 from internvit_cli.storage.durable import free_bytes
 from internvit_cli.storage.output import Output
@@ -43,7 +43,7 @@ def preview(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryI
     table = plan_images(listing, range(total), how, lambda done: observer.headers(done, total)).table
     output = Output(options.store.output, options.store.format)
     tables = [table] if output.is_file else split_table(table, shape, options.store.shard_bytes)
-    shards = [new_shard((part, listing.sources), shape, recipe, card) for part in tables]
+    shards = [new_shard(Draft(part, listing.sources), shape, recipe, card) for part in tables]
     reasons = {
         status.word: count for status, count in count_statuses(table.status).items() if status is not Status.PENDING
     }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Status
-from internvit_cli.errors import OtherRecipeError, OutputError
+from internvit_cli.errors import InternvitError, OtherRecipeError, OutputError, one_line
 from internvit_cli.sources.interface import Listing, Source
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ class Changes:
 
     new: list[int]
     changed: list[int]
-    kept: int
-    """Rows of the output whose picture is not in the listing."""
+    """Also those that were skipped and are to be tried again."""
+    unlisted: list[bytes]
+    """Keys of rows whose picture is not in the listing."""
 
     @property
     def entries(self) -> list[int]:
@@ -35,17 +36,36 @@ class Changes:
         return sorted(self.new + self.changed)
 
 
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """A tree that moved: `--relocate OLD=NEW`, absolute paths."""
+
+    old: bytes
+    new: bytes
+
+    def apply(self, source: Source) -> Source:
+        """The source where it is now."""
+        if source.root == self.old:
+            return Source(self.new, source.name)
+        below = self.old.rstrip(b"/") + b"/"
+        if not source.root.startswith(below):
+            return source
+        return Source(self.new.rstrip(b"/") + b"/" + source.root.removeprefix(below), source.name)
+
+
 class StoredImages:
     """The rows of an output by key; a later shard's row replaces an earlier one's."""
 
-    def __init__(self, shards: Sequence[FinishedShard]) -> None:
+    def __init__(self, shards: Sequence[FinishedShard], relocations: Sequence[Relocation] = ()) -> None:
         self._shards = shards
-        self._sources = [stored_sources(shard.stored.attributes, shard.path) for shard in shards]
+        self._sources = [stored_sources(shard.stored.attributes, shard.path, relocations) for shard in shards]
         self._known_digests: dict[int, Any] = {}
         self._rows: dict[bytes, tuple[int, int]] = {}
         for number, shard in enumerate(shards):
+            superseded = shard.superseded_keys
             for row, key in enumerate(shard.stored.table.keys):
-                self._rows[key] = number, row
+                if key not in superseded:
+                    self._rows[key] = number, row
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -59,23 +79,33 @@ class StoredImages:
         """The shard that holds a key's row."""
         return self._shards[self._rows[key][0]].name
 
-    def compare(self, listing: Listing) -> Changes:
+    def source(self, key: bytes) -> Source:
+        """The source that a key's row came from."""
+        number, row = self._rows[key]
+        return self._sources[number][int(self._table((number, row)).source[row])]
+
+    def path(self, key: bytes) -> bytes:
+        """The file that a key's row came from."""
+        return self.source(key).path(key)
+
+    def compare(self, listing: Listing, *, retry_skipped: bool = False) -> Changes:
         """What is new or changed in a listing. Only files whose size or time differ are read.
 
         Raises:
             OtherRecipeError: a key that comes from another root than its row.
         """
-        new, changed, known = [], [], 0
+        new, changed, listed = [], [], set()
         for entry, key in enumerate(listing.keys):
             place = self._rows.get(key)
             if place is None:
                 new.append(entry)
                 continue
-            known += 1
+            listed.add(key)
             self._check_root(listing, entry, place)
-            if not self._is_unchanged(listing, entry, place):
+            is_retried = retry_skipped and self.status(key) not in (Status.DONE, Status.PENDING)
+            if is_retried or not self._is_unchanged(listing, entry, place):
                 changed.append(entry)
-        return Changes(new, changed, len(self._rows) - known)
+        return Changes(new, changed, [key for key in self._rows if key not in listed])
 
     def _table(self, place: tuple[int, int]) -> Any:
         return self._shards[place[0]].stored.table
@@ -89,12 +119,12 @@ class StoredImages:
         raise OtherRecipeError(
             f"{os.fsdecode(listing.keys[entry])!r} came from {os.fsdecode(then.root)!r} before "
             f"and comes from {os.fsdecode(now.root)!r} now",
-            "choose another output, or give the sources names of their own: NAME=DIR",
+            f"if the tree moved, add --relocate {one_line(os.fsdecode(then.root))}={one_line(os.fsdecode(now.root))}; "
+            "else choose another output, or give the sources names of their own: NAME=DIR",
         )
 
     def _is_unchanged(self, listing: Listing, entry: int, place: tuple[int, int]) -> bool:
-        number, row = place
-        table = self._table(place)
+        row, table = place[1], self._table(place)
         if entry in listing.skipped:
             return int(table.status[row]) == listing.skipped[entry].status
         path = listing.path(entry)
@@ -102,12 +132,20 @@ class StoredImages:
             now = os.stat(path)
         except OSError:
             return True  # its row stays what it is: whoever opens the file finds out
-        if (now.st_size, now.st_mtime_ns) == (int(table.file_size[row]), int(table.file_mtime_ns[row])):
-            return True
-        if table.status[row] != Status.DONE:
+        if now.st_size != int(table.file_size[row]):
             return False
-        # A new time with the same bytes is no change: a copied or touched tree costs a read, not an encoding.
-        return now.st_size == int(table.file_size[row]) and _file_digest(path) == self._digests(number)[row].tobytes()
+        if now.st_mtime_ns == int(table.file_mtime_ns[row]):
+            return True
+        return bool(table.status[row] == Status.DONE) and self._has_same_bytes(path, place)
+
+    def _has_same_bytes(self, path: bytes, place: tuple[int, int]) -> bool:
+        """A new time with the same bytes is no change: a copied or touched tree costs a read, not an encoding."""
+        number, row = place
+        try:
+            digest = _file_digest(path)
+        except OSError:
+            return False  # planning it anew gives the reason
+        return bool(digest == self._digests(number)[row].tobytes())
 
     def _digests(self, number: int) -> Any:
         if number not in self._known_digests:
@@ -116,17 +154,49 @@ class StoredImages:
         return self._known_digests[number]
 
 
-def stored_sources(attributes: dict[str, Any], path: str) -> list[Source]:
-    """The sources of a shard, from its attributes.
+def prunable(stored: StoredImages, changes: Changes, listing: Listing, *, confirmed: bool) -> list[bytes]:
+    """Keys of rows whose pictures were deleted, from the sources of this listing.
+
+    Raises:
+        InternvitError: it looks like a disk that is not mounted rather than like deleted pictures.
+    """
+    if listing.unreadable_folders:
+        folder = os.fsdecode(listing.unreadable_folders[0].path)
+        raise InternvitError(
+            f"--prune: {one_line(folder)} cannot be read, so its pictures may still be there",
+            "make it readable, or run without --prune",
+        )
+    empty = set(range(len(listing.sources))) - set(listing.source_index)
+    if empty:
+        root = os.fsdecode(listing.sources[min(empty)].root)
+        raise InternvitError(f"--prune: {one_line(root)} holds no pictures at all", "is its disk mounted?")
+    dropped = [
+        key
+        for key in changes.unlisted
+        if stored.source(key) in listing.sources and not os.path.lexists(stored.path(key))
+    ]
+    if 2 * len(dropped) > len(stored) and not confirmed:
+        raise InternvitError(
+            f"--prune would drop {len(dropped):,} of {len(stored):,} rows",
+            "add --yes if that many pictures were deleted",
+        )
+    return dropped
+
+
+def stored_sources(attributes: dict[str, Any], path: str, relocations: Sequence[Relocation] = ()) -> list[Source]:
+    """The sources of a shard, from its attributes, where they are now.
 
     Raises:
         OutputError: they are damaged.
     """
     try:
         entries = json.loads(attributes["sources"])
-        return [Source(root=os.fsencode(entry["root"]), name=os.fsencode(entry["name"])) for entry in entries]
+        sources = [Source(root=os.fsencode(entry["root"]), name=os.fsencode(entry["name"])) for entry in entries]
     except (KeyError, ValueError, TypeError) as error:
         raise OutputError(f"the sources of {path} are damaged", "restore it, or start anew with --overwrite") from error
+    for relocation in relocations:
+        sources = [relocation.apply(source) for source in sources]
+    return sources
 
 
 def sources_to_json(sources: Sequence[Source]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +18,20 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
     from internvit_cli.model.card import ModelCard
+    from internvit_cli.reconcile import Relocation
     from internvit_cli.sources import Source
     from internvit_cli.storage.output import FinishedShard
 
 CREATED_BY = f"internvit-cli {__version__}"
 
-Draft = tuple[ImageTable, "Sequence[Source]"]
-"""The images of a shard to be made, and the sources that its rows refer to."""
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A shard to be made."""
+
+    table: ImageTable
+    sources: Sequence[Source]
+    """What the table's `source` column counts."""
 
 
 def split_table(table: ImageTable, shape: FeatureShape, shard_bytes: int) -> Iterator[ImageTable]:
@@ -43,32 +51,39 @@ def split_table(table: ImageTable, shape: FeatureShape, shard_bytes: int) -> Ite
     yield table.take(np.arange(start, len(table)))
 
 
-def merge_rows(old: FinishedShard, changed: Collection[bytes], added: ImageTable, sources: Sequence[Source]) -> Draft:
-    """The table of a file that takes another's place: its rows without the changed images, then the new ones.
+def merge_rows(
+    old: FinishedShard,
+    dropped: Collection[bytes],
+    added: ImageTable,
+    sources: Sequence[Source],
+    relocations: Sequence[Relocation] = (),
+) -> Draft:
+    """A shard that takes another's place: its rows without the dropped ones, then the added ones.
 
-    Rows that are done turn pending: they are copied once the new file is there.
+    Rows that are done turn pending: they are copied once the new shard is there.
     """
     table = old.stored.table
-    kept = table.take(np.array([row for row, key in enumerate(table.keys) if key not in changed], np.int64))
+    gone = old.superseded_keys.union(dropped)
+    kept = table.take(np.array([row for row, key in enumerate(table.keys) if key not in gone], np.int64))
     kept = kept.with_status(np.where(kept.status == Status.DONE, Status.PENDING, kept.status).astype(np.uint8))
-    merged = stored_sources(old.stored.attributes, old.path)
+    merged = stored_sources(old.stored.attributes, old.path, relocations)
     numbers = []
     for source in sources:
         if source not in merged:
             merged.append(source)
         numbers.append(merged.index(source))
-    return concatenate([kept, added.with_sources(np.array(numbers, np.uint32)[added.source])]), merged
+    renumbered = np.array(numbers, np.uint32)[added.source] if len(added) else added.source
+    return Draft(concatenate([kept, added.with_sources(renumbered)]), merged)
 
 
 def new_shard(draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard, batch_tiles: int = 0) -> NewShard:
     """All that is known of a shard when it is created."""
-    table, sources = draft
     attributes = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "recipe": recipe.to_json(),
         "recipe_digest": recipe.digest,
-        "sources": sources_to_json(sources),
+        "sources": sources_to_json(draft.sources),
         "created_by": CREATED_BY,
         "model": os.path.abspath(card.directory) if card.directory else card.name,
         "model_revision": card.revision or "",
@@ -76,4 +91,4 @@ def new_shard(draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard
         "batch_tiles": batch_tiles,
         "pooled_from": "global_view" if recipe.thumbnail or recipe.max_tiles == 1 else "tiles",
     }
-    return NewShard(table, shape, attributes)
+    return NewShard(draft.table, shape, attributes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
@@ -129,6 +130,19 @@ def build_options(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output of another recipe.", rich_help_panel=RUN)
     ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Drop the rows of deleted pictures.", rich_help_panel=RUN)
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Let --prune drop more than half of the rows.", rich_help_panel=RUN)
+    ] = False,
+    retry_skipped: Annotated[
+        bool, typer.Option("--retry-skipped", help="Try skipped pictures again.", rich_help_panel=RUN)
+    ] = False,
+    relocate: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="OLD=NEW", help="A source tree that moved.", rich_help_panel=RUN),
+    ] = None,
     no_lock: Annotated[
         bool, typer.Option("--no-lock", help="For filesystems without locks.", rich_help_panel=RUN)
     ] = False,
@@ -167,6 +181,10 @@ def build_options(
             store_dtype=store_dtype,
             on_overflow=on_overflow,
             overwrite=overwrite,
+            prune=prune,
+            yes=yes,
+            retry_skipped=retry_skipped,
+            relocations=tuple(parse_relocation(text) for text in relocate or ()),
             lock=not no_lock,
         ),
         run=RunOptions(
@@ -207,6 +225,14 @@ def parse_size(option: str, text: str, least: int) -> int:
             f"{option} {text}: not a size of at least {least:,} bytes", f"give a size such as {option} 4GiB"
         )
     return int(size)
+
+
+def parse_relocation(text: str) -> tuple[bytes, bytes]:
+    """Old and new absolute path of a tree that moved."""
+    old, _, new = text.partition("=")
+    if not old or not new:
+        raise UsageError(f"--relocate {text}: not OLD=NEW", "give both folders, such as --relocate /mnt/a=/mnt/b")
+    return os.fsencode(os.path.abspath(old)), os.fsencode(os.path.abspath(new))
 
 
 def parse_layer(text: str) -> int | None:

@@ -84,7 +84,7 @@ class Decoder:
         )
         self._pool = WorkerPool(spec, options.workers, options.timeout_seconds)
         self._given: dict[int, tuple[DecodeJob, int, bool]] = {}
-        self.tile_size = shape.tile_size
+        self.tile_size, self.tiles = shape.tile_size, shape.tiles
         self.busy_seconds = 0.0
         """Time that workers spent on pictures, all workers added."""
 

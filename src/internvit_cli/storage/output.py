@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Format
@@ -40,7 +40,7 @@ class ManifestEntry:
     images: int
     tiles: int
     superseded: tuple[str, ...] = ()
-    """Keys whose rows here are replaced by rows of later shards."""
+    """Keys whose rows here do not count: later shards have newer ones, or their pictures were pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,11 @@ class FinishedShard:
     backend: ShardFormat
     stored: StoredShard
     superseded: tuple[str, ...] = ()
+
+    @property
+    def superseded_keys(self) -> frozenset[bytes]:
+        """Keys whose rows here do not count any more."""
+        return frozenset(map(os.fsencode, self.superseded))
 
 
 class Output:
@@ -160,16 +165,24 @@ class Output:
         if self.is_file:
             return
         added = ManifestEntry(_shard_name(number), self.format, images, tiles)
-        older = [
-            ManifestEntry(
-                e.name, e.format, e.images, e.tiles, tuple(sorted({*e.superseded, *superseded.get(e.name, ())}))
-            )
-            for e in self._entries()
-        ]
-        self._write_manifest([*older, added])
+        self._write_manifest([*self._without(superseded), added])
+        self._sweep({*self._named(), added.name})
         if os.path.exists(partial):
             os.rename(partial, f"{partial}.tmp")
             _remove(f"{partial}.tmp")
+
+    def drop_rows(self, dropped: Mapping[str, Sequence[str]]) -> None:
+        """Have rows of a folder's shards count no more: keys by the shard's name."""
+        self._write_manifest(self._without(dropped))
+        self._sweep(self._named())
+
+    def _without(self, dropped: Mapping[str, Sequence[str]]) -> list[ManifestEntry]:
+        """The manifest's entries with more keys superseded, but for shards of which nothing is left."""
+        entries = [
+            replace(entry, superseded=tuple(sorted({*entry.superseded, *dropped.get(entry.name, ())})))
+            for entry in self._entries()
+        ]
+        return [entry for entry in entries if len(entry.superseded) < entry.images]
 
     def replace_all(self) -> None:
         """Begin an output that replaces the present one when it is complete, or go on with such a one.

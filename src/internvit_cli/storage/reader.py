@@ -144,7 +144,12 @@ class Features(Mapping[str, ImageFeatures]):
     @cached_property
     def _rows(self) -> dict[str, tuple[OpenShard, int]]:
         """Where each key's row is; a key of a later shard replaces an earlier one's."""
-        return {os.fsdecode(key): (shard, row) for shard in self._shards for row, key in enumerate(shard.table.keys)}
+        return {
+            os.fsdecode(key): (shard, row)
+            for shard in self._shards
+            for row, key in enumerate(shard.table.keys)
+            if key not in shard.superseded_keys
+        }
 
 
 class OpenShard:
@@ -154,6 +159,7 @@ class OpenShard:
         self._found = shard
         self.table = shard.stored.table
         self.attributes = shard.stored.attributes
+        self.superseded_keys = shard.superseded_keys
 
     @cached_property
     def recipe(self) -> Recipe:
