@@ -280,6 +280,20 @@ def test_a_signal_commits_what_is_encoded_and_the_same_command_goes_on(
     assert_same_content(output, uninterrupted)
 
 
+def test_a_signal_while_planning_ends_the_run_at_once_with_nothing_made(tmp_path: Path) -> None:
+    picture = make_pictures(tmp_path / "one", 1)[0].read_bytes()
+    for number in range(6000):
+        (tmp_path / f"{number:05d}.jpg").write_bytes(picture)
+    output = tmp_path / "feats.h5"
+    arguments = command("extract", tmp_path, "-o", output, "--model", "tiny-random", "--max-tiles", 1, "--json")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    wait_for(Path(f"{output}.lock"))
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=10)
+    assert process.returncode == 143 and json.loads(text)["exit_code"] == 143
+    assert not list(tmp_path.glob("feats.h5*"))
+
+
 def test_a_killed_run_over_a_folder_of_shards_goes_on_with_the_next_shard(many_pictures: Path, tmp_path: Path) -> None:
     whole, output = tmp_path / "whole", tmp_path / "feats"
     options = ("--shard-size", "6MB", "--dtype", "float32", "--max-tiles", "6")

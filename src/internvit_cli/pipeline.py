@@ -11,6 +11,7 @@ import numpy as np
 
 from internvit_cli.config import ComputeDtype, Status
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
+from internvit_cli.errors import StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillJob, Stop, fill_shard, unusable
 from internvit_cli.headers import Header
@@ -153,12 +154,14 @@ class _Extraction:
         return new_shard(draft, shape, self._model.recipe, self._model.card, batch_tiles)
 
     def _plan(self, entries: list[int]) -> Plan:
+        def on_progress(done: int) -> None:
+            self._observer.headers(done, len(entries))
+            if self._stop.signal:
+                raise StoppedError("stopped while planning")
+
         run = self._options.run
-        rule = pixel_rule(self._model.recipe, self._options.pictures.max_pixels)
-        plan_options = PlanOptions(rule, usable_cpus(), run.decode_timeout, run.worker_memory)
-        return plan_images(
-            self._listing, entries, plan_options, lambda done: self._observer.headers(done, len(entries))
-        )
+        how = PlanOptions(self._rule, usable_cpus(), run.decode_timeout, run.worker_memory)
+        return plan_images(self._listing, entries, how, on_progress)
 
     def _drafts(
         self, finished: Sequence[FinishedShard], gone: Collection[bytes], plan: Plan, shape: FeatureShape

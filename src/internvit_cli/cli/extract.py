@@ -14,7 +14,7 @@ import typer
 from internvit_cli.cli.arguments import takes_extract_options
 from internvit_cli.cli.console import fail, human_bytes, human_seconds, observer, print_json, print_line, say
 from internvit_cli.cli.plan import show_plan
-from internvit_cli.errors import ExitCode, InternvitError, UsageError
+from internvit_cli.errors import ExitCode, InternvitError, StoppedError, UsageError
 from internvit_cli.options import ExtractOptions
 
 if TYPE_CHECKING:
@@ -49,11 +49,12 @@ def extract_command(
     with stop_on_signals() as stop:
         try:
             summary = extract(options, stop, observer(quiet=quiet), sys.stdin.buffer)
-        except InternvitError:
-            if stop.signal:
-                say(f"stopped by {signal.Signals(stop.signal).name} before anything was encoded")
-                return 128 + stop.signal
-            raise
+        except StoppedError as stopped:
+            message = f"{stopped.message} by {signal.Signals(stop.signal).name}; run the same command again"
+            say(message)
+            if json:
+                print_json({"exit_code": 128 + stop.signal, "error": message})
+            return 128 + stop.signal
     limit = int(summary.counts.found * allowed / 100) if is_percentage else int(allowed)
     code = summary.exit_code(limit)
     useless = InternvitError("not one image could be used", f"see {summary.skipped_path} for the reasons")
