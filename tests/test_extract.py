@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -602,6 +603,19 @@ def test_plan_of_a_known_model_needs_no_network(pictures: Path, tmp_path: Path) 
     planned = json.loads(result.stdout)
     per_tile = 256 * 4096 * 2
     assert planned["bytes"] > planned["tiles"] * per_tile
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "| true", "2>&1 | true"])
+def test_closed_and_broken_streams_change_neither_the_work_nor_the_exit_code(
+    pictures: Path, tmp_path: Path, closing: str
+) -> None:
+    output = tmp_path / "feats.h5"
+    line = shlex.join(command("extract", pictures / "part0", "-o", output, "--model", "tiny-random"))
+    script = f"set -o pipefail; {line} {closing}"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert len(open_features(output)) == 4
 
 
 def test_progress_on_a_terminal_is_a_bar_and_elsewhere_a_line(pictures: Path, tmp_path: Path) -> None:

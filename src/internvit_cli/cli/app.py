@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from internvit_cli.cli import extract, info, plan
-from internvit_cli.cli.console import fail
+from internvit_cli.cli.console import fail, open_missing_streams
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
 
 EXIT_CODES = """Exit codes: 0 done, 1 cannot run, 2 usage, 3 finished with skipped images, 4 no images found,
@@ -51,6 +51,7 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
+    open_missing_streams()
     if sys.platform == "win32":
         sys.exit(fail(InternvitError("Windows is not supported", "use Linux, or WSL")))
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
@@ -69,10 +70,6 @@ def run(arguments: list[str]) -> int:
         return _fail_usage(error, as_json=as_json)
     except typer.Abort:
         return ExitCode.SIGINT
-    except BrokenPipeError:
-        # Whoever read our output has gone; nothing is left to tell them.
-        sys.stderr.close()
-        return ExitCode.CANNOT_RUN
 
 
 def _fail_usage(error: Any, *, as_json: bool) -> int:

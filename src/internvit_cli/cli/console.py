@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from internvit_cli.errors import InternvitError
 from internvit_cli.observer import Observer, Progress
@@ -28,18 +28,35 @@ def fail(error: InternvitError, *, as_json: bool = False) -> int:
 
 def say(line: str) -> None:
     """One line for a person, on stderr."""
-    sys.stderr.write(one_line(line) + "\n")
-    sys.stderr.flush()
+    _write(sys.stderr, one_line(line))
 
 
 def print_line(line: str = "") -> None:
     """One line of a result, on stdout."""
-    sys.stdout.write(one_line(line) + "\n")
+    _write(sys.stdout, one_line(line))
 
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on one line, ASCII only, on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=True) + "\n")
+    _write(sys.stdout, json.dumps(value, ensure_ascii=True))
+
+
+def _write(stream: TextIO, line: str) -> None:
+    """Write a line; where nobody reads any more, this line and all others are dropped, and the work goes on."""
+    try:
+        stream.write(line + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def open_missing_streams() -> None:
+    """Open what the caller closed: a data file must not get the descriptor of a stream that something prints to."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
 
 
 def one_line(text: str) -> str:
