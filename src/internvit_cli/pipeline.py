@@ -131,6 +131,9 @@ class _Extraction:
         gone = {*dropped, *(self._listing.keys[entry] for entry in changes.changed)}
         drafts = self._drafts(existing.finished, gone, plan, shape)
         self._check_space(existing, [self._new_shard(draft, shape) for draft in drafts])
+        if drafts and self._output.is_file and existing.finished:
+            copied = os.path.getsize(self._output.path)
+            self._observer.note(f"{self._output.path} is made anew: up to {copied:,} bytes of its rows are copied")
         self._skip_log = SkipLog(self._output.skipped_path)
         self._log_planned_skips(changes.entries, plan)
         self._existing = existing
