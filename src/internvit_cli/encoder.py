@@ -53,6 +53,8 @@ class EncoderOptions:
     dtype: ComputeDtype = ComputeDtype.AUTO
     batch_tiles: int | None = None
     """Tiles in a batch; None measures (accelerators) or takes a few a thread (CPU)."""
+    recorded_batch_tiles: int | None = None
+    """The output's batch, taken for want of `batch_tiles` where a row's last bits depend on it: not on a CPU."""
     tokens: Tokens = Tokens.VISUAL
     pool: Pool = Pool.MEAN
     tile_size: int = 448
@@ -161,13 +163,18 @@ class Encoder:
         else:
             from internvit_cli.encoder_batches import accelerator_runner
 
-            runner = accelerator_runner(model, device, options.batch_tiles)
+            runner = accelerator_runner(model, device, options.batch_tiles or options.recorded_batch_tiles)
         return cls(model, runner, _device_name(device), dtype)
 
     @property
     def batch_tiles(self) -> int:
         """The most tiles of one `submit`; smaller after a batch ran out of memory."""
         return self._runner.batch_tiles
+
+    @property
+    def batch_tiles_to_record(self) -> int:
+        """What a later run has to use again for the same bits; 0 on a CPU, where tiles are encoded one by one."""
+        return 0 if isinstance(self._runner, CpuRunner) else self._runner.batch_tiles
 
     @property
     def halved(self) -> bool:

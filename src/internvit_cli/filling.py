@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 BATCHES_IN_FLIGHT = 2
 """One that the device works on and one that waits, so that the device never does."""
 CHECKPOINT_SECONDS = 2.0
+LAG_SECONDS = 2.0
+"""Without a full batch for so long, what there is goes on its way: slow decoding must not hold back what is encoded."""
+POLL_SECONDS = 0.5
 CHECKPOINT_BYTES = 256_000_000
 WRITE_QUEUE = 16
 """Finished images that may wait for the disk."""
@@ -123,7 +126,7 @@ class _Filling:
         self._encoder = encoder
         self._stop = stop
         self._on_progress = on_progress
-        self._writer = _WriterThread(job)
+        self._writer: _WriterThread
         tile_size = decoder.tile_size
         self._batch_tiles = encoder.batch_tiles  # fixed: a halved encoder takes a batch in two
         shape = (self._batch_tiles, tile_size, tile_size, 3)
@@ -131,6 +134,7 @@ class _Filling:
         self._spans: list[_Span] = []
         self._filled = 0
         self._in_flight: deque[tuple[PendingBatch, list[_Span], NDArray[Any]]] = deque()
+        self._submitted = time.monotonic()
         self._images = self._skipped = self._tiles = 0
         self._is_begun = job.is_begun or bool((job.writer.status == Status.DONE).any())
         self.clamped = 0
@@ -138,19 +142,10 @@ class _Filling:
     def run(self) -> Filled:
         started = time.perf_counter()
         decode_before, device_before = self._decoder.busy_seconds, self._encoder.device_seconds
-        decoded = _DecodeThread(self._decoder, self._job.jobs, self._stop)
+        self._writer = _WriterThread(self._job)
         try:
-            for item in decoded:
-                if isinstance(item, FailedImage):
-                    self._skip(item.row, item.skipped)
-                else:
-                    self._encode(item)
-            if not self._stop.signal:
-                self._submit()
-            while self._in_flight:
-                self._finish_oldest()
+            self._encode_all()
         finally:
-            decoded.close()
             self._writer.close()
         stages = Stages(
             wall=time.perf_counter() - started,
@@ -159,6 +154,23 @@ class _Filling:
             write=self._writer.busy_seconds,
         )
         return Filled(stages, self._progress(), self.clamped)
+
+    def _encode_all(self) -> None:
+        decoded = _DecodeThread(self._decoder, self._job.jobs, self._stop)
+        try:
+            for item in decoded:
+                if isinstance(item, FailedImage):
+                    self._skip(item.row, item.skipped)
+                elif item is not None:
+                    self._encode(item)
+                if time.monotonic() - self._submitted >= LAG_SECONDS:
+                    self._catch_up()
+            if not self._stop.signal:
+                self._submit()
+            while self._in_flight:
+                self._finish_oldest()
+        finally:
+            decoded.close()
 
     def _encode(self, image: DecodedImage) -> None:
         """Copy an image's tiles into the batch at hand, sending off each batch that becomes full."""
@@ -175,6 +187,13 @@ class _Filling:
                 self._submit()
         image.release()
 
+    def _catch_up(self) -> None:
+        """Fetch what the encoder has, and when it has nothing left, give it a batch that is not full."""
+        if self._in_flight:
+            self._finish_oldest()
+        else:
+            self._submit()
+
     def _submit(self) -> None:
         if not self._filled:
             return
@@ -183,6 +202,7 @@ class _Filling:
         buffer = self._buffers.popleft()
         self._in_flight.append((self._encoder.submit(list(buffer[: self._filled])), self._spans, buffer))
         self._spans, self._filled = [], 0
+        self._submitted = time.monotonic()
 
     def _finish_oldest(self) -> None:
         pending, spans, buffer = self._in_flight.popleft()
@@ -260,11 +280,17 @@ class _DecodeThread:
         self._thread = threading.Thread(target=self._run, args=(decoder, jobs), name="decode", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[DecodedImage | FailedImage]:
-        while (item := self._results.get()) is not None:
+    def __iter__(self) -> Iterator[DecodedImage | FailedImage | None]:
+        """Images as they come, and None now and then while there are none."""
+        while True:
+            try:
+                item = self._results.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
             if isinstance(item, BaseException):
                 raise item
-            if self._stop.signal:
+            if item is None or self._stop.signal:
                 return
             yield item
 

@@ -19,7 +19,7 @@ from internvit_cli.model.catalog import TINY_RANDOM
 from internvit_cli.observer import SILENT, Observer, Progress
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.preview import find_images
-from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule
+from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule, stored_name
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Counts, Stages, Summary, run_log_entry
 from internvit_cli.sharding import Draft, merge_rows, new_shard, split_table
@@ -62,9 +62,9 @@ def extract(options: ExtractOptions, stop: Stop, observer: Observer = SILENT, st
         InternvitError: the run cannot start or go on; what was committed stays.
     """
     started = time.monotonic()
-    listing = find_images(options, stdin)
     output = Output(options.store.output, options.store.format)
     with exclusive(output.path, enabled=options.store.lock):
+        listing = find_images(options, stdin)
         run = _Extraction(options, stop, observer, listing, output)
         try:
             return run.run(started)
@@ -105,6 +105,8 @@ class _Extraction:
         changes = stored.compare(self._listing, retry_skipped=store.retry_skipped)
         dropped = prunable(stored, changes, self._listing, confirmed=store.yes) if store.prune else []
         self._kept, self._dropped = len(changes.unlisted) - len(dropped), len(dropped)
+        self._skip_log = SkipLog(self._output.skipped_path)
+        self._log_unreadable_folders()
         if existing.partial is not None or changes.entries or dropped or self._is_moved(existing.shards):
             self._make(existing, changes, dropped)
         if not self._stop.signal:
@@ -122,20 +124,19 @@ class _Extraction:
 
     def _make(self, existing: Existing, changes: Changes, dropped: list[bytes]) -> None:
         """Encode what is missing: first what an earlier run planned, then what is new."""
+        shape = feature_shape(self._options, self._model.card, self._model.recipe)
         self._model.confirm_weights()
         plan = self._plan(changes.entries)
         if plan.skipped and self._options.run.strict:
             row, skipped = min(plan.skipped.items())
             raise unusable(plan.table.keys[row], skipped)
-        shape = feature_shape(self._options, self._model.card, self._model.recipe)
         gone = {*dropped, *(self._listing.keys[entry] for entry in changes.changed)}
         drafts = self._drafts(existing.finished, gone, plan, shape)
         self._check_space(existing, [self._new_shard(draft, shape) for draft in drafts])
         if drafts and self._output.is_file and existing.finished:
             copied = os.path.getsize(self._output.path)
             self._observer.note(f"{self._output.path} is made anew: up to {copied:,} bytes of its rows are copied")
-        self._skip_log = SkipLog(self._output.skipped_path)
-        self._log_planned_skips(changes.entries, plan)
+        self._skip_log.append((self._listing.keys[changes.entries[row]], skip) for row, skip in plan.skipped.items())
         self._existing = existing
         self._start(plan)
         if existing.partial is not None:
@@ -153,7 +154,7 @@ class _Extraction:
             self._output.drop_rows(self._by_shard(dropped))
 
     def _new_shard(self, draft: Draft, shape: FeatureShape) -> NewShard:
-        batch_tiles = self._encoder.batch_tiles if self._encoder else 0
+        batch_tiles = self._encoder.batch_tiles_to_record if self._encoder else 0
         return new_shard(draft, shape, self._model.recipe, self._model.card, batch_tiles)
 
     def _plan(self, entries: list[int]) -> Plan:
@@ -203,11 +204,12 @@ class _Extraction:
             needed += max(0, sum(extent.spec.nbytes for extent in datasets) - allocated_bytes(existing.partial.path))
         check_space(self._output.path, needed)
 
-    def _log_planned_skips(self, entries: list[int], plan: Plan) -> None:
-        known = {entry["key"] for entry in read_skip_log(self._output.skipped_path)}
-        folders = [(problem.path, problem.skipped) for problem in self._listing.unreadable_folders]
-        self._skip_log.append((path, skipped) for path, skipped in folders if os.fsdecode(path) not in known)
-        self._skip_log.append((self._listing.keys[entries[row]], skipped) for row, skipped in plan.skipped.items())
+    def _log_unreadable_folders(self) -> None:
+        """They have no rows, and so nothing else to show that they are listed already."""
+        folders = {problem.path: problem.skipped for problem in self._listing.unreadable_folders}
+        if folders:
+            known = {os.fsencode(entry["key"]) for entry in read_skip_log(self._output.skipped_path)}
+            self._skip_log.append((path, skipped) for path, skipped in folders.items() if path not in known)
 
     # ------------------------------------------------------------------------------------------------------- doing it
 
@@ -242,7 +244,8 @@ class _Extraction:
         encoder_options = EncoderOptions(
             device=options.run.device,
             dtype=dtype,
-            batch_tiles=options.run.batch_tiles or int(recorded.get("batch_tiles", 0)) or None,
+            batch_tiles=options.run.batch_tiles,
+            recorded_batch_tiles=int(recorded.get("batch_tiles", 0)) or None,
             tokens=options.store.tokens,
             pool=options.store.pool,
             tile_size=recipe.tile_size,
@@ -322,7 +325,14 @@ class _Extraction:
         self._total = before.plus(filled.progress)
         self._clamped += filled.clamped
         encoder = self._encoder
-        how = {"device": encoder.device_name, "dtype": encoder.dtype.value, "batch_tiles": encoder.batch_tiles}
+        how = {
+            "device": encoder.device_name,
+            "dtype": encoder.dtype.value,
+            "batch_tiles": encoder.batch_tiles,
+            "workers": len(self._decoder.pids),
+            "model": stored_name(self._options.model.name),
+            "output": os.path.abspath(self._output.path),
+        }
         writer.append_run_log(how | run_log_entry(filled.stages, filled.progress.images))
 
     def _restart_decoder(self, images: int, tiles: int) -> None:

@@ -35,7 +35,9 @@ def preview(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryI
     """
     listing = find_images(options, stdin)
     card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
-    recipe = make_recipe(options, ModelFacts.of_card(card, options.model.layer, UNKNOWN_DIGEST), LONGEST_DTYPE)
+    recipe = make_recipe(
+        options, ModelFacts.of_card(card, card.resolve_layer(options.model.layer), UNKNOWN_DIGEST), LONGEST_DTYPE
+    )
     shape = feature_shape(options, card, recipe)
     rule = pixel_rule(recipe, options.pictures.max_pixels)
     how = PlanOptions(rule, usable_cpus(), options.run.decode_timeout, options.run.worker_memory)

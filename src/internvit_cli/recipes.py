@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import ComputeDtype, PixelRule, Preprocess, Recipe, TilingRule, Tokens
-from internvit_cli.errors import OtherRecipeError
+from internvit_cli.errors import OtherRecipeError, OutputError
 from internvit_cli.model.card import ModelCard, feature_shapes
 from internvit_cli.model.catalog import describe_model, hub_name
 from internvit_cli.model.checkpoint import Checkpoint
-from internvit_cli.storage.layout import FeatureShape
+from internvit_cli.storage.layout import FeatureShape, stored_recipe
 
 if TYPE_CHECKING:
     from internvit_cli.options import ExtractOptions
@@ -23,6 +24,8 @@ OPTION_OF_FIELD = {
     "compute_dtype": "--dtype",
 }
 """Recipe fields whose option has another name; the others differ in underscores only."""
+FIELDS_WITHOUT_OPTION = {"mean", "std", "token_order", "numerics_version"}
+"""What the checkpoint, or this program, decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,9 @@ class ModelFacts:
     token_order: str
 
     @classmethod
-    def of_card(cls, card: ModelCard, layer: int | None, weights_digest: str) -> ModelFacts:
-        """The facts of a model at hand; `layer` as the user gave it."""
-        return cls(weights_digest, card.resolve_layer(layer), card.tile_size, card.mean, card.std, card.token_order)
+    def of_card(cls, card: ModelCard, blocks: int, weights_digest: str) -> ModelFacts:
+        """The facts of a model at hand, of which so many blocks run."""
+        return cls(weights_digest, blocks, card.tile_size, card.mean, card.std, card.token_order)
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> ModelFacts:
@@ -57,18 +60,30 @@ class ModelInUse:
     """
 
     def __init__(self, options: ExtractOptions, stored: dict[str, Any] | None) -> None:
-        """`stored` are the attributes of the newest shard at the output, if there is one."""
+        """`stored` are the attributes of the newest shard at the output, if there is one.
+
+        Raises:
+            OutputError: the output's recipe is of another version of this program, and not to be overwritten.
+        """
         self._options = options
         self._card: ModelCard | None = None
         self._checkpoint: Checkpoint | None = None
-        self._recorded = Recipe.from_json(stored["recipe"]) if stored else None
         self._revision = options.model.revision
-        if stored and self._is_recorded(stored) and self._recorded is not None:
-            self._revision = self._revision or stored["model_revision"]
-            facts = ModelFacts.of_recipe(self._recorded)
+        recorded = _recorded_recipe(options, stored)
+        # What is left to `auto` stays as it was, as long as it is the same model.
+        kept = recorded if stored and stored.get("model") == stored_name(options.model.name) else None
+        is_pinned = kept is not None and stored is not None and self._is_on_hub(stored)
+        self._kept_blocks = kept.layer if kept and options.model.layer is None else None
+        if kept and not is_pinned and kept.layer > self.card.vision.num_layers:
+            self._kept_blocks = None  # another model by the same name
+        if kept and stored and is_pinned:
+            self._revision = stored.get("model_revision") or None
+            facts = ModelFacts.of_recipe(kept) if self.blocks == kept.layer else self._facts_of_weights()
         else:
-            facts = ModelFacts.of_card(self.card, options.model.layer, self.checkpoint.digest())
-        dtype = planned_dtype(options, self._recorded)
+            facts = self._facts_of_weights()
+        if kept:
+            facts = replace(facts, tile_size=kept.tile_size)
+        dtype = planned_dtype(options, recorded)
         self.dtype_is_known = dtype is not None
         self.recipe = make_recipe(options, facts, dtype or LONGEST_DTYPE)
         """What is wanted; without a known compute type, a stand-in of the same length."""
@@ -81,12 +96,18 @@ class ModelInUse:
         return self._card
 
     @property
+    def blocks(self) -> int:
+        """How many blocks run."""
+        if self._kept_blocks is not None:
+            return self._kept_blocks
+        return self.card.resolve_layer(self._options.model.layer)
+
+    @property
     def checkpoint(self) -> Checkpoint:
         """The model's weights, located and checked when first asked for, not yet read."""
         if self._checkpoint is None:
-            layer = self.card.resolve_layer(self._options.model.layer)
             self._checkpoint = Checkpoint.open(
-                self.card, layer=layer, projector=self._options.store.tokens is Tokens.PROJECTED
+                self.card, layer=self.blocks, projector=self._options.store.tokens is Tokens.PROJECTED
             )
         return self._checkpoint
 
@@ -100,10 +121,29 @@ class ModelInUse:
         if digest != self.recipe.weights_digest:
             check_same(replace(self.recipe, weights_digest=digest), self.recipe, self._options.store.output)
 
-    def _is_recorded(self, stored: dict[str, Any]) -> bool:
+    def _facts_of_weights(self) -> ModelFacts:
+        return ModelFacts.of_card(self.card, self.blocks, self.checkpoint.digest())
+
+    def _is_on_hub(self, stored: dict[str, Any]) -> bool:
+        """Whether the output's commit of a model on the hub is the one to use."""
         model = self._options.model
-        same_revision = model.revision in (None, stored.get("model_revision"))
-        return hub_name(model.name) == stored.get("model") and same_revision and model.layer is None
+        return hub_name(model.name) is not None and model.revision in (None, stored.get("model_revision"))
+
+
+def stored_name(model: str) -> str:
+    """What a feature file calls the model that a user names so."""
+    return hub_name(model) or (os.path.abspath(model) if os.path.isdir(model) else model)
+
+
+def _recorded_recipe(options: ExtractOptions, stored: dict[str, Any] | None) -> Recipe | None:
+    if stored is None:
+        return None
+    try:
+        return stored_recipe(stored, options.store.output)
+    except OutputError:
+        if options.store.overwrite:
+            return None
+        raise
 
 
 def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: str) -> Recipe:
@@ -182,12 +222,15 @@ def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
     if not different:
         return
     now, then = asdict(wanted), asdict(stored)
-    first = different[0]
     listed = "; ".join(f"{name} was {_short(then[name])}, is now {_short(now[name])}" for name in different)
-    option = OPTION_OF_FIELD.get(first, "--" + first.replace("_", "-"))
+    options = [
+        OPTION_OF_FIELD.get(name, "--" + name.replace("_", "-"))
+        for name in different
+        if name not in FIELDS_WITHOUT_OPTION
+    ]
+    same = f"give the same {' and '.join(options)} as before, " if options else ""
     raise OtherRecipeError(
-        f"{path} was made with another recipe: {listed}",
-        f"give the same {option} as before, choose another output, or replace it with --overwrite",
+        f"{path} was made with another recipe: {listed}", f"{same}choose another output, or replace it with --overwrite"
     )
 
 

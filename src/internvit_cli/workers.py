@@ -324,8 +324,15 @@ def serve_socket(descriptor: int) -> None:
 def _build_handler(spec: WorkerSpec) -> Callable[[Any], Any]:
     module, _, factory = spec.handler.partition(":")
     handle: Callable[[Any], Any] = getattr(importlib.import_module(module), factory)(*spec.arguments)
-    if spec.memory_bytes is not None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (spec.memory_bytes, spec.memory_bytes))
+    if spec.memory_bytes is not None and sys.platform.startswith("linux"):  # macOS refuses such a limit
+        _limit_memory(spec.memory_bytes)
     return handle
+
+
+def _limit_memory(limit: int) -> None:
+    """Lower this process's bound on address space; a tighter one, such as `ulimit -v` sets, stays."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bound = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))

@@ -21,6 +21,7 @@ from internvit_cli.errors import OutputError
 from internvit_cli.storage.durable import (
     disk_errors,
     read_exactly,
+    remove,
     rename_durably,
     reserve,
     sync_data,
@@ -55,15 +56,19 @@ def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
     Images whose header could not be read have their status, and NaN for a vector, from the start.
     """
     temporary = f"{partial}.tmp"
-    with disk_errors(partial):
-        backend.build(temporary, shard)
-        extents = backend.extents(temporary)
-        for path in sorted({extent.path for extent in extents.values()}):
-            reserve(path)
-            _write_known_skips({name: e for name, e in extents.items() if e.path == path}, path, shard.table)
-            sync_path(path)
-        sync_path(temporary)
-        rename_durably(temporary, partial)
+    try:
+        with disk_errors(partial):
+            backend.build(temporary, shard)
+            extents = backend.extents(temporary)
+            for path in sorted({extent.path for extent in extents.values()}):
+                reserve(path)
+                _write_known_skips({name: e for name, e in extents.items() if e.path == path}, path, shard.table)
+                sync_path(path)
+            sync_path(temporary)
+            rename_durably(temporary, partial)
+    except Exception:
+        remove(temporary)  # on a full disk above all: it may hold all the room that is left
+        raise
 
 
 def _write_known_skips(extents: dict[str, Extent], path: str, table: ImageTable) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -105,6 +106,14 @@ def write_file(path: str, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     rename_durably(temporary, path)
+
+
+def remove(path: str) -> None:
+    """Remove a file or a folder with all it holds; nothing when it is not there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
 
 
 def reserve(path: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from array import array
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +86,7 @@ def read(path: str) -> StoredShard:
         with open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
             attributes = json.load(file)
         attributes.pop(RUN_LOG, None)
-        with open(_beside(path, INDEX_FILE), "rb") as file:
-            entries = [json.loads(line) for line in file]
-        table = _table(entries)
+        table = _read_table(_beside(path, INDEX_FILE))
         if os.path.isdir(path):
             table = table.with_status(_read_array(_dataset_path(path, STATUS), STATUS))
         return StoredShard(table, attributes)
@@ -131,12 +130,17 @@ def final_paths(final: str) -> list[str]:
 
 
 def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Digests, uint8 [n, 32], and CRCs, uint32 [n], of a published shard."""
+    """Digests, uint8 [n, 32], and CRCs, uint32 [n], while the shard is filled or when it is published."""
+    if os.path.isdir(path):
+        digests, checksums = (_read_array(_dataset_path(path, name), name) for name in (DIGEST, CRC32))
+        return digests, checksums
     with _damage(path), open(_beside(path, INDEX_FILE), "rb") as file:
-        entries = [json.loads(line) for line in file]
-        digests = np.frombuffer(bytes.fromhex("".join(entry["digest"] for entry in entries)), np.uint8)
-        checksums = np.array([int(entry["crc32"], 16) for entry in entries], np.uint32)
-        return digests.reshape(len(entries), 32), checksums
+        digest_bytes, numbers = bytearray(), array("Q")
+        for line in file:
+            entry = json.loads(line)
+            digest_bytes += bytes.fromhex(entry["digest"])
+            numbers.append(int(entry["crc32"], 16))
+        return np.frombuffer(digest_bytes, np.uint8).reshape(len(numbers), 32), np.array(numbers, np.uint32)
 
 
 @contextmanager
@@ -146,6 +150,8 @@ def _damage(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise OutputError(f"{error.filename} is not there", "restore it, or start anew with --overwrite") from error
+    except OSError as error:
+        raise OutputError(f"cannot read {error.filename or path}: {error.strerror}", "check its permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise OutputError(
             f"{path} is not a sound feature shard: {one_line(str(error))}", "restore it, or start anew with --overwrite"
@@ -224,10 +230,18 @@ def _finished_suffix(status: int, digest: bytes, checksum: int) -> bytes:
     return f', "status": {status:2d}, "digest": "{digest.hex()}", "crc32": "{checksum:08x}"}}\n'.encode()
 
 
-def _table(entries: list[dict[str, Any]]) -> ImageTable:
-    columns = {
-        name: np.fromiter((entry[name] for entry in entries), dtype, len(entries))
-        for name, dtype in COLUMN_DTYPES.items()
-    }
-    status = np.fromiter((entry.get("status", 0) for entry in entries), np.uint8, len(entries))
-    return ImageTable.build([os.fsencode(entry["key"]) for entry in entries], status, columns)
+def _read_table(path: str) -> ImageTable:
+    """The index, line by line: a million parsed lines at once would take some gigabytes."""
+    keys: list[bytes] = []
+    status = array("q")
+    columns = {name: array("q") for name in COLUMN_DTYPES}
+    with open(path, "rb") as file:
+        for line in file:
+            entry = json.loads(line)
+            keys.append(os.fsencode(entry["key"]))
+            status.append(entry.get("status", 0))
+            for name, column in columns.items():
+                column.append(entry[name])
+    return ImageTable.build(
+        keys, np.array(status, np.uint8), {name: np.array(column, np.int64) for name, column in columns.items()}
+    )

@@ -6,13 +6,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError, UsageError, one_line
-from internvit_cli.storage.durable import rename_durably, write_file
+from internvit_cli.storage.durable import remove, rename_durably, write_file
 from internvit_cli.storage.interface import ShardFormat, backend_of
 from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, ForeignFileError, StoredShard
 
@@ -52,6 +51,8 @@ class FinishedShard:
     backend: ShardFormat
     stored: StoredShard
     superseded: tuple[str, ...] = ()
+    files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """What `file_identity` said of each of its files when the index was read."""
 
     @property
     def superseded_keys(self) -> frozenset[bytes]:
@@ -111,7 +112,7 @@ class Output:
         if self.is_file:
             if os.path.isdir(self.path):
                 raise OutputError(f"{self.path} is a folder", "name a file, or a folder that does not end in .h5")
-            _remove(f"{self.partial_path(0)}.tmp")
+            remove(f"{self.partial_path(0)}.tmp")
             return
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise OutputError(
@@ -134,12 +135,12 @@ class Output:
     def finished(self) -> list[FinishedShard]:
         """The complete shards, oldest first, each checked against its digest."""
         if self.is_file:
-            return [_load("", self.path, self.backend)] if os.path.exists(self.path) else []
+            return [load_shard("", self.path, self.backend)] if os.path.exists(self.path) else []
         return [self._load_entry(entry) for entry in self._entries()]
 
     def _load_entry(self, entry: ManifestEntry) -> FinishedShard:
         backend = backend_of(entry.format)
-        return _load(entry.name, os.path.join(self.path, entry.name) + backend.SUFFIX, backend, entry.superseded)
+        return load_shard(entry.name, os.path.join(self.path, entry.name) + backend.SUFFIX, backend, entry.superseded)
 
     def partial(self) -> FinishedShard | None:
         """The shard that an earlier run left unfinished, with the statuses as they stand."""
@@ -147,7 +148,7 @@ class Output:
         path = self.partial_path(number)
         if not os.path.exists(path):
             return None
-        return _load(_shard_name(number), path, self.backend)
+        return load_shard(_shard_name(number), path, self.backend)
 
     @property
     def partial_exists(self) -> bool:
@@ -169,7 +170,7 @@ class Output:
         self._sweep({*self._named(), added.name})
         if os.path.exists(partial):
             os.rename(partial, f"{partial}.tmp")
-            _remove(f"{partial}.tmp")
+            remove(f"{partial}.tmp")
 
     def drop_rows(self, dropped: Mapping[str, Sequence[str]]) -> None:
         """Have rows of a folder's shards count no more: keys by the shard's name."""
@@ -202,7 +203,7 @@ class Output:
         if self._staged:
             self._write_manifest([])
         if self.is_file:
-            _remove(self.partial_path(0))
+            remove(self.partial_path(0))
         else:
             self._sweep(self._named())
 
@@ -252,13 +253,13 @@ class Output:
             match = SHARD_FILE.fullmatch(name)
             is_ours = match is not None or name.removesuffix(".tmp") in (MANIFEST, NEXT_MANIFEST, SKIPPED)
             if (is_ours and name.endswith(".tmp")) or (match is not None and match[1] not in kept):
-                _remove(os.path.join(self.path, name))
+                remove(os.path.join(self.path, name))
 
     def _clear(self) -> None:
         """Remove every shard, and the manifests last, so that a crash in between leaves them as they are."""
         self._sweep(())
         for name in (NEXT_MANIFEST, MANIFEST):
-            _remove(os.path.join(self.path, name))
+            remove(os.path.join(self.path, name))
 
     def _recover(self) -> None:
         """Remove what no manifest names, but for the shard at hand: a crash may have come before its entry."""
@@ -266,7 +267,7 @@ class Output:
         self._sweep({*named, _shard_name(current)})
         for name in named:  # a crash came after the entry, and before what is unfinished no more was removed
             for shard_format in Format:
-                _remove(os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + ".partial")
+                remove(os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + ".partial")
         final, partial = self.final_path(current), self.partial_path(current)
         if os.path.isfile(final) and not os.path.exists(partial):
             os.rename(final, partial)
@@ -314,18 +315,23 @@ def _entry(shard: Any) -> ManifestEntry:
     return ManifestEntry(shard["name"], Format(shard["format"]), int(shard["images"]), int(shard["tiles"]), superseded)
 
 
-def _load(name: str, path: str, backend: ShardFormat, superseded: tuple[str, ...] = ()) -> FinishedShard:
+def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str, ...] = ()) -> FinishedShard:
+    """Read a shard's index, checked against its digest.
+
+    Raises:
+        OutputError: there is none, or it is damaged.
+    """
+    # Looked at first: a file that is replaced from here on shows as another one, never as this index's rows.
+    files = {file: file_identity(os.stat(file)) for file in backend.final_paths(path) if os.path.exists(file)}
     stored = backend.read(path)
     stored.check(path)
-    return FinishedShard(name, path, backend, stored, superseded)
+    return FinishedShard(name, path, backend, stored, superseded, files)
+
+
+def file_identity(status: os.stat_result) -> tuple[int, int]:
+    """What tells a file from one that takes its name later: inode and size."""
+    return status.st_ino, status.st_size
 
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:05d}"
-
-
-def _remove(path: str) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    elif os.path.lexists(path):
-        os.unlink(path)

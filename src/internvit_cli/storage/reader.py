@@ -19,7 +19,7 @@ from internvit_cli.config import Recipe, Status, Tokens
 from internvit_cli.errors import InternvitError, OutputError
 from internvit_cli.storage.durable import read_exactly
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, Extent, decode_values, stored_recipe
-from internvit_cli.storage.output import MANIFEST, FinishedShard, Output
+from internvit_cli.storage.output import MANIFEST, FinishedShard, Output, file_identity, load_shard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -176,12 +176,28 @@ class OpenShard:
         extent = self.extents[name]
         size = extent.spec.row_bytes
         # Opened for each read: a reader that is pickled or forked into workers shares no file position and no handle.
-        descriptor = os.open(extent.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = self._open(extent.path)
         try:
             data = read_exactly(descriptor, (stop - start) * size, extent.offset + start * size, extent.path)
         finally:
             os.close(descriptor)
         return np.frombuffer(data, extent.spec.dtype).reshape(stop - start, *extent.spec.shape[1:])
+
+    def _open(self, path: str) -> int:
+        """A descriptor of one of the shard's files, and of no other that has its name by now.
+
+        Raises:
+            OutputError: a later run has replaced the file: this index says nothing of the new one's rows.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise _replaced(path) from None
+        identity = file_identity(os.fstat(descriptor))
+        if self._found.files.get(path, identity) != identity:
+            os.close(descriptor)
+            raise _replaced(path)
+        return descriptor
 
     def image(self, key: str, row: int) -> ImageFeatures:
         """One row, by number."""
@@ -196,6 +212,10 @@ class OpenShard:
             _shard=self,
             _row=row,
         )
+
+
+def _replaced(path: str) -> OutputError:
+    return OutputError(f"{path} was replaced after it was opened", "open the features again")
 
 
 def open_features(path: str | os.PathLike[str]) -> Features:
@@ -230,6 +250,4 @@ def find_shards(path: str) -> list[FinishedShard]:
             f"{path} is not a feature file",
             "feature files end in .h5 or .hdf5; feature folders are opened by their folder",
         )
-    stored = output.backend.read(path)
-    stored.check(path)
-    return [FinishedShard("", path, output.backend, stored)]
+    return [load_shard("", path, output.backend)]
