@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import h5py
 import numpy as np
 
-from internvit_cli.config import Tokens
+from internvit_cli.config import Format, Tokens
 from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.durable import memory_file, rename_durably, sync_path, write_all, written_ranges
 from internvit_cli.storage.layout import (
@@ -44,6 +44,7 @@ COPY_BLOCK = 1 << 24
 INDEX_BYTES, STRUCTURE_BYTES = 256, 1 << 20
 """More than HDF5 takes for the index of an image, beside its key, and for a file's structure."""
 
+KIND = Format.H5
 SUFFIX = ".h5"
 DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, OverflowError, MemoryError)
 """What reading a damaged file has been seen to raise, and its kin."""

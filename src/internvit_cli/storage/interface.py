@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class ShardFormat(Protocol):
     """One way to keep a shard on disk, at a `partial` path before and a `final` one after it is complete."""
 
+    KIND: Format
     SUFFIX: str
     """What a shard's name ends in, such as `.h5`."""
 

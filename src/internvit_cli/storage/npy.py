@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.config import Format
 from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.durable import read_exactly, rename_durably, sync_path, write_file
 from internvit_cli.storage.layout import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+KIND = Format.NPY
 SUFFIX = ""
 FEATURE_DATASETS = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 COMMIT_DATASETS = (STATUS, DIGEST, CRC32, RUN_LOG)

@@ -48,11 +48,16 @@ class FinishedShard:
 
     name: str
     path: str
-    backend: ShardFormat
+    format: Format
     stored: StoredShard
     superseded: tuple[str, ...] = ()
     files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """What `file_identity` said of each of its files when the index was read."""
+
+    @property
+    def backend(self) -> ShardFormat:
+        """What reads it."""
+        return backend_of(self.format)
 
     @property
     def superseded_keys(self) -> frozenset[bytes]:
@@ -325,7 +330,7 @@ def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str
     files = {file: file_identity(os.stat(file)) for file in backend.final_paths(path) if os.path.exists(file)}
     stored = backend.read(path)
     stored.check(path)
-    return FinishedShard(name, path, backend, stored, superseded, files)
+    return FinishedShard(name, path, backend.KIND, stored, superseded, files)
 
 
 def file_identity(status: os.stat_result) -> tuple[int, int]:
