@@ -22,11 +22,12 @@ import transformers
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from internvit_cli.config import ComputeDtype
-from internvit_cli.encoder import Encoder, EncoderOptions, available_cores, find_device
+from internvit_cli.encoder import Encoder, EncoderOptions, find_device
 from internvit_cli.model.card import IMAGENET_MEAN, IMAGENET_STD, ModelCard
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
 from internvit_cli.model.vit import pixel_unshuffle
+from internvit_cli.workers import usable_cpus
 
 SHAPES = {"300m": "300m", "6b": "6b", "tiny": TINY_RANDOM}
 NATIVE_NAMES = (
@@ -129,7 +130,7 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=None, help="tiles a measurement (default: one batch; CUDA: eight)")
     parser.add_argument("--blocks", type=int, default=None, help="run only so many blocks (default: all that run)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--threads", type=int, default=usable_cpus())
     arguments = parser.parse_args()
 
     device = find_device(arguments.device)

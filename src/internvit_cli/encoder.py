@@ -6,7 +6,6 @@ tiles were submitted together, and no core waits at a barrier. On an accelerator
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tok
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.features import FeatureModel, Features, FeatureSpec, verdicts
 from internvit_cli.model.vit import Block, best_attention
+from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,7 +137,7 @@ class Encoder:
         """
         _check(options, checkpoint)
         device = find_device(options.device)
-        threads = options.threads or available_cores()
+        threads = options.threads or usable_cpus()
         if device.type == "cpu":
             torch.set_num_threads(1)  # of each of our own threads: tiles run side by side, an operation does not
         dtype = options.dtype
@@ -221,12 +221,6 @@ def _check(options: EncoderOptions, checkpoint: Checkpoint) -> None:
         raise UsageError(f"--batch-size {options.batch_tiles}: at least one tile", "leave it out to let it be chosen")
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"threads {options.threads}: at least one", "leave it out to use all cores")
-
-
-def available_cores() -> int:
-    """Cores this process may run on."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def find_device(name: str) -> torch.device:

@@ -78,16 +78,16 @@ class LockedError(InternvitError):
     exit_code = ExitCode.LOCKED
 
 
-def one_line(text: str | bytes, limit: int = 300) -> str:
+def one_line(text: str | bytes, limit: int | None = 300) -> str:
     """Text from outside (a path, another library's message) as one bounded line without control characters.
 
     Args:
         text: bytes are read as UTF-8; what is not UTF-8 is shown as escapes.
-        limit: characters kept before escaping.
+        limit: characters kept before escaping; None for all.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
-    kept = text if len(text) <= limit else text[:limit] + "..."
+    kept = text if limit is None or len(text) <= limit else text[:limit] + "..."
     if kept.isprintable():
         return kept
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in kept)

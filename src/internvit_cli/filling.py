@@ -16,7 +16,7 @@ import numpy as np
 
 from internvit_cli.config import Skipped, Status
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, FailedImage
-from internvit_cli.errors import InternvitError
+from internvit_cli.errors import InternvitError, one_line
 from internvit_cli.observer import Progress
 from internvit_cli.report import Stages
 from internvit_cli.storage.commit import ImageRows, ShardWriter
@@ -225,7 +225,7 @@ class _Filling:
             is_first = not (self._images or self._is_begun)
             if is_first and unfit.exception == "OverflowError":
                 raise InternvitError(
-                    f"{_printable(self._job.keys[row])}: {unfit.message}",
+                    f"{one_line(self._job.keys[row])}: {unfit.message}",
                     "store with --store-dtype bfloat16 (or float32), or --on-overflow clamp",
                 )
             self._skip(row, unfit)
@@ -261,13 +261,9 @@ def _unfit(blocks: list[_Block]) -> Skipped | None:
 def unusable(key: bytes, skipped: Skipped) -> InternvitError:
     """What `--strict` ends a run with."""
     return InternvitError(
-        f"{_printable(key)}: {skipped.status.word}: {skipped.message}",
+        f"{one_line(key)}: {skipped.status.word}: {skipped.message}",
         "run without --strict to skip such images and list them",
     )
-
-
-def _printable(key: bytes) -> str:
-    return ascii(key.decode("utf-8", "surrogateescape"))[1:-1]
 
 
 class _DecodeThread:

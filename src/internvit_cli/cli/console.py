@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any, TextIO
 
+from internvit_cli import errors
 from internvit_cli.errors import InternvitError
 from internvit_cli.observer import Observer, Progress
 
@@ -61,9 +62,7 @@ def open_missing_streams() -> None:
 
 def one_line(text: str) -> str:
     """The text with control characters written out, so that a file's name cannot steer a terminal."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in text
-    )
+    return errors.one_line(text, limit=None)
 
 
 def human_bytes(count: float) -> str:

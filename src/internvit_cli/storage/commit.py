@@ -125,7 +125,7 @@ class ShardWriter:
         }
         self._tile_offset = table.tile_offset.tolist()
         images = len(table)
-        self._status = table.status.copy()
+        self._status: NDArray[Any] = table.status.copy()
         self._digest = self._load(DIGEST, (images, 32), np.uint8)
         self._crc32 = self._load(CRC32, (images,), np.uint32)
         self._pending = _Uncommitted()

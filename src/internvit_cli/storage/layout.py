@@ -69,11 +69,6 @@ class FeatureShape:
     store_dtype: StoreDtype
     tile_pooled: bool
 
-    @property
-    def global_view_only(self) -> bool:
-        """Whether nothing but one vector an image is stored, so that only its global view is needed."""
-        return self.tokens is Tokens.NONE and not self.tile_pooled
-
     def row_datasets(self, images: int, tiles: int) -> tuple[DatasetSpec, ...]:
         """The datasets of feature rows, in the order in which an image's CRC goes over them."""
         specs = [DatasetSpec(POOLED, (images, self.pooled_width), "<f4")]
