@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import resource
+import signal
+import subprocess
 import time
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 import storage_helpers as helpers
 from PIL import Image
-from test_extract import extract, internvit, make_pictures, summary_of
+from test_extract import command, extract, internvit, make_pictures, summary_of
 from test_filling import SIDE, Encoder, Shard
 
 from internvit_cli import open_features, workers
@@ -246,3 +248,29 @@ def test_a_worker_respects_a_tighter_limit_of_the_shell(monkeypatch, hard, bound
     monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.append(pair))
     workers._limit_memory(4 << 30)
     assert limits == [(bound, bound)]
+
+
+@pytest.mark.parametrize("name", ["feats.h5", "feats"])
+def test_a_signal_while_a_damaged_output_is_replaced_is_a_stop_like_any_other(tmp_path, name):
+    """The old output stays damaged until the new one is complete: nothing but `--overwrite` may read past that."""
+    folder, output = tmp_path / "pictures", tmp_path / name
+    make_pictures(folder, 3)
+    assert extract(folder, "-o", output, *DTYPE).returncode == 0
+    index = output if output.is_file() else output / "shard-00000.images.jsonl"
+    index.write_bytes(index.read_bytes()[:2000])
+    make_pictures(folder, 40, seed=1)
+    options = (folder, "-o", output, "--overwrite", "--batch-size", 4, "--max-tiles", 4, *DTYPE)
+    for _ in range(2):
+        with subprocess.Popen(
+            command("extract", "--model", "tiny-random", *options), stderr=subprocess.PIPE
+        ) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith(b"encoding with"):
+                    process.send_signal(signal.SIGINT)
+                    break
+            told = process.stderr.read().decode()
+        assert process.returncode == 130, told
+        assert "error" not in told
+    assert extract(*options).returncode == 0
+    assert len(open_features(output)) == 40

@@ -142,7 +142,7 @@ class _Extraction:
         if existing.partial is not None:
             stored = existing.partial.stored
             self._fill(stored.table, stored.attributes, is_last=not drafts)
-            self._existing = load_existing(self._output, overwrite=False)
+            self._existing = load_existing(self._output, overwrite=self._options.store.overwrite)
             drafts = self._drafts(self._existing.finished, gone, plan, shape)
         for number, draft in enumerate(drafts, 1):
             if self._stop.signal:
@@ -355,7 +355,7 @@ class _Extraction:
     # ------------------------------------------------------------------------------------------------------ telling it
 
     def _summary(self, seconds: float) -> Summary:
-        existing = load_existing(self._output, overwrite=False)
+        existing = load_existing(self._output, overwrite=self._options.store.overwrite)
         encoder = self._encoder
         return Summary(
             output=self._output.path,
