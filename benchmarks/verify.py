@@ -1,0 +1,166 @@
+"""Speed of `internvit verify` against plain reads of the same file, in turn in the same run.
+
+    python benchmarks/verify.py [FOLDER] [--gigabytes 4] [--rounds 5] [--tokens visual|none] [--format h5|npy]
+
+Makes an output of random rows with the shape of the 300M model below FOLDER (default: the folder of temporary files).
+A cold side has the file dropped from the page cache first (posix_fadvise), so that it comes from the disk; a warm one
+finds it in memory. `dd` and `pread` only read, in blocks of 16 MB; `verify` computes every CRC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from internvit_cli.config import Format, Recipe, StoreDtype, Tokens
+from internvit_cli.storage.commit import ImageRows, ShardWriter, create_shard
+from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
+from internvit_cli.storage.output import Output
+from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.verdict import VerifyOptions
+from internvit_cli.verify import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+BLOCK = 16 << 20
+HIDDEN, TOKENS, CHANNELS = 1024, 256, 4096
+TILES = (1, 3, 5, 7, 13)
+
+
+def make_recipe(tokens: Tokens) -> Recipe:
+    return Recipe(
+        weights_digest="0" * 64, layer=24, tile_size=448, min_tiles=1, max_tiles=12, thumbnail=True, preprocess="tiles",
+        exif=True, background=None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), tokens=tokens.value,
+        token_order="v2", pool="mean", tile_pooled=False, compute_dtype="bfloat16", store_dtype="float16",
+        on_overflow="skip",
+    )  # fmt: skip
+
+
+def make_shard(nbytes: int, tokens: Tokens) -> NewShard:
+    """As many images as fill about so many bytes."""
+    mean = 4 * HIDDEN + (statistics.mean(TILES) * TOKENS * CHANNELS * 2 if tokens is not Tokens.NONE else 0)
+    images = max(1, int(nbytes / mean))
+    columns = {name: np.zeros(images, dtype) for name, dtype in COLUMN_DTYPES.items()}
+    columns["columns"][:], columns["rows"][:] = np.resize(TILES, images), 1
+    table = ImageTable.build([b"%08d.jpg" % row for row in range(images)], np.zeros(images, np.uint8), columns)
+    recipe = make_recipe(tokens)
+    attributes = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.to_json(),
+        "recipe_digest": recipe.digest,
+        "weights_digest": recipe.weights_digest,
+        "sources": '[{"root": "/nowhere", "name": ""}]',
+        "model": "random rows",
+    }
+    return NewShard(table, FeatureShape(tokens, TOKENS, CHANNELS, HIDDEN, StoreDtype.FLOAT16, False), attributes)
+
+
+def make_output(path: Path, shard: NewShard, shard_format: Format) -> None:
+    output = Output(str(path), shard_format)
+    output.prepare()
+    partial = output.partial_path(0)
+    create_shard(output.backend, partial, shard)
+    writer = ShardWriter(output.backend, partial, shard.table)
+    random = np.random.default_rng(0)
+    tile = random.standard_normal((max(TILES), TOKENS, CHANNELS), np.float32).astype("<f2")
+    vectors = random.standard_normal((4096, HIDDEN), np.float32)
+    for row, tiles in enumerate(shard.table.tile_counts.tolist()):
+        tile[0, 0, 0] = row % 1000
+        tokens = [] if shard.features.tokens is Tokens.NONE else [tile[:tiles]]
+        writer.write(ImageRows(row, random.bytes(32), vectors[row % 4096], tokens))
+    writer.checkpoint()
+    writer.close()
+    output.publish(0, len(shard.table), shard.table.tiles, {})
+
+
+def files_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.npy"))
+
+
+def forget(path: Path) -> None:
+    """Drop a synced file from the page cache."""
+    for file in files_of(path):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def run_dd(path: Path) -> None:
+    for file in files_of(path):
+        subprocess.run(["dd", f"if={file}", "of=/dev/null", f"bs={BLOCK}"], check=True, capture_output=True)
+
+
+def run_pread(path: Path) -> None:
+    buffer = bytearray(BLOCK)
+    for file in files_of(path):
+        descriptor = os.open(file, os.O_RDONLY)
+        offset = 0
+        while got := os.preadv(descriptor, [buffer], offset):
+            offset += got
+        os.close(descriptor)
+
+
+def run_verify(path: Path) -> None:
+    verdict = verify(VerifyOptions(str(path), pictures=False))
+    assert not verdict.findings, verdict.findings[0]
+
+
+SIDES: dict[str, Callable[[Path], None]] = {"dd": run_dd, "pread": run_pread, "verify": run_verify}
+
+
+def measure(path: Path, rounds: int) -> dict[tuple[str, bool], list[float]]:
+    """Seconds of every side, cold and warm, the sides in turn."""
+    seconds: dict[tuple[str, bool], list[float]] = {}
+    for _ in range(rounds):
+        for is_cold in (True, False):
+            for name, side in SIDES.items():
+                if is_cold:
+                    forget(path)
+                else:
+                    run_pread(path)
+                started = time.perf_counter()
+                side(path)
+                seconds.setdefault((name, is_cold), []).append(time.perf_counter() - started)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", default=tempfile.gettempdir())
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", choices=["visual", "none"], default="visual")
+    parser.add_argument("--format", choices=[kind.value for kind in Format], default="h5")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        path = Path(scratch) / ("feats.h5" if options.format == "h5" else "feats")
+        shard = make_shard(int(options.gigabytes * 1e9), Tokens(options.tokens))
+        make_output(path, shard, Format(options.format))
+        nbytes = sum(file.stat().st_size for file in files_of(path))
+        print(f"{len(shard.table):,} images, {nbytes / 1e9:.2f} GB, {options.format}, tokens {options.tokens}")
+        report(measure(path, options.rounds), nbytes)
+
+
+def report(seconds: dict[tuple[str, bool], list[float]], nbytes: int) -> None:
+    print("\n| file | side | GB/s, median (least..most) | share of pread |")
+    print("|---|---|---|---|")
+    for (name, is_cold), values in sorted(seconds.items(), key=lambda item: not item[0][1]):
+        rates = sorted(nbytes / value / 1e9 for value in values)
+        share = statistics.median(seconds["pread", is_cold]) / statistics.median(values)
+        middle = f"{statistics.median(rates):.2f} ({rates[0]:.2f}..{rates[-1]:.2f})"
+        print(f"| {'on disk' if is_cold else 'in memory'} | {name} | {middle} | {share:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

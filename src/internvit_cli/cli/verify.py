@@ -1,0 +1,191 @@
+"""`internvit verify`: whether a feature file still is what was committed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from internvit_cli.cli.console import PLAIN_SECONDS, human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from internvit_cli.verdict import Comparison, Finding, PictureCheck, Verdict, VerifyObserver
+
+KEYS_SHOWN = 10
+"""Changed or missing pictures that are listed by name; --json has them all."""
+
+
+def verify_command(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
+    re_extract: Annotated[int, typer.Option(min=0, metavar="N", help="Encode N random images again and compare.")] = 0,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Those also with transformers' own class in float32.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="Where the weights are. (default: what OUT names)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Of --re-extract: auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
+    pictures: Annotated[
+        bool, typer.Option(help="Read the pictures that are still there and compare their digests.")
+    ] = True,
+    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="That read. (default: one a core)")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but what is wrong.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Check an output: counts, recipe, the CRC of every committed row, digests of the pictures that are still there.
+
+    Exit code 0: all is right; 1: something is wrong, and each finding is listed. Nothing is written.
+    With --re-extract a sample is encoded again under the stored recipe, which needs the pictures and the weights.
+    """
+    if reference and not re_extract:
+        raise UsageError("--reference without --re-extract", "say how many images: --re-extract 10")
+    from internvit_cli.verdict import VerifyOptions
+    from internvit_cli.verify import verify
+
+    options = VerifyOptions(
+        path=path,
+        pictures=pictures,
+        re_extract=re_extract,
+        reference=reference,
+        model=model,
+        seed=seed,
+        device=device,
+        threads=threads,
+    )
+    verdict = verify(options, _observer(quiet=quiet))
+    code = int(verdict.exit_code)
+    if json:
+        print_json(verdict.to_json() | {"exit_code": code, "error": _summary(verdict) if code else None})
+    else:
+        print_verdict(verdict, quiet=quiet)
+    return code
+
+
+def print_verdict(verdict: Verdict, *, quiet: bool = False) -> None:
+    """What was checked, what is wrong, and the verdict in one line."""
+    if not quiet:
+        _print_checks(verdict)
+    for finding in verdict.findings:
+        print_line(f"wrong: {_words(finding)}")
+    if not quiet or verdict.findings:
+        print_line(f"{verdict.path}: {_summary(verdict)}")
+
+
+def _print_checks(verdict: Verdict) -> None:
+    images = ", ".join(f"{count:,} {word}" for word, count in verdict.images.items())
+    shards = "" if verdict.shards == 1 else f" in {verdict.shards} shards"
+    print_line(
+        f"images      {sum(verdict.images.values()):,}{shards}: {images}" if images else f"images      none{shards}"
+    )
+    print_line(
+        f"rows        {verdict.rows:,} read and held against their CRCs: {human_bytes(verdict.bytes)} "
+        f"in {human_seconds(verdict.seconds)}, {verdict.rate / 1e9:.2f} GB/s"
+    )
+    if verdict.pictures is not None:
+        _print_pictures(verdict.pictures)
+    for comparison in verdict.comparisons:
+        _print_comparison(comparison)
+    for note in verdict.notes:
+        print_line(f"note: {note}")
+
+
+def _print_pictures(pictures: PictureCheck) -> None:
+    print_line(
+        f"pictures    {pictures.unchanged:,} as they were, {len(pictures.changed):,} changed, "
+        f"{len(pictures.missing):,} missing; {human_bytes(pictures.bytes)} read in {human_seconds(pictures.seconds)}"
+    )
+    for word, keys in (("changed", pictures.changed), ("missing", pictures.missing)):
+        for key in keys[:KEYS_SHOWN]:
+            print_line(f"note: {key}: its picture is {word}; its row stays what it was")
+        if len(keys) > KEYS_SHOWN:
+            print_line(f"note: {len(keys) - KEYS_SHOWN:,} more pictures are {word} (--json lists them)")
+
+
+def _print_comparison(comparison: Comparison) -> None:
+    print_line(f"{comparison.check:<11} {comparison.images:,} images with {comparison.encoder}")
+    equal = (
+        "every value bit-equal"
+        if comparison.bit_equal == comparison.images
+        else f"{comparison.bit_equal:,} bit-equal, largest difference {comparison.difference:.3g}"
+    )
+    print_line(
+        f"            {equal}; {comparison.relative:.2g} of the largest value (limit {comparison.relative_limit:.2g}), "
+        f"lowest cosine {comparison.cosine:.6f} (limit {comparison.cosine_limit:.6f})"
+    )
+
+
+def _words(finding: Finding) -> str:
+    where = f"{finding.path}: " if finding.key is None else f"{finding.key}: "
+    return f"{where}{finding.problem}" + (f" ({finding.path})" if finding.key is not None else "")
+
+
+def _summary(verdict: Verdict) -> str:
+    count = len(verdict.findings)
+    return f"{count:,} {'thing is' if count == 1 else 'things are'} wrong" if count else "all is right"
+
+
+def _observer(*, quiet: bool) -> VerifyObserver | None:
+    if quiet:
+        return None
+    return _progress(is_terminal=sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
+
+
+def _progress(*, is_terminal: bool) -> VerifyObserver:
+    """A bar on a terminal; elsewhere a line now and then."""
+    from internvit_cli.verdict import VerifyObserver
+
+    class Progress(VerifyObserver):
+        """Shows the check at hand; findings and notes come with the verdict."""
+
+        def __init__(self) -> None:
+            self._bar: Any = None
+            self._name, self._total = "", 0
+            self._printed = time.monotonic()
+
+        def stage(self, name: str, total: int, unit: str) -> None:
+            """Begin a bar."""
+            self._close()
+            self._name, self._total = name, total
+            if is_terminal and total:
+                self._bar = _bar(name, total, unit)
+
+        def progress(self, done: int) -> None:
+            """Move the bar, or print a line when it is time."""
+            if self._bar is not None:
+                self._bar.update(done - self._bar.n)
+                if done >= self._total:
+                    self._close()
+            elif time.monotonic() - self._printed >= PLAIN_SECONDS:
+                self._printed = time.monotonic()
+                say(f"{self._name}: {100 * done / max(1, self._total):.0f} %")
+
+        def _close(self) -> None:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
+
+    return Progress()
+
+
+def _bar(name: str, total: int, unit: str) -> Any:
+    from tqdm import tqdm
+
+    # A terminal that does not tell its size says 0, and tqdm would then draw nothing.
+    known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    return tqdm(
+        desc=name,
+        total=total,
+        unit="B" if unit == "B" else f" {unit}",
+        unit_scale=unit == "B",
+        file=sys.stderr,
+        ncols=None if known else 80,
+        nrows=None if known else 24,
+        dynamic_ncols=known,
+        leave=False,
+    )

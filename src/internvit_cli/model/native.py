@@ -1,0 +1,152 @@
+"""The same features by way of transformers' own InternVLVisionModel in float32: it shares only the weights with ours.
+
+Letters in shapes as in vit.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from internvit_cli.config import Pool, Tokens
+from internvit_cli.model.loading import read_tensor
+from internvit_cli.workers import usable_cpus
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.model.features import FeatureSpec
+
+NATIVE_NAMES = {
+    "class_embedding": "cls_token",
+    "position_embedding": "position_embeddings",
+    "patch_embedding.": "patch_embeddings.projection.",
+    "encoder.layers.": "encoder.layer.",
+    ".ls": ".lambda_",
+    ".attn.proj.": ".attention.projection_layer.",
+    ".attn.": ".attention.",
+    ".norm1.": ".layernorm_before.",
+    ".norm2.": ".layernorm_after.",
+}
+"""From standalone names to those of transformers' layout, applied in this order."""
+
+
+class NativeFeatures(NamedTuple):
+    """Features of B tiles, float32, on the host."""
+
+    tokens: np.ndarray | None
+    """[B,T,C]; None when none are wanted."""
+    pooled: np.ndarray
+    """[B,d]."""
+
+
+class NativeModel:
+    """InternVLVisionModel with a checkpoint's weights, and the official steps behind it, in float32."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: FeatureSpec, device: torch.device) -> None:
+        """Read the weights to a device. On a CPU all cores work on one operation from now on.
+
+        Raises:
+            ModelError: a weights file can't be read.
+        """
+        card = checkpoint.card
+        self._spec = spec
+        self.device = device
+        if device.type == "cpu":
+            torch.set_num_threads(usable_cpus())  # an encoder of ours leaves one
+        self._mean = torch.tensor(card.mean, device=device)[:, None, None]
+        self._std = torch.tensor(card.std, device=device)[:, None, None]
+        self._model = native_model(checkpoint, device)
+        self._projector = native_projector(checkpoint, device) if spec.tokens is Tokens.PROJECTED else None
+
+    @torch.inference_mode()
+    def features(self, tiles: np.ndarray) -> NativeFeatures:
+        """Features of uint8 RGB tiles [B,S,S,3]."""
+        pixels = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2).float() / 255
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            hidden = self._model((pixels - self._mean) / self._std).last_hidden_state  # [B,1+N,C]
+        return NativeFeatures(self._tokens(hidden[:, 1:]), self._pooled(hidden).cpu().numpy())
+
+    def _pooled(self, hidden: Tensor) -> Tensor:
+        """[B,1+N,C] -> [B,d]."""
+        parts = {Pool.CLS: [hidden[:, 0]], Pool.MEAN: [hidden[:, 1:].mean(1)]}
+        return torch.cat(parts.get(self._spec.pool) or [*parts[Pool.CLS], *parts[Pool.MEAN]], dim=1)
+
+    def _tokens(self, patches: Tensor) -> np.ndarray | None:
+        """[B,N,C] -> [B,T,C'] on the host."""
+        if self._spec.tokens is Tokens.NONE:
+            return None
+        if self._spec.tokens is Tokens.PATCH:
+            return patches.cpu().numpy()
+        tokens = pixel_shuffle(patches, self._spec.token_order)
+        return (tokens if self._projector is None else self._projector(tokens)).cpu().numpy()
+
+
+def native_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """The tower of transformers with the blocks that run, in float32.
+
+    Raises:
+        ModelError: a weights file can't be read.
+    """
+    from transformers import InternVLVisionConfig, InternVLVisionModel
+
+    vision = checkpoint.card.vision
+    config = InternVLVisionConfig(
+        hidden_size=vision.hidden_size,
+        num_hidden_layers=checkpoint.blocks,
+        num_attention_heads=vision.num_heads,
+        intermediate_size=vision.mlp_size,
+        image_size=[vision.image_size] * 2,
+        attention_bias=vision.qkv_bias,
+        use_qk_norm=vision.qk_norm,
+        norm_type=vision.norm,
+        layer_norm_eps=vision.eps,
+    )
+    model: nn.Module = InternVLVisionModel(config)
+    model = model.to(device)
+    # No bias, no parameter: strict loading leaves nothing at its random start.
+    model.load_state_dict(dict(_native_state(checkpoint, device)), strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def native_projector(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """The chat model's mlp1, in float32."""
+    weights = {
+        name.removeprefix("mlp1."): read_tensor(checkpoint, name, device, torch.float32)
+        for name in checkpoint.weights
+        if name.startswith("mlp1.")
+    }
+    size, width = weights["1.weight"].shape
+    projector = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size), nn.GELU(), nn.Linear(size, size)).to(device)
+    projector.load_state_dict(weights)
+    return projector.eval().requires_grad_(False)
+
+
+def pixel_shuffle(patches: Tensor, order: str) -> Tensor:
+    """Patch tokens [B,N,C] -> visual tokens [B,N/4,4C], step by step as in OpenGVLab's modeling_internvl_chat.py."""
+    B, N, C = patches.shape  # noqa: N806 - as in vit.py
+    side = math.isqrt(N)
+    x = patches.reshape(B, side, side // 2, 2 * C).permute(0, 2, 1, 3).contiguous()
+    x = x.view(B, side // 2, side // 2, 4 * C)
+    if order == "v2":
+        x = x.permute(0, 2, 1, 3).contiguous()
+    return x.reshape(B, N // 4, 4 * C)
+
+
+def _native_state(checkpoint: Checkpoint, device: torch.device) -> Any:
+    for name in checkpoint.weights:
+        if name.startswith("mlp1."):
+            continue
+        tensor = read_tensor(checkpoint, name, device, torch.float32)
+        native = name
+        for ours, theirs in NATIVE_NAMES.items():
+            native = native.replace(ours, theirs)
+        if ".qkv." in native:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield native.replace(".qkv.", f".{letter}_proj."), part
+        else:
+            yield native, tensor

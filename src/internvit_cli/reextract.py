@@ -1,0 +1,352 @@
+"""A random sample of stored images, decoded and encoded again under the stored recipe, and held against their rows."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from internvit_cli.agreement import Differences, compare, tolerance
+from internvit_cli.config import DEFAULT_MAX_PIXELS, ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
+from internvit_cli.errors import InternvitError, ModelError
+from internvit_cli.headers import Header
+from internvit_cli.model.catalog import describe_model
+from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.recipes import pixel_rule
+from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
+from internvit_cli.storage.reader import OpenShard
+from internvit_cli.tiling import Grid
+from internvit_cli.verdict import Comparison
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import Recipe
+    from internvit_cli.model.features import FeatureSpec
+    from internvit_cli.verdict import Row, VerifyObserver, VerifyOptions
+
+DECODE_SECONDS = 60.0
+DECODE_MEMORY = 4 << 30
+
+
+class TileEncoder(Protocol):
+    """What encodes the sample."""
+
+    check: str
+    """The check that it is for."""
+    name: str
+    """For the report."""
+
+    def encode(self, tiles: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
+        """Tokens [n,T,C] in the stored type or float32, and vectors [n,d] float32, of uint8 tiles [n,S,S,3]."""
+        ...
+
+    def close(self) -> None:
+        """Let the device go."""
+        ...
+
+
+class ReExtraction:
+    """The sample of one verification."""
+
+    def __init__(
+        self,
+        options: VerifyOptions,
+        rows: list[Row],
+        observer: VerifyObserver,
+        note: Callable[[str], None],
+        report: Callable[[str, str, str | None, str], None],
+    ) -> None:
+        """Prepare; nothing is read.
+
+        Args:
+            options: how many images, which, and with what.
+            rows: done rows to choose from.
+            observer: told of progress.
+            note: takes what is worth knowing.
+            report: takes what is wrong: check, path, key, problem.
+        """
+        self._options = options
+        self._rows = rows
+        self._observer = observer
+        self._note = note
+        self._report = report
+        self._is_sample_settled = False
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Encode the sample with ours, then, if asked for, with transformers' class; one comparison each.
+
+        What keeps it from being done (no pictures, no weights, other weights) is reported as wrong: it was asked for.
+        """
+        rows = list(self._rows)
+        random.Random(self._options.seed).shuffle(rows)  # noqa: S311 - a sample, not a secret
+        if not rows:
+            self._report("re-extract", self._options.path, None, "no image is done, so none can be encoded again")
+            return
+        # Shards of other recipes are wrong by themselves; the sample is of the newest one's.
+        recipe, attributes = rows[0].shard.recipe, rows[0].shard.found.stored.attributes
+        rows = [row for row in rows if row.shard.recipe == recipe]
+        loaders: list[Callable[[_Model], TileEncoder]] = [_Ours]
+        if self._options.reference:
+            loaders.append(_Native)
+        try:
+            model = _open_model(self._options, recipe, attributes)
+            wanted = min(self._options.re_extract, len(rows))
+            for load in loaders:
+                encoder = load(model)
+                try:
+                    rows, comparison = self._compare(encoder, rows, wanted, recipe)
+                finally:
+                    encoder.close()
+                if not rows:
+                    return
+                yield comparison
+        except InternvitError as error:
+            self._report("re-extract", self._options.path, None, f"{error.message} ({error.hint})")
+
+    def _compare(
+        self, encoder: TileEncoder, candidates: list[Row], wanted: int, recipe: Recipe
+    ) -> tuple[list[Row], Comparison]:
+        """The rows that were compared, at most `wanted`, and the outcome."""
+        limit = tolerance(recipe)
+        self._observer.stage(encoder.check, min(wanted, len(candidates)), "images")
+        taken: list[Row] = []
+        unusable: list[tuple[Row, str]] = []
+        total = Differences()
+        for row, tiles in _decoded(candidates, wanted, recipe, unusable):
+            difference = _differences(row, recipe, *encoder.encode(tiles))
+            if not difference.is_within(limit):
+                problem = f"{encoder.name} gives other values: {difference.words(limit)}"
+                self._report(encoder.check, row.shard.path, row.key, problem)
+            total = total.worst(difference)
+            taken.append(row)
+            self._observer.progress(len(taken))
+        if not self._is_sample_settled:
+            self._tell_of_missing(taken, unusable)
+            self._is_sample_settled = True
+        return taken, Comparison(
+            encoder.check,
+            encoder.name,
+            len(taken),
+            total.bit_equal,
+            total.largest,
+            total.relative,
+            total.cosine,
+            *limit,
+        )
+
+    def _tell_of_missing(self, taken: list[Row], unusable: list[tuple[Row, str]]) -> None:
+        asked = self._options.re_extract
+        if not taken:
+            row, why = unusable[0]
+            problem = f"no picture is as it was, so none can be encoded again; {row.key!r}: {why}"
+            self._report("re-extract", self._options.path, None, problem)
+        elif len(taken) < asked:
+            self._note(f"{len(taken):,} of the {asked:,} images asked for were encoded again: no more are as they were")
+
+
+# --------------------------------------------------------------------------------------------------------- the pictures
+
+
+def _decoded(
+    candidates: list[Row], wanted: int, recipe: Recipe, unusable: list[tuple[Row, str]]
+) -> Iterator[tuple[Row, NDArray[Any]]]:
+    """Tiles, uint8 [n,S,S,3], of the first `wanted` candidates whose pictures still are the files of then."""
+    upcoming = iter(candidates)
+    found = 0
+    while found < wanted:
+        jobs: list[tuple[Row, DecodeJob]] = []
+        for row in upcoming:
+            job = _job(row, len(jobs))
+            if isinstance(job, str):
+                unusable.append((row, job))
+            else:
+                jobs.append((row, job))
+            if len(jobs) == wanted - found:
+                break
+        if not jobs:
+            return
+        for row, tiles in _decode(jobs, recipe, unusable):
+            found += 1
+            yield row, tiles
+
+
+def _job(row: Row, number: int) -> DecodeJob | str:
+    """What decodes a row's picture, or why it cannot be the same picture."""
+    table, at = row.shard.table, row.number
+    try:
+        now = os.stat(row.picture)
+    except OSError as error:
+        return error.strerror or str(error)
+    if now.st_size != int(table.file_size[at]):
+        return "it changed"
+    header = Header(
+        int(table.width[at]), int(table.height[at]), int(table.orientation[at]), now.st_size, now.st_mtime_ns
+    )
+    return DecodeJob(number, row.picture, header, Grid(int(table.columns[at]), int(table.rows[at])))
+
+
+def _decode(
+    jobs: list[tuple[Row, DecodeJob]], recipe: Recipe, unusable: list[tuple[Row, str]]
+) -> Iterator[tuple[Row, NDArray[Any]]]:
+    pixels = max(job.header.width * job.header.height for _, job in jobs)
+    rule = pixel_rule(recipe, max(DEFAULT_MAX_PIXELS, pixels))  # they were within the limit of their run
+    most = max(int(row.shard.table.tile_counts[row.number]) for row, _ in jobs)
+    tiles = 1 if rule.global_view_only else most
+    decoder = Decoder(DecodeOptions(rule, tiles, 1, DECODE_SECONDS, DECODE_MEMORY))
+    try:
+        for image in decoder.run(job for _, job in jobs):
+            row = jobs[image.row][0]
+            if not isinstance(image, DecodedImage):
+                unusable.append((row, image.skipped.message))
+            elif image.digest != row.digest:
+                unusable.append((row, "it changed"))
+            else:
+                yield row, image.tiles
+            if isinstance(image, DecodedImage):
+                image.release()
+    finally:
+        decoder.close()
+
+
+# --------------------------------------------------------------------------------------------------------- the encoders
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The weights of a recipe, and what is made of them."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    batch_tiles: int | None
+    device: str
+
+
+def _open_model(options: VerifyOptions, recipe: Recipe, attributes: dict[str, Any]) -> _Model:
+    """Find the weights and check that they are those of the recipe.
+
+    Raises:
+        InternvitError: they cannot be had, or are others.
+    """
+    name = options.model or str(attributes.get("model", ""))
+    revision = None if options.model else attributes.get("model_revision") or None
+    try:
+        card = describe_model(name, revision=revision)
+        # What the run took from the model's JSON files, which may have changed since, is in the recipe.
+        card = replace(card, mean=recipe.mean, std=recipe.std)
+        checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=recipe.tokens == Tokens.PROJECTED.value)
+        digest = checkpoint.digest()
+    except InternvitError as error:
+        raise ModelError(f"the weights cannot be had: {error.message}", "name their folder with --model") from error
+    if digest != recipe.weights_digest:
+        raise ModelError(
+            f"the weights of {name} are not those that made the rows: digest {digest[:12]}, not "
+            f"{recipe.weights_digest[:12]}",
+            "name the right ones with --model",
+        )
+    return _Model(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
+
+
+class _Ours:
+    """Our own encoder, as `extract` runs it."""
+
+    check = "re-extract"
+
+    def __init__(self, model: _Model) -> None:
+        from internvit_cli.encoder import Encoder, EncoderOptions
+
+        recipe = model.recipe
+        options = EncoderOptions(
+            device=model.device,
+            dtype=ComputeDtype(recipe.compute_dtype),
+            batch_tiles=model.batch_tiles,
+            tokens=Tokens(recipe.tokens),
+            pool=Pool(recipe.pool),
+            tile_size=recipe.tile_size,
+            layer=recipe.layer,
+            token_order="v1" if recipe.token_order == "v1" else "v2",  # noqa: S105  (an order, not a secret)
+            store_dtype=StoreDtype(recipe.store_dtype),
+            on_overflow=OnOverflow(recipe.on_overflow),
+        )
+        self._encoder = Encoder.load(model.checkpoint, options)
+        self.name = f"internvit in {self._encoder.dtype.value} on {self._encoder.device_name}"
+
+    def encode(self, tiles: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
+        """Tokens in the stored type, and vectors."""
+        size = self._encoder.batch_tiles
+        parts = [
+            self._encoder.submit(list(tiles[start : start + size])).result() for start in range(0, len(tiles), size)
+        ]
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        return np.concatenate(tokens) if tokens else None, np.concatenate([part.pooled for part in parts])
+
+    def close(self) -> None:
+        """End its threads."""
+        self._encoder.close()
+
+
+class _Native:
+    """transformers' own class in float32, a tile at a time."""
+
+    check = "reference"
+
+    def __init__(self, model: _Model) -> None:
+        from internvit_cli.encoder import find_device
+        from internvit_cli.model.native import NativeModel
+
+        self._model = NativeModel(model.checkpoint, _spec(model.recipe), find_device(model.device))
+        self._limit = _largest(model.recipe)
+        self.name = f"transformers' InternVLVisionModel in float32 on {self._model.device}"
+
+    def encode(self, tiles: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
+        """Tokens in float32, clamped where the rows were, and vectors."""
+        parts = [self._model.features(tiles[start : start + 1]) for start in range(len(tiles))]
+        tokens = [np.clip(part.tokens, -self._limit, self._limit) for part in parts if part.tokens is not None]
+        return np.concatenate(tokens) if tokens else None, np.concatenate([part.pooled for part in parts])
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _spec(recipe: Recipe) -> FeatureSpec:
+    from internvit_cli.model.features import FeatureSpec
+
+    return FeatureSpec(
+        tokens=Tokens(recipe.tokens),
+        pool=Pool(recipe.pool),
+        tile_size=recipe.tile_size,
+        token_order=recipe.token_order,
+        store_dtype=StoreDtype(recipe.store_dtype),
+        on_overflow=OnOverflow(recipe.on_overflow),
+    )
+
+
+def _largest(recipe: Recipe) -> float:
+    """The largest value that a token can have."""
+    if recipe.on_overflow == OnOverflow.CLAMP.value and recipe.store_dtype == StoreDtype.FLOAT16.value:
+        return float(np.finfo(np.float16).max)
+    return float("inf")
+
+
+def _differences(row: Row, recipe: Recipe, tokens: NDArray[Any] | None, vectors: NDArray[Any]) -> Differences:
+    """One image's stored rows against its new features: tokens [n,T,C] and vectors [n,d]."""
+    shard = OpenShard(row.shard.found)
+    start, stop = (int(offset) for offset in row.shard.table.tile_offset[row.number : row.number + 2])
+    # Without a thumbnail the image's vector is the mean over its tiles'.
+    pooled = vectors[-1] if recipe.thumbnail else vectors.mean(axis=0, dtype=np.float32)
+    pairs = [(shard.rows(POOLED, row.number, row.number + 1), pooled[None], StoreDtype.FLOAT32.value)]
+    if tokens is not None:
+        name = next(name for name in TOKEN_DATASETS if name in shard.extents)
+        pairs.append((shard.rows(name, start, stop), tokens, recipe.store_dtype))
+    if recipe.tile_pooled:
+        pairs.append((shard.rows(TILE_POOLED, start, stop), vectors, StoreDtype.FLOAT32.value))
+    figures = [compare(stored, anew, dtype) for stored, anew, dtype in pairs]
+    total = reduce(Differences.worst, figures)
+    return replace(total, bit_equal=int(total.bit_equal == len(figures)))

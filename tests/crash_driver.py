@@ -1,0 +1,282 @@
+"""The real command, to be killed a thousand times: only pixels and weights are stand-ins, and torch is never loaded.
+
+From the lock to the last rename everything is `internvit_cli`'s own code, run through its command line. In place of
+pictures' pixels and a model there are random rows that follow from the SHA-256 of each file, so that the right content
+of every row is known and no two rows are alike: a swap, a stale row or a zero cannot hide.
+
+    python crash_driver.py [--inline] [...] -- extract PICTURES -o OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import sys
+import time
+import types
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli import filling, pipeline, plan
+from internvit_cli.cli import app
+from internvit_cli.config import ComputeDtype, Skipped, Status, StoreDtype, Tokens
+from internvit_cli.decode.decoder import DecodedImage, FailedImage
+from internvit_cli.headers import header_reader
+from internvit_cli.storage import commit, takeover
+from internvit_cli.storage.commit import ShardWriter
+from internvit_cli.storage.layout import FeatureShape
+from internvit_cli.workers import Finished
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+POOLED_WIDTH = 5
+SPOILED = b"spoiled"
+"""A picture with this in its name has a header and cannot be decoded."""
+ALWAYS = ("--model", "tiny-random", "--dtype", "float32", "--tile-pooled")
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a run differs from a plain one."""
+
+    tokens: tuple[int, int] = (4, 6)
+    """Tokens of a tile and values of a token: sets the size of a row."""
+    checkpoint_bytes: int = 600
+    """A few images; time makes no checkpoint, so that every run makes the same calls."""
+    inline: bool = False
+    """Rows are written by the main thread, so that the N-th call of a run is always the same one."""
+    report: bool = False
+    """Print the number of settled images after each checkpoint."""
+    misordered: bool = False
+    """The wrong order, for tests of the tests: statuses are on the disk before rows are."""
+    no_reserve: bool = False
+    """As on a filesystem without fallocate: the space is not set aside."""
+    fill_disk: str = ""
+    """A file that takes all the space there is ..."""
+    fill_disk_after: int = 0
+    """... after so many pictures."""
+    pause: float = 0.0
+    """Seconds that a picture takes."""
+
+
+def features(digest: bytes, tile: int, tokens: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The rows of one tile of the file with this digest: tokens [T, C] float16 and vector [d] float32."""
+    random = np.random.default_rng([int.from_bytes(digest, "little"), tile])
+    return random.standard_normal(tokens, np.float32).astype("<f2"), random.standard_normal(POOLED_WIDTH, np.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- the stand-ins
+
+
+class InlinePool:
+    """Planning's worker pool without processes."""
+
+    def __init__(self, spec: Any, count: int, task_seconds: float) -> None:
+        self._read = header_reader(*spec.arguments)
+        self._finished: list[Finished] = []
+
+    capacity = 4
+
+    @property
+    def outstanding(self) -> int:
+        return len(self._finished)
+
+    def submit(self, task_id: int, payload: Any, *, alone: bool = False) -> None:
+        self._finished.append(Finished(task_id, self._read(payload), 0.0))
+
+    def wait(self, timeout: float | None = None) -> list[Finished]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class DigestDecoder:
+    """Tiles that say which file and which tile of it they are."""
+
+    tile_size = 4
+    tiles = 1 << 30
+    """The most that an image may have."""
+    busy_seconds = 0.0
+    pids = ()
+    behaviour = Behaviour()
+
+    def __init__(self, options: Any) -> None:
+        pass
+
+    def run(self, jobs: Any, stopped: Callable[[], bool]) -> Iterator[DecodedImage | FailedImage]:
+        for number, job in enumerate(jobs):
+            if stopped():
+                return
+            if self.behaviour.fill_disk and number == self.behaviour.fill_disk_after:
+                fill_disk(self.behaviour.fill_disk)
+            time.sleep(self.behaviour.pause)
+            facts = os.stat(job.path)
+            if (facts.st_size, facts.st_mtime_ns) != (job.header.file_size, job.header.file_mtime_ns):
+                yield FailedImage(job.row, Skipped(Status.CHANGED, "", "the file changed after it was planned"))
+                continue
+            if SPOILED in job.path:
+                yield FailedImage(job.row, Skipped(Status.TRUNCATED, "OSError", "image file is truncated"))
+                continue
+            with open(job.path, "rb") as file:
+                digest = hashlib.sha256(file.read()).digest()
+            count = job.grid.columns * job.grid.rows
+            count += count > 1  # the thumbnail
+            tiles = np.zeros((count, self.tile_size, self.tile_size, 3), np.uint8)
+            for tile, pixels in enumerate(tiles):
+                pixels.reshape(-1)[:33] = np.frombuffer(digest + bytes([tile]), np.uint8)
+            yield DecodedImage(job.row, tiles, digest, lambda: None)
+
+    def close(self) -> None:
+        pass
+
+
+class DigestEncoder:
+    """Random rows that follow from the tiles."""
+
+    batch_tiles = batch_tiles_to_record = 4
+    device_name = "none"
+    device_seconds = 0.0
+    dtype = ComputeDtype.FLOAT32
+    halved = False
+    tokens = (4, 6)
+
+    @classmethod
+    def load(cls, checkpoint: Any, options: Any) -> DigestEncoder:
+        return cls()
+
+    def submit(self, tiles: list[NDArray[Any]]) -> Any:
+        names = [tile.reshape(-1)[:33].tobytes() for tile in tiles]
+        rows = [features(name[:32], name[32], self.tokens) for name in names]
+        batch = types.SimpleNamespace(
+            tokens=np.stack([tokens for tokens, _ in rows]),
+            pooled=np.stack([pooled for _, pooled in rows]),
+            fits=np.zeros(len(rows), np.uint8),
+            clamped=0,
+        )
+        return types.SimpleNamespace(result=lambda: batch)
+
+    def close(self) -> None:
+        pass
+
+
+class InlineWriter(filling._WriterThread):
+    """The writer thread's work, done by whoever puts."""
+
+    def _run(self) -> None:
+        """The thread itself ends at once."""
+
+    def put(self, item: Any) -> None:
+        if self._failure is None:
+            try:
+                self._take(item)
+            except BaseException as error:  # noqa: BLE001 - as the thread does
+                self._failure = error
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        self.put(None)
+
+
+class MisorderedWriter(ShardWriter):
+    """Statuses first, rows after them, and no sync between: what the power-cut test must be able to see."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._late: list[tuple[str, int, NDArray[Any]]] = []
+
+    def _put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
+        self._late.append((name, position, rows))
+        return zlib.crc32(np.ascontiguousarray(rows).data, checksum)
+
+    def checkpoint(self) -> int:
+        committed = super().checkpoint()
+        for name, position, rows in self._late:
+            super()._put(name, position, rows, 0)
+        self._late.clear()
+        return committed
+
+
+def fill_disk(path: str) -> None:
+    """Write a file until the disk is full."""
+    with open(path, "wb", buffering=0) as file:
+        for size in (1 << 20, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+def prepare(behaviour: Behaviour) -> None:
+    """Put the stand-ins in place, once a process."""
+    stand_in = types.ModuleType("internvit_cli.encoder")
+    stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
+    stand_in.EncoderOptions = types.SimpleNamespace  # type: ignore[attr-defined]
+    sys.modules["internvit_cli.encoder"] = stand_in
+    plan.WorkerPool = InlinePool  # type: ignore[assignment,misc]
+    DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens
+    pipeline.Decoder = DigestDecoder  # type: ignore[assignment,misc]
+    shape = FeatureShape(Tokens.VISUAL, *behaviour.tokens, POOLED_WIDTH, StoreDtype.FLOAT16, tile_pooled=True)
+    pipeline.feature_shape = lambda options, card, recipe: shape
+    filling.CHECKPOINT_SECONDS, filling.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
+    takeover.CHECKPOINT_BYTES = behaviour.checkpoint_bytes
+    if behaviour.inline:
+        filling._WriterThread = InlineWriter  # type: ignore[misc]
+    if behaviour.misordered:
+        pipeline.ShardWriter = MisorderedWriter  # type: ignore[misc]
+    if behaviour.no_reserve:
+        commit.reserve = lambda path: None
+    if behaviour.report:
+        _report_checkpoints()
+
+
+def _report_checkpoints() -> None:
+    checkpoint = ShardWriter.checkpoint
+
+    def checkpoint_and_tell(writer: ShardWriter) -> int:
+        committed = checkpoint(writer)
+        os.write(1, b"%d\n" % np.count_nonzero(writer.status))
+        return committed
+
+    ShardWriter.checkpoint = checkpoint_and_tell  # type: ignore[method-assign]
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line, such as `extract PICTURES -o OUT`; returns the exit code."""
+    return int(app.run([*arguments, *ALWAYS]))
+
+
+def main() -> None:
+    own, command = sys.argv[1:], []
+    if "--" in own:
+        cut = own.index("--")
+        own, command = own[:cut], own[cut + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    for name in ("inline", "report", "misordered", "no-reserve"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--tokens", type=int, nargs=2, default=(4, 6))
+    parser.add_argument("--checkpoint-bytes", type=int, default=600)
+    parser.add_argument("--fill-disk", default="")
+    parser.add_argument("--fill-disk-after", type=int, default=0)
+    parser.add_argument("--pause", type=float, default=0.0)
+    options = vars(parser.parse_args(own))
+    prepare(Behaviour(**options | {"tokens": tuple(options["tokens"])}))
+    assert "torch" not in sys.modules
+    sys.exit(run(command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Power cuts: ext4 on a loop mount that is shut down, without its journal's last entries, while the driver writes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import crash_checks as checks
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.sweep
+
+SHUTDOWN = 0x8004587D
+"""FS_IOC_SHUTDOWN of Linux."""
+WITHOUT_LOG_FLUSH = 2
+"""EXT4_GOING_FLAGS_NOLOGFLUSH: what was not synced is gone, as after a power cut."""
+DISK_MEGABYTES = 192
+DRIVER = Path(__file__).with_name("crash_driver.py")
+CUTS = 7
+"""Of each kind of output."""
+CONTROL_CUTS = 8
+PICTURES = 40
+ROW_SIZE = ("--tokens", "256", "256")
+"""A tile takes 128 kB, as those of real models take megabytes."""
+CHECKPOINT = ("--checkpoint-bytes", "2000000")
+KINDS = {"file": ("feats.h5",), "npy folder": ("feats",), "h5 folder": ("feats", "--format", "h5")}
+
+
+class Disk:
+    """A small ext4 filesystem whose power can be cut."""
+
+    def __init__(self, folder: Path) -> None:
+        self._image, self.mount_point = folder / "disk.img", folder / "disk"
+        self.mount_point.mkdir(parents=True)
+
+    def make(self) -> None:
+        self._image.unlink(missing_ok=True)
+        with self._image.open("wb") as file:
+            file.truncate(DISK_MEGABYTES << 20)
+        _command("mkfs.ext4", "-q", "-F", str(self._image))
+        self.mount()
+
+    def mount(self) -> None:
+        _command("mount", "-o", "loop", str(self._image), str(self.mount_point))
+
+    def unmount(self) -> None:
+        if os.path.ismount(self.mount_point):
+            _command("umount", str(self.mount_point))
+
+    def cut_power(self) -> None:
+        descriptor = os.open(self.mount_point, os.O_RDONLY)
+        try:
+            fcntl.ioctl(descriptor, SHUTDOWN, struct.pack("I", WITHOUT_LOG_FLUSH))
+        finally:
+            os.close(descriptor)
+
+
+def _command(*arguments: str) -> None:
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    if run.returncode:
+        raise OSError(f"{' '.join(arguments)}: {run.stderr.strip()}")
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disk]:
+    disk = Disk(tmp_path_factory.mktemp("power"))
+    try:
+        disk.make()
+        disk.cut_power()
+    except OSError as error:
+        disk.unmount()
+        pytest.skip(f"this needs root, loop mounts, and ext4 that can be shut down: {error}")
+    disk.unmount()
+    yield disk
+    disk.unmount()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    names = [f"{number:02d}.png" for number in range(PICTURES)]
+    checks.make_pictures(folder, [*names, "bad.png", "spoiled.png"])
+    return folder
+
+
+def driver(pictures: Path, disk: Disk, kind: str, *own: str) -> list[str]:
+    output, *options = KINDS[kind]
+    where = str(disk.mount_point / output)
+    arguments = ["extract", str(pictures), "-o", where, "--shard-size", "20MB", "--quiet", *options]
+    return [sys.executable, str(DRIVER), *ROW_SIZE, *CHECKPOINT, *own, "--", *arguments]
+
+
+def run_and_cut(command: list[str], disk: Disk, seconds: float) -> int:
+    """Start the driver and cut the power so many seconds after its first checkpoint.
+
+    Returns:
+        The images that it had said to be on the disk by then, as far as the last shard's count went.
+    """
+    process = subprocess.Popen([*command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    time.sleep(seconds)
+    # Whoever reads the reports after the cut may see some that came later, so the process stands still first.
+    process.send_signal(signal.SIGSTOP)
+    disk.cut_power()
+    process.kill()
+    reports = [int(line) for line in [first, *process.stdout.read().split()] if line.strip()]
+    process.wait()
+    disk.unmount()
+    disk.mount()
+    return total_of(reports)
+
+
+def total_of(reports: list[int]) -> int:
+    """Settled images over all shards, from each shard's rising counts."""
+    total, last = 0, 0
+    for count in reports:
+        if count < last:
+            total += last
+        last = count
+    return total + last
+
+
+def finishes(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 3, run.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_a_power_cut_every_committed_row_is_there_and_the_same_command_finishes(
+    disk: Disk, pictures: Path, kind: str
+) -> None:
+    known = {key: {digest} for key, digest in checks.digests_of(pictures).items()}
+    command = driver(pictures, disk, kind, "--report")
+    disk.make()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    assert process.stdout is not None and process.stdout.readline()
+    started = time.monotonic()
+    assert process.communicate()[0] and process.returncode == 3
+    duration = time.monotonic() - started
+    disk.unmount()
+    chance, settled = random.Random(kind), []
+    for _ in range(CUTS):
+        disk.make()
+        said = run_and_cut(command, disk, chance.uniform(0, 1.1 * duration))
+        found = checks.check_output(disk.mount_point / KINDS[kind][0], known)
+        assert found >= said, f"{said} images were said to be on the disk, and {found} are"
+        settled.append(found)
+        finishes(command)
+        assert checks.check_output(disk.mount_point / KINDS[kind][0], known) == PICTURES + 2
+        disk.unmount()
+    print(f"\n{kind}: {CUTS} power cuts, images committed at each: {sorted(settled)}, none lost")
+
+
+def test_the_power_cut_finds_statuses_that_are_written_before_their_rows(disk: Disk, pictures: Path) -> None:
+    """The control: the wrong order, in the driver only, must be caught, or else the test above proves nothing."""
+    known = {key: {digest} for key, digest in checks.digests_of(pictures).items()}
+    command = driver(pictures, disk, "file", "--report", "--misordered", "--pause", "0.01")
+    chance, caught = random.Random(0), 0
+    for _ in range(CONTROL_CUTS):
+        disk.make()
+        run_and_cut(command, disk, chance.uniform(0, 0.4))
+        caught += is_damaged(disk.mount_point / "feats.h5", known)
+        disk.unmount()
+    print(f"\ncontrol, statuses first: {caught} of {CONTROL_CUTS} power cuts found rows that were not there")
+    assert caught
+
+
+def is_damaged(output: Path, known: dict[str, set[bytes]]) -> bool:
+    try:
+        checks.check_output(output, known)
+    except AssertionError:
+        return True
+    return False
