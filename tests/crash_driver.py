@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import math
 import os
 import sys
 import time
@@ -24,7 +25,7 @@ import numpy as np
 
 from internvit_cli import filling, pipeline, plan
 from internvit_cli.cli import app
-from internvit_cli.config import ComputeDtype, Skipped, Status, StoreDtype, Tokens
+from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, FailedImage
 from internvit_cli.headers import header_reader
 from internvit_cli.storage import commit, takeover
@@ -256,7 +257,8 @@ def _report_checkpoints() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line, such as `extract PICTURES -o OUT`; returns the exit code."""
-    return int(app.run([*arguments, *ALWAYS]))
+    tokens = DigestDecoder.behaviour.tokens[0]  # as many as a tile of this size has
+    return int(app.run([*arguments, *ALWAYS, "--tile-size", str(2 * PATCH_SIZE * math.isqrt(tokens))]))
 
 
 def main() -> None:

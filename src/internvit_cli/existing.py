@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.errors import OutputError
 from internvit_cli.recipes import check_same
 from internvit_cli.storage.layout import ForeignFileError, stored_recipe
+from internvit_cli.storage.output import REMEDY
+from internvit_cli.storage.soundness import dataset_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -55,10 +57,13 @@ def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: boo
 
     Raises:
         OtherRecipeError: there is another recipe and `overwrite` is off.
+        OutputError: the unfinished shard is damaged and `overwrite` is off.
     """
     if not overwrite:
         for shard in existing.shards:
             check_same(wanted, stored_recipe(shard.stored.attributes, shard.path), shard.path)
+        if existing.partial is not None:
+            _check_datasets(existing.partial, wanted)
         return existing
     if existing.damage or not all(_has_recipe(shard, wanted) for shard in existing.finished):
         output.replace_all()
@@ -70,6 +75,16 @@ def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: boo
     if output.partial_exists and existing.partial is None:
         output.discard_partial()
     return existing
+
+
+def _check_datasets(partial: FinishedShard, recipe: Recipe) -> None:
+    """Refuse to write rows to a shard whose datasets are not those of its recipe.
+
+    Raises:
+        OutputError: they are not; its structure is damaged.
+    """
+    for problem in dataset_problems(partial, recipe):
+        raise OutputError(f"{partial.path} is damaged: {problem}", REMEDY)
 
 
 def _load_or_damage(load: Callable[[], Any], *, overwrite: bool) -> tuple[Any, OutputError | None]:

@@ -25,8 +25,10 @@ from internvit_cli.report import Counts, Stages, Summary, run_log_entry
 from internvit_cli.sharding import Draft, merge_rows, new_shard, split_table
 from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.durable import allocated_bytes, check_space
+from internvit_cli.storage.layout import PARTIAL
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import FinishedShard, Output
+from internvit_cli.storage.recheck import Recheck, contradictory_rows
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 from internvit_cli.storage.takeover import take_over
 from internvit_cli.table import ImageTable, count_statuses
@@ -93,7 +95,7 @@ class _Extraction:
         self._stages = Stages()
         self._total = Progress()
         self._clamped = 0
-        self._kept = self._dropped = 0
+        self._kept = self._dropped = self._mistrusted = 0
 
     def run(self, started: float) -> Summary:
         self._output.prepare()
@@ -201,7 +203,8 @@ class _Extraction:
         needed = sum(self._output.backend.planned_bytes(shard) for shard in shards)
         if existing.partial is not None:
             datasets = self._output.backend.extents(existing.partial.path).values()
-            needed += max(0, sum(extent.spec.nbytes for extent in datasets) - allocated_bytes(existing.partial.path))
+            allocated = sum(allocated_bytes(path) for path in {extent.path for extent in datasets})
+            needed += max(0, sum(extent.spec.nbytes for extent in datasets) - allocated)
         check_space(self._output.path, needed)
 
     def _log_unreadable_folders(self) -> None:
@@ -267,19 +270,37 @@ class _Extraction:
         writer = ShardWriter(self._output.backend, self._output.partial_path(number), table)
         try:
             writer.rewrite_commit_records()
-            for shard in finished:
-                if self._output.is_file or shard.name in older:
-                    take_over(shard, table, writer)
-            sources = stored_sources(attributes, self._output.path, self._relocations)
-            self._encode_pending(table, sources, writer, is_begun=bool(finished or self._total.images))
+            self._do_again(contradictory_rows(table, writer, self._skip_log), writer)
+            with self._recheck(table, writer) as recheck:
+                for shard in finished:
+                    if self._output.is_file or shard.name in older:
+                        take_over(shard, table, writer)
+                sources = stored_sources(attributes, self._output.path, self._relocations)
+                is_begun = bool(finished or self._total.images)
+                self._encode_pending(table, sources, writer, is_begun=is_begun)
+                damaged = recheck.damaged_rows(lambda: bool(self._stop.signal))
+            if damaged:
+                self._do_again(damaged, writer)
+                self._encode_pending(table, sources, writer, is_begun=True)
             finished_all = bool((writer.status != Status.PENDING).all())
         finally:
             writer.close()
-        if not finished_all:
+        if not finished_all or self._stop.signal:
             return
         if is_last:
             self._tidy_skip_log()
         self._output.publish(number, len(table), table.tiles, older)
+
+    def _recheck(self, table: ImageTable, writer: ShardWriter) -> Recheck:
+        recheck = Recheck(table, writer)
+        if (writer.status == Status.DONE).any():
+            self._observer.note(f"{recheck.nbytes:,} bytes of earlier runs are checked again beside the encoding")
+        return recheck
+
+    def _do_again(self, rows: list[int], writer: ShardWriter) -> None:
+        """Have rows of an earlier run be encoded again, for they are not what was committed."""
+        writer.forget(rows)
+        self._mistrusted += len(rows)
 
     def _tidy_skip_log(self) -> None:
         """Leave one line for each image that is skipped now, whichever run skipped it."""
@@ -385,6 +406,8 @@ class _Extraction:
             )
         if self._dropped:
             notes.append(f"{self._dropped:,} rows of deleted pictures were dropped")
+        if self._mistrusted:
+            notes.append(f"{self._mistrusted:,} images of an earlier run were damaged on the disk and are done again")
         if self._clamped:
             notes.append(f"{self._clamped:,} values were clamped to the range of the stored type")
         if self._listing.unfollowed_links:
@@ -415,7 +438,7 @@ def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source
 
 
 def _shard_bytes(shard: FinishedShard) -> int:
-    if shard.path.endswith(".partial"):
+    if shard.path.endswith(PARTIAL):
         return allocated_bytes(shard.path)
     return sum(os.path.getsize(path) for path in shard.backend.final_paths(shard.path))
 

@@ -19,7 +19,7 @@ from internvit_cli.picture_check import PictureState, look_at_pictures
 from internvit_cli.reconcile import stored_sources
 from internvit_cli.storage.checksums import CommittedRows, ReplacedError
 from internvit_cli.storage.interface import ShardFormat, backend_of
-from internvit_cli.storage.layout import stored_recipe
+from internvit_cli.storage.layout import PARTIAL, stored_recipe
 from internvit_cli.storage.output import MANIFEST, ManifestEntry, Output, load_shard, read_manifest
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.storage.soundness import UNREADABLE, attribute_problems, dataset_problems, table_problems
@@ -118,10 +118,10 @@ class _Verification:
 
     def _shards(self) -> Iterator[LoadedShard]:
         if not os.path.exists(self._path):
-            partial = f"{self._path}.partial"
+            partial = self._path + PARTIAL
             unfinished = f"the run that makes it has not finished: verify {partial}"
             raise OutputError(f"{self._path} is not there", unfinished if os.path.exists(partial) else "check the path")
-        output = Output(self._path.removesuffix(".partial"))
+        output = Output(self._path.removesuffix(PARTIAL))
         if os.path.isdir(self._path):
             yield from self._folder_shards(output)
             return
@@ -167,7 +167,7 @@ class _Verification:
         if len(digests) != len(found.stored.table) or len(checksums) != len(found.stored.table):
             self._report("index", path, None, "it has not one digest and one CRC an image")
             return
-        yield LoadedShard(found, recipe, sources, digests, checksums, is_partial=path.endswith(".partial"))
+        yield LoadedShard(found, recipe, sources, digests, checksums, is_partial=path.endswith(PARTIAL))
 
     def _check_entry(self, entry: ManifestEntry, shard: LoadedShard, manifest: str) -> None:
         table = shard.table
@@ -253,7 +253,7 @@ class _Verification:
 
     def _check_skip_log(self, shards: list[LoadedShard]) -> None:
         """A skipped image has its reason in the list of skipped ones."""
-        path = Output(self._path.removesuffix(".partial")).skipped_path
+        path = Output(self._path.removesuffix(PARTIAL)).skipped_path
         reasons: dict[str, set[str]] = {}
         for entry in read_skip_log(path):
             reasons.setdefault(entry["key"], set()).add(str(entry.get("reason")))

@@ -119,9 +119,10 @@ class ShardWriter:
 
     def __init__(self, backend: ShardFormat, partial: str, table: ImageTable) -> None:
         """Open a shard that `create_shard` made; `table` is its table with the statuses on disk."""
-        self._extents = backend.extents(partial)
+        self.extents = backend.extents(partial)
+        """Where the rows of each dataset lie."""
         self._descriptors = {
-            path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in self._extents.values()}
+            path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in self.extents.values()}
         }
         self._tile_offset = table.tile_offset.tolist()
         images = len(table)
@@ -137,6 +138,16 @@ class ShardWriter:
         return self._status
 
     @property
+    def digest(self) -> NDArray[Any]:
+        """SHA-256 of the files that rows came from, [n, 32] uint8, zeros where there is none; do not change them."""
+        return self._digest
+
+    @property
+    def checksums(self) -> NDArray[Any]:
+        """CRC-32 of each image's rows, [n] uint32; do not change them."""
+        return self._crc32
+
+    @property
     def uncommitted_bytes(self) -> int:
         """Bytes written since the last checkpoint."""
         return self._pending.nbytes
@@ -149,6 +160,13 @@ class ShardWriter:
     def rewrite_commit_records(self) -> None:
         """Write digests, CRCs and statuses again and sync: an earlier, failed sync may have dropped them."""
         self._write_records(np.arange(len(self._status)))
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Have images be pending again, on the disk too: what is recorded of them cannot be trusted."""
+        for row in rows:
+            self._status[row], self._digest[row], self._crc32[row] = Status.PENDING, 0, 0
+        if rows:
+            self._write_records(np.array(sorted(rows), np.int64))
 
     def write(self, image: ImageRows) -> None:
         """Write the rows of a finished image. It is not done before the next checkpoint."""
@@ -164,7 +182,7 @@ class ShardWriter:
 
     def skip(self, row: int, skipped: Skipped) -> None:
         """Mark an image that could not be used: its vector is NaN, its tile rows stay unwritten."""
-        extent = self._extents[POOLED]
+        extent = self.extents[POOLED]
         nothing = np.full(extent.spec.shape[1:], np.nan, "<f4")
         self._put(POOLED, row, nothing, 0)
         self._finish(row, skipped.status, bytes(32), nothing.nbytes)
@@ -183,7 +201,7 @@ class ShardWriter:
 
     def append_run_log(self, entry: dict[str, Any]) -> None:
         """Add one JSON line on this start to the shard; the oldest lines go when there is no room left."""
-        extent = self._extents[RUN_LOG]
+        extent = self.extents[RUN_LOG]
         descriptor = self._descriptors[extent.path]
         log = read_exactly(descriptor, RUN_LOG_BYTES, extent.offset, extent.path).rstrip(b"\0")
         lines = [*bytes(log).splitlines(keepends=True), json.dumps(entry, sort_keys=True).encode() + b"\n"]
@@ -201,16 +219,16 @@ class ShardWriter:
 
     @property
     def _tokens_name(self) -> str:
-        return next((name for name in TOKEN_DATASETS if name in self._extents), "")
+        return next((name for name in TOKEN_DATASETS if name in self.extents), "")
 
     def _load(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        extent = self._extents[name]
+        extent = self.extents[name]
         data = read_exactly(self._descriptors[extent.path], extent.spec.nbytes, extent.offset, extent.path)
         return np.frombuffer(data, dtype).reshape(shape)
 
     def _put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
         """Write rows from index `position` on; returns the running CRC."""
-        extent = self._extents[name]
+        extent = self.extents[name]
         data = np.ascontiguousarray(rows)
         with disk_errors(extent.path):
             write_all(self._descriptors[extent.path], data, extent.offset + position * extent.spec.row_bytes)
@@ -228,12 +246,12 @@ class ShardWriter:
         runs = list(_runs(rows))
         for name, column in ((DIGEST, self._digest), (CRC32, self._crc32)):
             self._write_runs(name, column, runs)
-        self._sync({extent.path for extent in self._extents.values()})
+        self._sync({extent.path for extent in self.extents.values()})
         self._write_runs(STATUS, self._status, runs)
-        self._sync({self._extents[STATUS].path})
+        self._sync({self.extents[STATUS].path})
 
     def _write_runs(self, name: str, column: NDArray[Any], runs: list[tuple[int, int]]) -> None:
-        extent: Extent = self._extents[name]
+        extent: Extent = self.extents[name]
         with disk_errors(extent.path):
             for start, stop in runs:
                 write_all(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import h5py
@@ -118,7 +119,16 @@ def extents(path: str) -> dict[str, Extent]:
 
     with _open(path) as file, _damage(path):
         file.visititems(visit)
+        _check_places(list(found.values()))
     return found
+
+
+def _check_places(extents: list[Extent]) -> None:
+    """Refuse datasets that lie where none can: rows are written there past HDF5, which would not notice."""
+    ordered = sorted(extents, key=lambda extent: extent.offset)
+    for extent, following in pairwise(ordered):
+        if extent.offset + extent.spec.nbytes > following.offset:
+            raise ValueError(f"{extent.spec.name} and {following.spec.name} lie in the same place")
 
 
 def read(path: str) -> StoredShard:

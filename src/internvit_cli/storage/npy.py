@@ -23,6 +23,7 @@ from internvit_cli.storage.layout import (
     ALIGNMENT,
     CRC32,
     DIGEST,
+    PARTIAL,
     POOLED,
     RUN_LOG,
     STATUS,
@@ -71,10 +72,15 @@ def planned_bytes(shard: NewShard) -> int:
 
 
 def extents(path: str) -> dict[str, Extent]:
-    """Where each dataset's rows lie, by name: of a shard being filled, or of a published one (its feature arrays)."""
+    """Where each dataset's rows lie, by name: of a shard being filled, or of a published one (its feature arrays).
+
+    Publishing may have been cut short, with some arrays moved to their names already.
+    """
     found = {}
     for name in (*COMMIT_DATASETS, *FEATURE_DATASETS):
         file = _dataset_path(path, name)
+        if not os.path.exists(file) and path.endswith(PARTIAL):
+            file = _dataset_path(path.removesuffix(PARTIAL), name)
         if os.path.exists(file):
             spec, offset = _read_header(file, name)
             if spec.nbytes:

@@ -13,7 +13,7 @@ from internvit_cli.config import Format
 from internvit_cli.errors import OutputError, UsageError, one_line
 from internvit_cli.storage.durable import remove, rename_durably, write_file
 from internvit_cli.storage.interface import ShardFormat, backend_of
-from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, ForeignFileError, StoredShard
+from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, PARTIAL, ForeignFileError, StoredShard
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -103,7 +103,7 @@ class Output:
 
     def partial_path(self, number: int) -> str:
         """Where a shard lies while it is filled."""
-        return f"{self.final_path(number)}.partial"
+        return self.final_path(number) + PARTIAL
 
     def prepare(self) -> None:
         """Check that this is a place of ours, make the folder, and sweep away what a crash left half made.
@@ -272,7 +272,7 @@ class Output:
         self._sweep({*named, _shard_name(current)})
         for name in named:  # a crash came after the entry, and before what is unfinished no more was removed
             for shard_format in Format:
-                remove(os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + ".partial")
+                remove(os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + PARTIAL)
         final, partial = self.final_path(current), self.partial_path(current)
         if os.path.isfile(final) and not os.path.exists(partial):
             os.rename(final, partial)

@@ -18,7 +18,7 @@ import numpy as np
 from internvit_cli.config import Recipe, Status, Tokens
 from internvit_cli.errors import InternvitError, OutputError
 from internvit_cli.storage.durable import read_exactly
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, Extent, decode_values, stored_recipe
+from internvit_cli.storage.layout import PARTIAL, POOLED, TILE_POOLED, Extent, decode_values, stored_recipe
 from internvit_cli.storage.output import MANIFEST, FinishedShard, Output, file_identity, load_shard
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def open_features(path: str | os.PathLike[str]) -> Features:
 def find_shards(path: str) -> list[FinishedShard]:
     """The shards at a path that a user names: finished ones, or the partial file itself."""
     if not os.path.exists(path):
-        partial = f"{path}.partial"
+        partial = path + PARTIAL
         hint = (
             f"the run that makes it has not finished: open {partial}" if os.path.exists(partial) else "check the path"
         )
@@ -244,7 +244,7 @@ def find_shards(path: str) -> list[FinishedShard]:
                 "is it a feature folder, and has its run finished?",
             )
         return shards
-    output = Output(path.removesuffix(".partial"))
+    output = Output(path.removesuffix(PARTIAL))
     if not output.is_file:
         raise OutputError(
             f"{path} is not a feature file",

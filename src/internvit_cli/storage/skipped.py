@@ -19,7 +19,13 @@ class SkipLog:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._attempts = {entry["key"]: int(entry.get("attempt", 1)) for entry in read_skip_log(path)}
+        entries = read_skip_log(path)
+        self._attempts = {entry["key"]: _attempt(entry) for entry in entries}
+        self._reasons = {entry["key"]: str(entry.get("reason")) for entry in entries}
+
+    def reason(self, key: bytes) -> str:
+        """The last reason listed for an image, such as `truncated`; empty for none."""
+        return self._reasons.get(os.fsdecode(key), "")
 
     def append(self, skips: Iterable[tuple[bytes, Skipped]]) -> None:
         """Add lines and sync them: a status that says skipped always has its reason."""
@@ -47,6 +53,7 @@ class SkipLog:
 
     def _line(self, key: bytes, skipped: Skipped) -> bytes:
         name = os.fsdecode(key)
+        self._reasons[name] = skipped.status.word
         self._attempts[name] = self._attempts.get(name, 0) + 1
         entry = {
             "key": name,
@@ -67,11 +74,17 @@ def read_skip_log(path: str) -> list[dict[str, Any]]:
         for line in file:
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict) and isinstance(entry.get("key"), str):
                 entries.append(entry)
     return entries
+
+
+def _attempt(entry: dict[str, Any]) -> int:
+    """A number that people may have edited; it decides nothing."""
+    attempt = entry.get("attempt")
+    return attempt if isinstance(attempt, int) else 1
 
 
 def _ends_with_newline(path: str) -> bool:
