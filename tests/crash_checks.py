@@ -17,6 +17,9 @@ from PIL import Image
 
 from internvit_cli.config import Status
 
+KINDS = {"file": ("feats.h5",), "npy folder": ("feats",), "h5 folder": ("feats", "--format", "h5")}
+"""Every kind of output: its name, and the options that it takes."""
+
 
 def make_pictures(folder: Path, names: list[str], seed: int = 0) -> None:
     """Small random pictures of many shapes; one called bad has no header, one called spoiled cannot be decoded."""

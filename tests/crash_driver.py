@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -114,15 +115,17 @@ class DigestDecoder:
     busy_seconds = 0.0
     pids = ()
     behaviour = Behaviour()
+    pictures = itertools.count()
+    """Of all shards."""
 
     def __init__(self, options: Any) -> None:
         pass
 
     def run(self, jobs: Any, stopped: Callable[[], bool]) -> Iterator[DecodedImage | FailedImage]:
-        for number, job in enumerate(jobs):
+        for job in jobs:
             if stopped():
                 return
-            if self.behaviour.fill_disk and number == self.behaviour.fill_disk_after:
+            if self.behaviour.fill_disk and next(self.pictures) == self.behaviour.fill_disk_after:
                 fill_disk(self.behaviour.fill_disk)
             time.sleep(self.behaviour.pause)
             facts = os.stat(job.path)

@@ -13,14 +13,18 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import crash_checks
 import crash_driver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CALLS = (
     *("write", "pwrite64", "writev", "pwritev", "copy_file_range", "ftruncate", "fallocate"),
@@ -31,6 +35,7 @@ CALLS = (
 SYNCS = ("fsync", "fdatasync")
 TRACE = "trace=" + ",".join(f"?{name}" for name in CALLS)
 ANY_PROCESS = -1
+HANG_SECONDS = 120
 PR_SET_PTRACER = 0x59616D61
 
 
@@ -73,19 +78,14 @@ def run_traced(arguments: list[str], log: Path, *options: str) -> int:
     What it says goes to `log`. The caller has called `crash_driver.prepare`, inline, and has one thread.
     """
     gate, release = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 70
-        with contextlib.suppress(BaseException):
-            os.close(release)
-            ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_long(ANY_PROCESS), 0, 0, 0)
-            descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            os.read(gate, 1)
-            code = _run_and_say(arguments)
-        os._exit(code)
+
+    def wait_and_run() -> int:
+        os.close(release)
+        ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_long(ANY_PROCESS), 0, 0, 0)
+        os.read(gate, 1)
+        return crash_driver.run(arguments)
+
+    child = fork(wait_and_run, log)
     os.close(gate)
     tracer = None
     if options:
@@ -101,9 +101,30 @@ def run_traced(arguments: list[str], log: Path, *options: str) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def _run_and_say(arguments: list[str]) -> int:
+def run_forked(work: Callable[[], int], log: Path) -> int:
+    """Do some work in a child; returns its exit code, or minus the signal's number: that of SIGALRM after a hang."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork(work, log), 0)[1])
+
+
+def fork(work: Callable[[], int], log: Path) -> int:
+    """Start some work in a child whose output goes to `log`; returns its process id."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        with contextlib.suppress(BaseException):
+            signal.alarm(HANG_SECONDS)
+            descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            code = _do_and_say(work)
+        os._exit(code)
+    return child
+
+
+def _do_and_say(work: Callable[[], int]) -> int:
     try:
-        return crash_driver.run(arguments)
+        return work()
     except BaseException:
         import traceback
 

@@ -15,6 +15,7 @@ import crash_checks as checks
 import crash_driver
 import crash_tracing as tracing
 import pytest
+from crash_checks import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,11 +27,6 @@ pytestmark = [
 
 PROCESSES = 2
 KILLED, DONE_WITH_SKIPS = -9, 3
-KINDS = {
-    "file": ("feats.h5",),
-    "npy folder": ("feats",),
-    "h5 folder": ("feats", "--format", "h5"),
-}
 FIRST = ["a.png", "b.png", "bad.png", "c.png", "d/e.png", "spoiled.png", "g.png"]
 ADDED = ["aa.png", "d/f.png", "h.png", "spoiled-too.png"]
 CHANGED = ["c.png"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import crash_checks as checks
 import pytest
+from crash_checks import KINDS
 from test_extract import command, make_pictures
 
 PICTURES = 30
@@ -18,7 +19,6 @@ KILLS = 30
 CHAIN = 20
 """Kills of one run, one after another."""
 DRIVER = Path(__file__).with_name("crash_driver.py")
-KINDS = {"file": ("feats.h5",), "npy folder": ("feats",), "h5 folder": ("feats", "--format", "h5")}
 
 
 def extract(pictures: Path, folder: Path, kind: str) -> list[str]:

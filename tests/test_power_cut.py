@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import crash_checks as checks
 import pytest
+from crash_checks import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,6 @@ PICTURES = 40
 ROW_SIZE = ("--tokens", "256", "256")
 """A tile takes 128 kB, as those of real models take megabytes."""
 CHECKPOINT = ("--checkpoint-bytes", "2000000")
-KINDS = {"file": ("feats.h5",), "npy folder": ("feats",), "h5 folder": ("feats", "--format", "h5")}
 
 
 class Disk:

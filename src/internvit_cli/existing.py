@@ -44,9 +44,9 @@ def load_existing(output: Output, *, overwrite: bool) -> Existing:
     Raises:
         OutputError: it is damaged, and not to be overwritten, or it is none of ours.
     """
-    finished, damage = _load_or_damage(lambda: tuple(output.finished()), overwrite=overwrite)
-    partial, damage_of_partial = _load_or_damage(output.partial, overwrite=overwrite)
-    return Existing(finished or (), partial, damage or damage_of_partial)
+    finished, damage = _load_or_damage(output.finished, overwrite=overwrite)
+    partial, damage_of_partial = _load_or_damage(lambda: _listed(output.partial()), overwrite=overwrite)
+    return Existing(finished, partial[0] if partial else None, damage or damage_of_partial)
 
 
 def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: bool) -> Existing:
@@ -57,13 +57,10 @@ def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: boo
 
     Raises:
         OtherRecipeError: there is another recipe and `overwrite` is off.
-        OutputError: the unfinished shard is damaged and `overwrite` is off.
     """
     if not overwrite:
         for shard in existing.shards:
             check_same(wanted, stored_recipe(shard.stored.attributes, shard.path), shard.path)
-        if existing.partial is not None:
-            _check_datasets(existing.partial, wanted)
         return existing
     if existing.damage or not all(_has_recipe(shard, wanted) for shard in existing.finished):
         output.replace_all()
@@ -77,25 +74,35 @@ def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: boo
     return existing
 
 
-def _check_datasets(partial: FinishedShard, recipe: Recipe) -> None:
-    """Refuse to write rows to a shard whose datasets are not those of its recipe.
-
-    Raises:
-        OutputError: they are not; its structure is damaged.
-    """
-    for problem in dataset_problems(partial, recipe):
-        raise OutputError(f"{partial.path} is damaged: {problem}", REMEDY)
-
-
-def _load_or_damage(load: Callable[[], Any], *, overwrite: bool) -> tuple[Any, OutputError | None]:
+def _load_or_damage(
+    load: Callable[[], list[FinishedShard]], *, overwrite: bool
+) -> tuple[tuple[FinishedShard, ...], OutputError | None]:
     try:
-        return load(), None
+        shards = tuple(load())
+        for shard in shards:
+            _check_datasets(shard)
     except ForeignFileError:
         raise
     except OutputError as error:
         if not overwrite:
             raise
-        return None, error
+        return (), error
+    return shards, None
+
+
+def _check_datasets(shard: FinishedShard) -> None:
+    """Refuse a shard whose datasets are not those of its recipe: rows are read and written where they lie.
+
+    Raises:
+        OutputError: they are not; its structure is damaged.
+    """
+    recipe = stored_recipe(shard.stored.attributes, shard.path)
+    for problem in dataset_problems(shard, recipe):
+        raise OutputError(f"{shard.path} is damaged: {problem}", REMEDY)
+
+
+def _listed(shard: FinishedShard | None) -> list[FinishedShard]:
+    return [] if shard is None else [shard]
 
 
 def _has_recipe(shard: FinishedShard, wanted: Recipe) -> bool:

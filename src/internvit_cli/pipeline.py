@@ -25,7 +25,6 @@ from internvit_cli.report import Counts, Stages, Summary, run_log_entry
 from internvit_cli.sharding import Draft, merge_rows, new_shard, split_table
 from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.durable import allocated_bytes, check_space
-from internvit_cli.storage.layout import PARTIAL
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.recheck import Recheck, contradictory_rows
@@ -95,7 +94,9 @@ class _Extraction:
         self._stages = Stages()
         self._total = Progress()
         self._clamped = 0
-        self._kept = self._dropped = self._mistrusted = 0
+        self._kept = self._dropped = 0
+        self._mistrusted = 0
+        """Images that are done again because what was recorded of them is damaged."""
 
     def run(self, started: float) -> Summary:
         self._output.prepare()
@@ -104,10 +105,11 @@ class _Extraction:
         self._model = ModelInUse(self._options, existing.attributes)
         existing = settle(self._output, existing, self._model.recipe, overwrite=store.overwrite)
         stored = StoredImages(existing.shards, self._relocations)
-        changes = stored.compare(self._listing, retry_skipped=store.retry_skipped)
+        self._skip_log = SkipLog(self._output.skipped_path)
+        changes = stored.compare(self._listing, self._skip_log, retry_skipped=store.retry_skipped)
+        self._mistrusted = changes.damaged
         dropped = prunable(stored, changes, self._listing, confirmed=store.yes) if store.prune else []
         self._kept, self._dropped = len(changes.unlisted) - len(dropped), len(dropped)
-        self._skip_log = SkipLog(self._output.skipped_path)
         self._log_unreadable_folders()
         if existing.partial is not None or changes.entries or dropped or self._is_moved(existing.shards):
             self._make(existing, changes, dropped)
@@ -287,8 +289,9 @@ class _Extraction:
             writer.close()
         if not finished_all or self._stop.signal:
             return
+        unpublished = self._output.partial()  # read once more: what cannot be read gets no final name
         if is_last:
-            self._tidy_skip_log()
+            self._tidy_skip_log(unpublished)
         self._output.publish(number, len(table), table.tiles, older)
 
     def _recheck(self, table: ImageTable, writer: ShardWriter) -> Recheck:
@@ -302,9 +305,8 @@ class _Extraction:
         writer.forget(rows)
         self._mistrusted += len(rows)
 
-    def _tidy_skip_log(self) -> None:
+    def _tidy_skip_log(self, partial: FinishedShard | None) -> None:
         """Leave one line for each image that is skipped now, whichever run skipped it."""
-        partial = self._output.partial()
         others = () if self._output.is_file else self._output.finished()
         stored = StoredImages([*others, *([partial] if partial else [])])
         folders = {os.fsdecode(problem.path) for problem in self._listing.unreadable_folders}
@@ -438,7 +440,7 @@ def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source
 
 
 def _shard_bytes(shard: FinishedShard) -> int:
-    if shard.path.endswith(PARTIAL):
+    if shard.is_partial:
         return allocated_bytes(shard.path)
     return sum(os.path.getsize(path) for path in shard.backend.final_paths(shard.path))
 

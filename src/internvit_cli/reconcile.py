@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from internvit_cli.storage.output import FinishedShard
+    from internvit_cli.storage.skipped import SkipLog
 
 HASH_BLOCK = 1 << 20
 
@@ -29,6 +30,8 @@ class Changes:
     """Also those that were skipped and are to be tried again."""
     unlisted: list[bytes]
     """Keys of rows whose picture is not in the listing."""
+    damaged: int = 0
+    """How many of the changed ones are so because their status cannot be what was committed."""
 
     @property
     def entries(self) -> list[int]:
@@ -88,13 +91,13 @@ class StoredImages:
         """The file that a key's row came from."""
         return self.source(key).path(key)
 
-    def compare(self, listing: Listing, *, retry_skipped: bool = False) -> Changes:
+    def compare(self, listing: Listing, skip_log: SkipLog, *, retry_skipped: bool = False) -> Changes:
         """What is new or changed in a listing. Only files whose size or time differ are read.
 
         Raises:
             OtherRecipeError: a key that comes from another root than its row.
         """
-        new, changed, listed = [], [], set()
+        new, changed, listed, damaged = [], [], set(), 0
         for entry, key in enumerate(listing.keys):
             place = self._rows.get(key)
             if place is None:
@@ -102,10 +105,27 @@ class StoredImages:
                 continue
             listed.add(key)
             self._check_root(listing, entry, place)
-            is_retried = retry_skipped and self.status(key) not in (Status.DONE, Status.PENDING)
-            if is_retried or not self._is_unchanged(listing, entry, place):
+            status = Status(int(self._table(place).status[place[1]]))
+            is_retried = retry_skipped and status not in (Status.DONE, Status.PENDING)
+            if self._is_contradictory(place, key in skip_log, bool(skip_log)):
+                damaged += 1
                 changed.append(entry)
-        return Changes(new, changed, [key for key in self._rows if key not in listed])
+            elif is_retried or not self._is_unchanged(listing, entry, place):
+                changed.append(entry)
+        return Changes(new, changed, [key for key in self._rows if key not in listed], damaged)
+
+    def _is_contradictory(self, place: tuple[int, int], is_listed: bool, is_any_listed: bool) -> bool:
+        """Whether a finished shard's status cannot be what was committed, given the list of skipped images.
+
+        A list that is lost says nothing.
+        """
+        number, row = place
+        if self._shards[number].is_partial:
+            return False
+        status = int(self._table(place).status[row])
+        if status == Status.DONE:
+            return is_listed and not self._digests(number)[row].any()
+        return status == Status.PENDING or (is_any_listed and not is_listed)
 
     def _table(self, place: tuple[int, int]) -> Any:
         return self._shards[place[0]].stored.table

@@ -167,7 +167,7 @@ class _Verification:
         if len(digests) != len(found.stored.table) or len(checksums) != len(found.stored.table):
             self._report("index", path, None, "it has not one digest and one CRC an image")
             return
-        yield LoadedShard(found, recipe, sources, digests, checksums, is_partial=path.endswith(PARTIAL))
+        yield LoadedShard(found, recipe, sources, digests, checksums, is_partial=found.is_partial)
 
     def _check_entry(self, entry: ManifestEntry, shard: LoadedShard, manifest: str) -> None:
         table = shard.table

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.config import Format
+from internvit_cli.config import Format, Status
 from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.durable import read_exactly, rename_durably, sync_path, write_file
 from internvit_cli.storage.layout import (
@@ -94,7 +94,7 @@ def read(path: str) -> StoredShard:
         with open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
             attributes = json.load(file)
         attributes.pop(RUN_LOG, None)
-        table = _read_table(_beside(path, INDEX_FILE))
+        table, _, _ = _read_lines(_beside(path, INDEX_FILE))
         if os.path.isdir(path):
             table = table.with_status(_read_array(_dataset_path(path, STATUS), STATUS))
         return StoredShard(table, attributes)
@@ -142,13 +142,9 @@ def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
     if os.path.isdir(path):
         digests, checksums = (_read_array(_dataset_path(path, name), name) for name in (DIGEST, CRC32))
         return digests, checksums
-    with _damage(path), open(_beside(path, INDEX_FILE), "rb") as file:
-        digest_bytes, numbers = bytearray(), array("Q")
-        for line in file:
-            entry = json.loads(line)
-            digest_bytes += bytes.fromhex(entry["digest"])
-            numbers.append(int(entry["crc32"], 16))
-        return np.frombuffer(digest_bytes, np.uint8).reshape(len(numbers), 32), np.array(numbers, np.uint32)
+    with _damage(path):
+        _, digests, checksums = _read_lines(_beside(path, INDEX_FILE))
+        return digests, checksums
 
 
 @contextmanager
@@ -238,18 +234,25 @@ def _finished_suffix(status: int, digest: bytes, checksum: int) -> bytes:
     return f', "status": {status:2d}, "digest": "{digest.hex()}", "crc32": "{checksum:08x}"}}\n'.encode()
 
 
-def _read_table(path: str) -> ImageTable:
-    """The index, line by line: a million parsed lines at once would take some gigabytes."""
+def _read_lines(path: str) -> tuple[ImageTable, NDArray[Any], NDArray[Any]]:
+    """The index with digests, uint8 [n, 32], and CRCs, uint32 [n]: zeros while the shard is filled.
+
+    Line by line: a million parsed lines at once would take some gigabytes.
+    """
     keys: list[bytes] = []
-    status = array("q")
+    status, checksums, digests = array("q"), array("Q"), bytearray()
     columns = {name: array("q") for name in COLUMN_DTYPES}
     with open(path, "rb") as file:
         for line in file:
             entry = json.loads(line)
             keys.append(os.fsencode(entry["key"]))
-            status.append(entry.get("status", 0))
             for name, column in columns.items():
                 column.append(entry[name])
-    return ImageTable.build(
+            is_finished = "status" in entry
+            status.append(entry["status"] if is_finished else Status.PENDING)
+            checksums.append(int(entry["crc32"], 16) if is_finished else 0)
+            digests += bytes.fromhex(entry["digest"]) if is_finished else bytes(32)
+    table = ImageTable.build(
         keys, np.array(status, np.uint8), {name: np.array(column, np.int64) for name, column in columns.items()}
     )
+    return table, np.frombuffer(digests, np.uint8).reshape(len(keys), 32), np.array(checksums, np.uint32)

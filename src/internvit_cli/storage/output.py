@@ -60,6 +60,11 @@ class FinishedShard:
         return backend_of(self.format)
 
     @property
+    def is_partial(self) -> bool:
+        """Whether it is still to be filled."""
+        return self.path.endswith(PARTIAL)
+
+    @property
     def superseded_keys(self) -> frozenset[bytes]:
         """Keys whose rows here do not count any more."""
         return frozenset(map(os.fsencode, self.superseded))

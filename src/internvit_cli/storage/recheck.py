@@ -30,13 +30,13 @@ POLL_SECONDS = 0.2
 def contradictory_rows(table: ImageTable, writer: ShardWriter, skip_log: SkipLog) -> list[int]:
     """Rows whose status cannot be what was committed, so that their images have to be done again.
 
-    A done image has a digest, a skipped one has none, and its reason is listed. An image whose header could not be
+    A done image has a digest, a skipped one has none, and is listed with its reason. An image whose header could not be
     read keeps its status: there is nothing to decode.
 
     Args:
         table: the shard's index.
         writer: the shard, just opened.
-        skip_log: the reasons.
+        skip_log: the list of skipped images.
     """
     status, has_digest = writer.status, writer.digest.any(axis=1)
     suspects = (status == Status.DONE) & ~has_digest
@@ -45,7 +45,7 @@ def contradictory_rows(table: ImageTable, writer: ShardWriter, skip_log: SkipLog
     unexplained = [
         row
         for row in np.flatnonzero(skipped & ~has_digest).tolist()
-        if skip_log.reason(table.keys[row]) != Status(int(status[row])).word
+        if table.keys[row] not in skip_log
     ]
     return sorted([*np.flatnonzero(suspects).tolist(), *unexplained])
 

@@ -21,11 +21,14 @@ class SkipLog:
         self.path = path
         entries = read_skip_log(path)
         self._attempts = {entry["key"]: _attempt(entry) for entry in entries}
-        self._reasons = {entry["key"]: str(entry.get("reason")) for entry in entries}
 
-    def reason(self, key: bytes) -> str:
-        """The last reason listed for an image, such as `truncated`; empty for none."""
-        return self._reasons.get(os.fsdecode(key), "")
+    def __contains__(self, key: bytes) -> bool:
+        """Whether an image is listed."""
+        return os.fsdecode(key) in self._attempts
+
+    def __bool__(self) -> bool:
+        """Whether any is."""
+        return bool(self._attempts)
 
     def append(self, skips: Iterable[tuple[bytes, Skipped]]) -> None:
         """Add lines and sync them: a status that says skipped always has its reason."""
@@ -53,7 +56,6 @@ class SkipLog:
 
     def _line(self, key: bytes, skipped: Skipped) -> bytes:
         name = os.fsdecode(key)
-        self._reasons[name] = skipped.status.word
         self._attempts[name] = self._attempts.get(name, 0) + 1
         entry = {
             "key": name,
