@@ -12,7 +12,7 @@ import internvit_cli
 PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
-    {"config", "errors", "observer"},
+    {"config", "errors", "observer", "stopping"},
     {"tiling", "table"},
     {"sources", "workers", "decode.files"},
     {"headers"},

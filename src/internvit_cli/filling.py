@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.encoder import Encoder, PendingBatch
+    from internvit_cli.stopping import Stop
     from internvit_cli.storage.skipped import SkipLog
 
 BATCHES_IN_FLIGHT = 2
@@ -38,13 +39,6 @@ POLL_SECONDS = 0.5
 CHECKPOINT_BYTES = 256_000_000
 WRITE_QUEUE = 16
 """Finished images that may wait for the disk."""
-
-
-class Stop(Protocol):
-    """Whether a signal has asked the run to end."""
-
-    signal: int
-    """Its number; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from internvit_cli.config import ComputeDtype, Status
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
-from internvit_cli.filling import FillJob, Stop, fill_shard, unusable
+from internvit_cli.filling import FillJob, fill_shard, unusable
 from internvit_cli.headers import Header
 from internvit_cli.model.catalog import TINY_RANDOM
 from internvit_cli.observer import SILENT, Observer, Progress
@@ -23,6 +23,7 @@ from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule, stored_
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Counts, Stages, Summary, run_log_entry
 from internvit_cli.sharding import Draft, merge_rows, new_shard, split_table
+from internvit_cli.stopping import Interruption
 from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.durable import allocated_bytes, check_space
 from internvit_cli.storage.lock import exclusive
@@ -44,10 +45,13 @@ if TYPE_CHECKING:
     from internvit_cli.options import ExtractOptions
     from internvit_cli.reconcile import Changes
     from internvit_cli.sources import Listing, Source
+    from internvit_cli.stopping import StopRequest
     from internvit_cli.storage.layout import FeatureShape, NewShard
 
 
-def extract(options: ExtractOptions, stop: Stop, observer: Observer = SILENT, stdin: BinaryIO | None = None) -> Summary:
+def extract(
+    options: ExtractOptions, stop: StopRequest, observer: Observer = SILENT, stdin: BinaryIO | None = None
+) -> Summary:
     """Bring an output up to date with its sources: make it, go on with it, or find that there is nothing to do.
 
     Args:
@@ -60,24 +64,28 @@ def extract(options: ExtractOptions, stop: Stop, observer: Observer = SILENT, st
         What was done. Images that could not be used are counted there, not raised.
 
     Raises:
+        StoppedError: a signal came before there was anything to finish.
         InternvitError: the run cannot start or go on; what was committed stays.
     """
     started = time.monotonic()
     output = Output(options.store.output, options.store.format)
-    with exclusive(output.path, enabled=options.store.lock):
-        listing = find_images(options, stdin)
-        run = _Extraction(options, stop, observer, listing, output)
-        try:
-            return run.run(started)
-        finally:
-            run.close()
+    try:
+        with exclusive(output.path, enabled=options.store.lock):
+            listing = find_images(options, stdin)
+            run = _Extraction(options, stop, observer, listing, output)
+            try:
+                return run.run(started)
+            finally:
+                run.close()
+    except Interruption:
+        raise StoppedError("stopped before anything was encoded") from None
 
 
 class _Extraction:
     """One extraction, under the output's lock."""
 
     def __init__(
-        self, options: ExtractOptions, stop: Stop, observer: Observer, listing: Listing, output: Output
+        self, options: ExtractOptions, stop: StopRequest, observer: Observer, listing: Listing, output: Output
     ) -> None:
         self._options = options
         self._stop = stop
@@ -164,8 +172,6 @@ class _Extraction:
     def _plan(self, entries: list[int]) -> Plan:
         def on_progress(done: int) -> None:
             self._observer.headers(done, len(entries))
-            if self._stop.signal:
-                raise StoppedError("stopped while planning")
 
         run = self._options.run
         how = PlanOptions(self._rule, usable_cpus(), run.decode_timeout, run.worker_memory)
@@ -267,6 +273,7 @@ class _Extraction:
 
     def _fill(self, table: ImageTable, attributes: dict[str, Any], *, is_last: bool) -> None:
         """Encode the pending images of the shard at hand and publish it when none is left."""
+        self._stop.is_working = True
         number, finished = self._output.next_number(), self._existing.finished
         older = self._by_shard(table.keys)
         writer = ShardWriter(self._output.backend, self._output.partial_path(number), table)
@@ -276,7 +283,7 @@ class _Extraction:
             with self._recheck(table, writer) as recheck:
                 for shard in finished:
                     if self._output.is_file or shard.name in older:
-                        take_over(shard, table, writer)
+                        take_over(shard, table, writer, lambda: bool(self._stop.signal))
                 sources = stored_sources(attributes, self._output.path, self._relocations)
                 is_begun = bool(finished or self._total.images)
                 self._encode_pending(table, sources, writer, is_begun=is_begun)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -53,9 +54,13 @@ def _root(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
     open_missing_streams()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C is no traceback; `extract` has handlers of its own
     if sys.platform == "win32":
         sys.exit(fail(InternvitError("Windows is not supported", "use Linux, or WSL")))
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    for number in extract.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # all is done and said; the interpreter takes a moment to end
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -16,6 +16,7 @@ from internvit_cli.cli.console import fail, human_bytes, human_seconds, observer
 from internvit_cli.cli.plan import show_plan
 from internvit_cli.errors import ExitCode, InternvitError, StoppedError, UsageError
 from internvit_cli.options import ExtractOptions
+from internvit_cli.stopping import StopRequest
 
 if TYPE_CHECKING:
     from internvit_cli.report import Summary
@@ -41,7 +42,7 @@ def extract_command(
     """
     if not options.store.output:
         raise UsageError("no output given", "add -o feats.h5 for one file, or -o feats/ for shards")
-    allowed, is_percentage = parse_allowed(allow_skipped)
+    allowed = parse_allowed(allow_skipped)
     if dry_run:
         return show_plan(options, as_json=json, quiet=quiet)
     from internvit_cli.pipeline import extract
@@ -55,21 +56,19 @@ def extract_command(
             if json:
                 print_json({"exit_code": 128 + stop.signal, "error": message})
             return 128 + stop.signal
-    limit = int(summary.counts.found * allowed / 100) if is_percentage else int(allowed)
-    code = summary.exit_code(limit)
+        return _report(summary, allowed, as_json=json, quiet=quiet)
+
+
+def _report(summary: Summary, allowed: AllowedSkips, *, as_json: bool, quiet: bool) -> int:
+    """Print the outcome; returns the exit code."""
+    code = summary.exit_code(allowed.of(summary.counts.found))
     useless = InternvitError("not one image could be used", f"see {summary.skipped_path} for the reasons")
     error = useless if code == ExitCode.CANNOT_RUN else None
-    if json:
+    if as_json:
         print_json(summary.to_json() | {"exit_code": int(code), "error": error.message if error else None})
     elif not quiet:
         print_summary(summary)
     return fail(error) if error else int(code)
-
-
-class StopRequest:
-    """The signal that asked the run to end; 0 while none has."""
-
-    signal = 0
 
 
 @contextmanager
@@ -80,9 +79,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
     def handle(number: int, _frame: Any) -> None:
         if stop.signal:
             os._exit(128 + number)
-        stop.signal = number
-        # print() is not for signal handlers: it may be what was interrupted.
-        os.write(2, b"\nstopping after the batch in flight; a second signal stops at once\n")
+        if stop.is_working:
+            # print() is not for signal handlers: it may be what was interrupted.
+            os.write(2, b"\nstopping after the batch in flight; a second signal stops at once\n")
+        stop.request(number)
 
     before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
@@ -92,8 +92,19 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def parse_allowed(text: str) -> tuple[float, bool]:
-    """How many skipped images are no failure, and whether that is a percentage."""
+class AllowedSkips(NamedTuple):
+    """How many skipped images are no failure."""
+
+    value: float
+    is_percentage: bool
+
+    def of(self, images: int) -> int:
+        """The number, of so many images found."""
+        return int(images * self.value / 100) if self.is_percentage else int(self.value)
+
+
+def parse_allowed(text: str) -> AllowedSkips:
+    """The value of `--allow-skipped`: `10` or `1%`."""
     number = text.removesuffix("%")
     try:
         value = float(number) if text.endswith("%") else int(number)
@@ -101,7 +112,7 @@ def parse_allowed(text: str) -> tuple[float, bool]:
         value = -1
     if not 0 <= value <= (100 if text.endswith("%") else sys.maxsize):  # nan is neither
         raise UsageError(f"--allow-skipped {text}: neither a number nor a percentage", "give 10 or 1%")
-    return value, text.endswith("%")
+    return AllowedSkips(value, text.endswith("%"))
 
 
 def print_summary(summary: Summary) -> None:

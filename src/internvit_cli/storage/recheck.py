@@ -42,11 +42,7 @@ def contradictory_rows(table: ImageTable, writer: ShardWriter, skip_log: SkipLog
     suspects = (status == Status.DONE) & ~has_digest
     skipped = (status > Status.DONE) & (table.width > 0)
     suspects |= skipped & has_digest
-    unexplained = [
-        row
-        for row in np.flatnonzero(skipped & ~has_digest).tolist()
-        if table.keys[row] not in skip_log
-    ]
+    unexplained = [row for row in np.flatnonzero(skipped & ~has_digest).tolist() if table.keys[row] not in skip_log]
     return sorted([*np.flatnonzero(suspects).tolist(), *unexplained])
 
 

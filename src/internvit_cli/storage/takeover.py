@@ -13,16 +13,21 @@ from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
 from internvit_cli.storage.reader import OpenShard
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from internvit_cli.storage.output import FinishedShard
     from internvit_cli.table import ImageTable
 
 CHECKPOINT_BYTES = 256_000_000
 
 
-def take_over(old: FinishedShard, table: ImageTable, writer: ShardWriter) -> int:
+def take_over(
+    old: FinishedShard, table: ImageTable, writer: ShardWriter, stopped: Callable[[], bool] = lambda: False
+) -> int:
     """Copy the rows of images that are pending in `table` and done, from the same file, in `old`.
 
-    Each row's CRC is checked on the way; a damaged row is left pending and encoded again.
+    Each row's CRC is checked on the way; a damaged row is left pending and encoded again. Once `stopped` turns true
+    what is copied is committed, and no more.
 
     Returns:
         The number of images copied.
@@ -32,6 +37,8 @@ def take_over(old: FinishedShard, table: ImageTable, writer: ShardWriter) -> int
     digests, checksums = old.backend.commit_records(old.path)
     copied = 0
     for row in np.flatnonzero(writer.status == Status.PENDING).tolist():
+        if stopped():
+            break
         before = rows.get(table.keys[row])
         if before is None or not _is_same_file(table, row, source.table, before):
             continue
