@@ -468,48 +468,6 @@ def test_a_broken_checkpoint_is_refused_with_the_tensor_named(reference: Path, p
 
 
 @pytest.mark.parametrize("output", ["feats.h5", "feats"])
-@pytest.mark.parametrize(
-    ("field", "options"),
-    [
-        ("max_tiles", ["--max-tiles", "3"]),
-        ("thumbnail", ["--no-thumbnail"]),
-        ("preprocess", ["--preprocess", "squash"]),
-        ("exif", ["--no-exif"]),
-        ("background", ["--background", "white"]),
-        ("tokens", ["--tokens", "patch"]),
-        ("pool", ["--pool", "cls"]),
-        ("tile_pooled", ["--tile-pooled"]),
-        ("store_dtype", ["--store-dtype", "float32"]),
-        ("compute_dtype", ["--dtype", "bfloat16"]),
-        ("layer", ["--layer", "1"]),
-        ("tile_size", ["--tile-size", "224"]),
-    ],
-)
-def test_an_output_of_another_recipe_is_refused_with_the_field_named(
-    shared_output: dict[str, Path], output: str, field: str, options: list[str]
-) -> None:
-    target = shared_output[output]
-    before = state_of(target.parent)
-    result = extract(
-        shared_output["pictures"], "-o", target, *(["--dtype", "float32"] if field != "compute_dtype" else []), *options
-    )
-    assert result.returncode == 5, result.stderr
-    assert f"{field} was" in result.stderr
-    assert state_of(target.parent) == before
-
-
-@pytest.fixture(scope="module")
-def shared_output(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("recipes")
-    make_pictures(folder / "pictures", 2)
-    outputs = {"feats.h5": folder / "file" / "feats.h5", "feats": folder / "folder" / "feats"}
-    for path in outputs.values():
-        path.parent.mkdir()
-        assert extract(folder / "pictures", "-o", path, "--dtype", "float32").returncode == 0
-    return {**outputs, "pictures": folder / "pictures"}
-
-
-@pytest.mark.parametrize("output", ["feats.h5", "feats"])
 def test_overwrite_keeps_the_old_output_until_the_new_one_is_complete(
     pictures: Path, tmp_path: Path, output: str
 ) -> None:
