@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import crash_tracing as tracing
 import h5py
 import numpy as np
 import pytest
@@ -18,19 +22,50 @@ from test_extract import command, datasets
 
 from internvit_cli import open_features
 from internvit_cli.config import Status
+from internvit_cli.storage.skipped import read_skip_log
 
 UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 """Root without its power over permissions: what a mode forbids is forbidden, as for any user."""
 SMALL = ("--model", "tiny-random", "--dtype", "float32", "--tokens", "none", "--decode-timeout", "8", "--json")
+MOST_SECONDS = 200
+MOST_MEGABYTES = 1500
+"""Of the largest process of a run, of which torch takes some 400."""
+NEVER_OPENED = ("devzero", "stdin", "procmem", "fifo", "sock")
 
 
-def run_over(folder: Path, output: Path, *, unprivileged: bool = False) -> tuple[int, dict[str, object], str]:
-    """Exit code, summary and everything printed of one bounded run."""
-    arguments = command("extract", folder, "-o", output, *SMALL)
-    if unprivileged:
-        arguments = [*UNPRIVILEGED, *arguments]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
-    return result.returncode, json.loads(result.stdout), result.stdout + result.stderr
+@dataclass(frozen=True)
+class Run:
+    """One run over hostile files, and what it took."""
+
+    code: int
+    summary: dict[str, Any]
+    printed: str
+    """On both streams."""
+    seconds: float
+    megabytes: float
+    """The most that one of its processes held in memory."""
+
+
+def run_over(folder: Path, output: Path, *options: object, unprivileged: bool = False) -> Run:
+    """Run from the command line, with the powers of root or without."""
+    arguments = ["timeout", str(2 * MOST_SECONDS), *(UNPRIVILEGED if unprivileged else [])]
+    arguments += command("extract", folder, "-o", output, *SMALL, *options)
+    streams = [output.parent / f"{output.name}.{name}" for name in ("stdout", "stderr")]
+    started = time.monotonic()
+    with streams[0].open("wb") as stdout, streams[1].open("wb") as stderr:
+        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
+        _, status, usage = os.wait4(process.pid, 0)
+    printed = [stream.read_text() for stream in streams]
+    code = os.waitstatus_to_exitcode(status)
+    return Run(code, json.loads(printed[0]), "".join(printed), time.monotonic() - started, usage.ru_maxrss / 1000)
+
+
+def assert_accounted(run: Run) -> None:
+    """It ended by itself, within bounds, every image has an outcome, and nothing steers the terminal."""
+    assert run.code == 3 and "Traceback" not in run.printed and "\x1b" not in run.printed
+    assert run.summary["found"] == run.summary["done"] + run.summary["skipped"] and run.summary["pending"] == 0
+    assert run.seconds < MOST_SECONDS
+    assert run.megabytes < MOST_MEGABYTES
 
 
 @pytest.fixture(params=["root", "unprivileged"])
@@ -48,9 +83,7 @@ def unprivileged(request: pytest.FixtureRequest, tmp_path: Path) -> bool:
 def test_public_broken_pictures_come_out_as_plain_pillow_reads_them(
     hostile: Path, tmp_path: Path, unprivileged: bool
 ) -> None:
-    code, summary, printed = run_over(hostile, tmp_path / "f.h5", unprivileged=unprivileged)
-    assert code == 3 and "Traceback" not in printed
-    assert summary["found"] == summary["done"] + summary["skipped"] and summary["pending"] == 0  # type: ignore[operator]
+    assert_accounted(run_over(hostile, tmp_path / "f.h5", unprivileged=unprivileged))
     if Image.__version__.split(".")[0] != "13" or not features.check("avif"):
         pytest.skip("the table of outcomes is that of Pillow 13")
     with (hostile / "OUTCOMES.tsv").open(newline="") as table:
@@ -63,14 +96,13 @@ def test_public_broken_pictures_come_out_as_plain_pillow_reads_them(
 
 
 def test_a_tree_of_hostile_files_costs_only_what_cannot_be_read(made: Path, tmp_path: Path, unprivileged: bool) -> None:
-    started = time.monotonic()
-    code, summary, printed = run_over(made, tmp_path / "f.h5", unprivileged=unprivileged)
-    assert code == 3 and "Traceback" not in printed and "\x1b" not in printed
-    assert time.monotonic() - started < 200
-    assert summary["found"] == summary["done"] + summary["skipped"] and summary["pending"] == 0  # type: ignore[operator]
-    stored = open_features(tmp_path / "f.h5")
+    output = tmp_path / ("f" if unprivileged else "f.h5")
+    run = run_over(made, output, unprivileged=unprivileged)
+    assert_accounted(run)
+    print(f"\n{run.summary['found']} files, {run.seconds:.0f} s, at most {run.megabytes:.0f} MB in one process")
+    stored = open_features(output)
     status = {os.fsencode(key): image.status for key, image in stored.items()}
-    for name in ("devzero", "stdin", "procmem", "fifo", "sock"):
+    for name in NEVER_OPENED:
         assert status[f"tree/{name}.jpg".encode()] is Status.NOT_REGULAR, name
     assert status[b"bomb/many_scans.jpg"] is Status.TIMEOUT
     assert status[b"bomb/20000x20000_1bit.png"] is Status.TOO_LARGE
@@ -87,9 +119,40 @@ def test_a_tree_of_hostile_files_costs_only_what_cannot_be_read(made: Path, tmp_
         # Pillow itself reads two of those that were meant to fail.
         if row["expect"] == "error" and "claims_9000sq_short" not in row["path"]:
             assert found is not Status.DONE, row
-    lines = Path(f"{tmp_path}/f.h5.skipped.jsonl").read_bytes().splitlines()
+    log = output / "skipped.jsonl" if unprivileged else Path(f"{output}.skipped.jsonl")
+    lines = log.read_bytes().splitlines()
     assert all(json.loads(line)["reason"] for line in lines)
     assert b"\x1b" not in b"".join(lines)
+
+
+def test_a_worker_has_the_memory_that_it_is_given_and_a_picture_that_takes_more_is_skipped(
+    made: Path, tmp_path: Path
+) -> None:
+    """169 megapixels take 676 MB in RGB."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    shutil.copy(made / "bomb" / "13000x13000_1bit.png", folder)
+    shutil.copy(made / "modes" / "gray.jpg", folder)
+    run = run_over(folder, tmp_path / "small.h5", "--worker-memory", "512MiB")
+    assert run.code == 3 and run.summary["reasons"] == {"too_large": 1}
+    (entry,) = read_skip_log(str(tmp_path / "small.h5.skipped.jsonl"))
+    assert entry["key"] == "13000x13000_1bit.png" and "--worker-memory" in entry["message"]
+    assert run_over(folder, tmp_path / "large.h5", "--worker-memory", "2GiB").code == 0
+    run = run_over(folder, tmp_path / "limit.h5", "--max-pixels", "1000000")
+    assert run.summary["reasons"] == {"too_large": 1}
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(bool(tracing.why_not_traceable()), reason=tracing.why_not_traceable() or "strace")
+def test_no_device_no_pipe_and_no_file_of_the_kernel_is_ever_opened(made: Path, tmp_path: Path) -> None:
+    """By what the kernel itself saw of the whole run, workers included."""
+    folder, trace = made / "tree", tmp_path / "trace"
+    arguments = command("extract", folder, "-o", tmp_path / "f.h5", *SMALL)
+    traced = ["strace", "-f", "-qq", "-o", trace, "-e", "trace=?open,openat", *arguments]
+    assert subprocess.run(traced, capture_output=True, stdin=subprocess.DEVNULL, timeout=300).returncode == 3
+    opened = set(re.findall(rf'open(?:at)?\([^"]*"{re.escape(str(folder))}/([^"]*)"', trace.read_text()))
+    assert {f"{name}.jpg" for name in NEVER_OPENED}.isdisjoint(opened)
+    assert "hard.jpg" in opened and "noread.jpg" in opened, "the trace shows what is opened"
 
 
 def test_sixteen_bit_and_float_pictures_are_scaled_and_not_clipped(tmp_path: Path) -> None:
@@ -103,7 +166,7 @@ def test_sixteen_bit_and_float_pictures_are_scaled_and_not_clipped(tmp_path: Pat
         folders[name] = tmp_path / name.split(".")[0]
         folders[name].mkdir()
         image.save(folders[name] / name)
-        assert run_over(folders[name], tmp_path / f"{name}.h5")[0] == 0
+        assert run_over(folders[name], tmp_path / f"{name}.h5").code == 0
     vectors = {name: datasets(tmp_path / f"{name}.h5")["pooled"] for name in folders}
     np.testing.assert_array_equal(vectors["16bit.png"], vectors["8bit.png"])
     np.testing.assert_allclose(vectors["float.tif"], vectors["8bit.png"], atol=0.02)

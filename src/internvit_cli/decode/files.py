@@ -166,6 +166,8 @@ def _status_of_errno(number: int) -> Status:
 def _message(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "in no picture format that is read"  # Pillow's own text names an object in memory.
+    if isinstance(error, MemoryError):
+        return "it takes more memory than a worker may have (--worker-memory)"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # Without the path, which is the entry's key.
     return str(error) or "no message"
