@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m "not sweep"
 
 sweep: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m sweep
+	$(BIN)/python -m pytest -m sweep -s
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

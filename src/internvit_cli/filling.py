@@ -328,13 +328,12 @@ class _WriterThread:
             raise self._failure
 
     def _run(self) -> None:
-        running = True
-        while running:
+        item: ImageRows | tuple[int, Skipped] | tuple[()] | None = ()
+        while item is not None:
             try:
                 item = self._queue.get(timeout=CHECKPOINT_SECONDS)
             except queue.Empty:
-                item = ()  # type: ignore[assignment]
-            running = item is not None
+                item = ()
             if self._failure is not None:
                 continue
             started = time.perf_counter()
@@ -344,7 +343,7 @@ class _WriterThread:
                 self._failure = error
             self.busy_seconds += time.perf_counter() - started
 
-    def _take(self, item: ImageRows | tuple[int, Skipped] | None) -> None:
+    def _take(self, item: ImageRows | tuple[int, Skipped] | tuple[()] | None) -> None:
         writer = self._job.writer
         if isinstance(item, ImageRows):
             writer.write(item)

@@ -1,0 +1,91 @@
+"""What durability costs: the same run with its checkpoints and syncs, and without any, in turn.
+
+    python benchmarks/durability.py PHOTOS [--repeat 2] [--rounds 7] [--output FOLDER]
+
+The encoder is the limit in both (the shape of tiny-random, tokens stored). "Off" never syncs and writes digests, CRCs
+and statuses once, at the end: what a tool does that hopes for the best.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from internvit_cli import filling
+from internvit_cli.config import ComputeDtype
+from internvit_cli.options import ExtractOptions, ModelOptions, RunOptions, StoreOptions
+from internvit_cli.pipeline import extract
+from internvit_cli.stopping import StopRequest
+
+NEVER_SECONDS, NEVER_BYTES = 86_400.0, sys.maxsize
+
+
+def spread(photos: Path, folder: Path, repeat: int) -> None:
+    """The same photographs under several names."""
+    for number in range(repeat):
+        shutil.copytree(photos, folder / f"{number:03d}", ignore=shutil.ignore_patterns("*.tsv"))
+
+
+def leave_alone(_descriptor: int) -> None:
+    """In the place of a sync."""
+
+
+def run(pictures: Path, output: Path) -> float:
+    """Seconds of the main part of one run."""
+    options = ExtractOptions(
+        sources=(str(pictures),),
+        store=StoreOptions(str(output)),
+        model=ModelOptions("tiny-random"),
+        run=RunOptions(dtype=ComputeDtype.FLOAT32),
+    )
+    summary = extract(options, StopRequest())
+    assert summary.counts.skipped == summary.counts.pending == 0
+    return summary.stages.wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", default=tempfile.gettempdir(), help="a folder on the disk to measure")
+    arguments = parser.parse_args()
+    seconds: dict[str, list[float]] = {"on": [], "off": []}
+    syncs = os.fdatasync, os.fsync
+    limits = filling.CHECKPOINT_SECONDS, filling.CHECKPOINT_BYTES
+    with tempfile.TemporaryDirectory(dir=arguments.output) as scratch:
+        pictures = Path(scratch, "pictures")
+        spread(arguments.photos, pictures, arguments.repeat)
+        run(pictures, Path(scratch, "warm-up.h5"))
+        for number in range(arguments.rounds):
+            for side in ("on", "off") if number % 2 else ("off", "on"):
+                if side == "off":
+                    os.fdatasync = os.fsync = leave_alone
+                    filling.CHECKPOINT_SECONDS, filling.CHECKPOINT_BYTES = NEVER_SECONDS, NEVER_BYTES
+                output = Path(scratch, f"{side}-{number}.h5")
+                seconds[side].append(run(pictures, output))
+                os.fdatasync, os.fsync = syncs
+                filling.CHECKPOINT_SECONDS, filling.CHECKPOINT_BYTES = limits
+                nbytes = output.stat().st_size
+                output.unlink()
+                os.sync()  # what "off" left to the kernel is not paid for by the next run
+                time.sleep(0.5)
+    report(seconds, nbytes)
+
+
+def report(seconds: dict[str, list[float]], nbytes: int) -> None:
+    ratios = [on / off for on, off in zip(seconds["on"], seconds["off"], strict=True)]
+    print(f"{nbytes / 1e6:.0f} MB a run")
+    for side, values in seconds.items():
+        print(f"checkpoints {side}: {statistics.median(values):.2f} s ({min(values):.2f}..{max(values):.2f})")
+    print(f"on / off: median {statistics.median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()
