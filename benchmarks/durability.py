@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from internvit_cli import filling
+from internvit_cli import storing
 from internvit_cli.config import ComputeDtype
 from internvit_cli.options import ExtractOptions, ModelOptions, RunOptions, StoreOptions
 from internvit_cli.pipeline import extract
@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {"on": [], "off": []}
     syncs = os.fdatasync, os.fsync
-    limits = filling.CHECKPOINT_SECONDS, filling.CHECKPOINT_BYTES
+    limits = storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES
     with tempfile.TemporaryDirectory(dir=arguments.output) as scratch:
         pictures = Path(scratch, "pictures")
         spread(arguments.photos, pictures, arguments.repeat)
@@ -67,11 +67,11 @@ def main() -> None:
             for side in ("on", "off") if number % 2 else ("off", "on"):
                 if side == "off":
                     os.fdatasync = os.fsync = leave_alone
-                    filling.CHECKPOINT_SECONDS, filling.CHECKPOINT_BYTES = NEVER_SECONDS, NEVER_BYTES
+                    storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES = NEVER_SECONDS, NEVER_BYTES
                 output = Path(scratch, f"{side}-{number}.h5")
                 seconds[side].append(run(pictures, output))
                 os.fdatasync, os.fsync = syncs
-                filling.CHECKPOINT_SECONDS, filling.CHECKPOINT_BYTES = limits
+                storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES = limits
                 nbytes = output.stat().st_size
                 output.unlink()
                 os.sync()  # what "off" left to the kernel is not paid for by the next run

@@ -24,21 +24,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli import filling, pipeline, plan
+from internvit_cli import engine, pipeline, plan, storing
 from internvit_cli.cli import app
 from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, FailedImage
 from internvit_cli.headers import header_reader
 from internvit_cli.storage import commit, takeover
-from internvit_cli.storage.commit import ShardWriter
+from internvit_cli.storage.commit import RowWriter, ShardWriter
 from internvit_cli.storage.layout import FeatureShape
+from internvit_cli.storing import ShardSink
 from internvit_cli.workers import Finished
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
     from typing_extensions import Self
+
+    from internvit_cli.storage.layout import Extent
+    from internvit_cli.storing import FinishedImage
 
 POOLED_WIDTH = 5
 SPOILED = b"spoiled"
@@ -177,23 +181,44 @@ class DigestEncoder:
         pass
 
 
-class InlineWriter(filling._WriterThread):
-    """The writer thread's work, done by whoever puts."""
+class InlineSink(ShardSink):
+    """The sink's work, done by whoever puts."""
 
     def _run(self) -> None:
         """The thread itself ends at once."""
 
-    def put(self, item: Any) -> None:
+    def put(self, image: FinishedImage) -> None:
+        self._do(lambda: self.take(image), is_end=False)
+
+    def close(self) -> None:
+        self._do(lambda: None, is_end=True)
+
+    def _do(self, work: Callable[[], None], *, is_end: bool) -> None:
         if self._failure is None:
             try:
-                self._take(item)
+                work()
+                self.settle(is_end=is_end)
             except BaseException as error:  # noqa: BLE001 - as the thread does
                 self._failure = error
         if self._failure is not None:
             raise self._failure
 
-    def close(self) -> None:
-        self.put(None)
+
+class MisorderedRows(RowWriter):
+    """Keeps rows back until it is told."""
+
+    def __init__(self, extents: Mapping[str, Extent]) -> None:
+        super().__init__(extents)
+        self._late: list[tuple[str, int, NDArray[Any]]] = []
+
+    def put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
+        self._late.append((name, position, rows))
+        return zlib.crc32(np.ascontiguousarray(rows).data, checksum)
+
+    def catch_up(self) -> None:
+        for name, position, rows in self._late:
+            super().put(name, position, rows, 0)
+        self._late.clear()
 
 
 class MisorderedWriter(ShardWriter):
@@ -201,17 +226,13 @@ class MisorderedWriter(ShardWriter):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._late: list[tuple[str, int, NDArray[Any]]] = []
-
-    def _put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
-        self._late.append((name, position, rows))
-        return zlib.crc32(np.ascontiguousarray(rows).data, checksum)
+        self._rows.close()
+        self._rows = self._late_rows = MisorderedRows(self.extents)
+        self._descriptors = self._rows.descriptors
 
     def checkpoint(self) -> int:
         committed = super().checkpoint()
-        for name, position, rows in self._late:
-            super()._put(name, position, rows, 0)
-        self._late.clear()
+        self._late_rows.catch_up()
         return committed
 
 
@@ -232,13 +253,13 @@ def prepare(behaviour: Behaviour) -> None:
     sys.modules["internvit_cli.encoder"] = stand_in
     plan.WorkerPool = InlinePool  # type: ignore[assignment,misc]
     DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens
-    pipeline.Decoder = DigestDecoder  # type: ignore[assignment,misc]
+    engine.Decoder = DigestDecoder  # type: ignore[assignment,misc]
     shape = FeatureShape(Tokens.VISUAL, *behaviour.tokens, POOLED_WIDTH, StoreDtype.FLOAT16, tile_pooled=True)
     pipeline.feature_shape = lambda options, card, recipe: shape
-    filling.CHECKPOINT_SECONDS, filling.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
+    storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
     takeover.CHECKPOINT_BYTES = behaviour.checkpoint_bytes
     if behaviour.inline:
-        filling._WriterThread = InlineWriter  # type: ignore[misc]
+        engine.ShardSink = InlineSink  # type: ignore[misc]
     if behaviour.misordered:
         pipeline.ShardWriter = MisorderedWriter  # type: ignore[misc]
     if behaviour.no_reserve:

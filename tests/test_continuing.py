@@ -23,7 +23,7 @@ from internvit_cli import open_features, workers
 from internvit_cli.config import Format, Status
 from internvit_cli.decode.decoder import DecodedImage
 from internvit_cli.errors import NoSpaceError, OutputError
-from internvit_cli.filling import FillJob, fill_shard
+from internvit_cli.filling import FillJob, FillRules, fill
 from internvit_cli.sources import FolderProblem, discover
 from internvit_cli.sources import walk as walk_module
 from internvit_cli.storage import commit
@@ -31,6 +31,7 @@ from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.layout import index_digest
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
+from internvit_cli.storing import ShardSink
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,18 +198,10 @@ def test_slow_decoding_does_not_hold_back_what_could_be_committed(tmp_path):
     shard = Shard([tmp_path / "a.png"], Output(str(tmp_path / "feats"), Format.NPY))
     committed: list[bool] = []
     with contextlib.closing(ShardWriter(shard.output.backend, shard.output.partial_path(0), shard.new.table)) as writer:
-        job = FillJob(
-            keys=shard.new.table.keys,
-            jobs=shard.jobs,
-            writer=writer,
-            skip_log=SkipLog(shard.output.skipped_path),
-            pool_all_tiles=False,
-            store_tile_vectors=False,
-            is_begun=False,
-            strict=False,
-        )
+        sink = ShardSink(writer, SkipLog(shard.output.skipped_path), shard.new.table.keys)
+        job = FillJob(shard.new.table.keys, shard.jobs, sink, FillRules())
         stop = type("Stop", (), {"signal": 0})()
-        fill_shard(job, SlowDecoder(writer, committed), Encoder(64), stop, lambda _: None)
+        fill(job, SlowDecoder(writer, committed), Encoder(64), stop, lambda _: None)
     assert committed == [True]
 
 

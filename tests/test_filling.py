@@ -16,11 +16,12 @@ from PIL import Image
 from internvit_cli.config import Format, PixelRule, Skipped, Status, TilingRule, Tokens
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import DeviceError, ExitCode, InternvitError, NoSpaceError
-from internvit_cli.filling import Filled, FillJob, fill_shard
+from internvit_cli.filling import Filled, FillJob, FillRules, fill
 from internvit_cli.headers import Header, read_header
 from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
+from internvit_cli.storing import ShardSink
 from internvit_cli.table import ImageTable
 from internvit_cli.tiling import choose_grid, has_thumbnail
 
@@ -131,19 +132,13 @@ class Shard:
         table = self.output.partial().stored.table
         writer = ShardWriter(self.output.backend, self.output.partial_path(0), table)
         rows = np.flatnonzero(writer.status == Status.PENDING).tolist()
-        job = FillJob(
-            keys=table.keys,
-            jobs=[self.jobs[row] for row in rows],
-            writer=writer,
-            skip_log=SkipLog(self.output.skipped_path),
-            pool_all_tiles=pool_all_tiles,
-            store_tile_vectors=self.new.features.tile_pooled,
-            is_begun=is_begun,
-            strict=strict,
-        )
+        is_begun = is_begun or bool((writer.status == Status.DONE).any())
+        rules = FillRules(pool_all_tiles, self.new.features.tile_pooled, is_begun, strict)
+        sink = ShardSink(writer, SkipLog(self.output.skipped_path), table.keys)
+        job = FillJob(table.keys, [self.jobs[row] for row in rows], sink, rules)
         decoder = Decoder(DecodeOptions(RULE, 7, 1, 30, 4 << 30))
         with contextlib.closing(decoder), contextlib.closing(writer):
-            return fill_shard(job, decoder, encoder, stop or Stop(), on_progress)  # type: ignore[arg-type]
+            return fill(job, decoder, encoder, stop or Stop(), on_progress)  # type: ignore[arg-type]
 
     @property
     def status(self) -> list[int]:

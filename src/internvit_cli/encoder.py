@@ -245,7 +245,7 @@ def find_device(name: str) -> torch.device:
 
 
 def _find_cuda(name: str, number: int) -> torch.device:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = count_cuda_devices()
     if number < count:
         return torch.device("cuda", number)
     if torch.version.cuda is None and torch.version.hip is None:
@@ -257,6 +257,11 @@ def _find_cuda(name: str, number: int) -> torch.device:
         f"--device {name}: PyTorch sees {count} CUDA device{'' if count == 1 else 's'}",
         "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device auto to take what there is",
     )
+
+
+def count_cuda_devices() -> int:
+    """How many CUDA devices PyTorch sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,6 +1,6 @@
-"""Fill one shard: pictures are decoded, encoded in batches across images, and written, all at the same time.
+"""Fill rows: pictures are decoded, encoded in batches across images, and handed on, all at the same time.
 
-decode thread -> images -> main thread: batches -> encoder -> images' rows -> writer thread
+decode thread -> images -> main thread: batches -> encoder -> images' rows -> sink, a thread that stores them
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, Faile
 from internvit_cli.errors import InternvitError, one_line
 from internvit_cli.observer import Progress
 from internvit_cli.report import Stages
-from internvit_cli.storage.commit import ImageRows, ShardWriter
+from internvit_cli.storage.commit import ImageRows
+from internvit_cli.storing import SkippedImage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -28,35 +29,38 @@ if TYPE_CHECKING:
 
     from internvit_cli.encoder import Encoder, PendingBatch
     from internvit_cli.stopping import Stop
-    from internvit_cli.storage.skipped import SkipLog
+    from internvit_cli.storing import Sink
 
 BATCHES_IN_FLIGHT = 2
 """One that the device works on and one that waits, so that the device never does."""
-CHECKPOINT_SECONDS = 2.0
 LAG_SECONDS = 2.0
 """Without a full batch for so long, what there is goes on its way: slow decoding must not hold back what is encoded."""
 POLL_SECONDS = 0.5
-CHECKPOINT_BYTES = 256_000_000
-WRITE_QUEUE = 16
-"""Finished images that may wait for the disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class FillRules:
+    """What becomes of the features of an image, and of an image that has none."""
+
+    pool_all_tiles: bool = False
+    """The image's vector is the mean over its tiles' vectors instead of the global view's."""
+    store_tile_vectors: bool = False
+    is_begun: bool = False
+    """The output has rows: a value that is too large skips its image, and no more ends the run."""
+    strict: bool = False
+    """End at the first image that cannot be used, leaving it pending."""
 
 
 @dataclass(frozen=True, slots=True)
 class FillJob:
-    """One shard and what is missing in it."""
+    """Images to be encoded, and where they go."""
 
     keys: Any
-    """The shard's keys, by row."""
-    jobs: Iterable[DecodeJob]
-    writer: ShardWriter
-    skip_log: SkipLog
-    pool_all_tiles: bool
-    """The image's vector is the mean over its tiles' vectors instead of the global view's."""
-    store_tile_vectors: bool
-    is_begun: bool
-    """Other shards of the output have rows: a value that is too large skips its image, and no more ends the run."""
-    strict: bool
-    """End at the first image that cannot be used, leaving it pending."""
+    """The images' keys, by row."""
+    jobs: Iterable[DecodeJob | None]
+    """None when there is none at the moment, and there may be later."""
+    sink: Sink
+    rules: FillRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +102,12 @@ class _Span:
     count: int
 
 
-def fill_shard(
+def fill(
     job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Progress], None]
 ) -> Filled:
-    """Decode, encode and store all missing images of a shard, or as many as there are before `stop`.
+    """Decode, encode and store all images of a job, or as many as there are before `stop`.
 
-    All that was encoded is committed when this returns, and also when it raises, unless the disk itself failed.
+    All that was encoded has gone to the sink when this returns, and also when it raises. The sink is closed.
 
     Raises:
         InternvitError: the disk, the device or the workers fail; with `strict`, an image cannot be used.
@@ -120,7 +124,7 @@ class _Filling:
         self._encoder = encoder
         self._stop = stop
         self._on_progress = on_progress
-        self._writer: _WriterThread
+        self._rules = job.rules
         tile_size = decoder.tile_size
         self._batch_tiles = encoder.batch_tiles  # fixed: a halved encoder takes a batch in two
         shape = (self._batch_tiles, tile_size, tile_size, 3)
@@ -130,22 +134,20 @@ class _Filling:
         self._in_flight: deque[tuple[PendingBatch, list[_Span], NDArray[Any]]] = deque()
         self._submitted = time.monotonic()
         self._images = self._skipped = self._tiles = 0
-        self._is_begun = job.is_begun or bool((job.writer.status == Status.DONE).any())
         self.clamped = 0
 
     def run(self) -> Filled:
         started = time.perf_counter()
         decode_before, device_before = self._decoder.busy_seconds, self._encoder.device_seconds
-        self._writer = _WriterThread(self._job)
         try:
             self._encode_all()
         finally:
-            self._writer.close()
+            self._job.sink.close()
         stages = Stages(
             wall=time.perf_counter() - started,
             decode=(self._decoder.busy_seconds - decode_before) / max(1, len(self._decoder.pids)),
             device=self._encoder.device_seconds - device_before,
-            write=self._writer.busy_seconds,
+            write=self._job.sink.busy_seconds,
         )
         return Filled(stages, self._progress(), self.clamped)
 
@@ -216,7 +218,7 @@ class _Filling:
     def _store(self, assembly: _Assembly) -> None:
         row, blocks = assembly.row, assembly.blocks
         if (unfit := _unfit(blocks)) is not None:
-            is_first = not (self._images or self._is_begun)
+            is_first = not (self._images or self._rules.is_begun)
             if is_first and unfit.exception == "OverflowError":
                 raise InternvitError(
                     f"{one_line(self._job.keys[row])}: {unfit.message}",
@@ -225,17 +227,17 @@ class _Filling:
             self._skip(row, unfit)
             return
         pooled = np.concatenate([block.pooled for block in blocks])
-        image_vector = pooled.mean(axis=0, dtype=np.float32) if self._job.pool_all_tiles else pooled[-1]
+        image_vector = pooled.mean(axis=0, dtype=np.float32) if self._rules.pool_all_tiles else pooled[-1]
         tokens = [block.tokens for block in blocks if block.tokens is not None]
         self._images += 1
-        tile_vectors = [pooled] if self._job.store_tile_vectors else []
-        self._writer.put(ImageRows(row, assembly.digest, image_vector, tokens, tile_vectors))
+        tile_vectors = [pooled] if self._rules.store_tile_vectors else []
+        self._job.sink.put(ImageRows(row, assembly.digest, image_vector, tokens, tile_vectors))
 
     def _skip(self, row: int, skipped: Skipped) -> None:
-        if self._job.strict:
+        if self._rules.strict:
             raise unusable(self._job.keys[row], skipped)
         self._skipped += 1
-        self._writer.put((row, skipped))
+        self._job.sink.put(SkippedImage(row, skipped))
         self._on_progress(self._progress())
 
     def _progress(self) -> Progress:
@@ -263,7 +265,7 @@ def unusable(key: bytes, skipped: Skipped) -> InternvitError:
 class _DecodeThread:
     """Runs the decoder beside the encoder, some images ahead of it."""
 
-    def __init__(self, decoder: Decoder, jobs: Iterable[DecodeJob], stop: Stop) -> None:
+    def __init__(self, decoder: Decoder, jobs: Iterable[DecodeJob | None], stop: Stop) -> None:
         self._results: queue.SimpleQueue[DecodedImage | FailedImage | BaseException | None] = queue.SimpleQueue()
         self._closed = False
         self._stop = stop
@@ -288,7 +290,7 @@ class _DecodeThread:
         self._closed = True
         self._thread.join()
 
-    def _run(self, decoder: Decoder, jobs: Iterable[DecodeJob]) -> None:
+    def _run(self, decoder: Decoder, jobs: Iterable[DecodeJob | None]) -> None:
         try:
             # Slots bound what lies in the queue: an image keeps its slot until its tiles are taken.
             for item in decoder.run(jobs, lambda: self._closed or bool(self._stop.signal)):
@@ -296,68 +298,3 @@ class _DecodeThread:
         except BaseException as error:  # noqa: BLE001 - raised again where the results are read
             self._results.put(error)
         self._results.put(None)
-
-
-class _WriterThread:
-    """Writes rows and checkpoints beside the encoder. Once the disk has failed it takes and drops everything."""
-
-    def __init__(self, job: FillJob) -> None:
-        self._job = job
-        self._queue: queue.Queue[ImageRows | tuple[int, Skipped] | None] = queue.Queue(WRITE_QUEUE)
-        self._skips: list[tuple[int, Skipped]] = []
-        self._first_skip = 0.0
-        self._failure: BaseException | None = None
-        self.busy_seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="writer")
-        self._thread.start()
-
-    def put(self, item: ImageRows | tuple[int, Skipped]) -> None:
-        if self._failure is not None:
-            raise self._failure
-        self._queue.put(item)
-
-    def close(self) -> None:
-        """Commit what was put and end.
-
-        Raises:
-            InternvitError: the disk failed.
-        """
-        self._queue.put(None)
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-
-    def _run(self) -> None:
-        item: ImageRows | tuple[int, Skipped] | tuple[()] | None = ()
-        while item is not None:
-            try:
-                item = self._queue.get(timeout=CHECKPOINT_SECONDS)
-            except queue.Empty:
-                item = ()
-            if self._failure is not None:
-                continue
-            started = time.perf_counter()
-            try:
-                self._take(item)
-            except BaseException as error:  # noqa: BLE001 - raised again by whoever puts or closes
-                self._failure = error
-            self.busy_seconds += time.perf_counter() - started
-
-    def _take(self, item: ImageRows | tuple[int, Skipped] | tuple[()] | None) -> None:
-        writer = self._job.writer
-        if isinstance(item, ImageRows):
-            writer.write(item)
-        elif item:
-            self._first_skip = self._first_skip if self._skips else time.monotonic()
-            self._skips.append(item)
-        seconds = max(writer.uncommitted_seconds, time.monotonic() - self._first_skip if self._skips else 0.0)
-        if item is None or seconds >= CHECKPOINT_SECONDS or writer.uncommitted_bytes >= CHECKPOINT_BYTES:
-            self._checkpoint()
-
-    def _checkpoint(self) -> None:
-        # The reasons first: a status that says skipped always has its line.
-        self._job.skip_log.append((self._job.keys[row], skipped) for row, skipped in self._skips)
-        for row, skipped in self._skips:
-            self._job.writer.skip(row, skipped)
-        self._skips.clear()
-        self._job.writer.checkpoint()

@@ -78,7 +78,8 @@ class StoreOptions:
 class RunOptions:
     """How the work is done; none of it changes a stored value, but for the compute type."""
 
-    device: str = "auto"
+    devices: tuple[str, ...] = ("auto",)
+    """Several share the work; `all` is every card."""
     dtype: ComputeDtype = ComputeDtype.AUTO
     batch_tiles: int | None = None
     """Tiles a batch; None measures."""

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from internvit_cli.config import ComputeDtype, Status
-from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
+from internvit_cli.decode.decoder import DecodeJob
+from internvit_cli.devices import find_devices, start_engine
+from internvit_cli.engine import Engine, EngineOptions, ShardJob, Workload
 from internvit_cli.errors import StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
-from internvit_cli.filling import FillJob, fill_shard, unusable
+from internvit_cli.filling import FillRules, unusable
 from internvit_cli.headers import Header
 from internvit_cli.model.catalog import TINY_RANDOM
 from internvit_cli.observer import SILENT, Observer, Progress
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.config import PixelRule
-    from internvit_cli.encoder import Encoder
+    from internvit_cli.encoder import EncoderOptions
     from internvit_cli.options import ExtractOptions
     from internvit_cli.reconcile import Changes
     from internvit_cli.sources import Listing, Source
@@ -97,8 +99,7 @@ class _Extraction:
         self._existing: Existing
         self._finished_images: tuple[Existing, StoredImages] | None = None
         self._relocations = [Relocation(old, new) for old, new in options.store.relocations]
-        self._decoder: Decoder | None = None
-        self._encoder: Encoder | None = None
+        self._engine: Engine | None = None
         self._stages = Stages()
         self._total = Progress()
         self._clamped = 0
@@ -126,11 +127,9 @@ class _Extraction:
         return self._summary(time.monotonic() - started)
 
     def close(self) -> None:
-        """End the workers and let the device go, however the run ended."""
-        if self._decoder is not None:
-            self._decoder.close()
-        if self._encoder is not None:
-            self._encoder.close()
+        """End the workers and let the devices go, however the run ended."""
+        if self._engine is not None:
+            self._engine.close()
 
     # -------------------------------------------------------------------------------------------------- what is to do
 
@@ -148,9 +147,9 @@ class _Extraction:
         if drafts and self._output.is_file and existing.finished:
             copied = os.path.getsize(self._output.path)
             self._observer.note(f"{self._output.path} is made anew: up to {copied:,} bytes of its rows are copied")
-        self._skip_log.append((self._listing.keys[changes.entries[row]], skip) for row, skip in plan.skipped.items())
         self._existing = existing
         self._start(plan)
+        self._skip_log.append((self._listing.keys[changes.entries[row]], skip) for row, skip in plan.skipped.items())
         if existing.partial is not None:
             stored = existing.partial.stored
             self._fill(stored.table, stored.attributes, is_last=not drafts)
@@ -166,7 +165,7 @@ class _Extraction:
             self._output.drop_rows(self._by_shard(dropped))
 
     def _new_shard(self, draft: Draft, shape: FeatureShape) -> NewShard:
-        batch_tiles = self._encoder.batch_tiles_to_record if self._encoder else 0
+        batch_tiles = self._engine.batch_tiles_to_record if self._engine else 0
         return new_shard(draft, shape, self._model.recipe, self._model.card, batch_tiles)
 
     def _plan(self, entries: list[int]) -> Plan:
@@ -225,36 +224,49 @@ class _Extraction:
     # ------------------------------------------------------------------------------------------------------- doing it
 
     def _start(self, plan: Plan) -> None:
-        """Start the decode workers, and while they start, load the encoder."""
+        """Start decode workers and encoders for all that is to be done, if anything is."""
         partial = self._existing.partial
         tables = [plan.table, *([partial.stored.table] if partial else [])]
-        counts = np.concatenate([table.tile_counts[_pending(table)] for table in tables]).astype(np.int64)
-        if len(counts):
-            if self._rule.global_view_only:
-                counts = np.ones_like(counts)
-            self._observer.encoding(len(counts), int(counts.sum()))
-            self._start_decoder(len(counts), int(counts.max()))
-        if len(counts) or not self._model.dtype_is_known:
-            self._load_encoder()
+        counts = np.concatenate([self._decoded_tiles(table, table.status) for table in tables])
+        workload = Workload(len(counts), int(counts.max())) if len(counts) else None
+        if workload is not None:
+            self._observer.encoding(workload.images, int(counts.sum()))
+        if workload is not None or not self._model.dtype_is_known:
+            self._start_engine(workload)
 
-    def _start_decoder(self, images: int, tiles: int) -> None:
-        run = self._options.run
-        workers = min(run.workers or default_workers(run.device), images)
-        self._decoder = Decoder(DecodeOptions(self._rule, tiles, workers, run.decode_timeout, run.worker_memory))
+    def _decoded_tiles(self, table: ImageTable, status: NDArray[Any]) -> NDArray[Any]:
+        """How many tiles each pending image is decoded to, [k] int64."""
+        counts = table.tile_counts[status == Status.PENDING].astype(np.int64)
+        return np.ones_like(counts) if self._rule.global_view_only else counts
 
     @property
     def _rule(self) -> PixelRule:
         return pixel_rule(self._model.recipe, self._options.pictures.max_pixels)
 
-    def _load_encoder(self) -> None:
-        from internvit_cli.encoder import Encoder, EncoderOptions
+    def _start_engine(self, workload: Workload | None) -> None:
+        run, recipe = self._options.run, self._model.recipe
+        devices = find_devices(run.devices)
+        engine_options = EngineOptions(
+            rule=self._rule,
+            encoder=self._encoder_options(devices[0]),
+            devices=devices,
+            workers=run.workers,
+            decode_timeout=run.decode_timeout,
+            worker_memory=run.worker_memory,
+        )
+        self._engine = engine = start_engine(self._model.checkpoint, engine_options, workload)
+        self._model.recipe = replace(recipe, compute_dtype=engine.dtype.value)
+        label = f"{self._model.card.name} in {engine.dtype.value} on {engine.device_name}"
+        self._observer.ready(f"{label}, {engine.batch_tiles} tiles a batch")
+
+    def _encoder_options(self, device: str) -> EncoderOptions:
+        from internvit_cli.encoder import EncoderOptions
 
         options, recipe = self._options, self._model.recipe
         recorded = self._existing.attributes or {}
-        dtype = ComputeDtype(recipe.compute_dtype) if self._model.dtype_is_known else options.run.dtype
-        encoder_options = EncoderOptions(
-            device=options.run.device,
-            dtype=dtype,
+        return EncoderOptions(
+            device=device,
+            dtype=ComputeDtype(recipe.compute_dtype) if self._model.dtype_is_known else options.run.dtype,
             batch_tiles=options.run.batch_tiles,
             recorded_batch_tiles=int(recorded.get("batch_tiles", 0)) or None,
             tokens=options.store.tokens,
@@ -266,10 +278,6 @@ class _Extraction:
             on_overflow=options.store.on_overflow,
             threads=options.run.threads,
         )
-        self._encoder = Encoder.load(self._model.checkpoint, encoder_options)
-        self._model.recipe = replace(recipe, compute_dtype=self._encoder.dtype.value)
-        label = f"{self._model.card.name} in {self._encoder.dtype.value} on {self._encoder.device_name}"
-        self._observer.ready(f"{label}, {self._encoder.batch_tiles} tiles a batch")
 
     def _fill(self, table: ImageTable, attributes: dict[str, Any], *, is_last: bool) -> None:
         """Encode the pending images of the shard at hand and publish it when none is left."""
@@ -326,50 +334,45 @@ class _Extraction:
         rows = np.flatnonzero(writer.status == Status.PENDING)
         if not len(rows):
             return
-        tiles = 1 if self._rule.global_view_only else int(table.tile_counts[rows].max())
-        if self._decoder is None or self._decoder.tiles < tiles:
-            self._restart_decoder(len(rows), tiles)
-        if self._encoder is None:
-            self._load_encoder()
-        assert self._decoder is not None and self._encoder is not None
-        recipe = self._model.recipe
-        job = FillJob(
+        workload = Workload(len(rows), int(self._decoded_tiles(table, writer.status).max()))
+        if self._engine is None:
+            self._start_engine(workload)
+        assert self._engine is not None
+        job = ShardJob(
+            workload=workload,
             keys=table.keys,
             jobs=_decode_jobs(table, rows, sources),
+            first_tile=table.tile_offset,
             writer=writer,
             skip_log=self._skip_log,
+            rules=self._fill_rules(is_begun=is_begun or bool((writer.status == Status.DONE).any())),
+        )
+        before = self._total
+        filled = self._engine.fill(job, self._stop, lambda progress: self._observer.progress(before.plus(progress)))
+        self._stages = self._stages.plus(filled.stages)
+        self._total = before.plus(filled.progress)
+        self._clamped += filled.clamped
+        writer.append_run_log(self._run_facts(self._engine) | run_log_entry(filled.stages, filled.progress.images))
+
+    def _fill_rules(self, *, is_begun: bool) -> FillRules:
+        recipe = self._model.recipe
+        return FillRules(
             pool_all_tiles=not recipe.thumbnail,
             store_tile_vectors=recipe.tile_pooled,
             is_begun=is_begun,
             strict=self._options.run.strict,
         )
-        before = self._total
-        filled = fill_shard(
-            job,
-            self._decoder,
-            self._encoder,
-            self._stop,
-            lambda progress: self._observer.progress(before.plus(progress)),
-        )
-        self._stages = self._stages.plus(filled.stages)
-        self._total = before.plus(filled.progress)
-        self._clamped += filled.clamped
-        encoder = self._encoder
-        how = {
-            "device": encoder.device_name,
-            "dtype": encoder.dtype.value,
-            "batch_tiles": encoder.batch_tiles,
-            "workers": len(self._decoder.pids),
+
+    def _run_facts(self, engine: Engine) -> dict[str, Any]:
+        """What a shard's log of starts says of this one."""
+        return {
+            "device": engine.device_name,
+            "dtype": engine.dtype.value,
+            "batch_tiles": engine.batch_tiles,
+            "workers": engine.workers,
             "model": stored_name(self._options.model.name),
             "output": os.path.abspath(self._output.path),
         }
-        writer.append_run_log(how | run_log_entry(filled.stages, filled.progress.images))
-
-    def _restart_decoder(self, images: int, tiles: int) -> None:
-        """Decode what was not planned: rows that could not be taken over because they are damaged."""
-        if self._decoder is not None:
-            self._decoder.close()
-        self._start_decoder(images, tiles)
 
     def _by_shard(self, keys: Iterable[bytes]) -> dict[str, list[str]]:
         """Those of some keys that have rows in finished shards of a folder, by the shard's name."""
@@ -386,7 +389,7 @@ class _Extraction:
 
     def _summary(self, seconds: float) -> Summary:
         existing = load_existing(self._output, overwrite=self._options.store.overwrite)
-        encoder = self._encoder
+        engine = self._engine
         return Summary(
             output=self._output.path,
             skipped_path=self._output.skipped_path,
@@ -397,9 +400,9 @@ class _Extraction:
             bytes=sum(_shard_bytes(shard) for shard in existing.shards),
             seconds=seconds,
             stages=self._stages,
-            device=encoder.device_name if encoder else "",
-            dtype=encoder.dtype.value if encoder else "",
-            batch_tiles=encoder.batch_tiles if encoder else 0,
+            device=engine.device_name if engine else "",
+            dtype=engine.dtype.value if engine else "",
+            batch_tiles=engine.batch_tiles if engine else 0,
             notes=self._notes(),
             stopped_by=self._stop.signal,
         )
@@ -408,11 +411,7 @@ class _Extraction:
         notes = []
         if self._options.model.name == TINY_RANDOM:
             notes.append("tiny-random has random weights: its features try the tool out and mean nothing")
-        if self._encoder is not None and self._encoder.halved:
-            notes.append(
-                "a batch ran out of memory and the size was halved: "
-                "rows may differ by rounding from those of full batches"
-            )
+        notes += self._engine.notes if self._engine else ()
         if self._dropped:
             notes.append(f"{self._dropped:,} rows of deleted pictures were dropped")
         if self._mistrusted:
@@ -433,11 +432,6 @@ class _Extraction:
         return Counts(len(statuses) + folders, done, sum(reasons.values()), pending, self._kept, reasons)
 
 
-def _pending(table: ImageTable) -> NDArray[Any]:
-    pending: NDArray[Any] = table.status == Status.PENDING
-    return pending
-
-
 def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:
     for row in rows.tolist():
         key = table.keys[row]
@@ -450,13 +444,3 @@ def _shard_bytes(shard: FinishedShard) -> int:
     if shard.is_partial:
         return allocated_bytes(shard.path)
     return sum(os.path.getsize(path) for path in shard.backend.final_paths(shard.path))
-
-
-def default_workers(device: str) -> int:
-    """Decode processes, when the user names no number.
-
-    With a card every core decodes. On a CPU the encoder needs the cores, and workers fill what its threads leave.
-    """
-    cpus = usable_cpus()
-    on_card = device.startswith("cuda") or (device == "auto" and os.path.exists("/dev/nvidiactl"))
-    return min(cpus, 64) if on_card else max(1, cpus // 2)

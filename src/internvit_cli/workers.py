@@ -36,10 +36,9 @@ START_ATTEMPTS = 5
 """Workers that may end before they are ready with no word from any other in between; then none ever will be."""
 
 BOOTSTRAP = """\
-import sys
-sys.path[:] = sys.argv[2:]
-from internvit_cli.workers import serve_socket
-serve_socket(int(sys.argv[1]))
+import importlib, sys
+sys.path[:] = sys.argv[4:]
+getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(int(sys.argv[3]))
 """
 """The worker imports from exactly where its parent does, never from the working directory, which may hold anything."""
 
@@ -157,23 +156,10 @@ class WorkerPool:
         self.close()
 
     def _start(self) -> _Worker:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-c", BOOTSTRAP, str(theirs.fileno()), *(p for p in sys.path if p)]
-            # One thread a worker: the pool is the parallelism. Libraries such as libtiff write what they think of a
-            # picture to stderr, which belongs to the user's terminal; the outcome says it instead.
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-            process = subprocess.Popen(  # noqa: S603 - our own interpreter, and nothing from outside
-                command,
-                pass_fds=(theirs.fileno(), *self._spec.descriptors),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                # A Ctrl-C goes to the terminal's whole group; a worker that is still starting would die of it.
-                start_new_session=True,
-            )
-        connection = Connection(ours.detach())
+        # One thread a worker: the pool is the parallelism. Libraries such as libtiff write what they think of a
+        # picture to stderr, which belongs to the user's terminal; the outcome says it instead.
+        environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        process, connection = start_process(serve_socket, self._spec.descriptors, environment, is_silent=True)
         # A worker that is gone already is noticed when its connection is read.
         with contextlib.suppress(OSError):
             connection.send(self._spec)
@@ -221,7 +207,7 @@ class WorkerPool:
             if not worker.ready:
                 self._start_again(worker)
                 return []
-            return self._replace(worker, Status.WORKER_DIED, f"its worker process ended ({_ending(worker.process)})")
+            return self._replace(worker, Status.WORKER_DIED, f"its worker process ended ({ending(worker.process)})")
         self._failed_starts = 0
         if isinstance(message, _Ready):
             if message.failure:
@@ -246,7 +232,7 @@ class WorkerPool:
         self._failed_starts += 1
         if self._failed_starts >= START_ATTEMPTS:
             raise InternvitError(
-                f"a worker process ended before it was ready ({_ending(worker.process)})",
+                f"a worker process ended before it was ready ({ending(worker.process)})",
                 "check that there is memory to start Python processes, or lower --workers",
             )
         self._succeed(worker)
@@ -258,6 +244,43 @@ class WorkerPool:
         worker.process.wait()
         self._workers[self._workers.index(worker)] = self._start()
         self._queue.extendleft(reversed(worker.tasks))
+
+
+def start_process(
+    serve: Callable[[int], None],
+    descriptors: tuple[int, ...] = (),
+    environment: dict[str, str] | None = None,
+    *,
+    is_silent: bool,
+) -> tuple[subprocess.Popen[bytes], Connection]:
+    """Start a fresh interpreter and a connection to it.
+
+    Args:
+        serve: a function of a module; it gets the file descriptor of the process's end of the connection.
+        descriptors: what the process inherits under the same numbers.
+        environment: variables to set beside the present ones.
+        is_silent: throw away what it writes to stderr.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        place = [serve.__module__, serve.__name__, str(theirs.fileno())]
+        process = subprocess.Popen(  # noqa: S603 - our own interpreter, and nothing from outside
+            [sys.executable, "-c", BOOTSTRAP, *place, *(path for path in sys.path if path)],
+            pass_fds=(theirs.fileno(), *descriptors),
+            env=os.environ | (environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL if is_silent else None,
+            # A Ctrl-C goes to the terminal's whole group; a process that is still starting would die of it.
+            start_new_session=True,
+        )
+    return process, Connection(ours.detach())
+
+
+def ignore_stop_signals() -> None:
+    """Leave it to the parent what a signal means: a process of a run ends when its connection does."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def map_in_workers(pool: WorkerPool, payloads: Iterable[Any]) -> Iterable[Finished | Lost]:
@@ -281,7 +304,8 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _ending(process: subprocess.Popen[bytes]) -> str:
+def ending(process: subprocess.Popen[bytes]) -> str:
+    """How a process ended, in words."""
     try:
         code = process.wait(timeout=5)
     except subprocess.TimeoutExpired:
@@ -304,8 +328,7 @@ class _Ready:
 
 def serve_socket(descriptor: int) -> None:
     """Run a worker over an inherited socket until the parent closes it."""
-    for stop in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(stop, signal.SIG_IGN)
+    ignore_stop_signals()
     with contextlib.suppress(EOFError, OSError), Connection(descriptor) as connection:
         spec: WorkerSpec = connection.recv()
         try:

@@ -30,6 +30,7 @@ BINARY_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 LEAST_WORKER_MEMORY = 512 << 20
 MOST_BYTES = 1 << 63
+MOST_DEVICES = 64
 
 
 def build_options(
@@ -107,7 +108,13 @@ def build_options(
     shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Most bytes of a shard.", rich_help_panel=STORE)
     ] = "4GiB",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.", rich_help_panel=RUN)] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. (default: auto)", rich_help_panel=RUN)
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Several at once: all cards, or such as 0,1.", rich_help_panel=RUN),
+    ] = None,
     dtype: Annotated[
         ComputeDtype, typer.Option(help="Type the encoder computes in.", rich_help_panel=RUN)
     ] = ComputeDtype.AUTO,
@@ -188,7 +195,7 @@ def build_options(
             lock=not no_lock,
         ),
         run=RunOptions(
-            device=device,
+            devices=parse_devices(device, devices),
             dtype=dtype,
             batch_tiles=parse_batch_size(batch_size),
             workers=workers,
@@ -233,6 +240,20 @@ def parse_relocation(text: str) -> tuple[bytes, bytes]:
     if not old or not new:
         raise UsageError(f"--relocate {text}: not OLD=NEW", "give both folders, such as --relocate /mnt/a=/mnt/b")
     return os.fsencode(os.path.abspath(old)), os.fsencode(os.path.abspath(new))
+
+
+def parse_devices(device: str | None, devices: str | None) -> tuple[str, ...]:
+    """Names of the devices to use: numbers are CUDA devices."""
+    if devices is None:
+        return (device or "auto",)
+    if device is not None:
+        raise UsageError("--device and --devices contradict each other", "give --devices alone")
+    names = tuple(f"cuda:{name}" if name.isascii() and name.isdigit() else name for name in devices.split(","))
+    if len(names) > MOST_DEVICES or not all(names) or ("all" in names and len(names) > 1):
+        raise UsageError(f"--devices {devices}: not a list of devices", "give all, or a list such as 0,1 or cpu,cpu")
+    if repeated := {name for name in names if names.count(name) > 1} - {"cpu"}:
+        raise UsageError(f"--devices {devices}: {min(repeated)} is named twice", "name each card once")
+    return names
 
 
 def parse_layer(text: str) -> int | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from internvit_cli.tiling import Grid
 
 PIXELS_IN_FLIGHT = 256_000_000
-"""Source pixels that all workers together may have in hand: decoded pictures are what memory goes to."""
+"""Source pixels that the workers of a run may have in hand together: decoded pictures are what memory goes to."""
 SPARE_SLOTS = 4
 """Slots beyond those being filled, so that workers go on while the encoder takes tiles."""
 SLOT_POLL_SECONDS = 0.02
@@ -66,6 +66,34 @@ class DecodeOptions:
     workers: int
     timeout_seconds: float
     memory_bytes: int
+    pixels_in_flight: int = PIXELS_IN_FLIGHT
+    """Source pixels that all workers together may have in hand; a larger picture is decoded alone."""
+
+
+class _Waiting:
+    """Jobs that are not begun, looked at one ahead."""
+
+    def __init__(self, jobs: Iterable[DecodeJob | None]) -> None:
+        self._jobs = iter(jobs)
+        self._first: DecodeJob | None = None
+        self.is_empty = False
+        """Whether there will never be another."""
+
+    @property
+    def first(self) -> DecodeJob | None:
+        """The next job; None when there is none at the moment."""
+        if self._first is None and not self.is_empty:
+            try:
+                self._first = next(self._jobs)
+            except StopIteration:
+                self.is_empty = True
+        return self._first
+
+    def take(self) -> DecodeJob:
+        """The next job, which is there."""
+        job, self._first = self._first, None
+        assert job is not None
+        return job
 
 
 class Decoder:
@@ -82,6 +110,7 @@ class Decoder:
             descriptors=(self._slots.descriptor,),
             memory_bytes=options.memory_bytes + shape.nbytes,
         )
+        self._pixels_in_flight = options.pixels_in_flight
         self._pool = WorkerPool(spec, options.workers, options.timeout_seconds)
         self._given: dict[int, tuple[DecodeJob, int, bool]] = {}
         self.tile_size, self.tiles = shape.tile_size, shape.tiles
@@ -94,27 +123,25 @@ class Decoder:
         return self._pool.pids
 
     def run(
-        self, jobs: Iterable[DecodeJob], stopped: Callable[[], bool] = lambda: False
+        self, jobs: Iterable[DecodeJob | None], stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[DecodedImage | FailedImage]:
         """Decode all jobs; results come in the order in which they are ready.
 
-        A job whose worker died is tried once more, alone. After `stopped` turns true nothing more is started or
-        returned.
+        A None among the jobs says that there is none at the moment. A job whose worker died is tried once more, alone.
+        After `stopped` turns true nothing more is started or returned.
         """
-        waiting = iter(jobs)
+        waiting = _Waiting(jobs)
         retries: deque[DecodeJob] = deque()
-        upcoming: DecodeJob | None = next(waiting, None)
         while not stopped():
-            while upcoming is not None and self._has_room(upcoming):
-                self._submit(upcoming, alone=False)
-                upcoming = next(waiting, None)
+            while (job := waiting.first) is not None and self._has_room(job):
+                self._submit(waiting.take(), alone=False)
             while retries and self._free:
                 self._submit(retries.popleft(), alone=True)
             if not self._given:
-                if upcoming is None and not retries:
+                if waiting.is_empty and not retries:
                     return
-                time.sleep(SLOT_POLL_SECONDS)  # every slot is full and with the encoder
-            for outcome in self._pool.wait(SLOT_POLL_SECONDS if upcoming is not None else 0.5):
+                time.sleep(SLOT_POLL_SECONDS)  # every slot is full and with the encoder, or there is no job yet
+            for outcome in self._pool.wait(0.5 if waiting.is_empty else SLOT_POLL_SECONDS):
                 if stopped():
                     return
                 job, slot, alone = self._given.pop(outcome.task_id)
@@ -133,7 +160,7 @@ class Decoder:
         if not self._free or self._pool.outstanding >= self._pool.capacity:
             return False
         pixels = sum(given.header.width * given.header.height for given, _, _ in self._given.values())
-        return not self._given or pixels + job.header.width * job.header.height <= PIXELS_IN_FLIGHT
+        return not self._given or pixels + job.header.width * job.header.height <= self._pixels_in_flight
 
     def _submit(self, job: DecodeJob, *, alone: bool) -> None:
         slot = self._free.popleft()

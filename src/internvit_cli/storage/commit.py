@@ -12,7 +12,7 @@ import os
 import time
 import zlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +42,7 @@ from internvit_cli.storage.layout import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -114,6 +114,60 @@ class _Uncommitted:
     since: float = field(default_factory=time.monotonic)
 
 
+class Recorded(NamedTuple):
+    """An image whose rows are written, and what is to be recorded of it."""
+
+    row: int
+    digest: bytes
+    """SHA-256 of the file that was decoded, 32 bytes."""
+    checksum: int
+    """CRC-32 over its rows."""
+    nbytes: int
+    """Of its rows."""
+
+
+class RowWriter:
+    """Writes feature rows at their places. Several processes may, each those of its own images: none shares a byte."""
+
+    def __init__(self, extents: Mapping[str, Extent]) -> None:
+        """Open the files of a shard that `create_shard` made; `extents` say where its datasets lie."""
+        self.extents = extents
+        self.descriptors = {
+            path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in extents.values()}
+        }
+        self._tokens_name = next((name for name in TOKEN_DATASETS if name in extents), "")
+
+    def write(self, image: ImageRows, first_tile: int) -> Recorded:
+        """Write the rows of a finished image; its tiles' rows begin at `first_tile`."""
+        checksum = self.put(POOLED, image.row, image.pooled, 0)
+        for name, blocks in ((self._tokens_name, image.tokens), (TILE_POOLED, image.tile_pooled)):
+            position = first_tile
+            for block in blocks:
+                checksum = self.put(name, position, block, checksum)
+                position += len(block)
+        return Recorded(image.row, image.digest, checksum, image.nbytes)
+
+    def write_nothing(self, row: int) -> int:
+        """Write the vector of a skipped image, which is NaN; returns its bytes."""
+        nothing = np.full(self.extents[POOLED].spec.shape[1:], np.nan, "<f4")
+        self.put(POOLED, row, nothing, 0)
+        return nothing.nbytes
+
+    def put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
+        """Write rows of one dataset from index `position` on; returns the running CRC."""
+        extent = self.extents[name]
+        data = np.ascontiguousarray(rows)
+        with disk_errors(extent.path):
+            write_all(self.descriptors[extent.path], data, extent.offset + position * extent.spec.row_bytes)
+        return zlib.crc32(data.data, checksum)
+
+    def close(self) -> None:
+        """Let the files go."""
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
 class ShardWriter:
     """Fills one shard. Not thread-safe: one thread writes and checkpoints."""
 
@@ -121,10 +175,9 @@ class ShardWriter:
         """Open a shard that `create_shard` made; `table` is its table with the statuses on disk."""
         self.extents = backend.extents(partial)
         """Where the rows of each dataset lie."""
-        self._descriptors = {
-            path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in self.extents.values()}
-        }
-        self._tile_offset = table.tile_offset.tolist()
+        self._rows = RowWriter(self.extents)
+        self._descriptors = self._rows.descriptors
+        self._tile_offset = table.tile_offset
         images = len(table)
         self._status: NDArray[Any] = table.status.copy()
         self._digest = self._load(DIGEST, (images, 32), np.uint8)
@@ -170,22 +223,16 @@ class ShardWriter:
 
     def write(self, image: ImageRows) -> None:
         """Write the rows of a finished image. It is not done before the next checkpoint."""
-        first_tile = self._tile_offset[image.row]
-        checksum = self._put(POOLED, image.row, image.pooled, 0)
-        for name, blocks in ((self._tokens_name, image.tokens), (TILE_POOLED, image.tile_pooled)):
-            position = first_tile
-            for block in blocks:
-                checksum = self._put(name, position, block, checksum)
-                position += len(block)
-        self._crc32[image.row] = checksum
-        self._finish(image.row, Status.DONE, image.digest, image.nbytes)
+        self.record(self._rows.write(image, int(self._tile_offset[image.row])))
+
+    def record(self, written: Recorded) -> None:
+        """Take note of an image whose rows another process has written. It is not done before the next checkpoint."""
+        self._crc32[written.row] = written.checksum
+        self._finish(written.row, Status.DONE, written.digest, written.nbytes)
 
     def skip(self, row: int, skipped: Skipped) -> None:
         """Mark an image that could not be used: its vector is NaN, its tile rows stay unwritten."""
-        extent = self.extents[POOLED]
-        nothing = np.full(extent.spec.shape[1:], np.nan, "<f4")
-        self._put(POOLED, row, nothing, 0)
-        self._finish(row, skipped.status, bytes(32), nothing.nbytes)
+        self._finish(row, skipped.status, bytes(32), self._rows.write_nothing(row))
 
     def checkpoint(self) -> int:
         """Commit all that was written; returns the number of images committed.
@@ -213,26 +260,12 @@ class ShardWriter:
 
     def close(self) -> None:
         """Let the files go, without a checkpoint."""
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-    @property
-    def _tokens_name(self) -> str:
-        return next((name for name in TOKEN_DATASETS if name in self.extents), "")
+        self._rows.close()
 
     def _load(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         extent = self.extents[name]
         data = read_exactly(self._descriptors[extent.path], extent.spec.nbytes, extent.offset, extent.path)
         return np.frombuffer(data, dtype).reshape(shape)
-
-    def _put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
-        """Write rows from index `position` on; returns the running CRC."""
-        extent = self.extents[name]
-        data = np.ascontiguousarray(rows)
-        with disk_errors(extent.path):
-            write_all(self._descriptors[extent.path], data, extent.offset + position * extent.spec.row_bytes)
-        return zlib.crc32(data.data, checksum)
 
     def _finish(self, row: int, status: Status, digest: bytes, nbytes: int) -> None:
         if not self._pending.rows:

@@ -1,0 +1,140 @@
+"""Time and memory of planning, resuming, a run with nothing to do, `info` and `verify`, against the number of images.
+
+    python benchmarks/scale.py [--images 1000 10000 100000 1000000] [--folder FOLDER]
+
+The pictures are hard links to 64 JPEG files of some kilobytes, a thousand to a folder, so that a million of them take
+no room. The unfinished file holds random vectors for all of them but the last ten, written as `extract` writes them
+(tokens are left out: a million images would take terabytes, and only their bytes would grow). Each command runs in a
+process of its own; memory is the peak resident set of its largest process, as the kernel counted it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+FILES = 64
+PER_FOLDER = 1000
+PENDING = 10
+MODEL = ("--model", "tiny-random", "--dtype", "float32", "--tokens", "none", "--quiet")
+
+
+class Cost(NamedTuple):
+    """What one command took."""
+
+    seconds: float
+    megabytes: float
+
+
+def make_pictures(folder: Path, images: int) -> None:
+    """Hard links to a few small files."""
+    random = np.random.default_rng(0)
+    originals = folder / "originals"
+    originals.mkdir(parents=True)
+    for number in range(FILES):
+        width, height = random.integers(200, 640, 2).tolist()
+        pixels = random.integers(0, 255, (8, 8, 3), np.uint8)
+        data = io.BytesIO()
+        Image.fromarray(pixels).resize((width, height)).save(data, "JPEG", quality=60)
+        (originals / f"{number:02d}.jpg").write_bytes(data.getvalue())
+    for number in range(images):
+        if number % PER_FOLDER == 0:
+            (folder / "pictures" / f"{number // PER_FOLDER:05d}").mkdir(parents=True)
+        place = folder / "pictures" / f"{number // PER_FOLDER:05d}" / f"{number:08d}.jpg"
+        os.link(originals / f"{number % FILES:02d}.jpg", place)
+
+
+def run(*arguments: object, code: int = 0) -> Cost:
+    """Run a command line in a process of its own."""
+    started = time.perf_counter()
+    with subprocess.Popen(
+        [sys.executable, "-m", "internvit_cli", *map(str, arguments)], stdout=subprocess.DEVNULL
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != code:
+        raise SystemExit(f"{arguments[0]} ended with {process.returncode}")
+    return Cost(time.perf_counter() - started, usage.ru_maxrss / 1000)
+
+
+FILL = """
+import sys
+import numpy as np
+from internvit_cli import pipeline
+from internvit_cli.cli.app import run
+from internvit_cli.config import Status
+from internvit_cli.storage.commit import ImageRows
+
+class Engine:
+    device_name, batch_tiles, batch_tiles_to_record, workers, notes = "none", 1, 0, 0, ()
+
+    def __init__(self, _checkpoint, options, _workload):
+        self.dtype = options.encoder.dtype
+
+    def fill(self, job, *_):
+        '''Random vectors in place of decoding and encoding; then the run dies.'''
+        random = np.random.default_rng(0)
+        vectors = random.standard_normal((4096, 64), np.float32)
+        pending = np.flatnonzero(job.writer.status == Status.PENDING)[:-int(sys.argv[3])]
+        for row in pending.tolist():
+            job.writer.write(ImageRows(row, random.bytes(32), vectors[row % 4096]))
+            if row % 100_000 == 99_999:
+                job.writer.checkpoint()
+        job.writer.checkpoint()
+        sys.exit(0)
+
+    def close(self):
+        pass
+
+pipeline.start_engine = Engine
+run(["extract", sys.argv[1], "-o", sys.argv[2], *sys.argv[4:]])
+"""
+
+
+def measure(images: int, folder: Path) -> dict[str, Cost]:
+    """All commands over so many images."""
+    make_pictures(folder, images)
+    pictures, output = folder / "pictures", folder / "feats.h5"
+    costs = {
+        "plan, cold": run("plan", pictures, "-o", output, *MODEL),
+        "plan": run("plan", pictures, "-o", output, *MODEL),
+    }
+    command = [sys.executable, "-c", FILL, str(pictures), str(output), str(PENDING), *MODEL]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert Path(f"{output}.partial").exists()
+    costs["info of the unfinished file"] = run("info", f"{output}.partial")
+    costs["resume, ten images left"] = run("extract", pictures, "-o", output, *MODEL)
+    costs["nothing to do"] = run("extract", pictures, "-o", output, *MODEL)
+    costs["info"] = run("info", output)
+    costs["verify, rows and index"] = run("verify", output, "--no-pictures", "-q")
+    return costs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--folder", default=tempfile.gettempdir())
+    arguments = parser.parse_args()
+    table: dict[str, list[Cost]] = {}
+    for images in arguments.images:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+            for name, cost in measure(images, Path(scratch)).items():
+                table.setdefault(name, []).append(cost)
+    print("| command | " + " | ".join(f"{images:,} images" for images in arguments.images) + " |")
+    print("|---" * (1 + len(arguments.images)) + "|")
+    for name, costs in table.items():
+        print(f"| {name} | " + " | ".join(f"{cost.seconds:.1f} s, {cost.megabytes:.0f} MB" for cost in costs) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Several devices on one plan, CPU encoders standing in for cards: the same rows as one device makes, whatever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import crash_checks as checks
+import numpy as np
+import pytest
+from crash_checks import KINDS
+from test_extract import Result, command, extract, make_pictures, summary_of, wait_for
+
+from internvit_cli import open_features
+from internvit_cli.cli.arguments import parse_devices
+from internvit_cli.config import Status
+from internvit_cli.errors import UsageError
+
+DEVICES = ("--devices", "cpu,cpu")
+SHAPE = ("--dtype", "float32", "--max-tiles", "4", "--shard-size", "6MB")
+PICTURES = 24
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = make_pictures(folder, PICTURES, seed=4, size=240)
+    (folder / "cut.jpg").write_bytes(paths[0].read_bytes()[: paths[0].stat().st_size // 2])
+    (folder / "text.jpg").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one device makes, as each kind of output."""
+    folder = tmp_path_factory.mktemp("whole")
+    for kind, (name, *options) in KINDS.items():
+        (folder / kind).mkdir()
+        result = extract(pictures, "-o", folder / kind / name, *SHAPE, *options)
+        assert result.returncode == 3, result.stderr
+    return folder
+
+
+def arguments(pictures: Path, output: Path, *options: object) -> list[str]:
+    return command("extract", pictures, "-o", output, "--model", "tiny-random", *SHAPE, *DEVICES, *options)
+
+
+def device_processes(parent: int) -> list[int]:
+    """Process ids of a run's devices."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(pid) for pid in children if b"serve_device" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def committed(partial: Path) -> int:
+    if not partial.exists():
+        return 0
+    return sum(image.status is not Status.PENDING for image in open_features(partial).values())
+
+
+def wait_until_committed(output: Path, count: int, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while committed(Path(f"{output}.partial")) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_devices_make_the_same_output_as_one(pictures: Path, whole: Path, tmp_path: Path, kind: str) -> None:
+    name, *options = KINDS[kind]
+    result = extract(pictures, "-o", tmp_path / name, *SHAPE, *DEVICES, *options, "--json")
+    assert result.returncode == 3, result.stderr
+    summary = summary_of(result)
+    assert (summary["found"], summary["done"], summary["skipped"]) == (PICTURES + 2, PICTURES, 2)
+    assert summary["device"] == "cpu, cpu" and summary["encoded"] == PICTURES
+    checks.assert_same_output(tmp_path / name, whole / kind / name)
+
+
+def test_a_device_that_dies_costs_no_image(pictures: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "feats.h5"
+    process = subprocess.Popen(arguments(pictures, output, "--json"), stdout=subprocess.PIPE, text=True)
+    wait_for(Path(f"{output}.partial"))
+    os.kill(device_processes(process.pid)[0], signal.SIGKILL)
+    stdout, _ = process.communicate(timeout=120)
+    summary = json.loads(stdout)
+    assert process.returncode == 3 and summary["done"] == PICTURES
+    assert any("killed by SIGKILL" in note and "the others did its images" in note for note in summary["notes"])
+    checks.assert_same_output(output, whole / "file" / "feats.h5")
+
+
+def test_when_all_devices_die_what_is_done_stays_and_the_same_command_goes_on(
+    pictures: Path, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "feats.h5"
+    process = subprocess.Popen(arguments(pictures, output), stderr=subprocess.PIPE, text=True)
+    wait_for(Path(f"{output}.partial"))
+    for pid in device_processes(process.pid):
+        os.kill(pid, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and "error: no device is left" in stderr and "Traceback" not in stderr
+    assert extract(pictures, "-o", output, *SHAPE, *DEVICES).returncode == 3
+    checks.assert_same_output(output, whole / "file" / "feats.h5")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_commits_what_every_device_has_encoded(
+    pictures: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    output = tmp_path / "feats.h5"
+    process = subprocess.Popen(arguments(pictures, output, "--json"), stdout=subprocess.PIPE, text=True)
+    wait_for(Path(f"{output}.partial"))
+    time.sleep(0.5)
+    devices = device_processes(process.pid)
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=15)
+    assert process.returncode == 128 + number
+    assert not any(Path(f"/proc/{pid}").exists() for pid in devices)
+    first = json.loads(stdout)
+    assert first["found"] == first["done"] + first["skipped"] + first["pending"]
+    second = summary_of(extract(pictures, "-o", output, *SHAPE, *DEVICES, "--json"))
+    assert second["encoded"] == PICTURES - first["done"]  # type: ignore[operator]
+    checks.assert_same_output(output, whole / "file" / "feats.h5")
+
+
+def test_devices_end_with_a_killed_parent_and_one_device_finishes_what_two_began(
+    pictures: Path, whole: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "feats.h5"
+    process = subprocess.Popen(arguments(pictures, output), stderr=subprocess.DEVNULL)
+    wait_until_committed(output, 1)
+    devices = device_processes(process.pid)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in devices):
+        assert time.monotonic() < deadline, "a device outlives its parent"
+        time.sleep(0.05)
+    assert extract(pictures, "-o", output, *SHAPE).returncode == 3
+    checks.assert_same_output(output, whole / "file" / "feats.h5")
+
+
+def test_an_error_of_a_device_ends_the_run_and_what_was_encoded_is_kept(pictures: Path, tmp_path: Path) -> None:
+    strict = extract(pictures, "-o", tmp_path / "f.h5", *SHAPE, *DEVICES, "--strict")
+    assert strict.returncode == 1 and "text.jpg: not_an_image" in strict.stderr
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder, ignore=shutil.ignore_patterns("text.jpg"))
+    strict = extract(folder, "-o", tmp_path / "f.h5", *SHAPE, *DEVICES, "--strict")
+    assert (
+        strict.returncode == 1
+        and "cut.jpg: truncated" in strict.stderr
+        and "hint: run without --strict" in strict.stderr
+    )
+    features = open_features(tmp_path / "f.h5.partial")
+    assert features["cut.jpg"].status is Status.PENDING
+    assert extract(folder, "-o", tmp_path / "f.h5", *SHAPE, *DEVICES).returncode == 3
+
+
+def test_a_device_that_is_not_there_is_one_error_line(pictures: Path, tmp_path: Path) -> None:
+    for devices in ("cpu,cuda:7", "all", "cuda:7,cpu"):
+        result: Result = extract(pictures, "-o", tmp_path / "f.h5", "--devices", devices)
+        assert result.returncode == 1, devices
+        assert [line.partition(":")[0] for line in result.stderr.splitlines() if "tiles" not in line] == [
+            "error",
+            "hint",
+        ]
+        assert not list(tmp_path.glob("*"))
+
+
+def test_taken_over_and_incremental_rows_work_with_several_devices(pictures: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "pictures", tmp_path / "feats.h5"
+    shutil.copytree(pictures, folder)
+    assert extract(folder, "-o", output, *SHAPE, *DEVICES).returncode == 3
+    make_pictures(folder / "more", 3, seed=8)
+    summary = summary_of(extract(folder, "-o", output, *SHAPE, *DEVICES, "--json"))
+    assert (summary["encoded"], summary["done"]) == (3, PICTURES + 3)
+    assert extract(folder, "-o", tmp_path / "one.h5", *SHAPE).returncode == 3
+    one, two = open_features(tmp_path / "one.h5"), open_features(output)
+    for key in one:
+        if one[key].status is Status.DONE:
+            np.testing.assert_array_equal(one[key].visual_tokens, two[key].visual_tokens)
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "names"),
+    [
+        (None, None, ("auto",)),
+        ("cuda:1", None, ("cuda:1",)),
+        (None, "all", ("all",)),
+        (None, "0,1", ("cuda:0", "cuda:1")),
+        (None, "cuda:2", ("cuda:2",)),
+        (None, "cpu,cpu", ("cpu", "cpu")),
+    ],
+)
+def test_devices_are_named_by_numbers_or_names(device: str | None, devices: str | None, names: tuple[str, ...]) -> None:
+    assert parse_devices(device, devices) == names
+
+
+@pytest.mark.parametrize(
+    ("device", "devices"),
+    [("cpu", "cpu,cpu"), (None, ""), (None, "0,"), (None, "0,0"), (None, "all,0"), (None, "0," * 70)],
+)
+def test_what_is_no_list_of_devices_is_a_usage_error(device: str | None, devices: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_devices(device, devices)
+    assert caught.value.hint
