@@ -32,7 +32,7 @@ ROWS = [
     {"verdict", "agreement"},
     {"picture_check", "reextract"},
     {"verify"},
-    {"preview"},
+    {"preview", "accounting"},
     {"pipeline"},
     {"cli"},
     {"__main__", "__init__"},

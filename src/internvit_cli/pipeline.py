@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from internvit_cli.accounting import Account, Totals, summarize
 from internvit_cli.config import ComputeDtype, Status
 from internvit_cli.decode.decoder import DecodeJob
 from internvit_cli.devices import find_devices, start_engine
@@ -17,14 +18,13 @@ from internvit_cli.errors import StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillRules, unusable
 from internvit_cli.headers import Header
-from internvit_cli.model.catalog import TINY_RANDOM
-from internvit_cli.observer import SILENT, Observer, Progress
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.preview import find_images
 from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule, stored_name
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
-from internvit_cli.report import Counts, Stages, Summary, run_log_entry
-from internvit_cli.sharding import Draft, merge_rows, new_shard, split_table
+from internvit_cli.report import Summary, run_log_entry
+from internvit_cli.sharding import Draft, DraftRules, draft_shards, is_moved, new_shard
 from internvit_cli.stopping import Interruption
 from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.durable import allocated_bytes, check_space
@@ -33,12 +33,11 @@ from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.recheck import Recheck, contradictory_rows
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 from internvit_cli.storage.takeover import take_over
-from internvit_cli.table import ImageTable, count_statuses
 from internvit_cli.tiling import Grid
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -49,6 +48,7 @@ if TYPE_CHECKING:
     from internvit_cli.sources import Listing, Source
     from internvit_cli.stopping import StopRequest
     from internvit_cli.storage.layout import FeatureShape, NewShard
+    from internvit_cli.table import ImageTable
 
 
 def extract(
@@ -100,12 +100,7 @@ class _Extraction:
         self._finished_images: tuple[Existing, StoredImages] | None = None
         self._relocations = [Relocation(old, new) for old, new in options.store.relocations]
         self._engine: Engine | None = None
-        self._stages = Stages()
-        self._total = Progress()
-        self._clamped = 0
-        self._kept = self._dropped = 0
-        self._mistrusted = 0
-        """Images that are done again because what was recorded of them is damaged."""
+        self._totals = Totals()
 
     def run(self, started: float) -> Summary:
         self._output.prepare()
@@ -116,15 +111,28 @@ class _Extraction:
         stored = StoredImages(existing.shards, self._relocations)
         self._skip_log = SkipLog(self._output.skipped_path)
         changes = stored.compare(self._listing, self._skip_log, retry_skipped=store.retry_skipped)
-        self._mistrusted = changes.damaged
+        self._totals.mistrusted = changes.damaged
         dropped = prunable(stored, changes, self._listing, confirmed=store.yes) if store.prune else []
-        self._kept, self._dropped = len(changes.unlisted) - len(dropped), len(dropped)
+        self._totals.kept, self._totals.dropped = len(changes.unlisted) - len(dropped), len(dropped)
+        del stored
         self._log_unreadable_folders()
-        if existing.partial is not None or changes.entries or dropped or self._is_moved(existing.shards):
+        if existing.partial is not None or changes.entries or dropped or is_moved(existing.shards, self._relocations):
             self._make(existing, changes, dropped)
         if not self._stop.signal:
             self._output.complete()
-        return self._summary(time.monotonic() - started)
+        # The index of a million images takes some hundred megabytes: one at a time.
+        del existing, changes
+        self._existing, self._finished_images = Existing(), None
+        return self._summary(started)
+
+    def _summary(self, started: float) -> Summary:
+        existing = load_existing(self._output, overwrite=self._options.store.overwrite)
+        return summarize(
+            Account(self._options, self._output, self._listing, existing, self._totals),
+            self._engine,
+            seconds=time.monotonic() - started,
+            stopped_by=self._stop.signal,
+        )
 
     def close(self) -> None:
         """End the workers and let the devices go, however the run ended."""
@@ -142,7 +150,8 @@ class _Extraction:
             row, skipped = min(plan.skipped.items())
             raise unusable(plan.table.keys[row], skipped)
         gone = {*dropped, *(self._listing.keys[entry] for entry in changes.changed)}
-        drafts = self._drafts(existing.finished, gone, plan, shape)
+        rules = self._draft_rules(shape)
+        drafts = draft_shards(existing.finished, gone, plan.table, rules)
         self._check_space(existing, [self._new_shard(draft, shape) for draft in drafts])
         if drafts and self._output.is_file and existing.finished:
             copied = os.path.getsize(self._output.path)
@@ -154,7 +163,7 @@ class _Extraction:
             stored = existing.partial.stored
             self._fill(stored.table, stored.attributes, is_last=not drafts)
             self._existing = load_existing(self._output, overwrite=self._options.store.overwrite)
-            drafts = self._drafts(self._existing.finished, gone, plan, shape)
+            drafts = draft_shards(self._existing.finished, gone, plan.table, rules)
         for number, draft in enumerate(drafts, 1):
             if self._stop.signal:
                 return
@@ -168,6 +177,15 @@ class _Extraction:
         batch_tiles = self._engine.batch_tiles_to_record if self._engine else 0
         return new_shard(draft, shape, self._model.recipe, self._model.card, batch_tiles)
 
+    def _draft_rules(self, shape: FeatureShape) -> DraftRules:
+        return DraftRules(
+            is_file=self._output.is_file,
+            sources=self._listing.sources,
+            relocations=self._relocations,
+            shape=shape,
+            shard_bytes=self._options.store.shard_bytes,
+        )
+
     def _plan(self, entries: list[int]) -> Plan:
         def on_progress(done: int) -> None:
             self._observer.headers(done, len(entries))
@@ -175,35 +193,6 @@ class _Extraction:
         run = self._options.run
         how = PlanOptions(self._rule, usable_cpus(), run.decode_timeout, run.worker_memory)
         return plan_images(self._listing, entries, how, on_progress)
-
-    def _drafts(
-        self, finished: Sequence[FinishedShard], gone: Collection[bytes], plan: Plan, shape: FeatureShape
-    ) -> list[Draft]:
-        """The shards to make: more of them in a folder; a single file is made anew, with the rows it has.
-
-        A shard whose pictures moved is made anew too, for it names their source.
-        """
-        sources, added = self._listing.sources, plan.table
-        if self._output.is_file and finished:
-            if not len(added) and not gone and not self._is_moved(finished):
-                return []
-            return [merge_rows(finished[0], gone, added, sources, self._relocations)]
-        nothing = added.take(np.arange(0))
-        moved = [shard for shard in finished if self._is_moved([shard])]
-        drafts = [merge_rows(shard, gone, nothing, (), self._relocations) for shard in moved]
-        if not len(added):
-            return drafts
-        tables = [added] if self._output.is_file else split_table(added, shape, self._options.store.shard_bytes)
-        return [*drafts, *(Draft(table, sources) for table in tables)]
-
-    def _is_moved(self, shards: Sequence[FinishedShard]) -> bool:
-        """Whether shards name a source that has moved since."""
-        return any(
-            stored_sources(shard.stored.attributes, shard.path)
-            != stored_sources(shard.stored.attributes, shard.path, self._relocations)
-            for shard in shards
-            if len(shard.superseded_keys) < len(shard.stored.table)
-        )
 
     def _check_space(self, existing: Existing, shards: list[NewShard]) -> None:
         """Refuse before any work what cannot fit. An unfinished shard has had its space from its creation."""
@@ -293,7 +282,7 @@ class _Extraction:
                     if self._output.is_file or shard.name in older:
                         take_over(shard, table, writer, lambda: bool(self._stop.signal))
                 sources = stored_sources(attributes, self._output.path, self._relocations)
-                is_begun = bool(finished or self._total.images)
+                is_begun = bool(finished or self._totals.progress.images)
                 self._encode_pending(table, sources, writer, is_begun=is_begun)
                 damaged = recheck.damaged_rows(lambda: bool(self._stop.signal))
             if damaged:
@@ -318,7 +307,7 @@ class _Extraction:
     def _do_again(self, rows: list[int], writer: ShardWriter) -> None:
         """Have rows of an earlier run be encoded again, for they are not what was committed."""
         writer.forget(rows)
-        self._mistrusted += len(rows)
+        self._totals.mistrusted += len(rows)
 
     def _tidy_skip_log(self, partial: FinishedShard | None) -> None:
         """Leave one line for each image that is skipped now, whichever run skipped it."""
@@ -347,11 +336,9 @@ class _Extraction:
             skip_log=self._skip_log,
             rules=self._fill_rules(is_begun=is_begun or bool((writer.status == Status.DONE).any())),
         )
-        before = self._total
+        before = self._totals.progress
         filled = self._engine.fill(job, self._stop, lambda progress: self._observer.progress(before.plus(progress)))
-        self._stages = self._stages.plus(filled.stages)
-        self._total = before.plus(filled.progress)
-        self._clamped += filled.clamped
+        self._totals.add(filled)
         writer.append_run_log(self._run_facts(self._engine) | run_log_entry(filled.stages, filled.progress.images))
 
     def _fill_rules(self, *, is_begun: bool) -> FillRules:
@@ -385,52 +372,6 @@ class _Extraction:
                 found.setdefault(stored.shard_name(key), []).append(os.fsdecode(key))
         return found
 
-    # ------------------------------------------------------------------------------------------------------ telling it
-
-    def _summary(self, seconds: float) -> Summary:
-        existing = load_existing(self._output, overwrite=self._options.store.overwrite)
-        engine = self._engine
-        return Summary(
-            output=self._output.path,
-            skipped_path=self._output.skipped_path,
-            model=(existing.attributes or {}).get("model", self._options.model.name),
-            counts=self._counts(StoredImages(existing.shards)),
-            tiles=self._total.tiles,
-            encoded=self._total.images,
-            bytes=sum(_shard_bytes(shard) for shard in existing.shards),
-            seconds=seconds,
-            stages=self._stages,
-            device=engine.device_name if engine else "",
-            dtype=engine.dtype.value if engine else "",
-            batch_tiles=engine.batch_tiles if engine else 0,
-            notes=self._notes(),
-            stopped_by=self._stop.signal,
-        )
-
-    def _notes(self) -> tuple[str, ...]:
-        notes = []
-        if self._options.model.name == TINY_RANDOM:
-            notes.append("tiny-random has random weights: its features try the tool out and mean nothing")
-        notes += self._engine.notes if self._engine else ()
-        if self._dropped:
-            notes.append(f"{self._dropped:,} rows of deleted pictures were dropped")
-        if self._mistrusted:
-            notes.append(f"{self._mistrusted:,} images of an earlier run were damaged on the disk and are done again")
-        if self._clamped:
-            notes.append(f"{self._clamped:,} values were clamped to the range of the stored type")
-        if self._listing.unfollowed_links:
-            notes.append(f"{self._listing.unfollowed_links} links to folders were not followed (--follow-links)")
-        return tuple(notes)
-
-    def _counts(self, stored: StoredImages) -> Counts:
-        statuses = np.fromiter((stored.status(key) or 0 for key in self._listing.keys), np.uint8, len(self._listing))
-        by_status = count_statuses(statuses)
-        done, pending = by_status.pop(Status.DONE, 0), by_status.pop(Status.PENDING, 0)
-        reasons = {status.word: count for status, count in by_status.items()}
-        if folders := len(self._listing.unreadable_folders):
-            reasons["unreadable_folder"] = folders
-        return Counts(len(statuses) + folders, done, sum(reasons.values()), pending, self._kept, reasons)
-
 
 def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:
     for row in rows.tolist():
@@ -438,9 +379,3 @@ def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source
         header = Header(*(int(getattr(table, name)[row]) for name in Header._fields))
         grid = Grid(int(table.columns[row]), int(table.rows[row]))
         yield DecodeJob(row, sources[int(table.source[row])].path(key), header, grid)
-
-
-def _shard_bytes(shard: FinishedShard) -> int:
-    if shard.is_partial:
-        return allocated_bytes(shard.path)
-    return sum(os.path.getsize(path) for path in shard.backend.final_paths(shard.path))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from internvit_cli.storage.skipped import SkipLog
 
 HASH_BLOCK = 1 << 20
+ROW_BITS = 40
+"""Of a row's number in a shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +65,29 @@ class StoredImages:
         self._shards = shards
         self._sources = [stored_sources(shard.stored.attributes, shard.path, relocations) for shard in shards]
         self._known_digests: dict[int, Any] = {}
-        self._rows: dict[bytes, tuple[int, int]] = {}
+        self._places: dict[bytes, int] = {}
+        """A shard's number and a row in it, as one integer: of a million small tuples the memory would be felt."""
         for number, shard in enumerate(shards):
             superseded = shard.superseded_keys
             for row, key in enumerate(shard.stored.table.keys):
                 if key not in superseded:
-                    self._rows[key] = number, row
+                    self._places[key] = number << ROW_BITS | row
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def status(self, key: bytes) -> Status | None:
         """The status of an image; None when the output has no row for it."""
-        place = self._rows.get(key)
+        place = self._place(key)
         return None if place is None else Status(int(self._table(place).status[place[1]]))
 
     def shard_name(self, key: bytes) -> str:
         """The shard that holds a key's row."""
-        return self._shards[self._rows[key][0]].name
+        return self._shards[self._places[key] >> ROW_BITS].name
 
     def source(self, key: bytes) -> Source:
         """The source that a key's row came from."""
-        number, row = self._rows[key]
+        number, row = divmod(self._places[key], 1 << ROW_BITS)
         return self._sources[number][int(self._table((number, row)).source[row])]
 
     def path(self, key: bytes) -> bytes:
@@ -99,7 +102,7 @@ class StoredImages:
         """
         new, changed, listed, damaged = [], [], set(), 0
         for entry, key in enumerate(listing.keys):
-            place = self._rows.get(key)
+            place = self._place(key)
             if place is None:
                 new.append(entry)
                 continue
@@ -112,7 +115,12 @@ class StoredImages:
                 changed.append(entry)
             elif is_retried or not self._is_unchanged(listing, entry, place):
                 changed.append(entry)
-        return Changes(new, changed, [key for key in self._rows if key not in listed], damaged)
+        return Changes(new, changed, [key for key in self._places if key not in listed], damaged)
+
+    def _place(self, key: bytes) -> tuple[int, int] | None:
+        """Number of the shard that holds a key's row, and the row."""
+        place = self._places.get(key)
+        return None if place is None else divmod(place, 1 << ROW_BITS)
 
     def _is_contradictory(self, place: tuple[int, int], is_listed: bool, is_any_listed: bool) -> bool:
         """Whether a finished shard's status cannot be what was committed, given the list of skipped images.

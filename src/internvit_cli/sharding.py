@@ -34,6 +34,55 @@ class Draft:
     """What the table's `source` column counts."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftRules:
+    """How images are put into shards."""
+
+    is_file: bool
+    """One file, made anew when it changes, instead of a folder that gets more shards."""
+    sources: Sequence[Source]
+    """Of the added images."""
+    relocations: Sequence[Relocation]
+    shape: FeatureShape
+    shard_bytes: int
+
+
+def draft_shards(
+    finished: Sequence[FinishedShard], gone: Collection[bytes], added: ImageTable, rules: DraftRules
+) -> list[Draft]:
+    """The shards to make: more of them in a folder; a single file is made anew, with the rows it has.
+
+    A shard whose pictures moved is made anew too, for it names their source.
+
+    Args:
+        finished: what is there.
+        gone: keys whose rows there count no more.
+        added: images to encode.
+        rules: how to cut.
+    """
+    if rules.is_file and finished:
+        if not len(added) and not gone and not is_moved(finished, rules.relocations):
+            return []
+        return [merge_rows(finished[0], gone, added, rules.sources, rules.relocations)]
+    nothing = added.take(np.arange(0))
+    moved = [shard for shard in finished if is_moved([shard], rules.relocations)]
+    drafts = [merge_rows(shard, gone, nothing, (), rules.relocations) for shard in moved]
+    if not len(added):
+        return drafts
+    tables = [added] if rules.is_file else split_table(added, rules.shape, rules.shard_bytes)
+    return [*drafts, *(Draft(table, rules.sources) for table in tables)]
+
+
+def is_moved(shards: Sequence[FinishedShard], relocations: Sequence[Relocation]) -> bool:
+    """Whether shards name a source that has moved since."""
+    return bool(relocations) and any(
+        stored_sources(shard.stored.attributes, shard.path)
+        != stored_sources(shard.stored.attributes, shard.path, relocations)
+        for shard in shards
+        if len(shard.superseded_keys) < len(shard.stored.table)
+    )
+
+
 def split_table(table: ImageTable, shape: FeatureShape, shard_bytes: int) -> Iterator[ImageTable]:
     """Cut a table into shards of at most `shard_bytes` of features; an image never spans two.
 

@@ -1,0 +1,112 @@
+"""What a run comes to: every image accounted for, where the time went, and what a user should know beside that."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from internvit_cli.config import Status
+from internvit_cli.model.catalog import TINY_RANDOM
+from internvit_cli.observer import Progress
+from internvit_cli.reconcile import StoredImages
+from internvit_cli.report import Counts, Stages, Summary
+from internvit_cli.storage.durable import allocated_bytes
+from internvit_cli.table import count_statuses
+
+if TYPE_CHECKING:
+    from internvit_cli.engine import Engine
+    from internvit_cli.existing import Existing
+    from internvit_cli.filling import Filled
+    from internvit_cli.options import ExtractOptions
+    from internvit_cli.sources import Listing
+    from internvit_cli.storage.output import FinishedShard, Output
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run adds up while it goes on."""
+
+    stages: Stages = field(default_factory=Stages)
+    progress: Progress = field(default_factory=Progress)
+    clamped: int = 0
+    """Values that were clamped to the stored type's range."""
+    kept: int = 0
+    """Rows of pictures that are not in the listing."""
+    dropped: int = 0
+    """Rows of deleted pictures."""
+    mistrusted: int = 0
+    """Images that are done again because what was recorded of them is damaged."""
+
+    def add(self, filled: Filled) -> None:
+        """Another shard was filled."""
+        self.stages = self.stages.plus(filled.stages)
+        self.progress = self.progress.plus(filled.progress)
+        self.clamped += filled.clamped
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """All that a summary is made of, beside the engine."""
+
+    options: ExtractOptions
+    output: Output
+    listing: Listing
+    existing: Existing
+    """What is at the output at the end."""
+    totals: Totals
+
+
+def summarize(account: Account, engine: Engine | None, *, seconds: float, stopped_by: int) -> Summary:
+    """The result of a run; without an engine nothing had to be encoded."""
+    existing, totals = account.existing, account.totals
+    return Summary(
+        output=account.output.path,
+        skipped_path=account.output.skipped_path,
+        model=(existing.attributes or {}).get("model", account.options.model.name),
+        counts=_counts(StoredImages(existing.shards), account.listing, totals.kept),
+        tiles=totals.progress.tiles,
+        encoded=totals.progress.images,
+        bytes=sum(map(_bytes_on_disk, existing.shards)),
+        seconds=seconds,
+        stages=totals.stages,
+        device=engine.device_name if engine else "",
+        dtype=engine.dtype.value if engine else "",
+        batch_tiles=engine.batch_tiles if engine else 0,
+        notes=_notes(account, engine),
+        stopped_by=stopped_by,
+    )
+
+
+def _counts(stored: StoredImages, listing: Listing, kept: int) -> Counts:
+    statuses = np.fromiter((stored.status(key) or 0 for key in listing.keys), np.uint8, len(listing))
+    by_status = count_statuses(statuses)
+    done, pending = by_status.pop(Status.DONE, 0), by_status.pop(Status.PENDING, 0)
+    reasons = {status.word: count for status, count in by_status.items()}
+    if folders := len(listing.unreadable_folders):
+        reasons["unreadable_folder"] = folders
+    return Counts(len(statuses) + folders, done, sum(reasons.values()), pending, kept, reasons)
+
+
+def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
+    totals, notes = account.totals, []
+    if account.options.model.name == TINY_RANDOM:
+        notes.append("tiny-random has random weights: its features try the tool out and mean nothing")
+    notes += engine.notes if engine else ()
+    if totals.dropped:
+        notes.append(f"{totals.dropped:,} rows of deleted pictures were dropped")
+    if totals.mistrusted:
+        notes.append(f"{totals.mistrusted:,} images of an earlier run were damaged on the disk and are done again")
+    if totals.clamped:
+        notes.append(f"{totals.clamped:,} values were clamped to the range of the stored type")
+    if links := account.listing.unfollowed_links:
+        notes.append(f"{links} links to folders were not followed (--follow-links)")
+    return tuple(notes)
+
+
+def _bytes_on_disk(shard: FinishedShard) -> int:
+    if shard.is_partial:
+        return allocated_bytes(shard.path)
+    return sum(os.path.getsize(path) for path in shard.backend.final_paths(shard.path))
