@@ -33,6 +33,7 @@ ROWS = [
     {"picture_check", "reextract"},
     {"verify"},
     {"preview", "accounting"},
+    {"bench"},
     {"pipeline"},
     {"cli"},
     {"__main__", "__init__"},

@@ -104,3 +104,8 @@ class ExtractOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     pictures: PictureOptions = field(default_factory=PictureOptions)
     run: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether any pictures are named."""
+        return bool(self.sources) or self.discover.files_from is not None

@@ -21,7 +21,7 @@ from internvit_cli.headers import Header
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.preview import find_images
-from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule, stored_name
+from internvit_cli.recipes import ModelInUse, encoder_options, feature_shape, pixel_rule, stored_name
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Summary, run_log_entry
 from internvit_cli.sharding import Draft, DraftRules, draft_shards, is_moved, new_shard
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.config import PixelRule
-    from internvit_cli.encoder import EncoderOptions
     from internvit_cli.options import ExtractOptions
     from internvit_cli.reconcile import Changes
     from internvit_cli.sources import Listing, Source
@@ -235,9 +234,15 @@ class _Extraction:
     def _start_engine(self, workload: Workload | None) -> None:
         run, recipe = self._options.run, self._model.recipe
         devices = find_devices(run.devices)
+        recorded = (self._existing.attributes or {}).get("batch_tiles", 0)
+        encoder = replace(
+            encoder_options(self._options, recipe, self._model.card, devices[0]),
+            dtype=ComputeDtype(recipe.compute_dtype) if self._model.dtype_is_known else run.dtype,
+            recorded_batch_tiles=int(recorded) or None,
+        )
         engine_options = EngineOptions(
             rule=self._rule,
-            encoder=self._encoder_options(devices[0]),
+            encoder=encoder,
             devices=devices,
             workers=run.workers,
             decode_timeout=run.decode_timeout,
@@ -247,26 +252,6 @@ class _Extraction:
         self._model.recipe = replace(recipe, compute_dtype=engine.dtype.value)
         label = f"{self._model.card.name} in {engine.dtype.value} on {engine.device_name}"
         self._observer.ready(f"{label}, {engine.batch_tiles} tiles a batch")
-
-    def _encoder_options(self, device: str) -> EncoderOptions:
-        from internvit_cli.encoder import EncoderOptions
-
-        options, recipe = self._options, self._model.recipe
-        recorded = self._existing.attributes or {}
-        return EncoderOptions(
-            device=device,
-            dtype=ComputeDtype(recipe.compute_dtype) if self._model.dtype_is_known else options.run.dtype,
-            batch_tiles=options.run.batch_tiles,
-            recorded_batch_tiles=int(recorded.get("batch_tiles", 0)) or None,
-            tokens=options.store.tokens,
-            pool=options.store.pool,
-            tile_size=recipe.tile_size,
-            layer=recipe.layer,
-            token_order=self._model.card.token_order,
-            store_dtype=options.store.store_dtype,
-            on_overflow=options.store.on_overflow,
-            threads=options.run.threads,
-        )
 
     def _fill(self, table: ImageTable, attributes: dict[str, Any], *, is_last: bool) -> None:
         """Encode the pending images of the shard at hand and publish it when none is left."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -21,31 +23,76 @@ from internvit_cli.table import count_statuses
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
+    from internvit_cli.config import PixelRule, Recipe
+    from internvit_cli.model.card import ModelCard
     from internvit_cli.options import ExtractOptions
+    from internvit_cli.storage.layout import FeatureShape
+    from internvit_cli.table import ImageTable
 
+EMPTY_LISTING = Listing((), [], array("I"), {}, (), 0)
 UNKNOWN_DIGEST = "0" * 64
 """Stands for the weights' digest: the weights are not looked at, and only its length matters."""
 
 
-def preview(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO | None = None) -> PlanSummary:
-    """Count the images, tiles and bytes of an extraction of all sources.
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is known of an extraction before anything is decoded."""
+
+    options: ExtractOptions
+    listing: Listing
+    table: ImageTable
+    card: ModelCard
+    recipe: Recipe
+    """Of unknown weights, and of an unknown compute type."""
+    shape: FeatureShape
+    output: Output
+
+    @property
+    def rule(self) -> PixelRule:
+        """How pictures become tiles."""
+        return pixel_rule(self.recipe, self.options.pictures.max_pixels)
+
+    @property
+    def decoded_tiles(self) -> int:
+        """Tiles that are decoded and encoded."""
+        counts = self.table.tile_counts[self.table.status == Status.PENDING]
+        return len(counts) if self.rule.global_view_only else int(counts.sum())
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(spec.nbytes for spec in self.shape.row_datasets(len(self.table), self.table.tiles))
+
+
+def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO | None = None) -> Survey:
+    """Find the images, read their headers, and describe the model.
+
+    Args:
+        options: of the extraction.
+        observer: told how it goes.
+        stdin: the list behind a source `-`, in binary.
 
     Raises:
         InternvitError: the sources or the options are wrong, or the model's description cannot be had.
     """
-    listing = find_images(options, stdin)
+    listing = find_images(options, stdin) if options.has_sources else EMPTY_LISTING
     card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
-    recipe = make_recipe(
-        options, ModelFacts.of_card(card, card.resolve_layer(options.model.layer), UNKNOWN_DIGEST), LONGEST_DTYPE
-    )
+    facts = ModelFacts.of_card(card, card.resolve_layer(options.model.layer), UNKNOWN_DIGEST)
+    recipe = make_recipe(options, facts, LONGEST_DTYPE)
     shape = feature_shape(options, card, recipe)
     rule = pixel_rule(recipe, options.pictures.max_pixels)
     how = PlanOptions(rule, usable_cpus(), options.run.decode_timeout, options.run.worker_memory)
     total = len(listing)
     table = plan_images(listing, range(total), how, lambda done: observer.headers(done, total)).table
-    output = Output(options.store.output, options.store.format)
-    tables = [table] if output.is_file else split_table(table, shape, options.store.shard_bytes)
-    shards = [new_shard(Draft(part, listing.sources), shape, recipe, card) for part in tables]
+    return Survey(options, listing, table, card, recipe, shape, Output(options.store.output, options.store.format))
+
+
+def summarize_plan(found: Survey) -> PlanSummary:
+    """Count the images, tiles and bytes of an extraction."""
+    listing, table, output, card = found.listing, found.table, found.output, found.card
+    shard_bytes = found.options.store.shard_bytes
+    tables = [table] if output.is_file else split_table(table, found.shape, shard_bytes)
+    shards = [new_shard(Draft(part, listing.sources), found.shape, found.recipe, card) for part in tables]
     reasons = {
         status.word: count for status, count in count_statuses(table.status).items() if status is not Status.PENDING
     }
@@ -57,7 +104,7 @@ def preview(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryI
     return PlanSummary(
         output=output.path,
         model=card.name,
-        images=total + len(listing.unreadable_folders),
+        images=len(listing) + len(listing.unreadable_folders),
         skipped=sum(reasons.values()),
         reasons=reasons,
         tiles=table.tiles,

@@ -14,6 +14,7 @@ from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.storage.layout import FeatureShape, stored_recipe
 
 if TYPE_CHECKING:
+    from internvit_cli.encoder import EncoderOptions
     from internvit_cli.options import ExtractOptions
 
 LONGEST_DTYPE = "bfloat16"
@@ -202,6 +203,25 @@ def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> F
         pooled_width=shapes.pooled_size,
         store_dtype=options.store.store_dtype,
         tile_pooled=options.store.tile_pooled,
+    )
+
+
+def encoder_options(options: ExtractOptions, recipe: Recipe, card: ModelCard, device: str) -> EncoderOptions:
+    """How the encoder of a run is loaded on a device; the type is what was asked for, maybe AUTO."""
+    from internvit_cli.encoder import EncoderOptions
+
+    return EncoderOptions(
+        device=device,
+        dtype=options.run.dtype,
+        batch_tiles=options.run.batch_tiles,
+        tokens=options.store.tokens,
+        pool=options.store.pool,
+        tile_size=recipe.tile_size,
+        layer=recipe.layer,
+        token_order=card.token_order,
+        store_dtype=options.store.store_dtype,
+        on_overflow=options.store.on_overflow,
+        threads=options.run.threads,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from internvit_cli.cli import extract, info, plan, verify
+from internvit_cli.cli import bench, extract, info, plan, verify
 from internvit_cli.cli.console import fail, open_missing_streams
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("extract")(extract.extract_command)
 app.command("plan")(plan.plan_command)
+app.command("bench")(bench.bench_command)
 app.command("info")(info.info_command)
 app.command("verify")(verify.verify_command)
 

@@ -162,8 +162,6 @@ def build_options(
     Raises:
         UsageError: a word that means nothing, or options that contradict each other.
     """
-    if not sources and files_from is None:
-        raise UsageError("no sources given", "name a folder of pictures, such as: internvit extract ./imgs -o feats.h5")
     return ExtractOptions(
         sources=tuple(sources or ()),
         discover=DiscoverOptions(files_from=files_from, null_separated=null, root=root, follow_links=follow_links),
@@ -205,6 +203,12 @@ def build_options(
             strict=strict,
         ),
     )
+
+
+def require_sources(options: ExtractOptions) -> None:
+    """Refuse a command line that names no pictures."""
+    if not options.has_sources:
+        raise UsageError("no sources given", "name a folder of pictures, such as: internvit extract ./imgs -o feats.h5")
 
 
 def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:

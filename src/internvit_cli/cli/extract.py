@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from internvit_cli.cli.arguments import takes_extract_options
+from internvit_cli.cli.arguments import require_sources, takes_extract_options
 from internvit_cli.cli.console import fail, human_bytes, human_seconds, observer, print_json, print_line, say
 from internvit_cli.cli.plan import show_plan
 from internvit_cli.errors import ExitCode, InternvitError, StoppedError, UsageError
@@ -40,6 +40,7 @@ def extract_command(
 
     Example: internvit extract ./imgs -o feats.h5
     """
+    require_sources(options)
     if not options.store.output:
         raise UsageError("no output given", "add -o feats.h5 for one file, or -o feats/ for shards")
     allowed = parse_allowed(allow_skipped)

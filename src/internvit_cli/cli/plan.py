@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internvit_cli.cli.arguments import takes_extract_options
-from internvit_cli.cli.console import human_bytes, observer, print_json, print_line, say
+from internvit_cli.cli.arguments import require_sources, takes_extract_options
+from internvit_cli.cli.console import human_bytes, human_seconds, observer, print_json, print_line, say
 from internvit_cli.errors import ExitCode
 from internvit_cli.options import ExtractOptions
 
 if TYPE_CHECKING:
+    from internvit_cli.bench import Prediction
     from internvit_cli.report import PlanSummary
 
 BAR_WIDTH = 40
@@ -22,6 +23,9 @@ BAR_WIDTH = 40
 @takes_extract_options
 def plan_command(
     options: ExtractOptions,
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Measure this machine for a moment, and say how long it will take.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
@@ -30,21 +34,44 @@ def plan_command(
 
     Without -o the plan is for one HDF5 file in this folder.
     """
-    return show_plan(options, as_json=json, quiet=quiet)
+    return show_plan(options, with_bench=bench, as_json=json, quiet=quiet)
 
 
-def show_plan(options: ExtractOptions, *, as_json: bool, quiet: bool) -> int:
-    """Print the plan of an extraction; returns the exit code."""
-    from internvit_cli.preview import preview
+def show_plan(options: ExtractOptions, *, with_bench: bool = False, as_json: bool, quiet: bool) -> int:
+    """Print the plan of an extraction, maybe with its expected duration; returns the exit code."""
+    from internvit_cli.preview import summarize_plan, survey
 
-    if not options.store.output:
-        options = replace(options, store=replace(options.store, output="feats.h5"))
-    planned = preview(options, observer(quiet=quiet), sys.stdin.buffer)
+    require_sources(options)
+    options = with_output(options)
+    watcher = observer(quiet=quiet)
+    found = survey(options, watcher, sys.stdin.buffer)
+    planned, expected = summarize_plan(found), None
+    if with_bench:
+        from internvit_cli.bench import BenchOptions, run_benchmark
+
+        expected = run_benchmark(options, found, BenchOptions(seconds=1.0, batches=()), watcher).prediction
     if as_json:
-        print_json(planned.to_json() | {"exit_code": int(ExitCode.DONE), "error": None})
+        values = planned.to_json() | {"expected": asdict(expected) if expected else None}
+        print_json(values | {"exit_code": int(ExitCode.DONE), "error": None})
     else:
         print_plan(planned)
+        if expected is not None:
+            print_expected(expected)
     return int(ExitCode.DONE)
+
+
+def with_output(options: ExtractOptions) -> ExtractOptions:
+    """The options, with an output to plan for where none was named."""
+    return options if options.store.output else replace(options, store=replace(options.store, output="feats.h5"))
+
+
+def print_expected(expected: Prediction) -> None:
+    """How long a run would take."""
+    print_line(
+        f"time     about {human_seconds(expected.seconds)}: {expected.images_per_second:,.1f} images/s, "
+        f"{expected.tiles_per_second:,.1f} tiles/s"
+    )
+    print_line(f"         {expected.sentence}")
 
 
 def print_plan(planned: PlanSummary) -> None:

@@ -1,0 +1,102 @@
+"""What a decode worker does against Pillow alone: the same pictures, one core each, in turn in one run.
+
+    python benchmarks/decode.py PHOTOS [--rounds 5]
+
+"Pillow alone" is what any program has to do: open, convert to RGB, resize to the grid of tiles and to the thumbnail,
+in a process that does nothing else and keeps nothing. A worker does the same and more: it hashes the file, checks it
+against the plan, cuts the tiles and puts them into shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+from internvit_cli.config import PixelRule
+from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
+from internvit_cli.headers import Header, read_header
+from internvit_cli.tiling import choose_grid, has_thumbnail, tile_count
+
+RULE = PixelRule()
+
+
+def jobs_of(folder: str) -> list[DecodeJob]:
+    jobs = []
+    for name in sorted(os.listdir(folder)):
+        path = os.fsencode(os.path.join(folder, name))
+        header = read_header(path, RULE)
+        if isinstance(header, Header):
+            jobs.append(DecodeJob(len(jobs), path, header, choose_grid(header.width, header.height, RULE.tiling)))
+    return jobs
+
+
+def pillow(folder: str) -> float:
+    """Seconds of Pillow alone, in this process."""
+    from PIL import Image
+
+    jobs = jobs_of(folder)
+    turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270, 8: Image.Transpose.ROTATE_90}
+    started = time.perf_counter()
+    for job in jobs:
+        picture = Image.open(os.fsdecode(job.path)).convert("RGB")
+        if job.header.orientation in turns:
+            picture = picture.transpose(turns[job.header.orientation])
+        sizes = [(448 * job.grid.columns, 448 * job.grid.rows)]
+        sizes += [(448, 448)] if has_thumbnail(job.grid, thumbnail=True) else []
+        for width, height in sizes:  # in the order of passes that the pixels of training have
+            picture.resize((width, picture.height), Image.Resampling.BICUBIC).resize(
+                (width, height), Image.Resampling.BICUBIC
+            )
+    return time.perf_counter() - started
+
+
+def worker(jobs: list[DecodeJob]) -> float:
+    """Seconds of one worker, its queue and its shared memory included."""
+    most = max(tile_count(job.grid, thumbnail=True) for job in jobs)
+    decoder = Decoder(DecodeOptions(RULE, most, 1, 60.0, 4 << 30))
+    try:
+        release(decoder.run(jobs[:1]))
+        started = time.perf_counter()
+        release(decoder.run(jobs))
+        return time.perf_counter() - started
+    finally:
+        decoder.close()
+
+
+def release(images) -> None:
+    for image in images:
+        assert isinstance(image, DecodedImage), image
+        image.release()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pillow", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.pillow:
+        print(pillow(arguments.photos))
+        return
+    jobs = jobs_of(arguments.photos)
+    pixels = sum(job.header.width * job.header.height for job in jobs) / 1e6
+    seconds: dict[str, list[float]] = {"Pillow alone": [], "worker": []}
+    for _ in range(arguments.rounds):
+        alone = subprocess.run(
+            [sys.executable, __file__, arguments.photos, "--pillow"], check=True, capture_output=True, text=True
+        )
+        seconds["Pillow alone"].append(float(alone.stdout))
+        seconds["worker"].append(worker(jobs))
+    ratios = [a / b for a, b in zip(seconds["Pillow alone"], seconds["worker"], strict=True)]
+    print(f"{len(jobs)} pictures, {pixels:.0f} megapixels")
+    for name, values in seconds.items():
+        print(f"{name}: {pixels / statistics.median(values):.1f} megapixels/s")
+    print(f"worker / Pillow alone: {statistics.median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()

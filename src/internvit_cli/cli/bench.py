@@ -1,0 +1,92 @@
+"""`internvit bench`: what this machine does, stage by stage, and what a run over given pictures would come to."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from internvit_cli.cli.arguments import takes_extract_options
+from internvit_cli.cli.console import human_bytes, observer, print_json, print_line, say
+from internvit_cli.cli.plan import print_expected, with_output
+from internvit_cli.config import ComputeDtype
+from internvit_cli.errors import ExitCode, UsageError
+from internvit_cli.options import ExtractOptions
+
+if TYPE_CHECKING:
+    from internvit_cli.bench import Benchmark
+
+
+@takes_extract_options
+def bench_command(
+    options: ExtractOptions,
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Of each measurement.")] = 3.0,
+    batch_sizes: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Tiles a batch to measure, such as 1,8,64.")
+    ] = None,
+    dtypes: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Types to measure, such as bfloat16,float32.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Measure encoder, decoding and disk one by one, and predict a run over SOURCES; nothing is kept.
+
+    Takes the options of extract. Without SOURCES only the encoder and the disk are measured; the disk is that of -o,
+    or of this folder. Example: internvit bench ./imgs -o /data/feats.h5
+    """
+    from internvit_cli.bench import BenchOptions, run_benchmark
+    from internvit_cli.preview import survey
+
+    how = BenchOptions(seconds, parse_batches(batch_sizes), parse_dtypes(dtypes))
+    options = with_output(options)
+    watcher = observer(quiet=quiet)
+    found = survey(options, watcher, sys.stdin.buffer)
+    benchmark = run_benchmark(options, found, how, watcher)
+    if json:
+        print_json(benchmark.to_json() | {"exit_code": int(ExitCode.DONE), "error": None})
+    else:
+        print_benchmark(benchmark)
+    return int(ExitCode.DONE)
+
+
+def print_benchmark(benchmark: Benchmark) -> None:
+    """A table for a person."""
+    print_line(f"model    {benchmark.model}")
+    print_line(f"cores    {benchmark.cpus}")
+    print_line("encoder  type       batch    tiles/s   device")
+    for rate in benchmark.encoder:
+        print_line(f"         {rate.dtype:<9} {rate.batch_tiles:6d} {rate.tiles_per_second:10.1f}   {rate.device}")
+    if decode := benchmark.decode:
+        print_line(
+            f"decode   {decode.images_per_second:,.1f} images/s, {decode.megapixels_per_second:,.0f} megapixels/s with "
+            f"{decode.workers} workers ({decode.images:,} images)"
+        )
+    print_line(f"write    {human_bytes(benchmark.write_bytes_per_second)}/s")
+    if benchmark.prediction is not None:
+        print_line(f"images   {benchmark.prediction.images:,}")
+        print_expected(benchmark.prediction)
+    for note in benchmark.notes:
+        say(f"note: {note}")
+
+
+def parse_batches(text: str | None) -> tuple[int, ...] | None:
+    """The value of `--batch-sizes`; None without one."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= 65536 for part in parts):
+        raise UsageError(f"--batch-sizes {text}: not a list of numbers of tiles", "give a list such as 1,8,64")
+    return tuple(map(int, parts))
+
+
+def parse_dtypes(text: str | None) -> tuple[ComputeDtype, ...]:
+    """The value of `--dtypes`."""
+    if text is None:
+        return (ComputeDtype.AUTO,)
+    known = {dtype.value: dtype for dtype in ComputeDtype}
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise UsageError(f"--dtypes {text}: {unknown[0]!r} is no type", f"choose from {', '.join(known)}")
+    return tuple(known[name] for name in text.split(","))

@@ -1,0 +1,38 @@
+"""A checkpoint of a model's shape with made-up weights: its speed is that of the real one, and nothing is fetched."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
+
+if TYPE_CHECKING:
+    from internvit_cli.model.card import ModelCard
+
+
+def stand_in_checkpoint(card: ModelCard, *, layer: int, projector: bool = False) -> Checkpoint:
+    """Random bfloat16 weights, small enough that hidden states stay of order one.
+
+    Args:
+        card: the model.
+        layer: how many blocks run.
+        projector: whether projected tokens are wanted.
+    """
+    random = np.random.default_rng(0)
+    shapes = expected_shapes(card.vision, layer, card.projector_size if projector else None)
+    return Checkpoint(card, layer, {name: _weight(name, shape, random) for name, shape in shapes.items()})
+
+
+def _weight(name: str, shape: tuple[int, ...], random: np.random.Generator) -> Weight:
+    scale = 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
+    # A repeated pattern will do: drawing six billion numbers would take minutes.
+    pattern = (random.standard_normal(min(math.prod(shape), 1 << 20), np.float32) * np.float32(scale)).astype(
+        np.float32
+    )
+    if ".norm" in name and name.endswith("weight"):
+        pattern += 1
+    bits = (pattern.view(np.uint32) >> 16).astype("<u2")
+    return Weight("BF16", shape, (np.resize(bits, shape),))
