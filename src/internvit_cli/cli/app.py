@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 
 from internvit_cli.cli import bench, extract, info, plan, verify
 from internvit_cli.cli.console import fail, open_missing_streams
+from internvit_cli.cli.settings import configurable
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
 
 EXIT_CODES = """Exit codes: 0 done, 1 cannot run, 2 usage, 3 finished with skipped images, 4 no images found,
@@ -25,11 +27,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("extract")(extract.extract_command)
-app.command("plan")(plan.plan_command)
-app.command("bench")(bench.bench_command)
-app.command("info")(info.info_command)
-app.command("verify")(verify.verify_command)
+COMMANDS: dict[str, Callable[..., int]] = {
+    "extract": extract.extract_command,
+    "plan": plan.plan_command,
+    "bench": bench.bench_command,
+    "info": info.info_command,
+    "verify": verify.verify_command,
+}
+"""In the order of `internvit --help`."""
+for _name, _command in COMMANDS.items():
+    app.command(_name)(configurable(_name, _command))
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """Typer's base of all complaints about the command line; where it lives differs between versions."""
