@@ -142,10 +142,11 @@ def run_log_entry(stages: Stages, images: int) -> dict[str, Any]:
         "images": images,
         "seconds": round(stages.wall, 3),
         "python": platform.python_version(),
-    } | {package: _version(package) for package in VERSIONED_PACKAGES}
+    } | {package: package_version(package) for package in VERSIONED_PACKAGES}
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Version of an installed package; empty when it is not there."""
     try:
         return version(package)
     except PackageNotFoundError:

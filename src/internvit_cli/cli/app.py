@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from internvit_cli.cli import bench, extract, info, plan, verify
+from internvit_cli.cli import bench, doctor, extract, info, models, plan, verify
 from internvit_cli.cli.console import fail, open_missing_streams
 from internvit_cli.cli.settings import configurable
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
@@ -33,6 +33,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "bench": bench.bench_command,
     "info": info.info_command,
     "verify": verify.verify_command,
+    "models": models.models_command,
+    "doctor": doctor.doctor_command,
 }
 """In the order of `internvit --help`."""
 for _name, _command in COMMANDS.items():

@@ -44,6 +44,8 @@ class KnownModel:
     aliases: tuple[str, ...]
     """Short names, besides the last part of the hub id."""
     vision: VisionConfig
+    licence: str = "MIT"
+    """As its page on the hub says."""
 
 
 KNOWN_MODELS = (
@@ -108,6 +110,11 @@ def hub_name(name: str) -> str | None:
         return None
     known = _BY_NAME.get(name.casefold())
     return name if known is None else known.repo
+
+
+def known_card(model: KnownModel) -> ModelCard:
+    """The card of a known model, from the catalogue alone."""
+    return _known_card(model.repo, model.vision, "catalog")
 
 
 def _known_card(name: str, vision: VisionConfig, origin: Any) -> ModelCard:

@@ -94,6 +94,14 @@ def _ask_commit(repo: str, revision: str | None) -> str:
     return commit
 
 
+def cached_file(repo: str, filename: str) -> str | None:
+    """Path of a file of a repository's main branch in the hub cache; None when it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, filename)
+    return path if isinstance(path, str) else None
+
+
 def _cached_commit(repo: str, revision: str | None) -> str | None:
     """The commit whose config.json the cache holds for a revision: files lie under snapshots/COMMIT/."""
     from huggingface_hub import try_to_load_from_cache

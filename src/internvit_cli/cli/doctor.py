@@ -1,0 +1,38 @@
+"""`internvit doctor`: whether this machine is fit for a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from internvit_cli.cli.console import print_json, print_line
+from internvit_cli.errors import ExitCode
+
+
+def doctor_command(
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="OUT", help="Where features would go: its disk is tried out.")
+    ] = "feats.h5",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Try out what a run needs: versions, memory, worker processes, devices, the output's disk and its locks.
+
+    Exit code 0: all will work; 1: something will not, and its line has a hint.
+    """
+    from internvit_cli.doctor import State, examine
+
+    checks = []
+    for check in examine(output):
+        checks.append(check)
+        if not json:
+            print_line(f"{check.state.value:<5} {check.name:<14} {check.found}")
+            if check.hint:
+                print_line(f"{'':20} hint: {check.hint}")
+    bad = [check.name for check in checks if check.state is State.BAD]
+    code = ExitCode.CANNOT_RUN if bad else ExitCode.DONE
+    if json:
+        error = f"will not work: {', '.join(bad)}" if bad else None
+        print_json({"checks": [check.to_json() for check in checks], "exit_code": int(code), "error": error})
+    return int(code)

@@ -1,0 +1,61 @@
+"""`internvit models`: the encoders that are known by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from internvit_cli.cli.console import human_bytes, print_json, print_line
+from internvit_cli.errors import ExitCode
+
+if TYPE_CHECKING:
+    from internvit_cli.model.known import ModelFacts
+
+
+def models_command(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """List known encoders: names for --model, sizes, what a tile takes, licence, and whether the hub cache has them.
+
+    Any other InternViT or full InternVL checkpoint works too, by its hub id or as a folder.
+    """
+    from internvit_cli.model.known import known_models
+
+    models = known_models()
+    if json:
+        print_json({"models": [asdict(model) for model in models], "exit_code": int(ExitCode.DONE), "error": None})
+    else:
+        _print_table(models)
+    return int(ExitCode.DONE)
+
+
+def _print_table(models: list[ModelFacts]) -> None:
+    """One line a model, within 80 columns; the hub ids begin with the publisher's name, which stands once."""
+    print_line(f"{'name':<26}{'short':<11}{'params':>7}{'hidden':>7}{'visual tokens':>14}{'a tile':>9}  cached")
+    for model in models:
+        _, _, name = model.name.rpartition("/")
+        parameters = (
+            f"{model.parameters / 1e6:,.0f} M" if model.parameters >= 1e6 else f"{model.parameters / 1e3:.0f} k"
+        )
+        print_line(
+            f"{name:<26}{(model.aliases or ('',))[0]:<11}{parameters:>7}{model.hidden_size:>7}"
+            f"{f'{model.tokens} x {model.token_size}':>14}{human_bytes(model.bytes_per_tile):>9}  {model.cached}"
+        )
+    print_line()
+    print_line(f"published as {publisher_of(models)}/NAME, licence {', '.join(licences_of(models))}; {TINY_NOTE}")
+
+
+TINY_NOTE = "tiny-random has random weights, to try the tool"
+
+
+def publisher_of(models: list[ModelFacts]) -> str:
+    """Who published the models on the hub."""
+    return ", ".join(sorted({model.name.partition("/")[0] for model in models if "/" in model.name}))
+
+
+def licences_of(models: list[ModelFacts]) -> list[str]:
+    """Licences of the published models."""
+    return sorted({model.licence for model in models if "/" in model.name})
