@@ -36,7 +36,7 @@ def test_every_known_model_is_listed_with_its_sizes(monkeypatch: pytest.MonkeyPa
     assert large["parameters"] == 5_905_251_200 and large["blocks"] == 45
     assert models["tiny-random"]["cached"] == "built in"
     table = internvit("models").stdout.splitlines()
-    assert all(len(line) <= 80 for line in table) and len(table) == len(models) + 3
+    assert all(len(line) <= 80 for line in table) and len(table) == len(models) + 4
 
 
 def test_a_model_in_the_hub_cache_is_said_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,21 +34,19 @@ def models_command(
 
 def _print_table(models: list[ModelFacts]) -> None:
     """One line a model, within 80 columns; the hub ids begin with the publisher's name, which stands once."""
-    print_line(f"{'name':<26}{'short':<11}{'params':>7}{'hidden':>7}{'visual tokens':>14}{'a tile':>9}  cached")
+    print_line(f"{'name':<26}{'short':<9}{'params':>8}{'hidden':>7}{'tile tokens':>12}{'bytes':>9} cached")
     for model in models:
         _, _, name = model.name.rpartition("/")
         parameters = (
             f"{model.parameters / 1e6:,.0f} M" if model.parameters >= 1e6 else f"{model.parameters / 1e3:.0f} k"
         )
         print_line(
-            f"{name:<26}{(model.aliases or ('',))[0]:<11}{parameters:>7}{model.hidden_size:>7}"
-            f"{f'{model.tokens} x {model.token_size}':>14}{human_bytes(model.bytes_per_tile):>9}  {model.cached}"
+            f"{name:<26}{(model.aliases or ('',))[0]:<9}{parameters:>8}{model.hidden_size:>7}"
+            f"{f'{model.tokens} x {model.token_size}':>12}{human_bytes(model.bytes_per_tile):>9} {model.cached}"
         )
     print_line()
-    print_line(f"published as {publisher_of(models)}/NAME, licence {', '.join(licences_of(models))}; {TINY_NOTE}")
-
-
-TINY_NOTE = "tiny-random has random weights, to try the tool"
+    print_line(f"published as {publisher_of(models)}/NAME, licence {', '.join(licences_of(models))}")
+    print_line("tiny-random has random weights, to try the tool")
 
 
 def publisher_of(models: list[ModelFacts]) -> str:
