@@ -19,7 +19,7 @@ import sys
 import time
 import types
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from internvit_cli.decode.decoder import DecodedImage, FailedImage
 from internvit_cli.headers import header_reader
 from internvit_cli.storage import commit, takeover
 from internvit_cli.storage.commit import RowWriter, ShardWriter
+from internvit_cli.storage.durable import disk_errors, sync_data
 from internvit_cli.storage.layout import FeatureShape
 from internvit_cli.storing import ShardSink
 from internvit_cli.workers import Finished
@@ -47,6 +48,10 @@ if TYPE_CHECKING:
 POOLED_WIDTH = 5
 SPOILED = b"spoiled"
 """A picture with this in its name has a header and cannot be decoded."""
+ENCODER_OPTIONS = (
+    *("device", "dtype", "batch_tiles", "recorded_batch_tiles", "tokens", "pool", "tile_size", "layer", "token_order"),
+    *("store_dtype", "on_overflow", "threads"),
+)
 ALWAYS = ("--model", "tiny-random", "--dtype", "float32", "--tile-pooled")
 
 
@@ -189,6 +194,8 @@ class InlineSink(ShardSink):
 
     def put(self, image: FinishedImage) -> None:
         self._do(lambda: self.take(image), is_end=False)
+        if self._commit is None and self._is_due:
+            self._do(lambda: self.commit(*self._taken()), is_end=False)
 
     def close(self) -> None:
         self._do(lambda: None, is_end=True)
@@ -197,7 +204,8 @@ class InlineSink(ShardSink):
         if self._failure is None:
             try:
                 work()
-                self.settle(is_end=is_end)
+                if is_end:
+                    self.settle(is_end=True)
             except BaseException as error:  # noqa: BLE001 - as the thread does
                 self._failure = error
         if self._failure is not None:
@@ -230,10 +238,17 @@ class MisorderedWriter(ShardWriter):
         self._rows = self._late_rows = MisorderedRows(self.extents)
         self._descriptors = self._rows.descriptors
 
-    def checkpoint(self) -> int:
-        committed = super().checkpoint()
+    def commit(self, rows: NDArray[Any]) -> int:
+        committed = super().commit(rows)
         self._late_rows.catch_up()
         return committed
+
+
+def sync_in_turn(descriptors: Mapping[str, int]) -> None:
+    """Files one after another, by the thread that is traced: the N-th call of a run is always the same one."""
+    for path, descriptor in descriptors.items():
+        with disk_errors(path):
+            sync_data(descriptor)
 
 
 def fill_disk(path: str) -> None:
@@ -249,7 +264,7 @@ def prepare(behaviour: Behaviour) -> None:
     """Put the stand-ins in place, once a process."""
     stand_in = types.ModuleType("internvit_cli.encoder")
     stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
-    stand_in.EncoderOptions = types.SimpleNamespace  # type: ignore[attr-defined]
+    stand_in.EncoderOptions = make_dataclass("EncoderOptions", [(name, Any, None) for name in ENCODER_OPTIONS])  # type: ignore[attr-defined]
     sys.modules["internvit_cli.encoder"] = stand_in
     plan.WorkerPool = InlinePool  # type: ignore[assignment,misc]
     DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens
@@ -259,6 +274,7 @@ def prepare(behaviour: Behaviour) -> None:
     storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
     takeover.CHECKPOINT_BYTES = behaviour.checkpoint_bytes
     if behaviour.inline:
+        commit.sync_together = sync_in_turn
         engine.ShardSink = InlineSink  # type: ignore[misc]
     if behaviour.misordered:
         pipeline.ShardWriter = MisorderedWriter  # type: ignore[misc]
@@ -269,14 +285,17 @@ def prepare(behaviour: Behaviour) -> None:
 
 
 def _report_checkpoints() -> None:
-    checkpoint = ShardWriter.checkpoint
+    commit = ShardWriter.commit
+    settled: dict[int, set[int]] = {}
 
-    def checkpoint_and_tell(writer: ShardWriter) -> int:
-        committed = checkpoint(writer)
-        os.write(1, b"%d\n" % np.count_nonzero(writer.status))
+    def commit_and_tell(writer: ShardWriter, rows: NDArray[Any]) -> int:
+        known = settled.setdefault(id(writer), set(np.flatnonzero(writer.status).tolist()) - set(rows.tolist()))
+        committed = commit(writer, rows)
+        known.update(rows.tolist())
+        os.write(1, b"%d\n" % len(known))
         return committed
 
-    ShardWriter.checkpoint = checkpoint_and_tell  # type: ignore[method-assign]
+    ShardWriter.commit = commit_and_tell  # type: ignore[method-assign]
 
 
 def run(arguments: list[str]) -> int:

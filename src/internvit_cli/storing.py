@@ -6,12 +6,15 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from internvit_cli.storage.commit import ImageRows, Recorded
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from internvit_cli.config import Skipped
     from internvit_cli.storage.commit import ShardWriter
     from internvit_cli.storage.skipped import SkipLog
@@ -103,7 +106,10 @@ class Sink(ABC):
 
 
 class ShardSink(Sink):
-    """Writes the rows of one shard, or records those that other processes wrote, and commits them now and then."""
+    """Writes the rows of one shard, or records those that other processes wrote, and commits them now and then.
+
+    A commit waits for the disk in a thread of its own, while rows go on being written.
+    """
 
     def __init__(self, writer: ShardWriter, skip_log: SkipLog, keys: Any) -> None:
         self._writer = writer
@@ -111,6 +117,8 @@ class ShardSink(Sink):
         self._keys = keys
         self._skips: list[SkippedImage] = []
         self._first_skip = 0.0
+        self._commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._commit: Future[None] | None = None
         super().__init__()
 
     def take(self, image: FinishedImage) -> None:
@@ -125,17 +133,30 @@ class ShardSink(Sink):
                 self._skips.append(image)
 
     def settle(self, *, is_end: bool) -> None:
-        """Make a checkpoint when it is time."""
-        writer = self._writer
-        waiting = time.monotonic() - self._first_skip if self._skips else 0.0
-        seconds = max(writer.uncommitted_seconds, waiting)
-        if is_end or seconds >= CHECKPOINT_SECONDS or writer.uncommitted_bytes >= CHECKPOINT_BYTES:
-            self._checkpoint()
+        """Make a checkpoint when it is time, and the last one is through."""
+        if self._commit is not None and (is_end or self._commit.done()):
+            commit, self._commit = self._commit, None
+            commit.result()
+        if is_end:
+            self._commits.shutdown()
+            self.commit(*self._taken())
+        elif self._is_due and self._commit is None:
+            self._commit = self._commits.submit(self.commit, *self._taken())
 
-    def _checkpoint(self) -> None:
-        # The reasons first: a status that says skipped always has its line.
-        self._skip_log.append((self._keys[image.row], image.skipped) for image in self._skips)
-        for image in self._skips:
+    @property
+    def _is_due(self) -> bool:
+        waiting = time.monotonic() - self._first_skip if self._skips else 0.0
+        seconds = max(self._writer.uncommitted_seconds, waiting)
+        return seconds >= CHECKPOINT_SECONDS or self._writer.uncommitted_bytes >= CHECKPOINT_BYTES
+
+    def _taken(self) -> tuple[list[SkippedImage], NDArray[Any]]:
+        """What the next commit is about: images that were skipped, and rows, theirs too."""
+        skips, self._skips = self._skips, []
+        for image in skips:
             self._writer.skip(image.row, image.skipped)
-        self._skips.clear()
-        self._writer.checkpoint()
+        return skips, self._writer.take_uncommitted()
+
+    def commit(self, skips: list[SkippedImage], rows: NDArray[Any]) -> None:
+        """Have it all on the disk, the reasons first: a status that says skipped always has its line."""
+        self._skip_log.append((self._keys[image.row], image.skipped) for image in skips)
+        self._writer.commit(rows)

@@ -26,6 +26,7 @@ from internvit_cli.storage.durable import (
     reserve,
     sync_data,
     sync_path,
+    sync_together,
     write_all,
 )
 from internvit_cli.storage.layout import (
@@ -169,7 +170,7 @@ class RowWriter:
 
 
 class ShardWriter:
-    """Fills one shard. Not thread-safe: one thread writes and checkpoints."""
+    """Fills one shard. One thread writes rows; the same or another one commits them, one commit at a time."""
 
     def __init__(self, backend: ShardFormat, partial: str, table: ImageTable) -> None:
         """Open a shard that `create_shard` made; `table` is its table with the statuses on disk."""
@@ -240,10 +241,23 @@ class ShardWriter:
         Raises:
             OutputError: the disk reported an error. It is fatal: what a failed sync left behind cannot be known.
         """
+        return self.commit(self.take_uncommitted())
+
+    def take_uncommitted(self) -> NDArray[Any]:
+        """The images that were written since the last time, by row, sorted; whoever takes them has to commit them."""
         rows = np.array(sorted(self._pending.rows), np.int64)
+        self._pending = _Uncommitted()
+        return rows
+
+    def commit(self, rows: NDArray[Any]) -> int:
+        """Commit images whose rows are written; returns their number. Others may be written meanwhile.
+
+        Raises:
+            OutputError: the disk reported an error.
+        """
+        self._check_disk()
         if len(rows):
             self._write_records(rows)
-        self._pending = _Uncommitted()
         return len(rows)
 
     def append_run_log(self, entry: dict[str, Any]) -> None:
@@ -291,14 +305,15 @@ class ShardWriter:
                     self._descriptors[extent.path], column[start:stop], extent.offset + start * extent.spec.row_bytes
                 )
 
-    def _sync(self, paths: set[str]) -> None:
+    def _check_disk(self) -> None:
         if self._failed:
             raise OutputError("the disk has failed before", "check it, then run the same command again")
-        for path in sorted(paths):
-            self._failed = True  # until the kernel says otherwise: a failed sync is never asked for again
-            with disk_errors(path):
-                sync_data(self._descriptors[path])
-            self._failed = False
+
+    def _sync(self, paths: set[str]) -> None:
+        self._check_disk()
+        self._failed = True  # until the kernel says otherwise: a failed sync is never asked for again
+        sync_together({path: self._descriptors[path] for path in sorted(paths)})
+        self._failed = False
 
 
 def _runs(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:

@@ -9,13 +9,14 @@ import os
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from internvit_cli.errors import NoSpaceError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The last: a file over what the filesystem, or a limit of the shell, allows."""
@@ -79,6 +80,27 @@ def sync_data(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
         os.fdatasync(descriptor)
+
+
+def sync_together(descriptors: Mapping[str, int]) -> None:
+    """Sync the data of several files at the same time: a filesystem's journal takes in one go what waits for it.
+
+    Args:
+        descriptors: by path.
+
+    Raises:
+        OutputError: a sync failed; all of them have been asked for, and none is ever asked for again.
+    """
+    if len(descriptors) == 1:
+        for path, descriptor in descriptors.items():
+            with disk_errors(path):
+                sync_data(descriptor)
+        return
+    with ThreadPoolExecutor(len(descriptors), thread_name_prefix="sync") as pool:
+        syncs = {path: pool.submit(sync_data, descriptor) for path, descriptor in descriptors.items()}
+    for path, sync in syncs.items():
+        with disk_errors(path):
+            sync.result()
 
 
 def sync_path(path: str) -> None:
