@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from test_extract import extract, make_pictures
+
+from internvit_cli import open_features
+from internvit_cli.config import Status
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMED_TEST = re.compile(r"`(test_\w+\.py)`\s+`(test_\w+)`")
@@ -23,3 +33,42 @@ def test_every_promise_has_a_test_that_exists() -> None:
         assert NAMED_TEST.search(row), row
     for file, name in NAMED_TEST.findall(text):
         assert name in names_in(file), f"{file} has no {name}"
+
+
+def python_examples(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the examples find the outputs that they speak of."""
+    folder = tmp_path_factory.mktemp("outputs")
+    make_pictures(folder / "imgs", 3)
+    for name, dtype in (("feats.h5", "bfloat16"), ("feats", "float16")):
+        result = extract(folder / "imgs", "-o", folder / name, "--store-dtype", dtype)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_the_readers_in_the_description_of_the_format_read(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(outputs)
+    from_h5, from_npy = python_examples("docs/format.md")
+    names: dict[str, Any] = {}
+    exec(from_h5, names)
+    image = open_features("feats.h5")[names["keys"][names["row"]]]
+    np.testing.assert_array_equal(names["tokens"], image.visual_tokens)
+    np.testing.assert_array_equal(names["vector"], image.pooled)
+    names = {}
+    exec(from_npy, names)
+    np.testing.assert_array_equal(names["first"], open_features("feats")[names["images"][0]["key"]].visual_tokens)
+
+
+def test_the_description_of_the_format_has_every_dataset_attribute_and_status(outputs: Path) -> None:
+    text = (ROOT / "docs" / "format.md").read_text()
+    with h5py.File(outputs / "feats.h5") as file:
+        names: list[str] = [*file.attrs]
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    for name in (*names, *json.loads(open_features(outputs / "feats").attributes["recipe"])):
+        assert f"`{name}`" in text, name
+    for status in Status:
+        assert f"{status.value} {status.word}" in text
