@@ -51,7 +51,7 @@ class FinishedShard:
     format: Format
     stored: StoredShard
     superseded: tuple[str, ...] = ()
-    files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    files: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """What `file_identity` said of each of its files when the index was read."""
 
     @property
@@ -332,15 +332,20 @@ def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str
         OutputError: there is none, or it is damaged.
     """
     # Looked at first: a file that is replaced from here on shows as another one, never as this index's rows.
-    files = {file: file_identity(os.stat(file)) for file in backend.final_paths(path) if os.path.exists(file)}
+    files = {file: file_identity(file, os.stat(file)) for file in backend.final_paths(path) if os.path.exists(file)}
     stored = backend.read(path)
     stored.check(path)
     return FinishedShard(name, path, backend.KIND, stored, superseded, files)
 
 
-def file_identity(status: os.stat_result) -> tuple[int, int]:
-    """What tells a file from one that takes its name later: inode and size."""
-    return status.st_ino, status.st_size
+def file_identity(path: str, status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from one that takes its name later: inode and size, and the time of its last write.
+
+    A filesystem may give the inode to the file after next, and that may well be as large. A file that is still being
+    filled is written all the time.
+    """
+    is_filled = PARTIAL in (os.path.splitext(path)[1], os.path.splitext(os.path.dirname(path))[1])
+    return (status.st_ino, status.st_size) if is_filled else (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _shard_name(number: int) -> str:

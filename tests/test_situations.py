@@ -1,0 +1,53 @@
+"""Situations that nobody plans: names that lead elsewhere, streams that fail, files of others, clocks gone wrong."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+import storage_helpers as helpers
+
+from internvit_cli.config import Format
+from internvit_cli.errors import OutputError
+from internvit_cli.storage.reader import open_features
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KINDS = {"feats.h5": None, "h5 folder": Format.H5, "npy folder": Format.NPY}
+
+
+def make_shard(images: int = 3) -> helpers.NewShard:
+    return helpers.make_shard(helpers.make_table([(1, 1, 0)] * images))
+
+
+# ------------------------------------------------------------------------------------------------- what readers get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_never_takes_rows_of_a_file_that_got_the_inode_of_its_own(tmp_path: Path, kind: str) -> None:
+    """Filesystems give inodes out again, and the file after next may have the size of the first."""
+    path, other = tmp_path / kind, tmp_path / f"other {kind}"
+    helpers.make_output(path, make_shard(), KINDS[kind])
+    helpers.make_output(other, make_shard(), KINDS[kind], seed=1)
+    features = open_features(path)
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    for file in files:
+        before = file.stat()
+        with open(file, "r+b") as same_inode:
+            same_inode.write((other / file.name if other.is_dir() else other).read_bytes())
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        assert (file.stat().st_ino, file.stat().st_size) == (before.st_ino, before.st_size)
+    with pytest.raises(OutputError, match="was replaced after it was opened"):
+        _ = features["0000.jpg"].pooled
+    assert open_features(path)["0000.jpg"].pooled is not None
+
+
+def test_an_unfinished_file_can_be_read_while_it_is_written(tmp_path: Path) -> None:
+    output = helpers.Output(str(tmp_path / "feats.h5"))
+    written = helpers.fill_partial(output, make_shard())
+    partial = tmp_path / "feats.h5.partial"
+    features = open_features(partial)
+    os.utime(partial, ns=(1, 1))
+    assert (features["0000.jpg"].pooled == written[0].pooled).all()
