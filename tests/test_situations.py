@@ -10,6 +10,7 @@ import storage_helpers as helpers
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
+from internvit_cli.storage.output import Output
 from internvit_cli.storage.reader import open_features
 
 if TYPE_CHECKING:
@@ -51,3 +52,43 @@ def test_an_unfinished_file_can_be_read_while_it_is_written(tmp_path: Path) -> N
     features = open_features(partial)
     os.utime(partial, ns=(1, 1))
     assert (features["0000.jpg"].pooled == written[0].pooled).all()
+
+
+# ------------------------------------------------------------------------------------------------- files of others
+
+
+def state_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".json", ".pooled.npy", ".images.jsonl"])
+@pytest.mark.parametrize("numbers", [(0,), (0, 1, 2), (7,)], ids=str)
+def test_shards_of_another_program_are_left_alone(tmp_path: Path, suffix: str, numbers: tuple[int, ...]) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for number in numbers:
+        (folder / f"shard-{number:05d}{suffix}").write_bytes(b"years of work %d" % number)
+    before = state_of(folder)
+    with pytest.raises(OutputError) as caught:
+        output = Output(str(folder))
+        output.prepare()
+        output.partial()
+    assert caught.value.hint
+    assert state_of(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["h5 folder", "npy folder"])
+def test_a_lost_manifest_costs_no_shard(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / kind
+    for seed in range(3):
+        helpers.make_output(path, make_shard(), KINDS[kind], seed=seed)
+    manifest = path / "manifest.json"
+    named = manifest.read_bytes()
+    manifest.unlink()
+    before = state_of(path)
+    with pytest.raises(OutputError, match=r"no manifest\.json that names them"):
+        Output(str(path)).prepare()
+    assert state_of(path) == before
+    manifest.write_bytes(named)
+    Output(str(path)).prepare()
+    assert len(open_features(path).tables) == 3

@@ -139,6 +139,8 @@ class Output:
             name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names
         ):
             raise OutputError(f"{self.path} holds other files and is not a feature store", "name a new or empty folder")
+        if MANIFEST not in names and NEXT_MANIFEST not in names:
+            self._refuse_unclaimed(names)
         if not self._has_damaged_manifest():  # which vouches for nothing: loading it says so
             self._recover()
 
@@ -265,11 +267,34 @@ class Output:
             if (is_ours and name.endswith(".tmp")) or (match is not None and match[1] not in kept):
                 remove(os.path.join(self.path, name))
 
+    def _refuse_foreign(self, final: str) -> None:
+        """Leave a file alone that only has the name of a shard; a damaged one of ours is for loading to tell."""
+        try:
+            load_shard("", final, self.backend)
+        except ForeignFileError:
+            raise
+        except OutputError:
+            return
+
     def _clear(self) -> None:
         """Remove every shard, and the manifests last, so that a crash in between leaves them as they are."""
         self._sweep(())
         for name in (NEXT_MANIFEST, MANIFEST):
             remove(os.path.join(self.path, name))
+
+    def _refuse_unclaimed(self, names: Collection[str]) -> None:
+        """Leave shards alone that no manifest ever named: somebody else's, or ours whose manifest was lost.
+
+        A first run that was cut short leaves parts of the first shard, and its final .npy files beside those only.
+        """
+        first = _shard_name(0)
+        shards = [match for name in names if (match := SHARD_FILE.fullmatch(name)) and not name.endswith(".tmp")]
+        apart = [match for match in shards if ".h5" not in match[0] and match[0] != first + PARTIAL]
+        if any(match[1] != first for match in shards) or (apart and first + PARTIAL not in names):
+            raise ForeignFileError(
+                f"{self.path} holds shards, and no {MANIFEST} that names them",
+                f"restore {MANIFEST} if they are features, or name a new or empty folder",
+            )
 
     def _recover(self) -> None:
         """Remove what no manifest names, but for the shard at hand: a crash may have come before its entry."""
@@ -280,6 +305,7 @@ class Output:
                 remove(os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + PARTIAL)
         final, partial = self.final_path(current), self.partial_path(current)
         if os.path.isfile(final) and not os.path.exists(partial):
+            self._refuse_foreign(final)
             os.rename(final, partial)
 
 
