@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import storage_helpers as helpers
+from test_extract import extract, make_pictures, summary_of
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
@@ -92,3 +93,41 @@ def test_a_lost_manifest_costs_no_shard(tmp_path: Path, kind: str) -> None:
     manifest.write_bytes(named)
     Output(str(path)).prepare()
     assert len(open_features(path).tables) == 3
+
+
+# -------------------------------------------------------------------------------------------- names that lead elsewhere
+
+
+def test_two_names_of_one_folder_are_one_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link, `.` and `..` name a folder as well as its own name does: there is one lock."""
+    folder = tmp_path / "feats"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    names = (folder, f"{folder}/", f"{folder}/.", f"{folder}/sub/..", tmp_path / "link", f"{tmp_path}/link/", ".", "./")
+    assert {Output(str(name)).path for name in names} == {str(folder)}
+    assert Output("..").path == str(tmp_path)
+    assert Output("sub").path == "sub", "what is no other name stays as it was typed"
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "large disk").mkdir()
+    target, link = tmp_path / "large disk" / "feats.h5", tmp_path / "feats.h5"
+    link.symlink_to(target)
+    for name in (link, target):
+        output = Output(str(name))
+        assert (output.path, output.is_file) == (str(target), True)
+    helpers.make_output(link, make_shard())
+    assert link.is_symlink() and not target.is_symlink()
+    assert list(open_features(link)) == list(open_features(target))
+
+
+def test_the_current_folder_can_be_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_pictures(tmp_path / "pictures", 2)
+    (tmp_path / "feats").mkdir()
+    monkeypatch.chdir(tmp_path / "feats")
+    for _ in range(2):
+        result = extract(tmp_path / "pictures", "-o", ".", "--json")
+        assert result.returncode == 0, result.stderr
+    assert summary_of(result)["encoded"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["feats", "pictures"]

@@ -79,8 +79,11 @@ class Output:
         Raises:
             UsageError: the name and the format contradict each other.
         """
-        self.path = path.rstrip("/") or "/"
-        self.is_file = self.path.endswith(SINGLE_FILE_SUFFIXES)
+        name = path.rstrip("/") or "/"
+        self.is_file = name.endswith(SINGLE_FILE_SUFFIXES)
+        # Whatever a run makes beside its output, its lock above all, has to be found by any other name of the output.
+        is_alias = os.path.islink(name) or os.path.basename(name) in (".", "..")
+        self.path = os.path.realpath(name) if is_alias else name
         if self.path.endswith(".npy"):
             raise UsageError(
                 f"{path}: .npy features are written as a folder of shards", f"use -o {path.removesuffix('.npy')}/"
