@@ -11,6 +11,7 @@ from test_extract import extract, make_pictures, summary_of
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
+from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.reader import open_features
 
@@ -131,3 +132,12 @@ def test_the_current_folder_can_be_the_output(tmp_path: Path, monkeypatch: pytes
         assert result.returncode == 0, result.stderr
     assert summary_of(result)["encoded"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["feats", "pictures"]
+
+
+def test_a_lock_that_is_a_link_costs_nobodys_file(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "feats.h5.lock").symlink_to("thesis.txt")
+    with pytest.raises(OutputError) as caught, exclusive(str(tmp_path / "feats.h5")):
+        pass
+    assert caught.value.hint
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -48,7 +48,8 @@ def exclusive(output: str, *, enabled: bool = True) -> Iterator[None]:
 def _acquire(path: str) -> int:
     while True:
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            # No link is followed: what it leads to would be overwritten.
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
             folder = os.path.dirname(os.path.abspath(path))
             raise OutputError(
