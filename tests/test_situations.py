@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import storage_helpers as helpers
-from test_extract import extract, make_pictures, summary_of
+from test_extract import extract, internvit, make_pictures, summary_of
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
+from internvit_cli.storage.commit import ShardWriter
+from internvit_cli.storage.layout import STATUS
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.reader import open_features
@@ -141,3 +143,29 @@ def test_a_lock_that_is_a_link_costs_nobodys_file(tmp_path: Path) -> None:
         pass
     assert caught.value.hint
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_another_run_made_pending_again_gets_no_final_name(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs without a lock: the one writes statuses of its own over the other's."""
+    make_pictures(tmp_path / "pictures", 3)
+    options = ("-o", tmp_path / kind, "--format", KINDS[kind].value) if KINDS[kind] else ("-o", tmp_path / kind)
+    real = ShardWriter.append_run_log
+
+    def interfere(writer: ShardWriter, entry: dict[str, Any]) -> None:
+        extent = writer.extents[STATUS]
+        with open(extent.path, "r+b") as file:
+            file.seek(extent.offset)
+            file.write(bytes(2))
+        real(writer, entry)
+
+    monkeypatch.setattr(ShardWriter, "append_run_log", interfere)
+    result = extract(tmp_path / "pictures", *options)
+    assert result.returncode == 1 and "another run writes to" in result.stderr
+    with pytest.raises(OutputError):
+        open_features(tmp_path / kind)
+    monkeypatch.undo()
+    assert extract(tmp_path / "pictures", *options).returncode == 0
+    assert internvit("verify", tmp_path / kind).returncode == 0

@@ -11,7 +11,7 @@ import numpy as np
 
 from internvit_cli.config import ComputeDtype, Status
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
-from internvit_cli.errors import StoppedError
+from internvit_cli.errors import OutputError, StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillJob, fill_shard, unusable
 from internvit_cli.headers import Header
@@ -297,6 +297,11 @@ class _Extraction:
         if not finished_all or self._stop.signal:
             return
         unpublished = self._output.partial()  # read once more: what cannot be read gets no final name
+        if unpublished is None or _pending(unpublished.stored.table).any():
+            raise OutputError(
+                f"another run writes to {self._output.path} too",
+                "see to it that only one does, then run the same command again",
+            )
         if is_last:
             self._tidy_skip_log(unpublished)
         self._output.publish(number, len(table), table.tiles, older)
@@ -312,10 +317,10 @@ class _Extraction:
         writer.forget(rows)
         self._mistrusted += len(rows)
 
-    def _tidy_skip_log(self, partial: FinishedShard | None) -> None:
+    def _tidy_skip_log(self, partial: FinishedShard) -> None:
         """Leave one line for each image that is skipped now, whichever run skipped it."""
         others = () if self._output.is_file else self._output.finished()
-        stored = StoredImages([*others, *([partial] if partial else [])])
+        stored = StoredImages([*others, partial])
         folders = {os.fsdecode(problem.path) for problem in self._listing.unreadable_folders}
         settled = (None, Status.DONE, Status.PENDING)
         self._skip_log.rewrite(lambda key: key in folders or stored.status(os.fsencode(key)) not in settled)
