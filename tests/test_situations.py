@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import pty
+import signal
+import subprocess
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import storage_helpers as helpers
-from test_extract import extract, internvit, make_pictures, summary_of
+from test_extract import command, extract, internvit, make_pictures, summary_of, wait_for
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
@@ -169,3 +174,75 @@ def test_what_another_run_made_pending_again_gets_no_final_name(
     monkeypatch.undo()
     assert extract(tmp_path / "pictures", *options).returncode == 0
     assert internvit("verify", tmp_path / kind).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------- streams that fail
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not there")
+def test_a_full_disk_under_the_log_changes_neither_the_work_nor_the_exit_code(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 2)
+    line = command("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random", "--json")
+    with open("/dev/full", "wb") as full:
+        run = subprocess.run(line, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert run.returncode == 0 and json.loads(run.stdout)["done"] == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not there")
+@pytest.mark.parametrize("name", ["extract", "plan", "info", "verify"])
+@pytest.mark.parametrize("json_option", [(), ("--json",)], ids=["text", "json"])
+def test_a_result_that_cannot_be_written_is_an_error_and_no_traceback(
+    tmp_path: Path, name: str, json_option: tuple[str, ...]
+) -> None:
+    make_pictures(tmp_path / "pictures", 2)
+    output = tmp_path / "feats.h5"
+    assert extract(tmp_path / "pictures", "-o", output).returncode == 0
+    model = ("--model", "tiny-random")
+    words = {"extract": (tmp_path / "pictures", "-o", output, *model), "plan": (tmp_path / "pictures", *model)}
+    line = command(name, *words.get(name, (output,)), *json_option)
+    with open("/dev/full", "wb") as full:
+        run = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 1
+    assert "error: cannot write to standard output: No space left on device" in run.stderr
+    assert "Traceback" not in run.stderr and "Exception ignored" not in run.stderr
+
+
+def test_a_run_survives_its_terminal(tmp_path: Path) -> None:
+    """Whoever started it in the background has logged out: writes fail with an I/O error."""
+    make_pictures(tmp_path / "pictures", 30, size=300)
+    line = command("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random")
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    wait_for(tmp_path / "feats.h5.partial")
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert len(open_features(tmp_path / "feats.h5")) == 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_ends_the_reader_of_stderr_too_still_stops_the_run_in_good_order(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C under `2>&1 | tee log`."""
+    make_pictures(tmp_path / "pictures", 60, size=500)
+    line = command("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random", "--json")
+    ours, theirs = os.pipe()
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    wait_for(tmp_path / "feats.h5.partial")
+    time.sleep(0.5)
+    os.close(ours)
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    told = json.loads(stdout)
+    assert told["exit_code"] == 128 + number
+    assert told["found"] == told["done"] + told["skipped"] + told["pending"]
+
+
+def test_an_encoding_that_lacks_a_letter_shows_escapes(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "été", 2)
+    line = command("extract", tmp_path / "été", "-o", tmp_path / "日本.h5", "--model", "tiny-random")
+    run = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0 and b"\\u65e5\\u672c.h5: 2 images found" in run.stdout
