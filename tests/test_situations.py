@@ -246,3 +246,22 @@ def test_an_encoding_that_lacks_a_letter_shows_escapes(tmp_path: Path) -> None:
     line = command("extract", tmp_path / "été", "-o", tmp_path / "日本.h5", "--model", "tiny-random")
     run = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert run.returncode == 0 and b"\\u65e5\\u672c.h5: 2 images found" in run.stdout
+
+
+# ------------------------------------------------------------------------------------------------- clocks gone wrong
+
+
+@pytest.mark.parametrize("output", ["feats.h5", "feats"])
+@pytest.mark.parametrize("seconds", [-(2**31), -1, 0, 2**32, 9_223_372_035, 9_223_372_037, 15_000_000_000])
+def test_a_picture_of_any_year_is_one_like_the_others(tmp_path: Path, output: str, seconds: int) -> None:
+    """Nanoseconds since 1970 end in 2262; filesystems go on."""
+    picture = make_pictures(tmp_path / "pictures", 2)[0]
+    os.utime(picture, ns=(seconds * 10**9, seconds * 10**9))
+    target = tmp_path / output
+    for encoded in (2, 0):
+        result = extract(tmp_path / "pictures", "-o", target, "--json")
+        assert result.returncode == 0, result.stderr
+        assert (summary_of(result)["done"], summary_of(result)["encoded"]) == (2, encoded)
+    assert internvit("plan", tmp_path / "pictures", "--model", "tiny-random").returncode == 0
+    verdict = summary_of(internvit("verify", target, "--re-extract", 2, "--json"))
+    assert verdict["exit_code"] == 0 and verdict["pictures"]["unchanged"] == 2
