@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import storage_helpers as helpers
-from test_extract import command, extract, internvit, make_pictures, summary_of, wait_for
+from test_extract import Result, command, extract, internvit, make_pictures, summary_of, wait_for
 
+from internvit_cli.cli.app import run
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.commit import ShardWriter
@@ -184,8 +185,8 @@ def test_a_full_disk_under_the_log_changes_neither_the_work_nor_the_exit_code(tm
     make_pictures(tmp_path / "pictures", 2)
     line = command("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random", "--json")
     with open("/dev/full", "wb") as full:
-        run = subprocess.run(line, stdout=subprocess.PIPE, stderr=full, text=True)
-    assert run.returncode == 0 and json.loads(run.stdout)["done"] == 2
+        ended = subprocess.run(line, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert ended.returncode == 0 and json.loads(ended.stdout)["done"] == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not there")
@@ -201,10 +202,10 @@ def test_a_result_that_cannot_be_written_is_an_error_and_no_traceback(
     words = {"extract": (tmp_path / "pictures", "-o", output, *model), "plan": (tmp_path / "pictures", *model)}
     line = command(name, *words.get(name, (output,)), *json_option)
     with open("/dev/full", "wb") as full:
-        run = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert run.returncode == 1
-    assert "error: cannot write to standard output: No space left on device" in run.stderr
-    assert "Traceback" not in run.stderr and "Exception ignored" not in run.stderr
+        ended = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1
+    assert "error: cannot write to standard output: No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
 
 
 def test_a_run_survives_its_terminal(tmp_path: Path) -> None:
@@ -244,8 +245,8 @@ def test_a_signal_that_ends_the_reader_of_stderr_too_still_stops_the_run_in_good
 def test_an_encoding_that_lacks_a_letter_shows_escapes(tmp_path: Path) -> None:
     make_pictures(tmp_path / "été", 2)
     line = command("extract", tmp_path / "été", "-o", tmp_path / "日本.h5", "--model", "tiny-random")
-    run = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert run.returncode == 0 and b"\\u65e5\\u672c.h5: 2 images found" in run.stdout
+    ended = subprocess.run(line, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 0 and b"\\u65e5\\u672c.h5: 2 images found" in ended.stdout
 
 
 # ------------------------------------------------------------------------------------------------- clocks gone wrong
@@ -265,3 +266,68 @@ def test_a_picture_of_any_year_is_one_like_the_others(tmp_path: Path, output: st
     assert internvit("plan", tmp_path / "pictures", "--model", "tiny-random").returncode == 0
     verdict = summary_of(internvit("verify", target, "--re-extract", 2, "--json"))
     assert verdict["exit_code"] == 0 and verdict["pictures"]["unchanged"] == 2
+
+
+# --------------------------------------------------------------------------------- what the system does not give
+
+
+def limited(limit: str, *words: object) -> Result:
+    """Run the command under a limit of the shell."""
+    line = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command(*words)]
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    return Result(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.mark.parametrize(
+    ("limit", "options", "code"),
+    [
+        ("ulimit -n 8", (), 1),
+        ("ulimit -n 12", ("--format", "npy"), 1),
+        ("ulimit -f 0", (), 6),
+        ("ulimit -f 1000", (), 6),
+        ("ulimit -v 4000000", ("--batch-size", 65536), 1),
+    ],
+    ids=str,
+)
+def test_a_limit_of_the_shell_is_an_error_and_its_exit_code(
+    tmp_path: Path, limit: str, options: tuple[object, ...], code: int
+) -> None:
+    make_pictures(tmp_path / "pictures", 9)
+    output = tmp_path / ("feats" if "npy" in options else "feats.h5")
+    words = ("extract", tmp_path / "pictures", "-o", output, "--model", "tiny-random", *options)
+    result = limited(limit, *words, "--json")
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr and "hint:" in result.stderr
+    told = summary_of(result)
+    assert told["exit_code"] == code and told["error"]
+    batch = ("--batch-size", "auto") if "--batch-size" in options else ()
+    assert extract(*words[1:], *batch).returncode == 0, "without the limit the same command goes on"
+
+
+def test_without_a_working_directory_every_command_says_so(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 2)
+    gone = tmp_path / "gone"
+    for words in (("extract", tmp_path / "pictures", "-o", tmp_path / "f.h5"), ("plan", "."), ("info", "f.h5")):
+        gone.mkdir()
+        result = limited(f"cd {gone}; rmdir {gone}", *words, "--json")
+        assert result.returncode == 1 and summary_of(result)["error"] == "the working directory has been removed"
+        assert "Traceback" not in result.stderr
+
+
+def test_a_bug_is_a_traceback_and_still_one_json_object(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_path: str) -> None:
+        raise ZeroDivisionError("seven")
+
+    monkeypatch.setattr("internvit_cli.inspect.describe_output", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(["info", "feats.h5", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["exit_code"], told["error"]) == (1, "ZeroDivisionError: seven")
+
+
+@pytest.mark.parametrize("seconds", ["inf", "nan", "1e300", "1e10", "0", "-1"])
+def test_a_time_limit_that_is_none_is_a_usage_error(tmp_path: Path, seconds: str) -> None:
+    result = extract(tmp_path, "-o", tmp_path / "f.h5", "--decode-timeout", seconds, "--json")
+    assert result.returncode == 2 and summary_of(result)["exit_code"] == 2

@@ -25,7 +25,7 @@ from internvit_cli.report import Counts, Stages, Summary, run_log_entry
 from internvit_cli.sharding import Draft, merge_rows, new_shard, split_table
 from internvit_cli.stopping import Interruption
 from internvit_cli.storage.commit import ShardWriter, create_shard
-from internvit_cli.storage.durable import allocated_bytes, check_space
+from internvit_cli.storage.durable import allocated_bytes, check_space, disk_errors
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.recheck import Recheck, contradictory_rows
@@ -208,7 +208,8 @@ class _Extraction:
 
     def _check_space(self, existing: Existing, shards: list[NewShard]) -> None:
         """Refuse before any work what cannot fit. An unfinished shard has had its space from its creation."""
-        needed = sum(self._output.backend.planned_bytes(shard) for shard in shards)
+        with disk_errors(self._output.path):  # such as a limit on the size of files
+            needed = sum(self._output.backend.planned_bytes(shard) for shard in shards)
         if existing.partial is not None:
             datasets = self._output.backend.extents(existing.partial.path).values()
             allocated = sum(allocated_bytes(path) for path in {extent.path for extent in datasets})

@@ -15,7 +15,7 @@ from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make
 from internvit_cli.report import PlanSummary
 from internvit_cli.sharding import Draft, new_shard, split_table
 from internvit_cli.sources import Listing, discover
-from internvit_cli.storage.durable import free_bytes
+from internvit_cli.storage.durable import disk_errors, free_bytes
 from internvit_cli.storage.output import Output
 from internvit_cli.table import count_statuses
 from internvit_cli.workers import usable_cpus
@@ -46,6 +46,8 @@ def preview(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryI
     output = Output(options.store.output, options.store.format)
     tables = [table] if output.is_file else split_table(table, shape, options.store.shard_bytes)
     shards = [new_shard(Draft(part, listing.sources), shape, recipe, card) for part in tables]
+    with disk_errors(output.path):  # such as a limit on the size of files
+        planned_bytes = sum(output.backend.planned_bytes(shard) for shard in shards)
     reasons = {
         status.word: count for status, count in count_statuses(table.status).items() if status is not Status.PENDING
     }
@@ -62,7 +64,7 @@ def preview(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryI
         reasons=reasons,
         tiles=table.tiles,
         histogram={int(size): int(count) for size, count in zip(sizes, images, strict=True)},
-        bytes=sum(output.backend.planned_bytes(shard) for shard in shards),
+        bytes=planned_bytes,
         free_bytes=free_bytes(output.path),
         notes=tuple(notes),
     )
