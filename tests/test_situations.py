@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -15,7 +16,7 @@ import storage_helpers as helpers
 from test_extract import Result, command, extract, internvit, make_pictures, summary_of, wait_for
 
 from internvit_cli.cli.app import run
-from internvit_cli.config import Format
+from internvit_cli.config import Format, Status
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.commit import ShardWriter
 from internvit_cli.storage.layout import STATUS
@@ -24,6 +25,7 @@ from internvit_cli.storage.output import Output
 from internvit_cli.storage.reader import open_features
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 KINDS = {"feats.h5": None, "h5 folder": Format.H5, "npy folder": Format.NPY}
@@ -331,3 +333,69 @@ def test_a_bug_is_a_traceback_and_still_one_json_object(
 def test_a_time_limit_that_is_none_is_a_usage_error(tmp_path: Path, seconds: str) -> None:
     result = extract(tmp_path, "-o", tmp_path / "f.h5", "--decode-timeout", seconds, "--json")
     assert result.returncode == 2 and summary_of(result)["exit_code"] == 2
+
+
+# --------------------------------------------------------------------------------------- what nobody can read
+
+
+def make_unreadable(path: Path) -> None:
+    """A folder has its place: nobody can read that as a file, root neither."""
+    path.unlink()
+    path.mkdir()
+
+
+def write(text: str) -> Callable[[Path], None]:
+    return lambda path: path.write_text(text) and None
+
+
+def damage_run_log(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_log": 5}))
+
+
+def claim_strange_key(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["superseded"] = ["\ud800"]
+    text = json.dumps(manifest["shards"], sort_keys=True, separators=(",", ":"))
+    path.write_text(json.dumps(manifest | {"digest": hashlib.sha256(text.encode()).hexdigest()}))
+
+
+DAMAGE = {
+    "no manifest to read": ("manifest.json", make_unreadable, True),
+    "no vectors to read": ("shard-00000.pooled.npy", make_unreadable, True),
+    "no list to read": ("skipped.jsonl", make_unreadable, False),
+    "deep attributes": ("shard-00000.json", write("[" * 200_000), True),
+    "deep index": ("shard-00000.images.jsonl", write("[" * 200_000), True),
+    "a key that cannot be superseded": ("manifest.json", claim_strange_key, True),
+    "a key that cannot be skipped": ("skipped.jsonl", write('{"key": "\\ud800", "reason": "x"}\n'), False),
+    "a log of runs that is none": ("shard-00000.json", damage_run_log, False),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_cannot_be_read_is_an_error_of_ours_everywhere(tmp_path: Path, damage: str) -> None:
+    name, inflict, ends_readers = DAMAGE[damage]
+    make_pictures(tmp_path / "pictures", 2)
+    (tmp_path / "pictures" / "bad.png").write_bytes(b"no picture")
+    path = tmp_path / "feats"
+    assert extract(tmp_path / "pictures", "-o", path).returncode == 3
+    inflict(path / name)
+    for words in (("info", path), ("verify", path), ("extract", tmp_path / "pictures", "-o", path, "--retry-skipped")):
+        model = ("--model", "tiny-random") if words[0] == "extract" else ()
+        result = internvit(*words, *model, "--json")
+        assert summary_of(result)["exit_code"] == result.returncode
+        assert result.returncode in ((1,) if ends_readers else (0, 1, 3)), (words, result.stdout)
+    if ends_readers:
+        with pytest.raises(OutputError) as caught:
+            _ = [image.pooled for image in open_features(path).values() if image.status is Status.DONE]
+        assert caught.value.hint
+
+
+def test_a_pipe_under_the_name_of_an_output_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 1)
+    pipe = tmp_path / "feats.h5"
+    os.mkfifo(pipe)
+    for words in (("info", pipe), ("verify", pipe), ("extract", tmp_path / "pictures", "-o", pipe)):
+        model = ("--model", "tiny-random") if words[0] == "extract" else ()
+        ended = subprocess.run(command(*words, *model), capture_output=True, text=True, timeout=30)
+        assert ended.returncode == 1 and "is not a regular file" in ended.stdout + ended.stderr
+    assert pipe.is_fifo()

@@ -255,7 +255,12 @@ class _Verification:
         """A skipped image has its reason in the list of skipped ones."""
         path = Output(self._path.removesuffix(PARTIAL)).skipped_path
         reasons: dict[str, set[str]] = {}
-        for entry in read_skip_log(path):
+        try:
+            entries = read_skip_log(path)
+        except OutputError as error:
+            self._note(error.message)
+            return
+        for entry in entries:
             reasons.setdefault(entry["key"], set()).add(str(entry.get("reason")))
         unlisted = 0
         for row in _rows(shards, set(Status) - {Status.PENDING, Status.DONE}):

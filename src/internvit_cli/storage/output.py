@@ -137,7 +137,7 @@ class Output:
             raise OutputError(
                 f"cannot make the folder {self.path}: {error.strerror}", "choose an output that can be written"
             ) from error
-        names = os.listdir(self.path)
+        names = _names_in(self.path)
         if names and not any(
             name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names
         ):
@@ -231,7 +231,7 @@ class Output:
 
     def _present_format(self) -> Format:
         """The format of the shards that are there, so that a repeated command need not name it."""
-        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        names = _names_in(self.path) if os.path.isdir(self.path) else []
         return Format.H5 if any(SHARD_FILE.fullmatch(name) and ".h5" in name for name in names) else Format.NPY
 
     def _entries(self, manifest: str = "") -> list[ManifestEntry]:
@@ -332,6 +332,8 @@ def read_manifest(path: str) -> list[ManifestEntry]:
         return _entries_of(manifest)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise OutputError(f"{path} is damaged: {one_line(str(error))}", REMEDY) from error
 
@@ -351,7 +353,16 @@ def _entry(shard: Any) -> ManifestEntry:
     if not SHARD_NAME.fullmatch(shard["name"]):
         raise ValueError(f"{shard['name']!r} is not a shard's name")
     superseded = tuple(str(key) for key in shard["superseded"])
+    for key in superseded:
+        os.fsencode(key)  # a ValueError for what no key can be
     return ManifestEntry(shard["name"], Format(shard["format"]), int(shard["images"]), int(shard["tiles"]), superseded)
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise OutputError(f"cannot read {folder}: {error.strerror}", "check its permissions") from error
 
 
 def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str, ...] = ()) -> FinishedShard:
