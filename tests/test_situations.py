@@ -399,3 +399,27 @@ def test_a_pipe_under_the_name_of_an_output_is_refused_and_not_waited_for(tmp_pa
         ended = subprocess.run(command(*words, *model), capture_output=True, text=True, timeout=30)
         assert ended.returncode == 1 and "is not a regular file" in ended.stdout + ended.stderr
     assert pipe.is_fifo()
+
+
+# ------------------------------------------------------------------------------------------------- from run to run
+
+
+@pytest.mark.parametrize("output", ["feats.h5", "feats"])
+def test_pictures_that_were_away_for_a_moment_are_done_when_they_are_back(tmp_path: Path, output: str) -> None:
+    """A network folder that drops out in the middle of a run: planned, and gone when they are to be decoded."""
+    pictures, away = tmp_path / "pictures", tmp_path / "away"
+    make_pictures(pictures, 4)
+    real = ShardWriter.rewrite_commit_records
+
+    def drop_out(writer: ShardWriter) -> None:
+        pictures.rename(away)
+        real(writer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardWriter, "rewrite_commit_records", drop_out)
+        first = summary_of(extract(pictures, "-o", tmp_path / output, "--json"))
+    assert first["reasons"] == {"vanished": 4}
+    away.rename(pictures)
+    second = extract(pictures, "-o", tmp_path / output, "--json")
+    assert second.returncode == 0 and summary_of(second)["encoded"] == 4
+    assert internvit("verify", tmp_path / output).returncode == 0

@@ -153,7 +153,8 @@ class StoredImages:
             now = os.stat(path)
         except OSError:
             return True  # its row stays what it is: whoever opens the file finds out
-        if now.st_size != int(table.file_size[row]):
+        # A disk that was away for a moment is no reason to leave its pictures out for ever.
+        if table.status[row] == Status.VANISHED or now.st_size != int(table.file_size[row]):
             return False
         if modified_ns(now) == int(table.file_mtime_ns[row]):
             return True
