@@ -17,7 +17,7 @@ from test_extract import Result, command, extract, internvit, make_pictures, sum
 
 from internvit_cli.cli.app import run
 from internvit_cli.config import Format, Status
-from internvit_cli.errors import OutputError
+from internvit_cli.errors import InternvitError, OutputError
 from internvit_cli.storage.commit import ShardWriter
 from internvit_cli.storage.layout import STATUS
 from internvit_cli.storage.lock import exclusive
@@ -423,3 +423,22 @@ def test_pictures_that_were_away_for_a_moment_are_done_when_they_are_back(tmp_pa
     second = extract(pictures, "-o", tmp_path / output, "--json")
     assert second.returncode == 0 and summary_of(second)["encoded"] == 4
     assert internvit("verify", tmp_path / output).returncode == 0
+
+
+def test_rows_that_an_interrupted_prune_dropped_are_not_counted_as_kept(tmp_path: Path) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "feats.h5"
+    paths = make_pictures(pictures, 6)
+    assert extract(pictures, "-o", output).returncode == 0
+    for path in paths[:2]:
+        path.unlink()
+    make_pictures(pictures / "new", 2, seed=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("internvit_cli.pipeline.fill_shard", interrupted)
+        assert extract(pictures, "-o", output, "--prune").returncode == 1
+    assert (tmp_path / "feats.h5.partial").exists()
+    told = summary_of(extract(pictures, "-o", output, "--json"))
+    assert (told["done"], told["kept"], len(open_features(output))) == (6, 0, 6)
+
+
+def interrupted(*_: object) -> None:
+    raise InternvitError("the power went")

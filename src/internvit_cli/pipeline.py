@@ -102,7 +102,7 @@ class _Extraction:
         self._stages = Stages()
         self._total = Progress()
         self._clamped = 0
-        self._kept = self._dropped = 0
+        self._dropped = 0
         self._mistrusted = 0
         """Images that are done again because what was recorded of them is damaged."""
 
@@ -117,7 +117,7 @@ class _Extraction:
         changes = stored.compare(self._listing, self._skip_log, retry_skipped=store.retry_skipped)
         self._mistrusted = changes.damaged
         dropped = prunable(stored, changes, self._listing, confirmed=store.yes) if store.prune else []
-        self._kept, self._dropped = len(changes.unlisted) - len(dropped), len(dropped)
+        self._dropped = len(dropped)
         self._log_unreadable_folders()
         if existing.partial is not None or changes.entries or dropped or self._is_moved(existing.shards):
             self._make(existing, changes, dropped)
@@ -430,13 +430,15 @@ class _Extraction:
         return tuple(notes)
 
     def _counts(self, stored: StoredImages) -> Counts:
-        statuses = np.fromiter((stored.status(key) or 0 for key in self._listing.keys), np.uint8, len(self._listing))
+        found = [stored.status(key) for key in self._listing.keys]
+        kept = len(stored) - sum(status is not None for status in found)
+        statuses = np.fromiter((status or 0 for status in found), np.uint8, len(found))
         by_status = count_statuses(statuses)
         done, pending = by_status.pop(Status.DONE, 0), by_status.pop(Status.PENDING, 0)
         reasons = {status.word: count for status, count in by_status.items()}
         if folders := len(self._listing.unreadable_folders):
             reasons["unreadable_folder"] = folders
-        return Counts(len(statuses) + folders, done, sum(reasons.values()), pending, self._kept, reasons)
+        return Counts(len(statuses) + folders, done, sum(reasons.values()), pending, kept, reasons)
 
 
 def _pending(table: ImageTable) -> NDArray[Any]:
