@@ -442,3 +442,22 @@ def test_rows_that_an_interrupted_prune_dropped_are_not_counted_as_kept(tmp_path
 
 def interrupted(*_: object) -> None:
     raise InternvitError("the power went")
+
+
+@pytest.mark.parametrize("kind", ["h5 folder", "npy folder"])
+def test_a_folder_takes_more_shards_than_five_digits_count(tmp_path: Path, kind: str) -> None:
+    """Cron adds one a run; tiny shards make them by the thousand."""
+    path = tmp_path / kind
+    helpers.make_output(path, make_shard(1), KINDS[kind])
+    for file in path.glob("shard-00000*"):
+        file.rename(path / file.name.replace("00000", "99999"))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["shards"][0]["name"] = "shard-99999"
+    text = json.dumps(manifest["shards"], sort_keys=True, separators=(",", ":"))
+    manifest["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for seed in (1, 2):
+        helpers.make_output(path, make_shard(2), KINDS[kind], seed=seed)
+    Output(str(path)).prepare()
+    assert [shard.name for shard in Output(str(path)).finished()] == ["shard-99999", "shard-100000", "shard-100001"]
+    assert len(open_features(path)) == 2

@@ -22,9 +22,9 @@ SINGLE_FILE_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
 NEXT_MANIFEST = "manifest.next.json"
 SKIPPED = "skipped.jsonl"
-SHARD_NAME = re.compile(r"shard-\d{5}")
+SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")
 SHARD_FILE = re.compile(
-    r"(shard-\d{5})((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_tokens)\.npy)(\.tmp)?"
+    r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_tokens)\.npy)(\.tmp)?"
 )
 """The names of our files and no others: a folder of `shard-00000.tar` is somebody else's."""
 REMEDY = "restore it, or start anew with --overwrite"
