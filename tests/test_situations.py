@@ -461,3 +461,32 @@ def test_a_folder_takes_more_shards_than_five_digits_count(tmp_path: Path, kind:
     Output(str(path)).prepare()
     assert [shard.name for shard in Output(str(path)).finished()] == ["shard-99999", "shard-100000", "shard-100001"]
     assert len(open_features(path)) == 2
+
+
+@pytest.mark.parametrize(("begun", "finished"), [("h5", "npy"), ("npy", "h5")])
+def test_a_finished_run_leaves_nothing_of_one_that_was_cut_short_for_another_format(
+    tmp_path: Path, begun: str, finished: str
+) -> None:
+    pictures, output = tmp_path / "pictures", tmp_path / "feats"
+    make_pictures(pictures, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("internvit_cli.pipeline.fill_shard", interrupted)
+        assert extract(pictures, "-o", output, "--format", begun).returncode == 1
+    assert list(output.glob("*.partial"))
+    assert extract(pictures, "-o", output, "--format", finished).returncode == 0
+    assert not [path.name for path in output.iterdir() if path.suffix in (".partial", ".tmp")]
+    assert summary_of(extract(pictures, "-o", output, "--json"))["encoded"] == 0
+
+
+def test_verify_finds_nothing_wrong_while_an_output_is_being_replaced(tmp_path: Path) -> None:
+    """The unfinished shard has the recipe of the output to come."""
+    pictures, output = tmp_path / "pictures", tmp_path / "feats"
+    make_pictures(pictures, 3)
+    assert extract(pictures, "-o", output).returncode == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("internvit_cli.pipeline.fill_shard", interrupted)
+        assert extract(pictures, "-o", output, "--pool", "cls", "--overwrite").returncode == 1
+    verdict = internvit("verify", output, "--json")
+    assert verdict.returncode == 0, summary_of(verdict)["findings"]
+    assert extract(pictures, "-o", output, "--pool", "cls", "--overwrite").returncode == 0
+    assert internvit("verify", output).returncode == 0

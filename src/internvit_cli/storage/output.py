@@ -183,9 +183,7 @@ class Output:
         added = ManifestEntry(_shard_name(number), self.format, images, tiles)
         self._write_manifest([*self._without(superseded), added])
         self._sweep({*self._named(), added.name})
-        if os.path.exists(partial):
-            os.rename(partial, f"{partial}.tmp")
-            remove(f"{partial}.tmp")
+        self._remove_partials(added.name)
 
     def drop_rows(self, dropped: Mapping[str, Sequence[str]]) -> None:
         """Have rows of a folder's shards count no more: keys by the shard's name."""
@@ -253,6 +251,14 @@ class Output:
         """The shards that a manifest names."""
         return {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
 
+    def _remove_partials(self, name: str) -> None:
+        """Remove what a finished shard was filled in, and what a run for another format had begun."""
+        for shard_format in Format:
+            partial = os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + PARTIAL
+            if os.path.exists(partial):
+                os.rename(partial, f"{partial}.tmp")
+                remove(f"{partial}.tmp")
+
     def _has_damaged_manifest(self) -> bool:
         try:
             self._named()
@@ -304,8 +310,7 @@ class Output:
         current, named = self.next_number(), self._named()
         self._sweep({*named, _shard_name(current)})
         for name in named:  # a crash came after the entry, and before what is unfinished no more was removed
-            for shard_format in Format:
-                remove(os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + PARTIAL)
+            self._remove_partials(name)
         final, partial = self.final_path(current), self.partial_path(current)
         if os.path.isfile(final) and not os.path.exists(partial):
             self._refuse_foreign(final)
