@@ -33,8 +33,6 @@ class Totals:
     progress: Progress = field(default_factory=Progress)
     clamped: int = 0
     """Values that were clamped to the stored type's range."""
-    kept: int = 0
-    """Rows of pictures that are not in the listing."""
     dropped: int = 0
     """Rows of deleted pictures."""
     mistrusted: int = 0
@@ -66,7 +64,7 @@ def summarize(account: Account, engine: Engine | None, *, seconds: float, stoppe
         output=account.output.path,
         skipped_path=account.output.skipped_path,
         model=(existing.attributes or {}).get("model", account.options.model.name),
-        counts=_counts(StoredImages(existing.shards), account.listing, totals.kept),
+        counts=_counts(StoredImages(existing.shards), account.listing),
         tiles=totals.progress.tiles,
         encoded=totals.progress.images,
         bytes=sum(map(_bytes_on_disk, existing.shards)),
@@ -80,8 +78,10 @@ def summarize(account: Account, engine: Engine | None, *, seconds: float, stoppe
     )
 
 
-def _counts(stored: StoredImages, listing: Listing, kept: int) -> Counts:
-    statuses = np.fromiter((stored.status(key) or 0 for key in listing.keys), np.uint8, len(listing))
+def _counts(stored: StoredImages, listing: Listing) -> Counts:
+    found = [stored.status(key) for key in listing.keys]
+    kept = len(stored) - sum(status is not None for status in found)
+    statuses = np.fromiter((status or 0 for status in found), np.uint8, len(found))
     by_status = count_statuses(statuses)
     done, pending = by_status.pop(Status.DONE, 0), by_status.pop(Status.PENDING, 0)
     reasons = {status.word: count for status, count in by_status.items()}

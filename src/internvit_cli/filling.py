@@ -112,7 +112,10 @@ def fill(
     Raises:
         InternvitError: the disk, the device or the workers fail; with `strict`, an image cannot be used.
     """
-    return _Filling(job, decoder, encoder, stop, on_progress).run()
+    try:
+        return _Filling(job, decoder, encoder, stop, on_progress).run()
+    finally:
+        job.sink.close()
 
 
 class _Filling:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, PixelRule, Skipped, Status
 from internvit_cli.decode.files import classify, open_regular, pillow_limits, readable_formats
+from internvit_cli.table import modified_ns
 from internvit_cli.tiling import largest_resized
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def _inspect(file: BinaryIO, status: os.stat_result, rule: PixelRule) -> Header 
         orientation = exif_orientation(exif) if exif else UPRIGHT
     if orientation >= 5:
         width, height = height, width
-    return _too_large(width, height, rule) or Header(width, height, orientation, status.st_size, status.st_mtime_ns)
+    return _too_large(width, height, rule) or Header(width, height, orientation, status.st_size, modified_ns(status))
 
 
 def _too_large(width: int, height: int, rule: PixelRule) -> Skipped | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from internvit_cli.config import Skipped
 from internvit_cli.decode.files import open_regular
+from internvit_cli.table import modified_ns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -72,5 +73,5 @@ def look_at_picture(row: Row) -> Picture:
             return Picture(PictureState.MISSING, nbytes)
     if hasher.digest() == row.digest:
         return Picture(PictureState.UNCHANGED, nbytes)
-    is_untouched = opened.status.st_mtime_ns == int(row.shard.table.file_mtime_ns[row.number])
+    is_untouched = modified_ns(opened.status) == int(row.shard.table.file_mtime_ns[row.number])
     return Picture(PictureState.CONTRADICTS if is_untouched else PictureState.CHANGED, nbytes)

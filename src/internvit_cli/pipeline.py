@@ -14,7 +14,7 @@ from internvit_cli.config import ComputeDtype, Status
 from internvit_cli.decode.decoder import DecodeJob
 from internvit_cli.devices import find_devices, start_engine
 from internvit_cli.engine import Engine, EngineOptions, ShardJob, Workload
-from internvit_cli.errors import StoppedError
+from internvit_cli.errors import OutputError, StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillRules, unusable
 from internvit_cli.headers import Header
@@ -27,7 +27,7 @@ from internvit_cli.report import Summary, run_log_entry
 from internvit_cli.sharding import Draft, DraftRules, draft_shards, is_moved, new_shard
 from internvit_cli.stopping import Interruption
 from internvit_cli.storage.commit import ShardWriter, create_shard
-from internvit_cli.storage.durable import allocated_bytes, check_space
+from internvit_cli.storage.durable import allocated_bytes, check_space, disk_errors
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.recheck import Recheck, contradictory_rows
@@ -112,7 +112,7 @@ class _Extraction:
         changes = stored.compare(self._listing, self._skip_log, retry_skipped=store.retry_skipped)
         self._totals.mistrusted = changes.damaged
         dropped = prunable(stored, changes, self._listing, confirmed=store.yes) if store.prune else []
-        self._totals.kept, self._totals.dropped = len(changes.unlisted) - len(dropped), len(dropped)
+        self._totals.dropped = len(dropped)
         del stored
         self._log_unreadable_folders()
         if existing.partial is not None or changes.entries or dropped or is_moved(existing.shards, self._relocations):
@@ -195,7 +195,8 @@ class _Extraction:
 
     def _check_space(self, existing: Existing, shards: list[NewShard]) -> None:
         """Refuse before any work what cannot fit. An unfinished shard has had its space from its creation."""
-        needed = sum(self._output.backend.planned_bytes(shard) for shard in shards)
+        with disk_errors(self._output.path):  # such as a limit on the size of files
+            needed = sum(self._output.backend.planned_bytes(shard) for shard in shards)
         if existing.partial is not None:
             datasets = self._output.backend.extents(existing.partial.path).values()
             allocated = sum(allocated_bytes(path) for path in {extent.path for extent in datasets})
@@ -279,6 +280,11 @@ class _Extraction:
         if not finished_all or self._stop.signal:
             return
         unpublished = self._output.partial()  # read once more: what cannot be read gets no final name
+        if unpublished is None or (unpublished.stored.table.status == Status.PENDING).any():
+            raise OutputError(
+                f"another run writes to {self._output.path} too",
+                "see to it that only one does, then run the same command again",
+            )
         if is_last:
             self._tidy_skip_log(unpublished)
         self._output.publish(number, len(table), table.tiles, older)
@@ -294,10 +300,10 @@ class _Extraction:
         writer.forget(rows)
         self._totals.mistrusted += len(rows)
 
-    def _tidy_skip_log(self, partial: FinishedShard | None) -> None:
+    def _tidy_skip_log(self, partial: FinishedShard) -> None:
         """Leave one line for each image that is skipped now, whichever run skipped it."""
         others = () if self._output.is_file else self._output.finished()
-        stored = StoredImages([*others, *([partial] if partial else [])])
+        stored = StoredImages([*others, partial])
         folders = {os.fsdecode(problem.path) for problem in self._listing.unreadable_folders}
         settled = (None, Status.DONE, Status.PENDING)
         self._skip_log.rewrite(lambda key: key in folders or stored.status(os.fsencode(key)) not in settled)

@@ -10,7 +10,7 @@ import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped, Status
 from internvit_cli.headers import Header
-from internvit_cli.table import ImageTable
+from internvit_cli.table import ImageTable, modified_ns
 from internvit_cli.tiling import choose_grid, has_thumbnail
 from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec
 
@@ -118,7 +118,7 @@ def _size_and_time(path: bytes) -> tuple[int, int]:
         status = os.stat(path)
     except OSError:
         return 0, 0
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, modified_ns(status)
 
 
 def _build_table(

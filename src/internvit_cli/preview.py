@@ -17,7 +17,7 @@ from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make
 from internvit_cli.report import PlanSummary
 from internvit_cli.sharding import Draft, new_shard, split_table
 from internvit_cli.sources import Listing, discover
-from internvit_cli.storage.durable import free_bytes
+from internvit_cli.storage.durable import disk_errors, free_bytes
 from internvit_cli.storage.output import Output
 from internvit_cli.table import count_statuses
 from internvit_cli.workers import usable_cpus
@@ -93,6 +93,8 @@ def summarize_plan(found: Survey) -> PlanSummary:
     shard_bytes = found.options.store.shard_bytes
     tables = [table] if output.is_file else split_table(table, found.shape, shard_bytes)
     shards = [new_shard(Draft(part, listing.sources), found.shape, found.recipe, card) for part in tables]
+    with disk_errors(output.path):  # such as a limit on the size of files
+        planned_bytes = sum(output.backend.planned_bytes(shard) for shard in shards)
     reasons = {
         status.word: count for status, count in count_statuses(table.status).items() if status is not Status.PENDING
     }
@@ -109,7 +111,7 @@ def summarize_plan(found: Survey) -> PlanSummary:
         reasons=reasons,
         tiles=table.tiles,
         histogram={int(size): int(count) for size, count in zip(sizes, images, strict=True)},
-        bytes=sum(output.backend.planned_bytes(shard) for shard in shards),
+        bytes=planned_bytes,
         free_bytes=free_bytes(output.path),
         notes=tuple(notes),
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.config import Status
 from internvit_cli.errors import InternvitError, OtherRecipeError, OutputError, one_line
 from internvit_cli.sources.interface import Listing, Source
+from internvit_cli.table import modified_ns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -160,9 +161,10 @@ class StoredImages:
             now = os.stat(path)
         except OSError:
             return True  # its row stays what it is: whoever opens the file finds out
-        if now.st_size != int(table.file_size[row]):
+        # A disk that was away for a moment is no reason to leave its pictures out for ever.
+        if table.status[row] == Status.VANISHED or now.st_size != int(table.file_size[row]):
             return False
-        if now.st_mtime_ns == int(table.file_mtime_ns[row]):
+        if modified_ns(now) == int(table.file_mtime_ns[row]):
             return True
         return bool(table.status[row] == Status.DONE) and self._has_same_bytes(path, place)
 

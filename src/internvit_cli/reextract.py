@@ -20,6 +20,7 @@ from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.recipes import pixel_rule
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
 from internvit_cli.storage.reader import OpenShard
+from internvit_cli.table import modified_ns
 from internvit_cli.tiling import Grid
 from internvit_cli.verdict import Comparison
 
@@ -188,7 +189,7 @@ def _job(row: Row, number: int) -> DecodeJob | str:
     if now.st_size != int(table.file_size[at]):
         return "it changed"
     header = Header(
-        int(table.width[at]), int(table.height[at]), int(table.orientation[at]), now.st_size, now.st_mtime_ns
+        int(table.width[at]), int(table.height[at]), int(table.orientation[at]), now.st_size, modified_ns(now)
     )
     return DecodeJob(number, row.picture, header, Grid(int(table.columns[at]), int(table.rows[at])))
 

@@ -64,11 +64,13 @@ class Sink(ABC):
         self._queue.put(image)
 
     def close(self) -> None:
-        """Finish what was put and end.
+        """Finish what was put and end; a second time does nothing.
 
         Raises:
             InternvitError: the disk failed.
         """
+        if not self._thread.is_alive():
+            return
         self._queue.put(_Mark.END)
         self._thread.join()
         if self._failure is not None:

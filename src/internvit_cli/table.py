@@ -11,6 +11,7 @@ from internvit_cli.config import Status
 
 if TYPE_CHECKING:
     import hashlib
+    import os
     from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
@@ -27,6 +28,16 @@ COLUMN_DTYPES: dict[str, str] = {
     "file_mtime_ns": "<i8",
 }
 """The columns that are fixed when a shard is created, beside key and tile_offset; the names are those of the file."""
+
+_LATEST_NS = (1 << 63) - 1
+
+
+def modified_ns(status: os.stat_result) -> int:
+    """A file's time of modification as the column has it, nanoseconds since 1970.
+
+    A filesystem may hold years that the column does not: they count as its last moment, the year 2262, or its first.
+    """
+    return max(-_LATEST_NS - 1, min(status.st_mtime_ns, _LATEST_NS))
 
 
 @dataclass(frozen=True, slots=True)

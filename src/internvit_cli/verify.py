@@ -20,7 +20,7 @@ from internvit_cli.reconcile import stored_sources
 from internvit_cli.storage.checksums import CommittedRows, ReplacedError
 from internvit_cli.storage.interface import ShardFormat, backend_of
 from internvit_cli.storage.layout import PARTIAL, stored_recipe
-from internvit_cli.storage.output import MANIFEST, ManifestEntry, Output, load_shard, read_manifest
+from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, ManifestEntry, Output, load_shard, read_manifest
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.storage.soundness import UNREADABLE, attribute_problems, dataset_problems, table_problems
 from internvit_cli.table import count_statuses
@@ -200,8 +200,10 @@ class _Verification:
     def _check_together(self, shards: list[LoadedShard]) -> None:
         """Shards of one output have one recipe, and each image counts once."""
         counted: set[bytes] = set()
+        is_being_replaced = os.path.exists(os.path.join(self._path, NEXT_MANIFEST))
         for shard in shards:
-            if different := shard.recipe.differences(shards[0].recipe):
+            different = shard.recipe.differences(shards[0].recipe)
+            if different and not (shard.is_partial and is_being_replaced):
                 problem = f"its recipe differs from that of {shards[0].path} in {', '.join(different)}"
                 self._report("recipe", shard.path, None, problem)
             if shard.is_partial:
@@ -255,7 +257,12 @@ class _Verification:
         """A skipped image has its reason in the list of skipped ones."""
         path = Output(self._path.removesuffix(PARTIAL)).skipped_path
         reasons: dict[str, set[str]] = {}
-        for entry in read_skip_log(path):
+        try:
+            entries = read_skip_log(path)
+        except OutputError as error:
+            self._note(error.message)
+            return
+        for entry in entries:
             reasons.setdefault(entry["key"], set()).add(str(entry.get("reason")))
         unlisted = 0
         for row in _rows(shards, set(Status) - {Status.PENDING, Status.DONE}):

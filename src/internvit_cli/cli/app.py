@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from internvit_cli.cli import bench, doctor, extract, info, models, plan, verify
-from internvit_cli.cli.console import fail, open_missing_streams
+from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json
 from internvit_cli.cli.settings import configurable
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
 
@@ -67,10 +68,21 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C is no traceback; `extract` has handlers of its own
     if sys.platform == "win32":
         sys.exit(fail(InternvitError("Windows is not supported", "use Linux, or WSL")))
-    code = run(sys.argv[1:] if arguments is None else arguments)
+    code = run(sys.argv[1:] if arguments is None else arguments) if _has_working_directory() else ExitCode.CANNOT_RUN
     for number in extract.STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # all is done and said; the interpreter takes a moment to end
     sys.exit(code)
+
+
+def _has_working_directory() -> bool:
+    """Whether there is one; torch ends a process without, and no relative path means anything."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        error = InternvitError("the working directory has been removed", "change to a folder that is there")
+        fail(error, as_json="--json" in sys.argv)
+        return False
+    return True
 
 
 def run(arguments: list[str]) -> int:
@@ -86,6 +98,26 @@ def run(arguments: list[str]) -> int:
         return _fail_usage(error, as_json=as_json)
     except typer.Abort:
         return ExitCode.SIGINT
+    except Exception as error:
+        known = None if "--debug" in arguments else _of_the_system(error)
+        if known is not None:
+            return fail(known, as_json=as_json)
+        if as_json:
+            print_json({"exit_code": 1, "error": f"{type(error).__name__}: {error}", "hint": "this is a bug"})
+        raise
+
+
+def _of_the_system(error: Exception) -> InternvitError | None:
+    """What the operating system would not give, as an error of ours; None for a bug."""
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{one_line(os.fsdecode(error.filename))}: "
+        return InternvitError(f"{where}{error.strerror or error}", "--debug shows where")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "CPUAllocator" in str(error)):
+        text = str(error).splitlines() or ["no more is to be had"]
+        return InternvitError(
+            f"not enough memory: {text[0]}", "lower --batch-size, --workers, --tile-size or --max-tiles"
+        )
+    return None
 
 
 def _fail_usage(error: Any, *, as_json: bool) -> int:

@@ -129,7 +129,10 @@ def build_options(
         typer.Option(min=1, max=512, help="Encoder threads on a CPU. (default: one a core)", rich_help_panel=RUN),
     ] = None,
     decode_timeout: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="Skip a picture that takes longer.", rich_help_panel=RUN)
+        float,
+        typer.Option(
+            min=0.1, max=86_400, metavar="SECONDS", help="Skip a picture that takes longer.", rich_help_panel=RUN
+        ),
     ] = 30.0,
     worker_memory: Annotated[
         str, typer.Option(metavar="SIZE", help="Most memory of a decode process.", rich_help_panel=RUN)

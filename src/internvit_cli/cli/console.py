@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import sys
@@ -14,6 +16,8 @@ from internvit_cli.observer import Observer, Progress
 
 PLAIN_SECONDS = 30.0
 """Between two lines of progress where there is no terminal."""
+NOBODY_READS = (errno.EPIPE, errno.EIO)
+"""The reader of a pipe has ended; the terminal is gone."""
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -42,22 +46,49 @@ def print_json(value: dict[str, Any]) -> None:
     _write(sys.stdout, json.dumps(value, ensure_ascii=True))
 
 
+def print_text(text: str) -> None:
+    """Lines that are laid out already, on stdout."""
+    _write(sys.stdout, text.rstrip("\n"))
+
+
 def _write(stream: TextIO, line: str) -> None:
-    """Write a line; where nobody reads any more, this line and all others are dropped, and the work goes on."""
+    """Write a line; what cannot be written is dropped, like all that follows, and the work goes on.
+
+    Raises:
+        InternvitError: a result is lost though somebody waits for it, such as on a full disk.
+    """
     try:
         stream.write(line + "\n")
         stream.flush()
-    except BrokenPipeError:
+    except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
+        if stream is sys.stdout and error.errno not in NOBODY_READS:
+            raise InternvitError(
+                f"cannot write to standard output: {error.strerror}", "all else is done: run the command again for it"
+            ) from error
+
+
+def knows_its_size(stream: TextIO) -> bool:
+    """Whether a terminal tells its size: one that says 0 makes tqdm draw nothing, and one that is gone says nothing."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return False
 
 
 def open_missing_streams() -> None:
-    """Open what the caller closed: a data file must not get the descriptor of a stream that something prints to."""
+    """Open what the caller closed: a data file must not get the descriptor of a stream that something prints to.
+
+    What a stream's encoding lacks is written as escapes.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open until the end
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def one_line(text: str) -> str:
@@ -174,8 +205,7 @@ class BarObserver(Observer):
         from tqdm import tqdm
 
         if self._bar is None:
-            # A terminal that does not tell its size says 0, and tqdm would then draw nothing.
-            known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+            known = knows_its_size(sys.stderr)
             self._bar = tqdm(
                 desc=what,
                 unit=f" {unit}",

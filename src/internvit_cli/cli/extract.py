@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -81,8 +81,10 @@ def stop_on_signals() -> Iterator[StopRequest]:
         if stop.signal:
             os._exit(128 + number)
         if stop.is_working:
-            # print() is not for signal handlers: it may be what was interrupted.
-            os.write(2, b"\nstopping after the batch in flight; a second signal stops at once\n")
+            # print() is not for signal handlers: it may be what was interrupted. Whoever reads stderr may have got the
+            # same signal: `2>&1 | tee log` ends with a Ctrl-C.
+            with suppress(OSError):
+                os.write(2, b"\nstopping after the batch in flight; a second signal stops at once\n")
         stop.request(number)
 
     before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated, Any
 
 import typer
 
-from internvit_cli.cli.console import human_bytes, one_line, print_json
+from internvit_cli.cli.console import human_bytes, one_line, print_json, print_text
 
 
 def info_command(
@@ -30,7 +32,9 @@ def _print_tables(facts: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    laid_out = io.StringIO()
+    is_terminal = sys.stdout.isatty() or None  # else as FORCE_COLOR says
+    console = Console(file=laid_out, force_terminal=is_terminal, highlight=False, markup=False, emoji=False)
     table = Table(box=box.SIMPLE, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -56,3 +60,4 @@ def _print_tables(facts: dict[str, Any]) -> None:
             one_line(f"{last.get('ended')} on {last.get('host')}, {last.get('device')}, {last.get('dtype')}"),
         )
     console.print(table)
+    print_text(laid_out.getvalue())

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from internvit_cli.cli.console import PLAIN_SECONDS, human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.cli.console import (
+    PLAIN_SECONDS,
+    human_bytes,
+    human_seconds,
+    knows_its_size,
+    print_json,
+    print_line,
+    say,
+)
 from internvit_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -176,8 +184,7 @@ def _progress(*, is_terminal: bool) -> VerifyObserver:
 def _bar(name: str, total: int, unit: str) -> Any:
     from tqdm import tqdm
 
-    # A terminal that does not tell its size says 0, and tqdm would then draw nothing.
-    known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    known = knows_its_size(sys.stderr)
     return tqdm(
         desc=name,
         total=total,

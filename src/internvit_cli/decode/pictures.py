@@ -16,6 +16,7 @@ from PIL import Image
 
 from internvit_cli.config import PixelRule, Preprocess, Skipped, Status
 from internvit_cli.decode.files import classify, open_regular, pillow_limits, readable_formats
+from internvit_cli.table import modified_ns
 from internvit_cli.tiling import clip_size, has_thumbnail
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def decode_tiles(path: bytes, header: Header, grid: Grid, rule: PixelRule, out: 
 
 
 def _differs(status: os.stat_result, header: Header) -> bool:
-    return (status.st_size, status.st_mtime_ns) != (header.file_size, header.file_mtime_ns)
+    return (status.st_size, modified_ns(status)) != (header.file_size, header.file_mtime_ns)
 
 
 def _changed() -> Skipped:

@@ -69,7 +69,7 @@ class CommittedRows:
     """With the statuses on disk."""
     checksums: NDArray[Any]
     """[n] uint32."""
-    files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    files: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """What `file_identity` said of the files when the table was read."""
 
     @property
@@ -227,7 +227,7 @@ class CommittedRows:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise _replaced(path) from error
-        identity = file_identity(os.fstat(descriptor))
+        identity = file_identity(path, os.fstat(descriptor))
         if self.files.get(path, identity) != identity:
             os.close(descriptor)
             raise _replaced(path)

@@ -171,6 +171,8 @@ def final_paths(final: str) -> list[str]:
 
 
 def _open(path: str) -> h5py.File:
+    if os.path.exists(path) and not os.path.isfile(path):  # HDF5 would wait for whoever writes to a pipe
+        raise ForeignFileError(f"{path} is not a regular file", "choose another output, or move that away")
     try:
         return h5py.File(path, "r")
     except OSError as error:

@@ -11,7 +11,8 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from internvit_cli.errors import LockedError, OutputError
+from internvit_cli.errors import LockedError, NoSpaceError, OutputError
+from internvit_cli.storage.durable import NO_SPACE_ERRNOS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +49,11 @@ def exclusive(output: str, *, enabled: bool = True) -> Iterator[None]:
 def _acquire(path: str) -> int:
     while True:
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            # No link is followed: what it leads to would be overwritten.
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
+            if error.errno in NO_SPACE_ERRNOS:
+                raise NoSpaceError(f"no room for {path}: {error.strerror}", "free some space") from error
             folder = os.path.dirname(os.path.abspath(path))
             raise OutputError(
                 f"cannot write in {folder}: {error.strerror}",

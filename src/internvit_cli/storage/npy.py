@@ -127,8 +127,8 @@ def run_log(path: str) -> list[dict[str, Any]]:
     if os.path.isdir(path):
         return parse_run_log(_read_array(_dataset_path(path, RUN_LOG), RUN_LOG).tobytes())
     with _damage(path), open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
-        entries: list[dict[str, Any]] = json.load(file).get(RUN_LOG, [])
-        return entries
+        entries = json.load(file).get(RUN_LOG)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 def final_paths(final: str) -> list[str]:
@@ -156,7 +156,7 @@ def _damage(path: str) -> Iterator[None]:
         raise OutputError(f"{error.filename} is not there", "restore it, or start anew with --overwrite") from error
     except OSError as error:
         raise OutputError(f"cannot read {error.filename or path}: {error.strerror}", "check its permissions") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise OutputError(
             f"{path} is not a sound feature shard: {one_line(str(error))}", "restore it, or start anew with --overwrite"
         ) from error
@@ -187,7 +187,7 @@ def _lay_out(path: str, spec: DatasetSpec) -> None:
 
 def _read_header(path: str, name: str) -> tuple[DatasetSpec, int]:
     """The header of an array of ours, held to the very bytes that `_header` writes and to the size that it promises."""
-    with open(path, "rb") as file:
+    with _damage(path), open(path, "rb") as file:
         header = file.read(ALIGNMENT)
         size = os.fstat(file.fileno()).st_size
     match = HEADER.match(header)

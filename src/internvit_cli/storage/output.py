@@ -22,9 +22,9 @@ SINGLE_FILE_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
 NEXT_MANIFEST = "manifest.next.json"
 SKIPPED = "skipped.jsonl"
-SHARD_NAME = re.compile(r"shard-\d{5}")
+SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")
 SHARD_FILE = re.compile(
-    r"(shard-\d{5})((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_tokens)\.npy)(\.tmp)?"
+    r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_tokens)\.npy)(\.tmp)?"
 )
 """The names of our files and no others: a folder of `shard-00000.tar` is somebody else's."""
 REMEDY = "restore it, or start anew with --overwrite"
@@ -51,7 +51,7 @@ class FinishedShard:
     format: Format
     stored: StoredShard
     superseded: tuple[str, ...] = ()
-    files: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    files: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """What `file_identity` said of each of its files when the index was read."""
 
     @property
@@ -79,8 +79,11 @@ class Output:
         Raises:
             UsageError: the name and the format contradict each other.
         """
-        self.path = path.rstrip("/") or "/"
-        self.is_file = self.path.endswith(SINGLE_FILE_SUFFIXES)
+        name = path.rstrip("/") or "/"
+        self.is_file = name.endswith(SINGLE_FILE_SUFFIXES)
+        # Whatever a run makes beside its output, its lock above all, has to be found by any other name of the output.
+        is_alias = os.path.islink(name) or os.path.basename(name) in (".", "..")
+        self.path = os.path.realpath(name) if is_alias else name
         if self.path.endswith(".npy"):
             raise UsageError(
                 f"{path}: .npy features are written as a folder of shards", f"use -o {path.removesuffix('.npy')}/"
@@ -134,11 +137,13 @@ class Output:
             raise OutputError(
                 f"cannot make the folder {self.path}: {error.strerror}", "choose an output that can be written"
             ) from error
-        names = os.listdir(self.path)
+        names = _names_in(self.path)
         if names and not any(
             name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names
         ):
             raise OutputError(f"{self.path} holds other files and is not a feature store", "name a new or empty folder")
+        if MANIFEST not in names and NEXT_MANIFEST not in names:
+            self._refuse_unclaimed(names)
         if not self._has_damaged_manifest():  # which vouches for nothing: loading it says so
             self._recover()
 
@@ -178,9 +183,7 @@ class Output:
         added = ManifestEntry(_shard_name(number), self.format, images, tiles)
         self._write_manifest([*self._without(superseded), added])
         self._sweep({*self._named(), added.name})
-        if os.path.exists(partial):
-            os.rename(partial, f"{partial}.tmp")
-            remove(f"{partial}.tmp")
+        self._remove_partials(added.name)
 
     def drop_rows(self, dropped: Mapping[str, Sequence[str]]) -> None:
         """Have rows of a folder's shards count no more: keys by the shard's name."""
@@ -226,7 +229,7 @@ class Output:
 
     def _present_format(self) -> Format:
         """The format of the shards that are there, so that a repeated command need not name it."""
-        names = os.listdir(self.path) if os.path.isdir(self.path) else []
+        names = _names_in(self.path) if os.path.isdir(self.path) else []
         return Format.H5 if any(SHARD_FILE.fullmatch(name) and ".h5" in name for name in names) else Format.NPY
 
     def _entries(self, manifest: str = "") -> list[ManifestEntry]:
@@ -248,6 +251,14 @@ class Output:
         """The shards that a manifest names."""
         return {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
 
+    def _remove_partials(self, name: str) -> None:
+        """Remove what a finished shard was filled in, and what a run for another format had begun."""
+        for shard_format in Format:
+            partial = os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + PARTIAL
+            if os.path.exists(partial):
+                os.rename(partial, f"{partial}.tmp")
+                remove(f"{partial}.tmp")
+
     def _has_damaged_manifest(self) -> bool:
         try:
             self._named()
@@ -265,21 +276,44 @@ class Output:
             if (is_ours and name.endswith(".tmp")) or (match is not None and match[1] not in kept):
                 remove(os.path.join(self.path, name))
 
+    def _refuse_foreign(self, final: str) -> None:
+        """Leave a file alone that only has the name of a shard; a damaged one of ours is for loading to tell."""
+        try:
+            load_shard("", final, self.backend)
+        except ForeignFileError:
+            raise
+        except OutputError:
+            return
+
     def _clear(self) -> None:
         """Remove every shard, and the manifests last, so that a crash in between leaves them as they are."""
         self._sweep(())
         for name in (NEXT_MANIFEST, MANIFEST):
             remove(os.path.join(self.path, name))
 
+    def _refuse_unclaimed(self, names: Collection[str]) -> None:
+        """Leave shards alone that no manifest ever named: somebody else's, or ours whose manifest was lost.
+
+        A first run that was cut short leaves parts of the first shard, and its final .npy files beside those only.
+        """
+        first = _shard_name(0)
+        shards = [match for name in names if (match := SHARD_FILE.fullmatch(name)) and not name.endswith(".tmp")]
+        apart = [match for match in shards if ".h5" not in match[0] and match[0] != first + PARTIAL]
+        if any(match[1] != first for match in shards) or (apart and first + PARTIAL not in names):
+            raise ForeignFileError(
+                f"{self.path} holds shards, and no {MANIFEST} that names them",
+                f"restore {MANIFEST} if they are features, or name a new or empty folder",
+            )
+
     def _recover(self) -> None:
         """Remove what no manifest names, but for the shard at hand: a crash may have come before its entry."""
         current, named = self.next_number(), self._named()
         self._sweep({*named, _shard_name(current)})
         for name in named:  # a crash came after the entry, and before what is unfinished no more was removed
-            for shard_format in Format:
-                remove(os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + PARTIAL)
+            self._remove_partials(name)
         final, partial = self.final_path(current), self.partial_path(current)
         if os.path.isfile(final) and not os.path.exists(partial):
+            self._refuse_foreign(final)
             os.rename(final, partial)
 
 
@@ -303,6 +337,8 @@ def read_manifest(path: str) -> list[ManifestEntry]:
         return _entries_of(manifest)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise OutputError(f"{path} is damaged: {one_line(str(error))}", REMEDY) from error
 
@@ -322,7 +358,16 @@ def _entry(shard: Any) -> ManifestEntry:
     if not SHARD_NAME.fullmatch(shard["name"]):
         raise ValueError(f"{shard['name']!r} is not a shard's name")
     superseded = tuple(str(key) for key in shard["superseded"])
+    for key in superseded:
+        os.fsencode(key)  # a ValueError for what no key can be
     return ManifestEntry(shard["name"], Format(shard["format"]), int(shard["images"]), int(shard["tiles"]), superseded)
+
+
+def _names_in(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise OutputError(f"cannot read {folder}: {error.strerror}", "check its permissions") from error
 
 
 def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str, ...] = ()) -> FinishedShard:
@@ -332,15 +377,20 @@ def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str
         OutputError: there is none, or it is damaged.
     """
     # Looked at first: a file that is replaced from here on shows as another one, never as this index's rows.
-    files = {file: file_identity(os.stat(file)) for file in backend.final_paths(path) if os.path.exists(file)}
+    files = {file: file_identity(file, os.stat(file)) for file in backend.final_paths(path) if os.path.exists(file)}
     stored = backend.read(path)
     stored.check(path)
     return FinishedShard(name, path, backend.KIND, stored, superseded, files)
 
 
-def file_identity(status: os.stat_result) -> tuple[int, int]:
-    """What tells a file from one that takes its name later: inode and size."""
-    return status.st_ino, status.st_size
+def file_identity(path: str, status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from one that takes its name later: inode and size, and the time of its last write.
+
+    A filesystem may give the inode to the file after next, and that may well be as large. A file that is still being
+    filled is written all the time.
+    """
+    is_filled = PARTIAL in (os.path.splitext(path)[1], os.path.splitext(os.path.dirname(path))[1])
+    return (status.st_ino, status.st_size) if is_filled else (status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _shard_name(number: int) -> str:

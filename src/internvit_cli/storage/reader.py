@@ -193,7 +193,7 @@ class OpenShard:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise _replaced(path) from None
-        identity = file_identity(os.fstat(descriptor))
+        identity = file_identity(path, os.fstat(descriptor))
         if self._found.files.get(path, identity) != identity:
             os.close(descriptor)
             raise _replaced(path)

@@ -6,6 +6,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from internvit_cli.errors import OutputError
 from internvit_cli.storage.durable import disk_errors, sync_path, write_file
 
 if TYPE_CHECKING:
@@ -68,19 +69,28 @@ class SkipLog:
 
 
 def read_skip_log(path: str) -> list[dict[str, Any]]:
-    """The entries in the order in which they were written; a line that a crash cut short is left out."""
+    """The entries in the order in which they were written; a line that a crash cut short is left out.
+
+    Raises:
+        OutputError: the list cannot be read.
+    """
     if not os.path.exists(path):
         return []
-    entries = []
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(entry, dict) and isinstance(entry.get("key"), str):
-                entries.append(entry)
-    return entries
+    try:
+        with open(path, "rb") as file:
+            return [entry for line in file if (entry := _entry(line)) is not None]
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}", "check its permissions, or move it away") from error
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """One line's entry; None for what is none, such as a key that no file can have."""
+    try:
+        entry = json.loads(line)
+        os.fsencode(entry["key"])
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def _attempt(entry: dict[str, Any]) -> int:
