@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from typing import TYPE_CHECKING, Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from internvit_cli import workers
 from internvit_cli.config import PixelRule, Skipped, Status, TilingRule
 from internvit_cli.decode import decoder as decoder_module
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder, FailedImage
@@ -146,6 +148,28 @@ def test_time_in_the_queue_does_not_count():
         for number in range(4):
             pool.submit(number, ("sleep", 0.6))
         assert all(isinstance(outcome, Finished) for outcome in drain(pool).values())
+
+
+def test_time_in_which_everything_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGSTOP and SIGCONT for all processes of a job, as a batch system suspends it."""
+    with WorkerPool(OBEY, 1, 1.0) as pool:
+        pool.submit(0, ("pid", None))
+        (first,) = pool.wait()
+        real, stopped = workers.wait, []
+
+        def stop_all(connections: list[Any], timeout: float | None) -> list[Any]:
+            if stopped:
+                return real(connections, timeout)
+            stopped.append(True)
+            os.kill(first.result, signal.SIGSTOP)
+            time.sleep(1.5)
+            os.kill(first.result, signal.SIGCONT)
+            return []
+
+        monkeypatch.setattr(workers, "wait", stop_all)
+        pool.submit(1, ("sleep", 0.4))
+        assert pool.wait() == [Finished(1, 0.4, ANY)]
+        assert pool.pids == [first.result]
 
 
 def test_a_task_that_must_be_alone_shares_its_worker_with_none(tmp_path):

@@ -189,7 +189,11 @@ class WorkerPool:
     def _collect(self, patience: float | None) -> list[Finished | Lost]:
         outcomes: list[Finished | Lost] = []
         by_connection = {worker.connection: worker for worker in self._workers}
-        for connection in wait(list(by_connection), patience):
+        begun = time.monotonic()
+        ready = wait(list(by_connection), patience)
+        if patience is not None:
+            self._forgive(time.monotonic() - begun - patience)
+        for connection in ready:
             outcomes += self._receive(by_connection[connection])  # type: ignore[index]
         now = time.monotonic()
         for worker in list(self._workers):
@@ -199,6 +203,12 @@ class WorkerPool:
                 message = f"gave no result within {self._task_seconds:g} s"
                 outcomes += self._replace(worker, Status.TIMEOUT, message)
         return outcomes
+
+    def _forgive(self, overslept: float) -> None:
+        """Do not count the time in which this process was stopped: so were its workers, as by a batch system."""
+        if overslept > 0:
+            for worker in self._workers:
+                worker.head_since += overslept
 
     def _receive(self, worker: _Worker) -> list[Finished | Lost]:
         try:
