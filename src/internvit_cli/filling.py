@@ -65,7 +65,7 @@ class FillJob:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What `fill_shard` did."""
+    """What `fill` did."""
 
     stages: Stages
     progress: Progress

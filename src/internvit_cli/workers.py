@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 QUEUE_DEPTH = 2
 """Tasks given to one worker: the one at hand and the next, so that it never waits for the parent."""
 
+CLOCK_SECONDS = 0.5
+"""The longest sleep between two looks at the clock: what one takes beyond it is time in which all were stopped."""
+
 START_ATTEMPTS = 5
 """Workers that may end before they are ready with no word from any other in between; then none ever will be."""
 
@@ -180,11 +183,11 @@ class WorkerPool:
                 worker.connection.send((task.task_id, task.payload))
 
     def _patience(self, deadline: float | None) -> float | None:
-        """Seconds to sleep before either the caller's deadline or the first worker's time limit."""
+        """Seconds to sleep before the caller's deadline, the first worker's time limit, or a look at the clock."""
         ends = [worker.head_since + self._task_seconds for worker in self._workers if worker.tasks and worker.ready]
         if deadline is not None:
             ends.append(deadline)
-        return max(0.0, min(ends) - time.monotonic()) if ends else None
+        return min(max(0.0, min(ends) - time.monotonic()), CLOCK_SECONDS) if ends else None
 
     def _collect(self, patience: float | None) -> list[Finished | Lost]:
         outcomes: list[Finished | Lost] = []
