@@ -18,7 +18,8 @@ import torch
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.features import FeatureModel, Features, FeatureSpec, verdicts
-from internvit_cli.model.vit import Block, best_attention
+from internvit_cli.model.kernels.choice import plain_for
+from internvit_cli.model.vit import Block
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ def _block_seconds(vision: VisionConfig, tokens: int, dtype: torch.dtype) -> flo
 
     Processor time, not wall clock: other processes, our own decode workers among them, must not sway the choice.
     """
-    block = Block(vision, best_attention(torch.device("cpu"), dtype)).to(dtype).requires_grad_(False)
+    block = Block(vision, plain_for(torch.device("cpu"), dtype)).to(dtype).requires_grad_(False)
     for parameter in block.parameters():
         parameter.fill_(0.01)  # any ordinary numbers: denormals would be slow
     x = torch.full((1, tokens, vision.hidden_size), 0.5, dtype=dtype)
@@ -291,7 +292,7 @@ def _block_seconds(vision: VisionConfig, tokens: int, dtype: torch.dtype) -> flo
     with torch.inference_mode():
         for _ in range(5):
             start = time.thread_time()
-            block(x)
+            block(x, x)
             best = min(best, time.thread_time() - start)
             if time.perf_counter() - begin > 1.0:
                 break

@@ -1,0 +1,206 @@
+"""Attention over packed q, k and v in Triton: nothing is transposed, and the class token costs no block of its own.
+
+A tile has T = 1 + N tokens, and N = 1024 is a whole number of blocks where 1025 is not. So the softmax of every query
+starts from the class token's key, after which the N patch keys remain; and the class token's own query, one row, is
+answered by a program without matrix units, beside those of the patches of the same tile and head.
+
+Letters in shapes as in vit.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+
+
+class AttentionBlocks(NamedTuple):
+    """How the work is cut; the numbers decide the speed and the last bits."""
+
+    queries: int
+    """Patch queries of one program."""
+    keys: int
+    """Patch keys of one step."""
+    class_keys: int
+    """Patch keys of one step of the class token's query."""
+    warps: int
+    stages: int
+    """Steps whose keys and values are on their way at once."""
+
+
+BLOCKS = {
+    16: AttentionBlocks(128, 64, 64, 4, 3),
+    32: AttentionBlocks(128, 64, 64, 4, 3),
+    64: AttentionBlocks(128, 64, 64, 8, 3),
+    128: AttentionBlocks(128, 64, 32, 8, 3),
+}
+"""By head size D, for an H100; `benchmarks/encoder.py --sweep-attention` tries others. They leave room for two programs
+a multiprocessor at D = 64, and no register is spilled, after which matrix products would wait for each other."""
+
+
+@triton.jit
+def _load_rows(at: tl.tensor, row: tl.tensor, PATCHES: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of rows; those after the last patch are zeros. Where blocks are whole there is nothing to mask."""
+    if PATCHES % BLOCK == 0:
+        rows = tl.load(at)
+    else:
+        rows = tl.load(at, mask=row[:, None] < PATCHES, other=0.0)
+    return rows
+
+
+@triton.jit
+def _attend_patches(
+    base: tl.tensor,
+    target: tl.tensor,
+    block: tl.tensor,
+    width: tl.tensor,
+    scale: tl.tensor,
+    PATCHES: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Patch queries block * QUERIES and following of one tile and head."""
+    stride = 3 * width  # from token to token
+    channels = tl.arange(0, D)
+    row = block * QUERIES + tl.arange(0, QUERIES)
+    q = _load_rows(base + (1 + row)[:, None] * stride + channels[None, :], row, PATCHES, QUERIES)
+
+    class_key = tl.load(base + width + channels).to(tl.float32)
+    class_value = tl.load(base + 2 * width + channels).to(tl.float32)
+    highest = tl.sum(q.to(tl.float32) * class_key[None, :], axis=1) * scale  # [QUERIES], log2 of the largest weight
+    total = tl.full([QUERIES], 1.0, tl.float32)
+    out = tl.zeros([QUERIES, D], tl.float32) + class_value[None, :]
+
+    key = tl.arange(0, KEYS)
+    k_at = base + width + (1 + key)[:, None] * stride + channels[None, :]
+    v_at = k_at + width
+    for start in range(0, PATCHES, KEYS):
+        k = _load_rows(k_at, start + key, PATCHES, KEYS)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [QUERIES,KEYS]
+        if PATCHES % KEYS != 0:
+            scores = tl.where((start + key)[None, :] < PATCHES, scores, float("-inf"))
+        highest_now = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - highest_now[:, None])
+        shrink = tl.exp2(highest - highest_now)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = _load_rows(v_at, start + key, PATCHES, KEYS)
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        highest = highest_now
+        k_at += KEYS * stride
+        v_at += KEYS * stride
+
+    out_at = target + (1 + row)[:, None] * width + channels[None, :]
+    out = (out / total[:, None]).to(q.dtype)
+    if PATCHES % QUERIES == 0:
+        tl.store(out_at, out)
+    else:
+        tl.store(out_at, out, mask=row[:, None] < PATCHES)
+
+
+@triton.jit
+def _attend_class(
+    base: tl.tensor,
+    target: tl.tensor,
+    width: tl.tensor,
+    scale: tl.tensor,
+    PATCHES: tl.constexpr,
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """The class token's query of one tile and head: each of KEYS lanes has a softmax of its own, joined at the end."""
+    stride = 3 * width
+    channels = tl.arange(0, D)
+    q = tl.load(base + channels)
+    query = q.to(tl.float32)
+    class_key = tl.load(base + width + channels).to(tl.float32)
+    class_value = tl.load(base + 2 * width + channels).to(tl.float32)
+    class_score = tl.sum(query * class_key, axis=0) * scale
+
+    highest = tl.zeros([KEYS], tl.float32) + class_score
+    total = tl.zeros([KEYS], tl.float32)
+    out = tl.zeros([KEYS, D], tl.float32)
+    key = tl.arange(0, KEYS)
+    k_at = base + width + (1 + key)[:, None] * stride + channels[None, :]
+    v_at = k_at + width
+    for start in range(0, PATCHES, KEYS):
+        k = _load_rows(k_at, start + key, PATCHES, KEYS).to(tl.float32)
+        v = _load_rows(v_at, start + key, PATCHES, KEYS).to(tl.float32)
+        scores = tl.sum(k * query[None, :], axis=1) * scale  # [KEYS]
+        if PATCHES % KEYS != 0:
+            scores = tl.where(start + key < PATCHES, scores, float("-inf"))
+        highest_now = tl.maximum(highest, scores)
+        weights = tl.exp2(scores - highest_now)
+        shrink = tl.exp2(highest - highest_now)
+        total = total * shrink + weights
+        out = out * shrink[:, None] + weights[:, None] * v
+        highest = highest_now
+        k_at += KEYS * stride
+        v_at += KEYS * stride
+
+    overall = tl.max(highest, axis=0)
+    shrink = tl.exp2(highest - overall)
+    class_weight = tl.exp2(class_score - overall)
+    sum_of_weights = tl.sum(total * shrink, axis=0) + class_weight
+    joined = (tl.sum(out * shrink[:, None], axis=0) + class_weight * class_value) / sum_of_weights
+    tl.store(target + channels, joined.to(q.dtype))
+
+
+@triton.jit
+def _attention(
+    qkv: tl.tensor,
+    out: tl.tensor,
+    heads: tl.tensor,
+    scale: tl.tensor,
+    PATCHES: tl.constexpr,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    CLASS_KEYS: tl.constexpr,
+):
+    """One program is a block of queries of one tile and head; the last block of each is the class token's."""
+    blocks = tl.cdiv(PATCHES, QUERIES) + 1
+    block = tl.program_id(0) % blocks
+    head = tl.program_id(0) // blocks % heads
+    tile = (tl.program_id(0) // blocks // heads).to(tl.int64)  # offsets of a large batch exceed 32 bits
+    width = heads * D
+    base = qkv + tile * (1 + PATCHES) * (3 * width) + head * D
+    target = out + tile * (1 + PATCHES) * width + head * D
+    if block == blocks - 1:
+        _attend_class(base, target, width, scale, PATCHES, D, CLASS_KEYS)
+    else:
+        _attend_patches(base, target, block, width, scale, PATCHES, D, QUERIES, KEYS)
+
+
+def attention(qkv: Tensor, heads: int, blocks: AttentionBlocks | None = None) -> Tensor:
+    """Packed q, k and v [B,T,3C], contiguous, heads in order within each third -> [B,T,C] in the same type.
+
+    Args:
+        qkv: float16 or bfloat16 on CUDA; float32 too in Triton's interpreter.
+        heads: H; D = C / H is one of `BLOCKS` where `blocks` is left out, else any power of two from 16.
+        blocks: how to cut the work; None is what `BLOCKS` says.
+    """
+    B, T, width = qkv.shape
+    D, patches = width // 3 // heads, T - 1
+    cut = blocks or BLOCKS[D]
+    out = torch.empty((B, T, width // 3), dtype=qkv.dtype, device=qkv.device)
+    grid = (B * heads * (triton.cdiv(patches, cut.queries) + 1),)
+    _attention[grid](
+        qkv,
+        out,
+        heads,
+        D**-0.5 * LOG2_E,
+        PATCHES=patches,
+        D=D,
+        QUERIES=cut.queries,
+        KEYS=cut.keys,
+        CLASS_KEYS=cut.class_keys,
+        num_warps=cut.warps,
+        num_stages=cut.stages,
+    )
+    return out
