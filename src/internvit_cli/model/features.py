@@ -90,6 +90,11 @@ class FeatureModel(nn.Module):
         self.projector = projector
         self.store_dtype = TORCH_STORE_DTYPE[spec.store_dtype]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.embedding.table.device
+
     @classmethod
     def load(
         cls,
@@ -114,6 +119,8 @@ class FeatureModel(nn.Module):
             ModelError: a weights file can't be read.
             UsageError: the spec does not fit the model.
         """
+        if device.type == "cuda" and dtype is torch.float32:
+            torch.set_float32_matmul_precision("highest")  # no TF32, whatever was set before
         plan = store_plan(checkpoint.card, spec)
         case = Case(checkpoint.card.vision, spec.tile_size // PATCH_SIZE, plan)
         kernels = kernels_for(device, dtype, case) if fused else plain_for(device, dtype)

@@ -1,4 +1,7 @@
-"""Pixel unshuffle: each 2 x 2 neighbourhood of patch tokens becomes one visual token. Letters in shapes as in vit.py."""
+"""Pixel unshuffle: each 2 x 2 neighbourhood of patch tokens becomes one visual token.
+
+Letters in shapes as in vit.py.
+"""
 
 # ruff: noqa: N806  (shape letters)
 

@@ -123,7 +123,7 @@ class Block(nn.Module):
         self.ls2 = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, x: Tensor, h: Rows) -> tuple[Tensor, Tensor]:
-        """x [B,T,C], h = norm1(x) -> x, y [B,T,C], of which the block's output is x + y * ls2. May overwrite x."""
+        """From x [B,T,C] and h = norm1(x) to x and y [B,T,C]: the block's output is x + y * ls2. May overwrite x."""
         x, h = self.kernels.residual_norm(x, self.attn(h), self.ls1, self.norm2)
         return x, self.mlp(h)
 
@@ -216,8 +216,7 @@ class TileEmbedding(nn.Module):
 
     def with_norm(self, tiles: Tensor, norm: Norm | None) -> tuple[Tensor, Rows | None]:
         """uint8 RGB [B,S,S,3] -> [B,1+N,C] in the compute dtype, and the rows of its norm, when there is one."""
-        C, columns = self.weight.shape
-        values = self.kernels.patches(tiles, columns, self.weight.dtype)  # [B,N,columns]
+        values = self.kernels.patches(tiles, self.weight.shape[1], self.weight.dtype)  # [B,N,columns]
         return self.kernels.embed(F.linear(values, self.weight), self.table, norm)
 
 
@@ -235,7 +234,7 @@ class Encoder(nn.Module):
         return cast("Block", self.layers[0]).norm1 if len(self.layers) else None
 
     def forward(self, x: Tensor, h: Rows | None = None) -> Tensor:
-        """x [B,T,C], and first_norm(x) where it is known -> [B,T,C]. May overwrite x."""
+        """Hidden states [B,T,C], and their first norm where it is known -> [B,T,C]. May overwrite x."""
         return self._run(x, h, class_only=False)
 
     def of_class(self, x: Tensor, h: Rows | None = None) -> Tensor:

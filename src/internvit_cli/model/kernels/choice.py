@@ -58,7 +58,9 @@ def kernels_for(device: torch.device, dtype: torch.dtype, case: Case | None = No
         return plain_for(device, dtype, f"plain PyTorch (triton: {error})")
     twin = plain_for(device, dtype)
     with torch.inference_mode():
-        return tried(triton_kernels(dtype, best_attention(device, base_dtype(dtype))), twin, probes(case, device, dtype))
+        return tried(
+            triton_kernels(dtype, best_attention(device, base_dtype(dtype))), twin, probes(case, device, dtype)
+        )
 
 
 def plain_for(device: torch.device, dtype: torch.dtype, name: str = "plain PyTorch") -> Kernels:
@@ -121,7 +123,7 @@ def _failure(probe: Probe, kernels: Kernels, twin: Kernels, allowed: float) -> s
     expected = probe(twin)
     try:
         error = difference(probe(kernels), expected)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception as failure:  # noqa: BLE001  (compilers, drivers and linkers fail with classes of their own)
         return _line(failure)

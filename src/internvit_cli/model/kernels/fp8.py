@@ -81,9 +81,9 @@ def scaled_linear(h: Rows, layer: Linear) -> Tensor:
     rows = h if isinstance(h, Quantised) else quantise(h)
     if not rows.values.is_cuda:
         return emulated_linear(rows, layer)
-    values, scale = rows.values.flatten(0, -2), rows.scale.reshape(-1, 1)  # [B*T,K], [B*T,1]
+    values, scale = rows.values.flatten(0, -2), rows.scale.view(-1, 1)  # [B*T,K], [B*T,1]
     fp8 = cast("ScaledLinear", layer)
-    product = torch._scaled_mm(  # noqa: SLF001  (the only way to these matrix units there is in PyTorch)
+    product: Tensor = torch._scaled_mm(  # the only way to these matrix units there is in PyTorch
         values,
         fp8.weight.t(),
         scale_a=scale,
@@ -92,7 +92,7 @@ def scaled_linear(h: Rows, layer: Linear) -> Tensor:
         out_dtype=torch.bfloat16,
         use_fast_accum=FAST_ACCUMULATION,
     )
-    return product.unflatten(0, rows.values.shape[:-1])
+    return product.view(*rows.values.shape[:-1], -1)
 
 
 def emulated_linear(h: Rows, layer: Linear) -> Tensor:

@@ -3,16 +3,17 @@
 Letters in shapes as in vit.py; K values of a row that a linear layer takes.
 """
 
-# ruff: noqa: N806  (shape letters)
-
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
 
 Norm = nn.LayerNorm | nn.RMSNorm
 """Over the last axis, computed in float32 and rounded once."""

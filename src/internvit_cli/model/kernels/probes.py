@@ -112,9 +112,7 @@ def probes(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, tu
 
 def _tensors(*outputs: Rows | None) -> list[Tensor]:
     """Outputs that can be compared: rows in fp8 as the numbers they stand for."""
-    return [
-        dequantise(output) if isinstance(output, Quantised) else output for output in outputs if output is not None
-    ]
+    return [dequantise(output) if isinstance(output, Quantised) else output for output in outputs if output is not None]
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:

@@ -44,13 +44,9 @@ a multiprocessor at D = 64, and no register is spilled, after which matrix produ
 
 
 @triton.jit
-def _load_rows(at: tl.tensor, row: tl.tensor, PATCHES: tl.constexpr, BLOCK: tl.constexpr):
+def _load_rows(at: tl.tensor, row: tl.tensor, PATCHES: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """A block of rows; those after the last patch are zeros. Where blocks are whole there is nothing to mask."""
-    if PATCHES % BLOCK == 0:
-        rows = tl.load(at)
-    else:
-        rows = tl.load(at, mask=row[:, None] < PATCHES, other=0.0)
-    return rows
+    return tl.load(at) if PATCHES % BLOCK == 0 else tl.load(at, mask=row[:, None] < PATCHES, other=0.0)
 
 
 @triton.jit
@@ -64,7 +60,7 @@ def _attend_patches(
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-):
+) -> None:
     """Patch queries block * QUERIES and following of one tile and head."""
     stride = 3 * width  # from token to token
     channels = tl.arange(0, D)
@@ -112,7 +108,7 @@ def _attend_class(
     PATCHES: tl.constexpr,
     D: tl.constexpr,
     KEYS: tl.constexpr,
-):
+) -> None:
     """The class token's query of one tile and head: each of KEYS lanes has a softmax of its own, joined at the end."""
     stride = 3 * width
     channels = tl.arange(0, D)
@@ -162,7 +158,7 @@ def _attention(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CLASS_KEYS: tl.constexpr,
-):
+) -> None:
     """One program is a block of queries of one tile and head; the last block of each is the class token's."""
     blocks = tl.cdiv(PATCHES, QUERIES) + 1
     block = tl.program_id(0) % blocks
@@ -202,5 +198,6 @@ def attention(qkv: Tensor, heads: int, blocks: AttentionBlocks | None = None) ->
         CLASS_KEYS=cut.class_keys,
         num_warps=cut.warps,
         num_stages=cut.stages,
+        enable_fp_fusion=True,  # scores * scale - highest is one instruction
     )
     return out

@@ -16,6 +16,8 @@ from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Quantis
 from internvit_cli.model.kernels.plain import linear, linear_gelu, plain_attention
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from internvit_cli.model.kernels.plain import Attend
@@ -29,7 +31,7 @@ def triton_kernels(dtype: torch.dtype, attend: Attend) -> Kernels:
         attend: attention in float32, where Triton's matrix products are slow, and of head sizes without blocks.
     """
     in_fp8, exact = dtype is FP8, dtype is torch.float32
-    gelus = {FP8: fp8_linear_gelu, torch.float32: linear_gelu}
+    gelus: dict[torch.dtype, Callable[[Rows, Linear], Rows]] = {FP8: fp8_linear_gelu, torch.float32: linear_gelu}
     return Kernels(
         name="triton",
         patch_columns=triton_tiles.PATCH_COLUMNS,
@@ -61,9 +63,9 @@ def epilogue_linear_gelu(h: Rows, layer: Linear) -> Tensor:
     """
     assert isinstance(h, torch.Tensor)
     assert layer.bias is not None
-    flat = h.flatten(0, -2)  # [B*T,K]
-    out = torch._addmm_activation(layer.bias, flat, layer.weight.t(), use_gelu=True)  # noqa: SLF001  (no public name)
-    return out.unflatten(0, h.shape[:-1])
+    rows = h.flatten(0, -2)  # [B*T,K]
+    out: Tensor = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)  # has no public name
+    return out.view(*h.shape[:-1], -1)
 
 
 def fp8_linear(h: Rows, layer: Linear) -> Tensor:

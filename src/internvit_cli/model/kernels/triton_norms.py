@@ -30,7 +30,7 @@ def _normed(
     width: tl.tensor,
     eps: tl.tensor,
     CENTRED: tl.constexpr,
-):
+) -> tl.tensor:
     """LayerNorm (CENTRED) or RMSNorm of one row in float32; columns beyond `width` are 0 and stay 0."""
     inside = columns < width
     if CENTRED:
@@ -51,8 +51,8 @@ def _write_row(
     columns: tl.tensor,
     width: tl.tensor,
     IN_FP8: tl.constexpr,
-):
-    """Store a row of float32, in fp8 with its scale or in the type of `out`. NaN is left to the values: max drops it."""
+) -> None:
+    """Store a row of float32, in fp8 with its scale or in the type of `out`. Values keep a NaN, the scale drops it."""
     if IN_FP8:
         largest = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST_ROW)
         tl.store(scales + row, largest * (1 / _LARGEST_FP8))
@@ -75,7 +75,7 @@ def _residual_norm(
     CENTRED: tl.constexpr,
     IN_FP8: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One row of x + y * scale, written over x, and its norm; without ADD only the norm of x."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -109,7 +109,7 @@ def _embed(
     CENTRED: tl.constexpr,
     IN_FP8: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One token of one tile: its patch, if it is not the class token, plus its row of the table; and the first norm."""
     row = tl.program_id(0).to(tl.int64)
     tile, token = row // tokens, row % tokens
@@ -129,7 +129,7 @@ def _embed(
 @triton.jit
 def _qk_norm(
     qkv: tl.tensor, q_weight: tl.tensor, k_weight: tl.tensor, width: tl.tensor, eps: tl.tensor, BLOCK: tl.constexpr
-):
+) -> None:
     """RMSNorm of q or of k of one token, over all heads, in place."""
     row, part = tl.program_id(0).to(tl.int64) // 2, tl.program_id(0) % 2
     columns = tl.arange(0, BLOCK)
@@ -144,7 +144,7 @@ def _qk_norm(
 @triton.jit
 def _quantise(
     x: tl.tensor, out: tl.tensor, out_scales: tl.tensor, width: tl.tensor, GELU: tl.constexpr, BLOCK: tl.constexpr
-):
+) -> None:
     """One row in fp8, after the exact GELU where asked."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -171,7 +171,7 @@ def norm_rows(x: Tensor, norm: Norm, *, in_fp8: bool) -> Rows:
 
 def embed(patches: Tensor, table: Tensor, norm: Norm | None, *, in_fp8: bool) -> tuple[Tensor, Rows | None]:
     """See `Kernels.embed`."""
-    B, N, C = patches.shape  # noqa: N806
+    B, N, C = patches.shape
     x = patches.new_empty(B, 1 + N, C)
     rows = None if norm is None else _new_rows(x, in_fp8=in_fp8)
     values, scales = _targets(x if rows is None else rows)
@@ -254,5 +254,5 @@ def _bias(norm: Norm) -> Tensor:
 
 
 def _warps(block: int) -> int:
-    """Eight values of a thread, two loads of 16 bytes at 16 bits, as long as that is at most 16 warps."""
+    """Eight values a thread, which is one load of 16 bytes at 16 bits, up to 16 warps."""
     return min(max(block // 256, 1), 16)

@@ -32,7 +32,7 @@ _ORDERS = {None: 0, "v1": 1, "v2": 2}
 
 
 @triton.jit
-def _patches(tiles: tl.tensor, out: tl.tensor, side: tl.tensor, COLUMNS: tl.constexpr):
+def _patches(tiles: tl.tensor, out: tl.tensor, side: tl.tensor, COLUMNS: tl.constexpr) -> None:
     """One patch of one tile."""
     row = tl.program_id(0).to(tl.int64)
     tile, patch = row // (side * side), row % (side * side)
@@ -64,7 +64,7 @@ def _store(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """Some rows of one tile, some of their columns: stored in their place, summed, their extremes taken."""
     chunks, blocks = tl.cdiv(count, ROWS), tl.num_programs(1)
     tile, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
@@ -109,7 +109,7 @@ def _store(
 
 def patches(tiles: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """See `Kernels.patches`; `columns` is at most 1024."""
-    B, side = len(tiles), tiles.shape[1] // PATCH_SIZE  # noqa: N806
+    B, side = len(tiles), tiles.shape[1] // PATCH_SIZE
     out = torch.empty((B, side * side, columns), dtype=dtype, device=tiles.device)
     _patches[(B * side * side,)](tiles.contiguous(), out, side, COLUMNS=columns, num_warps=4)
     return out
@@ -117,7 +117,7 @@ def patches(tiles: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 def store(values: Tensor, plan: StorePlan) -> Stored:
     """See `Kernels.store`: one pass over the values, then sums and extremes of its programs are joined."""
-    B, n, C = values.shape  # noqa: N806
+    B, n, C = values.shape
     chunks, block = triton.cdiv(n, STORE_ROWS), min(triton.next_power_of_2(C), _STORE_BLOCK)
     blocks = triton.cdiv(C, block)
     tokens = values.new_empty((B, plan.tokens, plan.token_size), dtype=plan.dtype)
