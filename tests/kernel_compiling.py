@@ -85,7 +85,9 @@ def compiled(name: str, capability: int = 90) -> Compiled:
         constexprs=constants,
         attrs=divisible,
     )
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=options | {"enable_fp_fusion": True}
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -191,7 +191,7 @@ def embed(patches: Tensor, table: Tensor, norm: Norm | None, *, in_fp8: bool) ->
         CENTRED=isinstance(norm, nn.LayerNorm),
         IN_FP8=in_fp8,
         BLOCK=block,
-        num_warps=_warps(block),
+        **_options(block),
     )
     return x, rows
 
@@ -201,7 +201,7 @@ def qk_norm(qkv: Tensor, q_norm: Norm, k_norm: Norm) -> Tensor:
     width = qkv.shape[-1] // 3
     block = triton.next_power_of_2(width)
     _qk_norm[(2 * qkv.shape[0] * qkv.shape[1],)](
-        qkv, q_norm.weight, k_norm.weight, width, q_norm.eps, BLOCK=block, num_warps=_warps(block)
+        qkv, q_norm.weight, k_norm.weight, width, q_norm.eps, BLOCK=block, **_options(block)
     )
     return qkv
 
@@ -211,7 +211,7 @@ def quantise(x: Tensor, *, gelu: bool = False) -> Quantised:
     rows = Quantised(torch.empty_like(x, dtype=FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    _quantise[(x.numel() // width,)](x, *rows, width, GELU=gelu, BLOCK=block, num_warps=_warps(block))
+    _quantise[(x.numel() // width,)](x, *rows, width, GELU=gelu, BLOCK=block, **_options(block))
     return rows
 
 
@@ -233,7 +233,7 @@ def _launch_norm(x: Tensor, y: Tensor | None, scale: Tensor | None, norm: Norm, 
         CENTRED=isinstance(norm, nn.LayerNorm),
         IN_FP8=isinstance(rows, Quantised),
         BLOCK=block,
-        num_warps=_warps(block),
+        **_options(block),
     )
 
 
@@ -253,6 +253,6 @@ def _bias(norm: Norm) -> Tensor:
     return norm.weight if bias is None else bias
 
 
-def _warps(block: int) -> int:
+def _options(block: int) -> dict[str, int]:
     """Eight values a thread, which is one load of 16 bytes at 16 bits, up to 16 warps."""
-    return min(max(block // 256, 1), 16)
+    return {"num_warps": min(max(block // 256, 1), 16), "enable_fp_fusion": True}

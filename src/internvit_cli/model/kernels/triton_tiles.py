@@ -111,7 +111,7 @@ def patches(tiles: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """See `Kernels.patches`; `columns` is at most 1024."""
     B, side = len(tiles), tiles.shape[1] // PATCH_SIZE
     out = torch.empty((B, side * side, columns), dtype=dtype, device=tiles.device)
-    _patches[(B * side * side,)](tiles.contiguous(), out, side, COLUMNS=columns, num_warps=4)
+    _patches[(B * side * side,)](tiles.contiguous(), out, side, COLUMNS=columns, num_warps=4, enable_fp_fusion=True)
     return out
 
 
@@ -143,6 +143,7 @@ def store(values: Tensor, plan: StorePlan) -> Stored:
         STEP=_STEP,
         BLOCK=block,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     mean = sums.sum(dim=1) / n if plan.mean else None
     joined = torch.stack((extremes[..., 0].amin(dim=1), extremes[..., 1].amax(dim=1)), dim=1)  # NaN wins
