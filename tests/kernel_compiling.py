@@ -1,22 +1,37 @@
-"""Triton's kernels compiled for a card that need not be there: registers, spills, and which instructions they got."""
+"""Triton's kernels compiled for a card that need not be there: registers, spills, and which instructions they got.
+
+Our own functions are called as on a card, with tensors on the host; what they would start is compiled and recorded.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
+import torch
 import triton
+from model_helpers import tiny_card
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from internvit_cli.model.kernels import triton_attention, triton_norms, triton_tiles
+from internvit_cli.model.catalog import KNOWN_MODELS
+from internvit_cli.model.kernels import fp8, triton_attention, triton_norms, triton_tiles
+from internvit_cli.model.kernels.interface import StorePlan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-BF16 = "*bf16"
+MODELS = {"300m": KNOWN_MODELS[0].vision, "6b": KNOWN_MODELS[2].vision, "tiny": tiny_card().vision}
 
 
 @dataclass(frozen=True)
@@ -24,6 +39,7 @@ class Compiled:
     """What the assembler made of a kernel."""
 
     registers: int
+    """A thread."""
     stack: int
     """Bytes a thread; above 0 registers were spilled."""
     shared: int
@@ -35,59 +51,74 @@ class Compiled:
         return len(re.findall(rf"\b{instruction}\b", self.code))
 
 
-def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """Every kernel at the sizes of the real models: function, types of arguments, constants, options."""
-    found = {}
-    for model, block, centred, heads in (("300m", 1024, True, 64), ("6b", 4096, False, 128)):
-        warps = {"num_warps": min(block // 256, 16)}
-        cut = triton_attention.BLOCKS[heads]
-        for in_fp8 in (False, True):
-            rows = {"out": "*fp8e4nv", "out_scales": "*fp32"} if in_fp8 else {"out": BF16, "out_scales": BF16}
-            types = dict.fromkeys(("x", "y", "scale", "weight", "bias"), BF16) | rows | {"width": "i32", "eps": "fp32"}
-            constants = {"ADD": True, "CENTRED": centred, "IN_FP8": in_fp8, "BLOCK": block}
-            found[f"residual_norm-{model}-{in_fp8}"] = (triton_norms._residual_norm, types, constants, warps)
-            types = dict.fromkeys(("patches", "table", "weight", "bias", "x"), BF16) | rows
-            types |= {"tokens": "i32", "width": "i32", "eps": "fp32"}
-            constants = {"NORM": True, "CENTRED": centred, "IN_FP8": in_fp8, "BLOCK": block}
-            found[f"embed-{model}-{in_fp8}"] = (triton_norms._embed, types, constants, warps)
-        types = {"qkv": BF16, "out": BF16, "heads": "i32", "scale": "fp32"}
-        constants = {"PATCHES": 1024, "D": heads, "QUERIES": cut.queries, "KEYS": cut.keys}
-        constants |= {"CLASS_KEYS": cut.class_keys}
-        options = {"num_warps": cut.warps, "num_stages": cut.stages}
-        found[f"attention-{model}"] = (triton_attention._attention, types, constants, options)
-        types = {"x": BF16, "out": "*fp8e4nv", "out_scales": "*fp32", "width": "i32"}
-        wide = 4 * block
-        constants, options = {"GELU": True, "BLOCK": wide}, {"num_warps": min(wide // 256, 16)}
-        found[f"quantise-{model}"] = (triton_norms._quantise, types, constants, options)
-    types = dict.fromkeys(("qkv", "q_weight", "k_weight"), BF16) | {"width": "i32", "eps": "fp32"}
-    found["qk_norm-6b"] = (triton_norms._qk_norm, types, {"BLOCK": 4096}, {"num_warps": 16})
-    types = {"tiles": "*u8", "out": BF16, "side": "i32"}
-    found["patches"] = (triton_tiles._patches, types, {"COLUMNS": 592}, {"num_warps": 4})
-    types = {"rows": BF16, "tokens": "*fp16", "sums": "*fp32", "extremes": "*fp32", "clamped": "*i32"}
-    types |= dict.fromkeys(("count", "tile_stride", "width", "side"), "i32")
-    types |= {"largest": "fp32", "infinite_from": "fp32"}
-    constants = {"ORDER": 2, "CLAMP": True, "MEAN": True, "ROWS": 32, "STEP": 4, "BLOCK": 512}
-    found["store"] = (triton_tiles._store, types, constants, {"num_warps": 4})
+class AbsentCard:
+    """What Triton asks its driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: (
+            capability
+        )  # a number of its own, so that nothing is taken from another's cache
+        self.get_current_stream = lambda device: 0
+
+
+@contextmanager
+def recording(capability: int) -> Iterator[list[Any]]:
+    """Kernels that are started inside are compiled only, and end up in the list."""
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, **options):
+        kernels.append(run(self, *arguments, **{**options, "warmup": True}))
+
+    before = driver._active
+    driver.set_active(AbsentCard(capability))
+    try:
+        with mock.patch.object(JITFunction, "run", compile_only):
+            yield kernels
+    finally:
+        driver._active = before
+
+
+def calls(model: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Every kernel as it is called for a model, on one or two tiles; `dtype` is float8_e4m3fn for rows in fp8."""
+    vision = MODELS[model]
+    base = torch.bfloat16 if dtype is fp8.FP8 else dtype
+    N, C, M = vision.grid**2, vision.hidden_size, vision.mlp_size
+    norm = (torch.nn.RMSNorm if vision.norm == "rms_norm" else torch.nn.LayerNorm)(C, vision.eps).to(base)
+    in_fp8 = dtype is fp8.FP8
+    plan = StorePlan(N // 4, 4 * C, torch.float16, "v2", clamp=False, infinite_from=65520.0, mean=True)
+
+    def some(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=base)
+
+    found: dict[str, Callable[[], object]] = {
+        "residual_norm": lambda: triton_norms.residual_norm(
+            some(1, 1 + N, C), some(1, 1 + N, C), some(C), norm, in_fp8=in_fp8
+        ),
+        "norm": lambda: triton_norms.norm_rows(some(1, 1 + N, C), norm, in_fp8=in_fp8),
+        "embed": lambda: triton_norms.embed(some(1, N, C), some(1 + N, C), norm, in_fp8=in_fp8),
+        "embed_alone": lambda: triton_norms.embed(some(1, N, C), some(1 + N, C), None, in_fp8=in_fp8),
+        "qk_norm": lambda: triton_norms.qk_norm(some(1, 1 + N, 3 * C), norm, norm),
+        "patches": lambda: triton_tiles.patches(
+            torch.zeros(1, 14 * vision.grid, 14 * vision.grid, 3, dtype=torch.uint8), 592, base
+        ),
+        "store": lambda: triton_tiles.store(some(2, 1 + N, C)[:, 1:], plan),
+        "store_clamped": lambda: triton_tiles.store(some(2, 1 + N, C)[:, 1:], replace(plan, clamp=True, order="v1")),
+    }
+    if in_fp8:
+        found["quantise"] = lambda: triton_norms.quantise(some(1, 1 + N, C))
+        found["quantise_gelu"] = lambda: triton_norms.quantise(some(1, 1 + N, M), gelu=True)
+    if base is not torch.float32:
+        found["attention"] = lambda: triton_attention.attention(some(1, 1 + N, 3 * C), vision.num_heads)
     return found
 
 
-def compiled(name: str, capability: int = 90) -> Compiled:
-    """One of `kernels` for a compute capability, with pointers and sizes divisible by 16 as they are in reality."""
-    function, types, constants, options = kernels()[name]
-    divisible = {
-        (number,): [["tt.divisibility", 16]]
-        for number, (argument, kind) in enumerate(types.items())
-        if kind != "fp32" and argument not in {"heads", "tokens"}
-    }
-    source = ASTSource(
-        function,
-        signature=types | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        attrs=divisible,
-    )
-    kernel = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options=options | {"enable_fp_fusion": True}
-    )
+def compiled(model: str, name: str, dtype: torch.dtype = torch.bfloat16, capability: int = 90) -> Compiled:
+    """One of `calls` for a compute capability."""
+    with torch.inference_mode(), recording(capability) as kernels:
+        calls(model, dtype)[name]()
+    (kernel,) = kernels
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
