@@ -56,9 +56,7 @@ class AbsentCard:
 
     def __init__(self, capability: int) -> None:
         self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
-        self.get_current_device = lambda: (
-            capability
-        )  # a number of its own, so that nothing is taken from another's cache
+        self.get_current_device = lambda: capability  # its number, so that no kernel of another is taken for its own
         self.get_current_stream = lambda device: 0
 
 

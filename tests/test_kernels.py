@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from internvit_cli.config import OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.errors import DeviceError
+from internvit_cli.model.catalog import KNOWN_MODELS
 from internvit_cli.model.features import FeatureSpec
 from internvit_cli.model.kernels import fp8
 from internvit_cli.model.kernels.choice import check_fp8_products, kernels_for, plain_for, tried
@@ -106,6 +107,21 @@ def test_on_cuda_gelu_in_the_matrix_product_is_the_tanh_form():
     exact = F.linear(x.float(), layer.weight.float(), layer.bias.float())
     close(epilogue_linear_gelu(x, layer), F.gelu(exact, approximate="tanh").bfloat16(), 2.0**-7)
     assert float((F.gelu(exact, approximate="tanh") - F.gelu(exact)).abs().max()) < 5e-4
+
+
+@needs_triton
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, fp8.FP8], ids=str)
+@pytest.mark.parametrize(
+    "model", (KNOWN_MODELS[0], KNOWN_MODELS[2], KNOWN_MODELS[6]), ids=lambda model: model.repo.rpartition("/")[2]
+)
+def test_on_cuda_every_kernel_passes_its_check_at_the_sizes_of_the_real_models(model, dtype):
+    if dtype is fp8.FP8 and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no fp8 below compute capability 9.0")
+    vision = model.vision
+    plan = replace(PLAN, tokens=vision.grid**2 // 4, token_size=4 * vision.hidden_size)
+    assert kernels_for(CUDA, dtype, Case(vision, vision.grid, plan)).name == "triton"
 
 
 @needs_cuda

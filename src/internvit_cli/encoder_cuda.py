@@ -94,6 +94,7 @@ class CudaLauncher(Launcher):
         self.release()
         self._slots = [Slot(self, size) for _ in range(IN_FLIGHT)]
         self._size = size
+        self.note = ""
         if size <= LARGEST_GRAPH:
             self._capture()
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812  (the name that everyone give
 from internvit_cli.config import Pool, Tokens
 from internvit_cli.errors import DeviceError
 from internvit_cli.model.features import FeatureModel, FeatureSpec
+from internvit_cli.model.kernels.choice import current
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,9 +64,10 @@ def measure(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequence[np.ndar
         DeviceError: a reference does not fit the device's memory.
         ModelError: the weights can't be read again.
     """
-    measured = _hidden(model, tiles)
-    bfloat16 = _compare(measured, _reference(checkpoint, model, torch.bfloat16, tiles))
-    float32 = _compare(measured, _reference(checkpoint, model, torch.float32, tiles))
+    with current(model.device):
+        measured = _hidden(model, tiles)
+        bfloat16 = _compare(measured, _reference(checkpoint, model, torch.bfloat16, tiles))
+        float32 = _compare(measured, _reference(checkpoint, model, torch.float32, tiles))
     return QuantisationError(
         tiles=len(tiles),
         lowest_cosine_bfloat16=bfloat16.lowest,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from internvit_cli.config import PATCH_SIZE, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.model.card import FeatureShapes, feature_shapes
-from internvit_cli.model.kernels.choice import base_dtype, kernels_for, plain_for
+from internvit_cli.model.kernels.choice import base_dtype, kernels_for
 from internvit_cli.model.kernels.interface import Kernels, StorePlan
 from internvit_cli.model.kernels.probes import Case
 from internvit_cli.model.loading import load_projector, load_vit
@@ -123,7 +123,7 @@ class FeatureModel(nn.Module):
             torch.set_float32_matmul_precision("highest")  # no TF32, whatever was set before
         plan = store_plan(checkpoint.card, spec)
         case = Case(checkpoint.card.vision, spec.tile_size // PATCH_SIZE, plan)
-        kernels = kernels_for(device, dtype, case) if fused else plain_for(device, dtype)
+        kernels = kernels_for(device, dtype, case if fused else None)
         vit = load_vit(checkpoint, device=device, dtype=dtype, kernels=kernels)
         projected = spec.tokens is Tokens.PROJECTED
         projector = load_projector(checkpoint, device=device, dtype=base_dtype(dtype)) if projected else None

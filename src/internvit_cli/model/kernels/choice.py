@@ -6,6 +6,7 @@ of the table says so.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ from internvit_cli.model.kernels.plain import best_attention, plain_kernels
 from internvit_cli.model.kernels.probes import LARGEST_DIFFERENCE, Case, Probe, difference, probes
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from internvit_cli.model.kernels.interface import Kernels
 
 TRITON_CAPABILITY = (8, 0)
@@ -45,22 +48,24 @@ def kernels_for(device: torch.device, dtype: torch.dtype, case: Case | None = No
     """
     if device.type != "cuda":
         return plain_for(device, dtype)
-    capability = torch.cuda.get_device_capability(device)
-    if dtype is FP8:
-        check_fp8_products(device)
-    if case is None:
-        return plain_for(device, dtype)
-    if capability < TRITON_CAPABILITY:
-        return plain_for(device, dtype, "plain PyTorch (triton: needs compute capability 8.0)")
-    try:
-        from internvit_cli.model.kernels.triton_kernels import triton_kernels
-    except ImportError as error:
-        return plain_for(device, dtype, f"plain PyTorch (triton: {error})")
-    twin = plain_for(device, dtype)
-    with torch.inference_mode():
-        return tried(
-            triton_kernels(dtype, best_attention(device, base_dtype(dtype))), twin, probes(case, device, dtype)
-        )
+    with current(device), torch.inference_mode():
+        if dtype is FP8:
+            check_fp8_products(device)
+        if case is None:
+            return plain_for(device, dtype)
+        if torch.cuda.get_device_capability(device) < TRITON_CAPABILITY:
+            return plain_for(device, dtype, "plain PyTorch (triton: needs compute capability 8.0)")
+        try:
+            from internvit_cli.model.kernels.triton_kernels import triton_kernels
+        except ImportError as error:
+            return plain_for(device, dtype, f"plain PyTorch (triton: {error})")
+        candidates = triton_kernels(dtype, best_attention(device, base_dtype(dtype)))
+        return tried(candidates, plain_for(device, dtype), probes(case, device, dtype))
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a card the current one of this thread: Triton starts kernels there, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def plain_for(device: torch.device, dtype: torch.dtype, name: str = "plain PyTorch") -> Kernels:

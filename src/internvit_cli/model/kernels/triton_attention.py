@@ -36,7 +36,7 @@ class AttentionBlocks(NamedTuple):
 BLOCKS = {
     16: AttentionBlocks(128, 64, 64, 4, 3),
     32: AttentionBlocks(128, 64, 64, 4, 3),
-    64: AttentionBlocks(128, 64, 64, 8, 3),
+    64: AttentionBlocks(128, 64, 64, 8, 4),
     128: AttentionBlocks(128, 64, 32, 8, 3),
 }
 """By head size D, for an H100; `benchmarks/encoder.py --sweep-attention` tries others. They leave room for two programs
