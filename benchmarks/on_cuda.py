@@ -229,8 +229,8 @@ def print_sweep(bench: Bench) -> None:
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         with sdpa_kernel(backend):
             speeds[backend.name] = _speed(lambda: plain.attend_fused(q, k, v), work)
-    for queries, keys, warps, stages in product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)):
-        blocks = AttentionBlocks(queries, keys, 64, warps, stages)
+    for queries, keys, warps, stages, ahead in product((64, 128, 256), (64, 128), (4, 8), (2, 3, 4), (False, True)):
+        blocks = AttentionBlocks(queries, keys, 4096 // D, warps, stages, ahead)
         if queries * keys // warps in range(512, 4097):
             speeds[blocks] = _speed(lambda blocks=blocks: triton_attention.attention(qkv, H, blocks), work)
     best = max((blocks for blocks in speeds if isinstance(blocks, AttentionBlocks)), key=speeds.__getitem__)

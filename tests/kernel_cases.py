@@ -85,7 +85,11 @@ def attention(setting: Setting) -> None:
     for B, N, H, D in SMALL_ATTENTION + REAL_ATTENTION * setting.large:
         qkv = setting.random(B, 1 + N, 3 * H * D, scale=1.5)
         expected = exact(qkv.float(), H, None).to(setting.dtype)
-        for blocks in (None, AttentionBlocks(16, 32, 16, 4, 2), AttentionBlocks(64, 16, 32, 4, 2)):
+        for blocks in (
+            None,
+            AttentionBlocks(16, 32, 16, 4, 2, ahead=True),
+            AttentionBlocks(64, 16, 32, 4, 2, ahead=False),
+        ):
             if D < 128 or blocks is None or not setting.interpreted:
                 close(triton_attention.attention(qkv, H, blocks), expected, setting.bound)
 

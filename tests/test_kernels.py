@@ -271,7 +271,7 @@ def test_attention_for_hopper_overlaps_copies_and_asynchronous_products_and_spil
     assert kernel.count("LDGSTS") > 0
     loop = max(re.split(r"\.L_x_\d+:", kernel.code), key=lambda part: part.count("HGMMA"))
     assert loop.count("HGMMA") >= 8
-    assert loop.count("WARPGROUP.DEPBAR") <= 2, "products wait for each other"
+    assert 3 * loop.count("WARPGROUP.DEPBAR") < loop.count("HGMMA"), "products wait for each other"
 
 
 @pytest.mark.parametrize(

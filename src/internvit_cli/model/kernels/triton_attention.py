@@ -31,22 +31,46 @@ class AttentionBlocks(NamedTuple):
     warps: int
     stages: int
     """Steps whose keys and values are on their way at once."""
+    ahead: bool
+    """Whether the scores of the next step are computed while this step's become weights; takes more registers."""
 
 
 BLOCKS = {
-    16: AttentionBlocks(128, 64, 64, 4, 3),
-    32: AttentionBlocks(128, 64, 64, 4, 3),
-    64: AttentionBlocks(128, 64, 64, 8, 4),
-    128: AttentionBlocks(128, 64, 32, 8, 3),
+    16: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
+    32: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
+    64: AttentionBlocks(128, 64, 64, 8, 4, ahead=False),
+    128: AttentionBlocks(128, 64, 32, 8, 3, ahead=True),
 }
-"""By head size D, for an H100; `benchmarks/encoder.py --sweep-attention` tries others. They leave room for two programs
-a multiprocessor at D = 64, and no register is spilled, after which matrix products would wait for each other."""
+"""By head size D, for an H100; `benchmarks/encoder.py --sweep-attention` tries others. At D = 64 a multiprocessor has
+room for two programs, and one computes scores while the other computes weights. At D = 128 there is room for only one,
+which does both at a time by itself. No register is spilled, after which matrix products would wait for each other."""
 
 
 @triton.jit
 def _load_rows(at: tl.tensor, row: tl.tensor, PATCHES: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
     """A block of rows; those after the last patch are zeros. Where blocks are whole there is nothing to mask."""
     return tl.load(at) if PATCHES % BLOCK == 0 else tl.load(at, mask=row[:, None] < PATCHES, other=0.0)
+
+
+@triton.jit
+def _scores(q: tl.tensor, k_at: tl.tensor, row: tl.tensor, PATCHES: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
+    """Products of queries and a block of keys, [QUERIES,KEYS]; minus infinity after the last patch."""
+    k = _load_rows(k_at, row, PATCHES, KEYS)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    return scores if PATCHES % KEYS == 0 else tl.where(row[None, :] < PATCHES, scores, float("-inf"))
+
+
+@triton.jit
+def _weigh(
+    scores: tl.tensor, v: tl.tensor, highest: tl.tensor, total: tl.tensor, out: tl.tensor, scale: tl.tensor
+) -> tl.tensor:
+    """The softmax so far, with one more block of keys: log2 of the largest weight, sum of weights, weighed values."""
+    highest_now = tl.maximum(highest, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - highest_now[:, None])
+    shrink = tl.exp2(highest - highest_now)
+    total = total * shrink + tl.sum(weights, axis=1)
+    out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+    return highest_now, total, out
 
 
 @triton.jit
@@ -60,6 +84,7 @@ def _attend_patches(
     D: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
     """Patch queries block * QUERIES and following of one tile and head."""
     stride = 3 * width  # from token to token
@@ -69,27 +94,30 @@ def _attend_patches(
 
     class_key = tl.load(base + width + channels).to(tl.float32)
     class_value = tl.load(base + 2 * width + channels).to(tl.float32)
-    highest = tl.sum(q.to(tl.float32) * class_key[None, :], axis=1) * scale  # [QUERIES], log2 of the largest weight
+    highest = tl.sum(q.to(tl.float32) * class_key[None, :], axis=1) * scale  # [QUERIES]
     total = tl.full([QUERIES], 1.0, tl.float32)
     out = tl.zeros([QUERIES, D], tl.float32) + class_value[None, :]
 
     key = tl.arange(0, KEYS)
     k_at = base + width + (1 + key)[:, None] * stride + channels[None, :]
     v_at = k_at + width
-    for start in range(0, PATCHES, KEYS):
-        k = _load_rows(k_at, start + key, PATCHES, KEYS)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [QUERIES,KEYS]
-        if PATCHES % KEYS != 0:
-            scores = tl.where((start + key)[None, :] < PATCHES, scores, float("-inf"))
-        highest_now = tl.maximum(highest, tl.max(scores, axis=1) * scale)
-        weights = tl.exp2(scores * scale - highest_now[:, None])
-        shrink = tl.exp2(highest - highest_now)
-        total = total * shrink + tl.sum(weights, axis=1)
-        v = _load_rows(v_at, start + key, PATCHES, KEYS)
-        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
-        highest = highest_now
-        k_at += KEYS * stride
-        v_at += KEYS * stride
+    if AHEAD:
+        scores = _scores(q, k_at, key, PATCHES, KEYS)
+        for start in range(KEYS, PATCHES, KEYS):
+            k_at += KEYS * stride
+            following = _scores(q, k_at, start + key, PATCHES, KEYS)
+            highest, total, out = _weigh(scores, tl.load(v_at), highest, total, out, scale)
+            v_at += KEYS * stride
+            scores = following
+        v = _load_rows(v_at, (PATCHES - 1) // KEYS * KEYS + key, PATCHES, KEYS)
+        highest, total, out = _weigh(scores, v, highest, total, out, scale)
+    else:
+        for start in range(0, PATCHES, KEYS):
+            scores = _scores(q, k_at, start + key, PATCHES, KEYS)
+            v = _load_rows(v_at, start + key, PATCHES, KEYS)
+            highest, total, out = _weigh(scores, v, highest, total, out, scale)
+            k_at += KEYS * stride
+            v_at += KEYS * stride
 
     out_at = target + (1 + row)[:, None] * width + channels[None, :]
     out = (out / total[:, None]).to(q.dtype)
@@ -158,6 +186,7 @@ def _attention(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     CLASS_KEYS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ) -> None:
     """One program is a block of queries of one tile and head; the last block of each is the class token's."""
     blocks = tl.cdiv(PATCHES, QUERIES) + 1
@@ -170,7 +199,7 @@ def _attention(
     if block == blocks - 1:
         _attend_class(base, target, width, scale, PATCHES, D, CLASS_KEYS)
     else:
-        _attend_patches(base, target, block, width, scale, PATCHES, D, QUERIES, KEYS)
+        _attend_patches(base, target, block, width, scale, PATCHES, D, QUERIES, KEYS, AHEAD)
 
 
 def attention(qkv: Tensor, heads: int, blocks: AttentionBlocks | None = None) -> Tensor:
@@ -196,6 +225,7 @@ def attention(qkv: Tensor, heads: int, blocks: AttentionBlocks | None = None) ->
         QUERIES=cut.queries,
         KEYS=cut.keys,
         CLASS_KEYS=cut.class_keys,
+        AHEAD=cut.ahead,
         num_warps=cut.warps,
         num_stages=cut.stages,
         enable_fp_fusion=True,  # scores * scale - highest is one instruction
