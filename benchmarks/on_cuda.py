@@ -223,6 +223,7 @@ def print_sweep(bench: Bench) -> None:
     B, H, D = OPERATION_TILES, vision.num_heads, vision.head_dim  # noqa: N806
     T = 1 + (bench.card.tile_size // 14) ** 2  # noqa: N806
     work = 4.0 * B * H * T * T * D
+    now = triton_attention.blocks_for(D, torch.cuda.get_device_capability(bench.device))
     qkv = torch.randn(B, T, 3 * H * D, device=bench.device).bfloat16()
     q, k, v = (part.reshape(B, T, H, D).transpose(1, 2) for part in qkv.chunk(3, -1))
     speeds: dict[object, float] = {}
@@ -237,7 +238,7 @@ def print_sweep(bench: Bench) -> None:
     for class_keys in (16, 32, 128):
         blocks = best._replace(class_keys=class_keys)
         speeds[blocks] = _speed(lambda blocks=blocks: triton_attention.attention(qkv, H, blocks), work)
-    print(f"\nAttention, {B} tiles of {T} tokens, {H} heads of {D}; ours now: {triton_attention.BLOCKS[D]}")
+    print(f"\nAttention, {B} tiles of {T} tokens, {H} heads of {D}; ours now: {now}")
     print("| cut | TFLOP/s |\n|---|---|")
     for blocks in sorted(speeds, key=speeds.__getitem__, reverse=True)[:15]:
         print(f"| {blocks} | {speeds[blocks]:.0f} |", flush=True)

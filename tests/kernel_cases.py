@@ -43,6 +43,10 @@ class Setting:
     large: bool = False
     """Also at the sizes of the real models."""
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        return (9, 0) if self.interpreted else torch.cuda.get_device_capability(self.device)
+
     def random(self, *shape: int, scale: float = 1.0) -> Tensor:
         generator = torch.Generator().manual_seed(sum(shape))
         return (torch.randn(shape, generator=generator) * scale).to(self.device, self.dtype)
@@ -79,19 +83,15 @@ def norms(setting: Setting, width: int, kind: type) -> nn.Module:
 def attention(setting: Setting) -> None:
     """Every head size and number of patches, whole blocks or not, cut in several ways."""
     from internvit_cli.model.kernels import triton_attention
-    from internvit_cli.model.kernels.triton_attention import AttentionBlocks
+    from internvit_cli.model.kernels.triton_attention import AttentionBlocks, blocks_for
 
     exact = plain.plain_attention(plain.attend_fused)
     for B, N, H, D in SMALL_ATTENTION + REAL_ATTENTION * setting.large:
         qkv = setting.random(B, 1 + N, 3 * H * D, scale=1.5)
         expected = exact(qkv.float(), H, None).to(setting.dtype)
-        for blocks in (
-            None,
-            AttentionBlocks(16, 32, 16, 4, 2, ahead=True),
-            AttentionBlocks(64, 16, 32, 4, 2, ahead=False),
-        ):
-            if D < 128 or blocks is None or not setting.interpreted:
-                close(triton_attention.attention(qkv, H, blocks), expected, setting.bound)
+        others = (AttentionBlocks(16, 32, 16, 4, 2, ahead=True), AttentionBlocks(64, 16, 32, 4, 2, ahead=False))
+        for cut in (blocks_for(D, setting.capability), *others):
+            close(triton_attention.attention(qkv, H, cut), expected, setting.bound)
 
 
 def attention_of_sharp_scores(setting: Setting) -> None:
@@ -102,7 +102,7 @@ def attention_of_sharp_scores(setting: Setting) -> None:
         qkv = setting.random(1, 50, 3 * 64, scale=0.1)
         qkv[:, :, :64] = 4.0
         qkv[:, winner, 64:128] = 30.0
-        out = triton_attention.attention(qkv, 1)
+        out = triton_attention.attention(qkv, 1, triton_attention.blocks_for(64, setting.capability))
         close(out, qkv[:, winner : winner + 1, 128:].expand_as(out), setting.bound)
 
 

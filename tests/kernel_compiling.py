@@ -78,7 +78,7 @@ def recording(capability: int) -> Iterator[list[Any]]:
         driver._active = before
 
 
-def calls(model: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+def calls(model: str, dtype: torch.dtype, capability: int = 90) -> dict[str, Callable[[], object]]:
     """Every kernel as it is called for a model, on one or two tiles; `dtype` is float8_e4m3fn for rows in fp8."""
     vision = MODELS[model]
     base = torch.bfloat16 if dtype is fp8.FP8 else dtype
@@ -108,14 +108,15 @@ def calls(model: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         found["quantise"] = lambda: triton_norms.quantise(some(1, 1 + N, C))
         found["quantise_gelu"] = lambda: triton_norms.quantise(some(1, 1 + N, M), gelu=True)
     if base is not torch.float32:
-        found["attention"] = lambda: triton_attention.attention(some(1, 1 + N, 3 * C), vision.num_heads)
+        cut = triton_attention.blocks_for(vision.head_dim, divmod(capability, 10))
+        found["attention"] = lambda: triton_attention.attention(some(1, 1 + N, 3 * C), vision.num_heads, cut)
     return found
 
 
 def compiled(model: str, name: str, dtype: torch.dtype = torch.bfloat16, capability: int = 90) -> Compiled:
     """One of `calls` for a compute capability."""
     with torch.inference_mode(), recording(capability) as kernels:
-        calls(model, dtype)[name]()
+        calls(model, dtype, capability)[name]()
     (kernel,) = kernels
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -35,7 +35,7 @@ class AttentionBlocks(NamedTuple):
     """Whether the scores of the next step are computed while this step's become weights; takes more registers."""
 
 
-BLOCKS = {
+HOPPER_BLOCKS = {
     16: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
     32: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
     64: AttentionBlocks(128, 64, 64, 8, 4, ahead=False),
@@ -44,6 +44,21 @@ BLOCKS = {
 """By head size D, for an H100; `benchmarks/encoder.py --sweep-attention` tries others. At D = 64 a multiprocessor has
 room for two programs, and one computes scores while the other computes weights. At D = 128 there is room for only one,
 which does both at a time by itself. No register is spilled, after which matrix products would wait for each other."""
+
+OLDER_BLOCKS = {
+    16: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
+    32: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
+    64: AttentionBlocks(128, 64, 64, 8, 3, ahead=False),
+    128: AttentionBlocks(128, 64, 32, 8, 3, ahead=False),
+}
+"""For cards before Hopper, whose matrix units take everything from registers; within 99 KiB of shared memory."""
+
+HOPPER = (9, 0)
+
+
+def blocks_for(head_size: int, capability: tuple[int, int]) -> AttentionBlocks | None:
+    """How to cut the work for heads of that size on a card of that compute capability; None where nothing fits."""
+    return (HOPPER_BLOCKS if capability >= HOPPER else OLDER_BLOCKS).get(head_size)
 
 
 @triton.jit
@@ -202,17 +217,16 @@ def _attention(
         _attend_patches(base, target, block, width, scale, PATCHES, D, QUERIES, KEYS, AHEAD)
 
 
-def attention(qkv: Tensor, heads: int, blocks: AttentionBlocks | None = None) -> Tensor:
+def attention(qkv: Tensor, heads: int, cut: AttentionBlocks) -> Tensor:
     """Packed q, k and v [B,T,3C], contiguous, heads in order within each third -> [B,T,C] in the same type.
 
     Args:
         qkv: float16 or bfloat16 on CUDA; float32 too in Triton's interpreter.
-        heads: H; D = C / H is one of `BLOCKS` where `blocks` is left out, else any power of two from 16.
-        blocks: how to cut the work; None is what `BLOCKS` says.
+        heads: H; D = C / H is a power of two from 16.
+        cut: how to cut the work, from `blocks_for`.
     """
     B, T, width = qkv.shape
     D, patches = width // 3 // heads, T - 1
-    cut = blocks or BLOCKS[D]
     out = torch.empty((B, T, width // 3), dtype=qkv.dtype, device=qkv.device)
     grid = (B * heads * (triton.cdiv(patches, cut.queries) + 1),)
     _attention[grid](

@@ -50,9 +50,13 @@ def attention(qkv: Tensor, heads: int, norms: tuple[Norm, Norm] | None, *, atten
     """See `Kernels.attention`; q and k are normed in place."""
     if norms is not None:
         qkv = triton_norms.qk_norm(qkv, *norms)
-    if qkv.shape[-1] // 3 // heads in triton_attention.BLOCKS:
-        return triton_attention.attention(qkv, heads)
-    return plain_attention(attend)(qkv, heads, None)
+    cut = triton_attention.blocks_for(qkv.shape[-1] // 3 // heads, _capability(qkv))
+    return plain_attention(attend)(qkv, heads, None) if cut is None else triton_attention.attention(qkv, heads, cut)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    """Of the card that holds a tensor; in Triton's interpreter, of none, as if it were the newest."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else triton_attention.HOPPER
 
 
 def epilogue_linear_gelu(h: Rows, layer: Linear) -> Tensor:
