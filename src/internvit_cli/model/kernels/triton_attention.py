@@ -45,20 +45,22 @@ HOPPER_BLOCKS = {
 room for two programs, and one computes scores while the other computes weights. At D = 128 there is room for only one,
 which does both at a time by itself. No register is spilled, after which matrix products would wait for each other."""
 
-OLDER_BLOCKS = {
+OTHER_BLOCKS = {
     16: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
     32: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
     64: AttentionBlocks(128, 64, 64, 8, 3, ahead=False),
     128: AttentionBlocks(128, 64, 32, 8, 3, ahead=False),
 }
-"""For cards before Hopper, whose matrix units take everything from registers; within 99 KiB of shared memory."""
+"""For other cards, whose matrix units take everything from registers; within 99 KiB of shared memory."""
 
 HOPPER = (9, 0)
+LARGE_SHARED_MEMORY = {9, 10}
+"""Major compute capabilities with 227 KiB for a program, and matrix units that read it: Hopper, Blackwell's B200."""
 
 
 def blocks_for(head_size: int, capability: tuple[int, int]) -> AttentionBlocks | None:
     """How to cut the work for heads of that size on a card of that compute capability; None where nothing fits."""
-    return (HOPPER_BLOCKS if capability >= HOPPER else OLDER_BLOCKS).get(head_size)
+    return (HOPPER_BLOCKS if capability[0] in LARGE_SHARED_MEMORY else OTHER_BLOCKS).get(head_size)
 
 
 @triton.jit
