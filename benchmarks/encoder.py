@@ -1,9 +1,13 @@
-"""Tiles a second of our encoder against transformers' InternVLVisionModel (sdpa): same shape, weights, dtype, machine.
+"""Tiles a second of our encoder against transformers' InternVLVisionModel (sdpa): same shape, weights, machine.
 
 Both get the same uint8 tiles and give visual tokens in float16 on the host, in one process, in turns. Our encoder gets
 them as it does in `internvit extract`; transformers gets whole batches and normalises them on the device.
 
     python benchmarks/encoder.py --shape 300m --dtype bfloat16 --repeats 5
+    python benchmarks/encoder.py --shape 300m --dtype bfloat16 fp8 --batch 1 4 64 128 --operations --sweep-attention
+
+On a CUDA card the table also has transformers in a CUDA graph at small batches, the share of the speed of a matrix
+product of 8192^3, errors against float32, the time to the first batch, and how far a row depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -15,99 +19,53 @@ import platform
 import statistics
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import transformers
-from transformers import InternVLVisionConfig, InternVLVisionModel
+from peers import Graphed, Transformers
 
 from internvit_cli.config import ComputeDtype
 from internvit_cli.encoder import Encoder, EncoderOptions, find_device
-from internvit_cli.model.card import IMAGENET_MEAN, IMAGENET_STD, ModelCard
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
-from internvit_cli.model.vit import pixel_unshuffle
 from internvit_cli.workers import usable_cpus
 
+if TYPE_CHECKING:
+    from internvit_cli.model.card import ModelCard
+
 SHAPES = {"300m": "300m", "6b": "6b", "tiny": TINY_RANDOM}
-NATIVE_NAMES = (
-    ("class_embedding", "cls_token"),
-    ("position_embedding", "position_embeddings"),
-    ("patch_embedding.", "patch_embeddings.projection."),
-    ("encoder.layers.", "encoder.layer."),
-    (".ls", ".lambda_"),
-    (".attn.proj.", ".attention.projection_layer."),
-    (".attn.q_norm.", ".attention.q_norm."),
-    (".attn.k_norm.", ".attention.k_norm."),
-    (".norm1.", ".layernorm_before."),
-    (".norm2.", ".layernorm_after."),
-)
+LARGEST_GRAPHED = 8
+"""Tiles of the largest batch for which transformers is also run in a CUDA graph."""
+COMPARED_TILES = 8
+"""Tiles whose tokens are compared with those in float32."""
+
+Encode = "Callable[[np.ndarray], np.ndarray]"
 
 
 def random_checkpoint(card: ModelCard, blocks: int) -> Checkpoint:
-    """Random weights in memory, small enough that hidden states stay of order one."""
+    """Random bfloat16 weights in memory, small enough that hidden states stay of order one; all blocks share theirs.
+
+    As in published checkpoints, float32 holds them exactly.
+    """
     generator = np.random.default_rng(0)
+    arrays: dict[str, np.ndarray] = {}
     weights = {}
     for name, shape in expected_shapes(card.vision, blocks, None).items():
-        array = generator.standard_normal(shape, np.float32)
-        array *= 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
-        if ".norm" in name and name.endswith("weight"):
-            array += 1
-        weights[name] = Weight("F32", shape, (array,))
+        kind = name.partition(".layers.")[2].partition(".")[2] or name
+        if kind not in arrays:
+            array = generator.standard_normal(shape, np.float32)
+            array *= 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
+            if "norm" in kind and kind.endswith("weight"):
+                array += 1
+            arrays[kind] = torch.from_numpy(array).bfloat16().view(torch.uint16).numpy()
+        weights[name] = Weight("BF16", shape, (arrays[kind],))
     return Checkpoint(card, blocks, weights)
 
 
-class Transformers:
-    """What people run today: the native class, whole batches, all cores for each operation."""
-
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, threads: int) -> None:
-        vision = checkpoint.card.vision
-        config = InternVLVisionConfig(
-            hidden_size=vision.hidden_size,
-            num_hidden_layers=checkpoint.blocks,
-            num_attention_heads=vision.num_heads,
-            intermediate_size=vision.mlp_size,
-            image_size=[vision.image_size] * 2,
-            attention_bias=vision.qkv_bias,
-            use_qk_norm=vision.qk_norm,
-            norm_type=vision.norm,
-            layer_norm_eps=vision.eps,
-            attn_implementation="sdpa",
-        )
-        with torch.device("meta"):
-            self.model = InternVLVisionModel(config)
-        self.model.load_state_dict(native_state(checkpoint, device, dtype), assign=True)
-        self.model.eval().requires_grad_(False)
-        self.threads = threads
-        self.device, self.dtype = device, dtype
-        self.mean = torch.tensor(IMAGENET_MEAN, device=device)[:, None, None]
-        self.std = torch.tensor(IMAGENET_STD, device=device)[:, None, None]
-
-    @torch.inference_mode()
-    def encode(self, tiles: np.ndarray) -> np.ndarray:
-        """uint8 [B,S,S,3] -> float16 visual tokens [B,N/4,4C]."""
-        torch.set_num_threads(self.threads)
-        pixels = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2).float() / 255
-        pixels = ((pixels - self.mean) / self.std).to(self.dtype)
-        hidden = self.model(pixel_values=pixels).last_hidden_state
-        return pixel_unshuffle(hidden[:, 1:], "v2").half().cpu().numpy()
-
-
-def native_state(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    state = {}
-    for name, weight in checkpoint.weights.items():
-        tensor = torch.from_numpy(checkpoint.read(name).view(np.float32).reshape(weight.shape)).to(device, dtype)
-        for ours, theirs in NATIVE_NAMES:
-            name = name.replace(ours, theirs)  # noqa: PLW2901
-        if ".attn.qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                state[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part.clone()
-        else:
-            state[name] = tensor
-    return state
-
-
 def ours(encoder: Encoder, tiles: np.ndarray) -> np.ndarray:
+    """uint8 [n,S,S,3] -> float16 visual tokens [n,N/4,4C], batches in flight as in `internvit extract`."""
     if encoder.device_name == "cpu":
         torch.set_num_threads(1)
     size = encoder.batch_tiles
@@ -115,63 +73,188 @@ def ours(encoder: Encoder, tiles: np.ndarray) -> np.ndarray:
     return np.concatenate([batch.result().tokens for batch in batches])
 
 
-def timed(call, *arguments) -> tuple[float, np.ndarray]:
-    start = time.perf_counter()
-    result = call(*arguments)
-    return time.perf_counter() - start, result
+def in_batches(encode: Encode, batch: int) -> Encode:
+    """The same for any number of tiles."""
+    return lambda tiles: np.concatenate([encode(tiles[i : i + batch]) for i in range(0, len(tiles), batch)])
 
 
-def main() -> None:
+def measured(sides: dict[str, Encode], tiles: np.ndarray, repeats: int) -> dict[str, list[float]]:
+    """Seconds of every side for all tiles, in turns, after each was run once."""
+    for encode in sides.values():
+        encode(tiles)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, encode in sides.items():
+            start = time.perf_counter()
+            encode(tiles)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+class Bench:
+    """One shape on one device: what is compared, and the lines about it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = find_device(arguments.device)
+        card = describe_model(SHAPES[arguments.shape], allow_catalog=True)
+        self.card = replace(card, name=f"{arguments.shape} shape")
+        self.blocks = card.resolve_layer() if arguments.blocks is None else arguments.blocks
+        self.checkpoint = random_checkpoint(self.card, self.blocks)
+        self.dtypes = [ComputeDtype(dtype) for dtype in arguments.dtype]
+        self.ceiling: float | None = None
+        """Tiles a second if all work ran at the speed of a large matrix product; None on a CPU."""
+        self.notes: list[str] = []
+        """What computed, for the lines below the table."""
+
+    def options(self, dtype: ComputeDtype, batch: int, **changes: bool) -> EncoderOptions:
+        return EncoderOptions(
+            device=str(self.device),
+            dtype=dtype,
+            batch_tiles=batch,
+            tile_size=self.card.tile_size,
+            threads=self.arguments.threads,
+            **changes,
+        )
+
+    def tiles(self, count: int) -> np.ndarray:
+        side = self.card.tile_size
+        return np.random.default_rng(1).integers(0, 256, (count, side, side, 3), np.uint8)
+
+    @property
+    def operations_a_tile(self) -> float:
+        """Floating-point operations: linear layers and attention, as FACTS counts them."""
+        vision = self.card.vision
+        tokens, width = 1 + (self.card.tile_size // vision.patch_size) ** 2, vision.hidden_size
+        linear = 2 * tokens * width * (4 * width + 2 * vision.mlp_size)
+        return self.blocks * (linear + 4.0 * tokens**2 * width) + 2.0 * tokens * 588 * width
+
+    def peer_dtype(self, dtype: ComputeDtype) -> torch.dtype:
+        """What transformers runs in beside ours."""
+        return torch.bfloat16 if dtype is ComputeDtype.FP8 else getattr(torch, dtype.value)
+
+    def speed(self, batch: int) -> None:
+        """Rows of the table for one size of batches: every dtype, ours and transformers'."""
+        on_cpu = self.device.type == "cpu"
+        count = self.arguments.tiles or (batch if on_cpu else max(8 * batch, 32))
+        tiles = self.tiles(count)
+        for dtype in dict.fromkeys(self.peer_dtype(dtype) for dtype in self.dtypes):
+            peer = Transformers(self.checkpoint, self.device, dtype, self.arguments.threads)
+            sides: dict[str, Encode] = {"transformers": in_batches(peer.encode, batch)}
+            if self.device.type == "cuda" and batch <= LARGEST_GRAPHED:
+                sides["transformers, graph"] = in_batches(Graphed(peer, batch, self.card.tile_size).encode, batch)
+            mine = [one for one in self.dtypes if self.peer_dtype(one) is dtype]
+            with EncoderStack(self, mine, batch) as encoders:
+                sides |= encoders
+                self.rows(batch, measured(sides, tiles, self.arguments.repeats), count, str(dtype).split(".")[1])
+
+    def rows(self, batch: int, seconds: dict[str, list[float]], count: int, dtype: str) -> None:
+        """Print what was measured."""
+        rate = {name: count / statistics.median(values) for name, values in seconds.items()}
+        for name, values in seconds.items():
+            spread = f"{count / max(values):.2f} to {count / min(values):.2f}"
+            ratio = rate[name] / rate["transformers"]
+            best = min(seconds["transformers"]) / min(values)
+            share = "" if self.ceiling is None else f" {rate[name] / self.ceiling:.2f} |"
+            print(
+                f"| {self.arguments.shape} | {dtype} | {batch} | {name} | {rate[name]:.2f} | {spread} "
+                f"| {ratio:.2f} | {best:.2f} |{share}",
+                flush=True,
+            )
+
+    def errors(self, batch: int) -> None:
+        """How far tokens are from transformers' in float32: largest difference, and the lowest cosine of a token."""
+        tiles = self.tiles(COMPARED_TILES if self.device.type == "cuda" else batch)
+        exact = in_batches(Transformers(self.checkpoint, self.device, torch.float32, self.arguments.threads).encode, 2)
+        reference = exact(tiles).astype(np.float32)
+        print(f"\nAgainst transformers in float32, {len(tiles)} tiles, values up to {np.abs(reference).max():.4g}:")
+        print("| encoder | largest difference | relative L2 error | lowest token cosine |\n|---|---|---|---|")
+        for dtype in dict.fromkeys(self.peer_dtype(dtype) for dtype in self.dtypes):
+            peer = Transformers(self.checkpoint, self.device, dtype, self.arguments.threads)
+            error_row(f"transformers {dtype}", in_batches(peer.encode, 2)(tiles), reference)
+        for dtype in self.dtypes:
+            with Encoder.load(self.checkpoint, self.options(dtype, batch)) as encoder:
+                error_row(f"ours {dtype.value}", ours(encoder, tiles), reference)
+
+
+class EncoderStack:
+    """Our encoders of some dtypes, loaded together and closed together."""
+
+    def __init__(self, bench: Bench, dtypes: list[ComputeDtype], batch: int) -> None:
+        self._bench, self._dtypes, self._batch = bench, dtypes, batch
+        self._encoders: list[Encoder] = []
+
+    def __enter__(self) -> dict[str, Encode]:
+        sides = {}
+        for dtype in self._dtypes:
+            variants = {"ours": {}, "ours, plain": {"fused": False}, "ours, compiled": {"compile": True}}
+            for name in ("ours", *self._bench.arguments.also):
+                encoder = Encoder.load(
+                    self._bench.checkpoint, self._bench.options(dtype, self._batch, **variants[name])
+                )
+                self._encoders.append(encoder)
+                label = name if dtype is not ComputeDtype.FP8 else f"{name}, fp8"
+                sides[label] = lambda tiles, encoder=encoder: ours(encoder, tiles)
+                self._bench.notes.append(f"{label}, {self._batch} tiles a batch: {encoder.kernels}")
+        return sides
+
+    def __exit__(self, *error: object) -> None:
+        for encoder in self._encoders:
+            encoder.close()
+
+
+def error_row(name: str, tokens: np.ndarray, reference: np.ndarray) -> None:
+    tokens = tokens.astype(np.float32)
+    product = (tokens * reference).sum(-1)
+    cosine = product / (np.linalg.norm(tokens, axis=-1) * np.linalg.norm(reference, axis=-1))
+    relative = np.linalg.norm(tokens - reference) / np.linalg.norm(reference)
+    print(f"| {name} | {np.abs(tokens - reference).max():.4g} | {relative:.5f} | {cosine.min():.6f} |", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="300m")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default=None)
+    dtypes = [dtype.value for dtype in ComputeDtype if dtype is not ComputeDtype.AUTO]
+    parser.add_argument("--dtype", choices=dtypes, nargs="+", default=["bfloat16"])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch", type=int, default=None, help="tiles a batch (default: 2 a core on a CPU, else 64)")
+    parser.add_argument("--batch", type=int, nargs="+", help="tiles a batch (default: 2 a core on a CPU, else 64)")
     parser.add_argument("--tiles", type=int, default=None, help="tiles a measurement (default: one batch; CUDA: eight)")
     parser.add_argument("--blocks", type=int, default=None, help="run only so many blocks (default: all that run)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=usable_cpus())
-    arguments = parser.parse_args()
+    also = ["ours, plain", "ours, compiled"]
+    parser.add_argument("--also", choices=also, nargs="*", default=[], help="CUDA: other ways of ours, too")
+    parser.add_argument("--operations", action="store_true", help="CUDA: the time of every operation")
+    parser.add_argument("--sweep-attention", action="store_true", help="CUDA: other ways to cut attention, best first")
+    parser.add_argument("--first-batch", action="store_true", help="CUDA: only the time to the first batch, as JSON")
+    return parser.parse_args()
 
-    device = find_device(arguments.device)
-    card = replace(describe_model(SHAPES[arguments.shape], allow_catalog=True), name=f"{arguments.shape} shape")
-    dtype = ComputeDtype(arguments.dtype or "bfloat16")
-    batch = arguments.batch or (2 * arguments.threads if device.type == "cpu" else 64)
-    count = arguments.tiles or (batch if device.type == "cpu" else 8 * batch)
-    blocks = card.resolve_layer() if arguments.blocks is None else arguments.blocks
-    checkpoint = random_checkpoint(card, blocks)
-    tiles = np.random.default_rng(1).integers(0, 256, (count, card.tile_size, card.tile_size, 3), np.uint8)
 
-    options = EncoderOptions(
-        device=str(device), dtype=dtype, batch_tiles=batch, tile_size=card.tile_size, threads=arguments.threads
-    )
-    with Encoder.load(checkpoint, options) as encoder:
-        theirs = Transformers(checkpoint, device, getattr(torch, dtype.value), arguments.threads)
+def main() -> None:
+    arguments = parse_arguments()
+    bench = Bench(arguments)
+    batches = arguments.batch or [2 * arguments.threads if bench.device.type == "cpu" else 64]
+    if arguments.first_batch:
+        from on_cuda import first_batch
 
-        def baseline(tiles: np.ndarray) -> np.ndarray:
-            return np.concatenate([theirs.encode(tiles[i : i + batch]) for i in range(0, len(tiles), batch)])
+        print(first_batch(bench, batches[0]))
+        return
+    print(f"{platform.platform()}, {os.cpu_count()} cores, {arguments.threads} threads; device {bench.device}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}; {bench.blocks} blocks")
+    share = ""
+    if bench.device.type == "cuda":
+        import on_cuda
 
-        _, mine = timed(ours, encoder, tiles)
-        _, reference = timed(baseline, tiles)
-        difference = np.abs(mine.astype(np.float32) - reference.astype(np.float32)).max()
-        seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
-        for _ in range(arguments.repeats):
-            seconds["transformers"].append(timed(baseline, tiles)[0])
-            seconds["ours"].append(timed(ours, encoder, tiles)[0])
-        device_name = encoder.device_name
-
-    rate = {name: count / statistics.median(values) for name, values in seconds.items()}
-    spread = {name: f"{count / max(values):.2f} to {count / min(values):.2f}" for name, values in seconds.items()}
-    print(f"{platform.platform()}, {os.cpu_count()} cores, {arguments.threads} threads; device {device_name}")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}; {blocks} blocks; largest difference")
-    print(f"between the two {difference:.4g}, of values up to {np.abs(reference.astype(np.float32)).max():.4g}\n")
-    print("| shape | dtype | batch | encoder | tiles/s (median) | range | ratio | ratio of the best |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in ("transformers", "ours"):
-        print(
-            f"| {arguments.shape} | {dtype.value} | {batch} | {name} | {rate[name]:.2f} | {spread[name]} "
-            f"| {rate[name] / rate['transformers']:.2f} | {min(seconds['transformers']) / min(seconds[name]):.2f} |"
-        )
+        bench.ceiling = on_cuda.print_ceiling(bench)
+        share = " share of the ceiling |"
+    print(f"\n| shape | dtype | batch | encoder | tiles/s (median) | range | ratio | ratio of the best |{share}")
+    print("|---|---|---|---|---|---|---|---|" + "---|" * bool(share), flush=True)
+    for batch in batches:
+        bench.speed(batch)
+    print("", *dict.fromkeys(bench.notes), sep="\n")
+    bench.errors(max(batches))
+    if bench.device.type == "cuda":
+        on_cuda.print_all(bench, max(batches))
 
 
 if __name__ == "__main__":

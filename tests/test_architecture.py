@@ -19,7 +19,7 @@ ROWS = [
     {"plan"},
     {"decode"},
     {"model"},
-    {"encoder", "encoder_batches", "encoder_cuda"},
+    {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_quantisation"},
     {"options", "report"},
     {"storage"},
     {"reconcile"},
@@ -89,10 +89,20 @@ def test_every_module_imports_only_from_its_own_row_and_those_before_it() -> Non
 
 
 def test_only_model_and_encoder_import_torch_at_the_top() -> None:
-    allowed = {"encoder", "encoder_batches", "encoder_cuda"}
-    allowed |= {"torch_facts", "model.vit", "model.loading", "model.features", "model.native"}
+    allowed = {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_quantisation", "torch_facts"}
+    allowed |= {"model.vit", "model.unshuffle", "model.loading", "model.features", "model.native"}
+    allowed |= {module for module in modules() if module.startswith("model.kernels.")}
     users = {module for module, tree in modules().items() if "torch" in imported_modules(tree)}
     assert users <= allowed
+
+
+def test_triton_is_imported_only_by_its_own_modules_which_are_imported_only_when_a_card_is_there() -> None:
+    own = {module for module in modules() if module.startswith("model.kernels.triton_")}
+    for module, tree in modules().items():
+        imports = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        top = {name for node in imports for name in imported_modules(node)}
+        used = {name for name in top if "triton" in name}
+        assert not used or module in own, f"{module} imports {used}"
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

@@ -20,6 +20,7 @@ from model_helpers import (
 from internvit_cli import encoder as encoder_module
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.encoder import (
+    TORCH_DTYPE,
     Encoder,
     EncoderOptions,
     TileFeatures,
@@ -27,6 +28,7 @@ from internvit_cli.encoder import (
     find_device,
 )
 from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
+from internvit_cli.encoder_quantisation import LOWEST_TOKEN_COSINE, measure
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight
@@ -349,3 +351,174 @@ def test_on_cuda_a_batch_larger_than_memory_ends_in_a_device_error():
     with pytest.raises(DeviceError) as caught:
         encode(random_tiles(1), checkpoint, device="cuda", batch_tiles=1 << 26)
     assert "--batch-size" in caught.value.hint
+
+
+def six_b_checkpoint() -> Checkpoint:
+    """A small model of the 6B family: RMSNorm, q and k normed, no biases on them."""
+    return random_checkpoint(tiny_card(norm="rms_norm", qk_norm=True, qkv_bias=False), 2)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(ComputeDtype.FLOAT32, 2e-6), (ComputeDtype.BFLOAT16, 0.02)])
+@pytest.mark.parametrize("make", [tiny_checkpoint, six_b_checkpoint], ids=["300m", "6b"])
+def test_the_class_token_alone_is_what_the_whole_last_block_gives_within_rounding(make, dtype, bound):
+    tiles, checkpoint = random_tiles(3), make()
+    alone = encode(tiles, checkpoint, tokens=Tokens.NONE, pool=Pool.CLS, dtype=dtype).pooled
+    whole = encode(tiles, checkpoint, tokens=Tokens.NONE, pool=Pool.CLS_MEAN, dtype=dtype).pooled
+    assert relative_error(alone, whole[:, :64]) < bound
+
+
+@pytest.mark.parametrize("dtype", [ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16])
+def test_on_a_cpu_the_class_token_alone_is_bit_equal_however_tiles_are_batched(dtype):
+    tiles = random_tiles(5)
+    with Encoder.load(tiny_checkpoint(), options(dtype=dtype, tokens=Tokens.NONE, pool=Pool.CLS)) as encoder:
+        whole = encoder.submit(tiles).result().pooled
+        assert np.array_equal(np.concatenate([encoder.submit([tile]).result().pooled for tile in tiles]), whole)
+
+
+def test_the_class_token_of_the_embeddings_is_the_tables_first_row():
+    checkpoint = open_all(tiny_card(), 0)
+    pooled = encode(random_tiles(2), checkpoint, tokens=Tokens.NONE, pool=Pool.CLS).pooled
+    assert np.array_equal(pooled[0], pooled[1])
+    assert relative_error(pooled, encode(random_tiles(2), checkpoint, pool=Pool.CLS_MEAN).pooled[:, :64]) == 0
+
+
+def test_what_computes_is_told():
+    with Encoder.load(tiny_checkpoint(), options()) as encoder:
+        assert encoder.kernels == "plain PyTorch"
+
+
+def test_fp8_where_there_is_none_is_a_device_error_never_a_silent_change():
+    with pytest.raises(DeviceError, match="--dtype fp8 on cpu") as caught:
+        encode(random_tiles(1), dtype=ComputeDtype.FP8)
+    assert "--dtype bfloat16" in caught.value.hint
+
+
+def test_compiling_for_a_cpu_is_a_usage_error():
+    with pytest.raises(UsageError, match="--compile on cpu"):
+        encode(random_tiles(1), compile=True)
+
+
+def test_the_error_of_a_type_is_measured_against_bfloat16_and_float32():
+    with Encoder.load(tiny_checkpoint(), options(dtype=ComputeDtype.BFLOAT16)) as encoder:
+        error = encoder.quantisation_error(random_tiles(5))
+        assert encoder.submit(random_tiles(1)).result().fits.tolist() == [0]  # it still works
+    assert error.tiles == 5
+    assert error.lowest_cosine_bfloat16 == pytest.approx(1, abs=1e-12)
+    assert 0.999 < error.lowest_cosine_float32 <= error.mean_cosine_float32 < 1
+    assert 0 < error.relative_error_float32 < 0.02
+    assert error.is_acceptable
+
+
+@pytest.mark.parametrize("pool", Pool)
+def test_the_error_of_fp8_is_larger_and_its_verdict_is_the_lowest_token(pool):
+    checkpoint = tiny_checkpoint()
+    spec = FeatureSpec(Tokens.NONE, pool, 56, "v2", StoreDtype.FLOAT16)
+    model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
+    error = measure(checkpoint, model, random_tiles(5))
+    assert 0.99 < error.lowest_cosine_bfloat16 < error.mean_cosine_bfloat16 < 1 - 1e-6
+    assert error.is_acceptable is (error.lowest_cosine_bfloat16 >= LOWEST_TOKEN_COSINE)
+    assert not replace(error, lowest_cosine_bfloat16=LOWEST_TOKEN_COSINE - 1e-6).is_acceptable
+    assert not replace(error, lowest_cosine_bfloat16=float("nan")).is_acceptable
+
+
+def test_tiles_of_a_wrong_size_are_not_measured():
+    with Encoder.load(tiny_checkpoint(), options()) as encoder, pytest.raises(ValueError, match="not uint8"):
+        encoder.quantisation_error(random_tiles(1, 28))
+
+
+def cuda_options(**changes) -> EncoderOptions:
+    return options(**{"device": "cuda", "batch_tiles": 8, "dtype": ComputeDtype.BFLOAT16, **changes})
+
+
+def on_cuda(tiles, checkpoint=None, **changes) -> TileFeatures:
+    with Encoder.load(checkpoint or tiny_checkpoint(), cuda_options(**changes)) as encoder:
+        parts = [encoder.submit(tiles[i : i + 8]) for i in range(0, len(tiles), 8)]
+        results = [part.result() for part in parts]
+    tokens = None if results[0].tokens is None else np.concatenate([result.tokens for result in results])
+    return replace(results[0], tokens=tokens, pooled=np.concatenate([result.pooled for result in results]))
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [ComputeDtype.FLOAT32, ComputeDtype.FLOAT16, ComputeDtype.BFLOAT16])
+@pytest.mark.parametrize("make", [tiny_checkpoint, six_b_checkpoint], ids=["300m", "6b"])
+@pytest.mark.parametrize(
+    ("tokens", "pool"), [(Tokens.VISUAL, Pool.CLS_MEAN), (Tokens.PATCH, Pool.MEAN), (Tokens.NONE, Pool.CLS)]
+)
+def test_on_cuda_fused_kernels_give_what_plain_pytorch_gives(tokens, pool, make, dtype):
+    tiles, checkpoint = random_tiles(20), make()
+    changes = {"tokens": tokens, "pool": pool, "dtype": dtype, "store_dtype": StoreDtype.FLOAT32}
+    fused, plain = (on_cuda(tiles, checkpoint, fused=fused, **changes) for fused in (True, False))
+    bound = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.05}[dtype.value]
+    assert relative_error(fused.pooled, plain.pooled) < bound
+    if tokens is not Tokens.NONE:
+        assert relative_error(fused.tokens, plain.tokens) < bound
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_every_kernel_works_and_small_batches_are_graphs():
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no Triton below compute capability 8.0")
+    pytest.importorskip("triton")
+    for batch, note in ((8, ", in CUDA graphs"), (32, "")):
+        with Encoder.load(tiny_checkpoint(), cuda_options(batch_tiles=batch)) as encoder:
+            assert encoder.kernels == "triton" + note
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_a_graph_that_cannot_be_captured_changes_nothing_but_the_report(monkeypatch):
+    from internvit_cli.encoder_cuda import CudaLauncher
+
+    def refuse(self, tiles):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    tiles = random_tiles(20)
+    expected = on_cuda(tiles)
+    monkeypatch.setattr(CudaLauncher, "_graph", refuse)
+    with Encoder.load(tiny_checkpoint(), cuda_options()) as encoder:
+        assert "(no CUDA graphs: operation not permitted" in encoder.kernels
+    assert np.array_equal(on_cuda(tiles).tokens, expected.tokens)
+
+
+@needs_cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("batch", [4, 32])
+def test_on_cuda_the_same_tiles_give_the_same_bits_again_and_again(batch):
+    tiles = random_tiles(3 * batch)
+    with Encoder.load(tiny_checkpoint(), cuda_options(batch_tiles=batch)) as encoder:
+        first, second = (
+            np.concatenate([part.result().tokens for part in [encoder.submit(tiles[i::3]) for i in range(3)]])
+            for _ in range(2)
+        )
+    assert np.array_equal(first, second)
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_fp8_is_close_to_bfloat16_and_says_how_close():
+    if torch.cuda.get_device_capability() < (9, 0):
+        with pytest.raises(DeviceError, match="--dtype fp8"):
+            on_cuda(random_tiles(1), dtype=ComputeDtype.FP8)
+        return
+    tiles = random_tiles(8)
+    with Encoder.load(tiny_checkpoint(), cuda_options(dtype=ComputeDtype.FP8)) as encoder:
+        error = encoder.quantisation_error(tiles)
+        assert encoder.submit(tiles).result().fits.tolist() == [0] * 8
+    assert 0.99 < error.lowest_cosine_bfloat16 < 1
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+    checkpoint = tiny_checkpoint()
+    model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
+    emulated = measure(checkpoint, model, tiles)
+    assert error.mean_cosine_bfloat16 == pytest.approx(emulated.mean_cosine_bfloat16, abs=1e-4)
+
+
+@needs_cuda
+@pytest.mark.cuda
+def test_on_cuda_torch_compile_gives_the_same_within_rounding():
+    tiles = random_tiles(8)
+    with Encoder.load(tiny_checkpoint(), cuda_options(compile=True)) as encoder:
+        assert encoder.kernels.startswith("torch.compile over plain PyTorch")
+        compiled = encoder.submit(tiles).result()
+    assert relative_error(compiled.pooled, on_cuda(tiles, fused=False).pooled) < 0.05

@@ -29,6 +29,7 @@ COMPUTE_TOLERANCE = {
     ComputeDtype.FLOAT32: Tolerance(1e-4, 1 - 1e-6),
     ComputeDtype.FLOAT16: Tolerance(0.02, 0.9995),
     ComputeDtype.BFLOAT16: Tolerance(0.1, 0.99),
+    ComputeDtype.FP8: Tolerance(0.2, 0.98),
 }
 """What the arithmetic of a type may differ by, between devices and versions or from float32."""
 STORE_TOLERANCE = {

@@ -11,7 +11,7 @@ from typing import Any
 PATCH_SIZE = 14
 """Side of the ViT's square patch, pixels."""
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Raised whenever a change of ours may change a stored value; part of the recipe."""
 
 DEFAULT_MODEL = "OpenGVLab/InternViT-300M-448px-V2_5"
@@ -76,6 +76,8 @@ class ComputeDtype(str, Enum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+    FP8 = "fp8"
+    """Linear layers in e4m3 with a scale for every row, all else in bfloat16."""
 
 
 class OnOverflow(str, Enum):

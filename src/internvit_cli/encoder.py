@@ -6,10 +6,8 @@ tiles were submitted together, and no core waits at a barrier. On an accelerator
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -17,8 +15,10 @@ import torch
 
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.errors import DeviceError, UsageError
-from internvit_cli.model.features import FeatureModel, Features, FeatureSpec, verdicts
-from internvit_cli.model.vit import Block, best_attention
+from internvit_cli.model.features import FeatureModel, FeatureSpec
+from internvit_cli.model.kernels.choice import plain_for
+from internvit_cli.model.kernels.fp8 import FP8
+from internvit_cli.model.vit import Block
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from internvit_cli.encoder_quantisation import QuantisationError
     from internvit_cli.model.card import VisionConfig
     from internvit_cli.model.checkpoint import Checkpoint
 
@@ -34,11 +35,11 @@ TORCH_DTYPE = {
     ComputeDtype.BFLOAT16: torch.bfloat16,
     ComputeDtype.FLOAT16: torch.float16,
     ComputeDtype.FLOAT32: torch.float32,
+    ComputeDtype.FP8: FP8,
 }
 
-CPU_TILES_PER_THREAD = 4
-"""A batch on a CPU is this many tiles a thread. Throughput does not depend on it, since tiles are encoded one by one;
-it only has to outlast the hand-over of the next batch, and to stay small so that little is in flight."""
+COMPILED_BATCH = 64
+"""With torch.compile the batch is not measured: every size would be compiled anew."""
 
 BFLOAT16_GAIN = 1.2
 """On a CPU, bfloat16 must be this much faster than float32 to be chosen for its worth in accuracy."""
@@ -66,6 +67,21 @@ class EncoderOptions:
     on_overflow: OnOverflow = OnOverflow.SKIP
     threads: int | None = None
     """CPU only: tiles encoded at the same time, one thread each; None is one for every core this process may use."""
+    compile: bool = False
+    """CUDA only: torch.compile over plain PyTorch instead of our kernels; half a minute before the first batch."""
+    fused: bool = True
+    """CUDA only: whether Triton's kernels are used where they work; without them plain PyTorch is."""
+
+    def feature_spec(self) -> FeatureSpec:
+        """What is kept of a tile."""
+        return FeatureSpec(
+            tokens=self.tokens,
+            pool=self.pool,
+            tile_size=self.tile_size,
+            token_order=self.token_order,
+            store_dtype=self.store_dtype,
+            on_overflow=self.on_overflow,
+        )
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,13 @@ class Runner(Protocol):
 
     batch_tiles: int
     halved: bool
+    fixed_batch: bool
+    """Whether a row's last bits depend on the size of batches."""
+
+    @property
+    def note(self) -> str:
+        """How batches are run, where that is worth telling; such as `, in CUDA graphs`."""
+        ...
 
     @property
     def device_seconds(self) -> float:
@@ -117,13 +140,17 @@ class Runner(Protocol):
 class Encoder:
     """A loaded model on its device. Make one with `Encoder.load`, and close it."""
 
-    def __init__(self, model: FeatureModel, runner: Runner, device_name: str, dtype: ComputeDtype) -> None:
-        self.device_name = device_name
+    def __init__(self, checkpoint: Checkpoint, options: EncoderOptions, model: FeatureModel, runner: Runner) -> None:
+        """Take over what `load` made, with `options` that say which dtype."""
+        self.device_name = _device_name(model.device)
         """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
-        self.dtype = dtype
+        self.dtype = options.dtype
         """The type it computes in, never AUTO."""
         self.shapes = model.shapes
         self._tile_shape = (model.spec.tile_size, model.spec.tile_size, 3)
+        self._checkpoint = checkpoint
+        self._compile = options.compile
+        self._model = model
         self._runner = runner
 
     @classmethod
@@ -131,40 +158,19 @@ class Encoder:
         """Read the weights to the device, choose dtype and batch, and be ready for the first batch.
 
         Raises:
-            DeviceError: the device is not there, or a batch does not fit.
+            DeviceError: the device is not there or can't compute in that dtype, or a batch does not fit.
             ModelError: the weights can't be read.
             UsageError: options that contradict each other or the model.
         """
         _check(options, checkpoint)
         device = find_device(options.device)
-        threads = options.threads or usable_cpus()
+        _check_device(options, device)
         if device.type == "cpu":
             torch.set_num_threads(1)  # of each of our own threads: tiles run side by side, an operation does not
-        dtype = options.dtype
-        if dtype is ComputeDtype.AUTO:
-            dtype = fastest_dtype(device, checkpoint.card.vision, options.tile_size)
-        spec = FeatureSpec(
-            tokens=options.tokens,
-            pool=options.pool,
-            tile_size=options.tile_size,
-            token_order=options.token_order,
-            store_dtype=options.store_dtype,
-            on_overflow=options.on_overflow,
-        )
-        try:
-            model = FeatureModel.load(checkpoint, spec, device=device, dtype=TORCH_DTYPE[dtype])
-        except torch.cuda.OutOfMemoryError as error:
-            raise DeviceError(
-                f"{device}: the model does not fit its memory", "use --dtype bfloat16, or another device"
-            ) from error
-        runner: Runner
-        if device.type == "cpu":
-            runner = CpuRunner(model, threads=threads, batch_tiles=options.batch_tiles)
-        else:
-            from internvit_cli.encoder_batches import accelerator_runner
-
-            runner = accelerator_runner(model, device, options.batch_tiles or options.recorded_batch_tiles)
-        return cls(model, runner, _device_name(device), dtype)
+        if options.dtype is ComputeDtype.AUTO:
+            options = replace(options, dtype=fastest_dtype(device, checkpoint.card.vision, options.tile_size))
+        model = _load_model(checkpoint, options, device)
+        return cls(checkpoint, options, model, _make_runner(model, options))
 
     @property
     def batch_tiles(self) -> int:
@@ -174,7 +180,13 @@ class Encoder:
     @property
     def batch_tiles_to_record(self) -> int:
         """What a later run has to use again for the same bits; 0 on a CPU, where tiles are encoded one by one."""
-        return 0 if isinstance(self._runner, CpuRunner) else self._runner.batch_tiles
+        return self._runner.batch_tiles if self._runner.fixed_batch else 0
+
+    @property
+    def kernels(self) -> str:
+        """What computes, for the report: `triton`, `plain PyTorch`, and why where that is not the fastest."""
+        name = f"torch.compile over {self._model.kernels.name}" if self._compile else self._model.kernels.name
+        return name + self._runner.note
 
     @property
     def halved(self) -> bool:
@@ -196,10 +208,30 @@ class Encoder:
         Raises:
             DeviceError: the device ran out of memory a second time.
         """
+        self._check_tiles(tiles)
+        return self._runner.submit(tiles)
+
+    def quantisation_error(self, tiles: Sequence[np.ndarray]) -> QuantisationError:
+        """How far hidden states in this encoder's dtype are from those in bfloat16 and in float32.
+
+        Both are loaded for it, one after the other, and freed again.
+
+        Args:
+            tiles: uint8 [S,S,3] RGB each, at least one; all that is kept of them at once is one hidden state each.
+
+        Raises:
+            DeviceError: a reference does not fit the device's memory.
+            ModelError: the weights can't be read again.
+        """
+        from internvit_cli.encoder_quantisation import measure
+
+        self._check_tiles(tiles)
+        return measure(self._checkpoint, self._model, tiles)
+
+    def _check_tiles(self, tiles: Sequence[np.ndarray]) -> None:
         for tile in tiles:
             if tile.dtype != np.uint8 or tile.shape != self._tile_shape:
                 raise ValueError(f"a tile is {tile.dtype} {tile.shape}, not uint8 {self._tile_shape}")
-        return self._runner.submit(tiles)
 
     def close(self) -> None:
         """Give up threads and memory; batches in flight are finished first."""
@@ -221,6 +253,54 @@ def _check(options: EncoderOptions, checkpoint: Checkpoint) -> None:
         raise UsageError(f"--batch-size {options.batch_tiles}: at least one tile", "leave it out to let it be chosen")
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"threads {options.threads}: at least one", "leave it out to use all cores")
+
+
+def _check_device(options: EncoderOptions, device: torch.device) -> None:
+    if options.dtype is ComputeDtype.FP8 and device.type != "cuda":
+        raise DeviceError(
+            f"--dtype fp8 on {device}: only NVIDIA cards of compute capability 9.0 and above compute in fp8",
+            "use --dtype bfloat16",
+        )
+    if options.compile and device.type != "cuda":
+        raise UsageError(f"--compile on {device}: it is for CUDA", "leave it out")
+
+
+def _load_model(checkpoint: Checkpoint, options: EncoderOptions, device: torch.device) -> FeatureModel:
+    """The model with its weights on the device."""
+    try:
+        model = FeatureModel.load(
+            checkpoint,
+            options.feature_spec(),
+            device=device,
+            dtype=TORCH_DTYPE[options.dtype],
+            fused=options.fused and not options.compile,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{device}: the model does not fit its memory", "use --dtype bfloat16, or another device"
+        ) from error
+    if options.compile:
+        model.encoder.compile(dynamic=False)
+    return model
+
+
+def _make_runner(model: FeatureModel, options: EncoderOptions) -> Runner:
+    """What runs batches on the model's device."""
+    if model.device.type == "cpu":
+        from internvit_cli.encoder_cpu import CpuRunner
+
+        return CpuRunner(model, threads=options.threads or usable_cpus(), batch_tiles=options.batch_tiles)
+    from internvit_cli.encoder_batches import accelerator_runner
+
+    batch_tiles = options.batch_tiles or options.recorded_batch_tiles
+    try:
+        return accelerator_runner(model, batch_tiles or (COMPILED_BATCH if options.compile else None))
+    except RuntimeError as error:
+        if not options.compile:
+            raise
+        raise DeviceError(
+            f"torch.compile failed: {' '.join(str(error).split())[:200]}", "leave --compile out"
+        ) from error
 
 
 def find_device(name: str) -> torch.device:
@@ -288,7 +368,7 @@ def _block_seconds(vision: VisionConfig, tokens: int, dtype: torch.dtype) -> flo
 
     Processor time, not wall clock: other processes, our own decode workers among them, must not sway the choice.
     """
-    block = Block(vision, best_attention(torch.device("cpu"), dtype)).to(dtype).requires_grad_(False)
+    block = Block(vision, plain_for(torch.device("cpu"), dtype)).to(dtype).requires_grad_(False)
     for parameter in block.parameters():
         parameter.fill_(0.01)  # any ordinary numbers: denormals would be slow
     x = torch.full((1, tokens, vision.hidden_size), 0.5, dtype=dtype)
@@ -296,94 +376,11 @@ def _block_seconds(vision: VisionConfig, tokens: int, dtype: torch.dtype) -> flo
     with torch.inference_mode():
         for _ in range(5):
             start = time.thread_time()
-            block(x)
+            block(x, x)
             best = min(best, time.thread_time() - start)
             if time.perf_counter() - begin > 1.0:
                 break
     return best
-
-
-class CpuRunner:
-    """One task a tile, one thread a task."""
-
-    halved = False
-
-    def __init__(self, model: FeatureModel, *, threads: int, batch_tiles: int | None) -> None:
-        self.batch_tiles = batch_tiles or CPU_TILES_PER_THREAD * threads
-        self._model = model
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(
-            threads, thread_name_prefix="encode", initializer=torch.set_num_threads, initargs=(1,)
-        )
-        self._lock = threading.Lock()
-        self._busy_seconds = 0.0
-
-    @property
-    def device_seconds(self) -> float:
-        """Thread seconds spent on tiles, divided by the threads."""
-        return self._busy_seconds / self._threads
-
-    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
-        """Queue one task a tile."""
-        return CpuBatch([self._pool.submit(self._encode, tile) for tile in tiles], self._model.spec)
-
-    def close(self) -> None:
-        """Finish what was submitted and end the threads."""
-        self._pool.shutdown()
-
-    def _encode(self, tile: np.ndarray) -> Features:
-        start = time.perf_counter()
-        try:
-            with torch.inference_mode():  # belongs to the thread
-                features: Features = self._model(torch.from_numpy(tile)[None])
-        except RuntimeError as error:
-            if "allocate memory" not in str(error):
-                raise
-            raise DeviceError(
-                "cpu: not enough memory to encode a tile", "use fewer threads or a smaller model"
-            ) from error
-        finally:
-            with self._lock:
-                self._busy_seconds += time.perf_counter() - start
-        return features
-
-
-class CpuBatch:
-    """Tiles whose tasks were queued together."""
-
-    def __init__(self, futures: list[Future[Features]], spec: FeatureSpec) -> None:
-        self._futures = futures
-        self._spec = spec
-        self._result: TileFeatures | None = None
-
-    def result(self) -> TileFeatures:
-        """Wait for the features.
-
-        Raises:
-            DeviceError: out of memory.
-        """
-        if self._result is None:
-            self._result = gather([future.result() for future in self._futures], self._spec)
-            self._futures = []
-        return self._result
-
-
-def gather(parts: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
-    """Features on the host as arrays of the caller's own, in order.
-
-    Args:
-        parts: features of one or more tiles each.
-        spec: what they are.
-    """
-    pooled = np.concatenate([part.pooled.numpy() for part in parts])
-    extremes = np.concatenate([part.extremes.numpy() for part in parts])
-    tokens = [as_stored(part.tokens) for part in parts if part.tokens is not None]
-    return TileFeatures(
-        tokens=np.concatenate(tokens) if tokens else None,
-        pooled=pooled,
-        fits=verdicts(extremes, pooled, spec),
-        clamped=sum(int(part.clamped.sum()) for part in parts),
-    )
 
 
 def as_stored(tokens: torch.Tensor) -> np.ndarray:

@@ -33,17 +33,17 @@ DEFAULT_BATCH = 8
 OUT_OF_MEMORY_HINT = "give a smaller --batch-size"
 
 
-def accelerator_runner(model: FeatureModel, device: torch.device, batch_tiles: int | None) -> BatchRunner:
+def accelerator_runner(model: FeatureModel, batch_tiles: int | None) -> BatchRunner:
     """The runner for a CUDA or Apple device, with its batch size measured when none is given, and tried once.
 
     Raises:
         DeviceError: not even half a batch fits.
     """
-    launcher = Launcher(model, device)
-    if device.type == "cuda":
+    launcher = Launcher(model, model.device)
+    if model.device.type == "cuda":
         from internvit_cli.encoder_cuda import CudaLauncher
 
-        launcher = CudaLauncher(model, device)
+        launcher = CudaLauncher(model, model.device)
         batch_tiles = batch_tiles or measure_batch(launcher.seconds)
     runner = BatchRunner(launcher, batch_tiles or DEFAULT_BATCH)
     size = model.spec.tile_size
@@ -78,6 +78,8 @@ def measure_batch(seconds: Callable[[int], float]) -> int:
 class BatchRunner:
     """Splits what is submitted into batches that fit, and survives one out-of-memory error."""
 
+    fixed_batch = True
+
     def __init__(self, launcher: Launcher, batch_tiles: int) -> None:
         self.batch_tiles = batch_tiles
         self.halved = False
@@ -87,6 +89,11 @@ class BatchRunner:
     def device_seconds(self) -> float:
         """Seconds the device computed, of batches whose results were fetched."""
         return self._launcher.busy_seconds
+
+    @property
+    def note(self) -> str:
+        """How batches are run, as far as it is worth telling."""
+        return self._launcher.note
 
     def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
         """Start a batch; more tiles than `batch_tiles`, as after a halving, become several.
@@ -142,7 +149,7 @@ def to_host(features: Features, count: int, spec: FeatureSpec) -> TileFeatures:
     """The first `count` tiles of features that lie on the host, copied: the buffers may be used again."""
     pooled = features.pooled[:count].numpy().copy()
     return TileFeatures(
-        tokens=None if features.tokens is None else as_stored(features.tokens[:count]).copy(),
+        tokens=None if features.tokens is None else as_stored(features.tokens[:count].clone()),  # by several threads
         pooled=pooled,
         fits=verdicts(features.extremes[:count].numpy(), pooled, spec),
         clamped=int(features.clamped[:count].sum()),
@@ -151,6 +158,8 @@ def to_host(features: Features, count: int, spec: FeatureSpec) -> TileFeatures:
 
 class Launcher:
     """Runs padded batches on one device. This one, for any device, waits for each batch."""
+
+    note = ""
 
     def __init__(self, model: FeatureModel, device: torch.device) -> None:
         self.device = device

@@ -12,10 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from internvit_cli.config import OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import PATCH_SIZE, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.model.card import FeatureShapes, feature_shapes
+from internvit_cli.model.kernels.choice import base_dtype, kernels_for
+from internvit_cli.model.kernels.interface import Kernels, StorePlan
+from internvit_cli.model.kernels.probes import Case
 from internvit_cli.model.loading import load_projector, load_vit
-from internvit_cli.model.vit import InternViT, Projector, TileEmbedding, pixel_unshuffle, unshuffle_view
+from internvit_cli.model.unshuffle import pixel_unshuffle
+from internvit_cli.model.vit import InternViT, Projector, TileEmbedding
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard
@@ -71,69 +75,113 @@ class FeatureModel(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.kernels: Kernels = vit.encoder.kernels
         self.shapes: FeatureShapes = feature_shapes(card, spec.tokens, spec.pool, spec.tile_size)
+        self.plan = store_plan(card, spec)
         self.embedding = TileEmbedding(
-            vit.embeddings, mean=card.mean, std=card.std, tile_size=spec.tile_size, dtype=dtype
+            vit.embeddings,
+            mean=card.mean,
+            std=card.std,
+            tile_size=spec.tile_size,
+            dtype=base_dtype(dtype),
+            kernels=self.kernels,
         )
         self.encoder = vit.encoder
         self.projector = projector
         self.store_dtype = TORCH_STORE_DTYPE[spec.store_dtype]
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.embedding.table.device
+
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, spec: FeatureSpec, *, device: torch.device, dtype: torch.dtype
+        cls,
+        checkpoint: Checkpoint,
+        spec: FeatureSpec,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        fused: bool = True,
     ) -> FeatureModel:
         """Read a checkpoint's weights to the device.
 
+        Args:
+            checkpoint: opened for the blocks that run.
+            spec: what to keep.
+            device: where it runs.
+            dtype: the compute dtype; float8_e4m3fn is fp8 in linear layers and bfloat16 elsewhere, on a CPU emulated.
+            fused: whether Triton's kernels are used where they work.
+
         Raises:
+            DeviceError: fp8 on a CUDA card that can't.
             ModelError: a weights file can't be read.
             UsageError: the spec does not fit the model.
         """
-        feature_shapes(checkpoint.card, spec.tokens, spec.pool, spec.tile_size)
-        vit = load_vit(checkpoint, device=device, dtype=dtype)
+        if device.type == "cuda" and dtype is torch.float32:
+            torch.set_float32_matmul_precision("highest")  # no TF32, whatever was set before
+        plan = store_plan(checkpoint.card, spec)
+        case = Case(checkpoint.card.vision, spec.tile_size // PATCH_SIZE, plan)
+        kernels = kernels_for(device, dtype, case if fused else None)
+        vit = load_vit(checkpoint, device=device, dtype=dtype, kernels=kernels)
         projected = spec.tokens is Tokens.PROJECTED
-        projector = load_projector(checkpoint, device=device, dtype=dtype) if projected else None
+        projector = load_projector(checkpoint, device=device, dtype=base_dtype(dtype)) if projected else None
         return cls(checkpoint.card, vit, projector, spec, dtype)
 
     def forward(self, tiles: Tensor) -> Features:
         """Features of uint8 RGB tiles [B,S,S,3] on the model's device."""
-        hidden = self.encoder(self.embedding(tiles))  # [B,1+N,C]
+        if self.spec.tokens is Tokens.NONE and self.spec.pool is Pool.CLS:
+            x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
+            return self._pooled_only(self.encoder.of_class(x, h)[:, 0].float())
+        hidden = self.hidden(tiles)
+        if self.plan is None:
+            return self._pooled_only(self._pooled(hidden, None))
         patches = hidden[:, 1:]  # [B,N,C]
-        pooled = self._pooled(hidden)
-        values = patches if self.projector is None else self.projector(pixel_unshuffle(patches, self.spec.token_order))
-        if self.spec.tokens is Tokens.NONE:
-            extremes = torch.stack((pooled.amin(1), pooled.amax(1)), dim=1)
-            return Features(None, pooled, extremes, torch.zeros(len(tiles), dtype=torch.int64, device=tiles.device))
-        low, high = torch.aminmax(values.flatten(1), dim=1)  # NaN wins
-        extremes = torch.stack((low, high), dim=1).float()
-        values, clamped = self._clamped(values)
-        return Features(self._stored(values), pooled, extremes, clamped)
+        if self.projector is not None:
+            patches = self.projector(pixel_unshuffle(patches, self.spec.token_order))  # [B,N/4,L]
+        stored = self.kernels.store(patches, self.plan)
+        return Features(stored.tokens, self._pooled(hidden, stored.mean), stored.extremes, stored.clamped)
 
-    def _pooled(self, hidden: Tensor) -> Tensor:
-        """[B,1+N,C] -> float32 [B,d]."""
+    def hidden(self, tiles: Tensor) -> Tensor:
+        """Hidden states of uint8 RGB tiles [B,S,S,3] after the last block that runs, [B,1+N,C]."""
+        x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
+        hidden: Tensor = self.encoder(x, h)
+        return hidden
+
+    def _pooled(self, hidden: Tensor, mean: Tensor | None) -> Tensor:
+        """[B,1+N,C], and the mean of its patches where it is known -> float32 [B,d]."""
         cls = hidden[:, 0].float()
         if self.spec.pool is Pool.CLS:
             return cls
-        mean = hidden[:, 1:].mean(dim=1, dtype=torch.float32)
+        if mean is None:
+            mean = hidden[:, 1:].mean(dim=1, dtype=torch.float32)
         return mean if self.spec.pool is Pool.MEAN else torch.cat((cls, mean), dim=1)
 
-    def _clamped(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Token values limited to what the stored type holds, when that was asked for, and how many were not."""
-        if self.spec.on_overflow is OnOverflow.SKIP:
-            return values, torch.zeros(len(values), dtype=torch.int64, device=values.device)
-        beyond = values.float().abs() >= _ROUNDS_TO_INFINITY[self.spec.store_dtype]  # False for NaN
-        limit = torch.finfo(self.store_dtype).max
-        return values.float().clamp(-limit, limit), beyond.flatten(1).sum(1)
+    @staticmethod
+    def _pooled_only(pooled: Tensor) -> Features:
+        extremes = torch.stack((pooled.amin(1), pooled.amax(1)), dim=1)
+        return Features(None, pooled, extremes, torch.zeros(len(pooled), dtype=torch.int64, device=pooled.device))
 
-    def _stored(self, values: Tensor) -> Tensor:
-        """Token values in their final order, [B,T,C] in the stored type: one pass over them."""
-        stored = values.new_empty((len(values), self.shapes.tokens, self.shapes.token_size), dtype=self.store_dtype)
-        if self.spec.tokens is Tokens.VISUAL:
-            view = unshuffle_view(values, self.spec.token_order)
-            stored.view(view.shape).copy_(view)
-        else:
-            stored.copy_(values)
-        return stored
+
+def store_plan(card: ModelCard, spec: FeatureSpec) -> StorePlan | None:
+    """How token values become what is stored; None when none are.
+
+    Raises:
+        UsageError: the spec does not fit the model.
+    """
+    shapes = feature_shapes(card, spec.tokens, spec.pool, spec.tile_size)
+    if spec.tokens is Tokens.NONE:
+        return None
+    return StorePlan(
+        tokens=shapes.tokens,
+        token_size=shapes.token_size,
+        dtype=TORCH_STORE_DTYPE[spec.store_dtype],
+        order=spec.token_order if spec.tokens is Tokens.VISUAL else None,
+        clamp=spec.on_overflow is OnOverflow.CLAMP,
+        infinite_from=_ROUNDS_TO_INFINITY[spec.store_dtype],
+        mean=spec.pool is not Pool.CLS and spec.tokens is not Tokens.PROJECTED,
+    )
 
 
 def verdicts(extremes: np.ndarray, pooled: np.ndarray, spec: FeatureSpec) -> np.ndarray:

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from internvit_cli.model.vit import InternViT, Projector, best_attention
+from internvit_cli.model.kernels.choice import base_dtype, plain_for
+from internvit_cli.model.kernels.fp8 import FP8, quantise_linears
+from internvit_cli.model.vit import InternViT, Projector
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,28 +17,45 @@ if TYPE_CHECKING:
     from torch import nn
 
     from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.model.kernels.interface import Kernels
 
 _TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 Module = TypeVar("Module", bound="nn.Module")
 
 
-def load_vit(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> InternViT:
+def load_vit(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, kernels: Kernels | None = None
+) -> InternViT:
     """The vision tower with the blocks that run, ready for inference; its embeddings stay in float32.
 
     Host memory above the model itself is one tensor: nothing is mapped, and nothing is initialised only to be replaced.
+
+    Args:
+        checkpoint: opened for so many blocks.
+        device: where the weights go.
+        dtype: the compute dtype; float8_e4m3fn is fp8 in linear layers and bfloat16 elsewhere.
+        kernels: the operations, made for that dtype; None is plain PyTorch.
 
     Raises:
         ModelError: a weights file can't be read.
     """
     with torch.device("meta"):
-        model = InternViT(checkpoint.card.vision, blocks=checkpoint.blocks, attend=best_attention(device, dtype))
+        kernels = kernels or plain_for(device, dtype)
+        model = InternViT(checkpoint.card.vision, blocks=checkpoint.blocks, kernels=kernels)
     state = {
-        name: read_tensor(checkpoint, name, device, torch.float32 if name.startswith("embeddings.") else dtype)
+        name: read_tensor(checkpoint, name, device, _type_of(name, dtype))
         for name in checkpoint.weights
         if not name.startswith("mlp1.")
     }
-    return _assign(model, state)
+    model = _assign(model, state)
+    if dtype is FP8:
+        quantise_linears(model.encoder)
+    return model
+
+
+def _type_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if name.startswith("embeddings.") else base_dtype(dtype)
 
 
 def load_projector(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Projector:

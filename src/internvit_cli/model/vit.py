@@ -15,131 +15,123 @@ D = C / H, M mlp size, S side of a tile in pixels, P = 14. Parameters have the n
 from __future__ import annotations
 
 import copy
-import math
-import platform
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvit_cli.config import PATCH_SIZE
+from internvit_cli.model.kernels.interface import Kernels, Norm, Rows, class_rows, linear_part
+from internvit_cli.model.kernels.plain import (
+    PATCH_VALUES,
+    attend_by_head,
+    attend_class,
+    attend_fused,
+    best_attention,
+    plain_kernels,
+)
+from internvit_cli.model.unshuffle import pixel_unshuffle
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import VisionConfig
 
-PATCH_VALUES = 3 * PATCH_SIZE**2  # 588 numbers in a patch
+__all__ = [
+    "Block",
+    "Embeddings",
+    "Encoder",
+    "InternViT",
+    "Projector",
+    "TileEmbedding",
+    "attend_by_head",
+    "attend_fused",
+    "best_attention",
+    "pixel_unshuffle",
+]
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q, k, v [B,H,T,D] -> [B,H,T,D]."""
-
-
-def attend_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own fused attention, [B,H,T,D] each."""
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def attend_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Matmul, softmax, matmul, one head at a time, so that a head's scores stay in the cache; [B,H,T,D] each.
-
-    In bfloat16 on CPUs without AMX this takes half the time of the fused kernel (FACTS 10), and with AMX 1.5 times.
-    """
-    B, H, T, D = q.shape
-    out = q.new_empty(B, T, H, D)
-    for b in range(B):
-        for h in range(H):
-            scores = torch.matmul(q[b, h] * D**-0.5, k[b, h].t())  # [T,T]
-            torch.matmul(torch.softmax(scores, dim=-1), v[b, h], out=out[b, :, h])  # [T,D]
-    return out.transpose(1, 2)
+PLAIN = plain_kernels()
 
 
-def best_attention(device: torch.device, dtype: torch.dtype) -> Attend:
-    """The faster one here: a fixed rule, never a measurement, because the two differ in their last bits."""
-    by_head = device.type == "cpu" and dtype is torch.bfloat16 and platform.machine() == "x86_64" and not _has_amx()
-    return attend_by_head if by_head else attend_fused
-
-
-def _has_amx() -> bool:
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch 2.5 and later
-    return supported is None or bool(supported())
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 and rounded to x's dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[...,C] -> [...,C]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def _norm(config: VisionConfig) -> nn.Module:
-    if config.norm == "rms_norm":
-        return RMSNorm(config.hidden_size, config.eps)
-    return nn.LayerNorm(config.hidden_size, config.eps)
+def _norm(config: VisionConfig) -> Norm:
+    kind = nn.RMSNorm if config.norm == "rms_norm" else nn.LayerNorm
+    return kind(config.hidden_size, config.eps)
 
 
 class Attention(nn.Module):
     """Self-attention over all tokens of a tile."""
 
-    def __init__(self, config: VisionConfig, attend: Attend) -> None:
+    def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
         super().__init__()
         C = config.hidden_size
         self.num_heads = config.num_heads
-        self.attend = attend
+        self.kernels = kernels
         self.qkv = nn.Linear(C, 3 * C, bias=config.qkv_bias)
-        self.q_norm = RMSNorm(C, config.eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(C, config.eps) if config.qk_norm else None
+        self.q_norm = nn.RMSNorm(C, config.eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(C, config.eps) if config.qk_norm else None
         self.proj = nn.Linear(C, C)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T,C]."""
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).chunk(3, dim=-1)  # [B,T,C] each
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)  # over all heads joined, before the split
-        q, k, v = (part.reshape(B, T, self.num_heads, -1).transpose(1, 2) for part in (q, k, v))  # [B,H,T,D]
-        out = self.attend(q, k, v)  # [B,H,T,D]
-        y: Tensor = self.proj(out.transpose(1, 2).reshape(B, T, C))
-        return y
+    @property
+    def norms(self) -> tuple[Norm, Norm] | None:
+        """Of q and of k, over all heads joined."""
+        return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
+
+    def forward(self, h: Rows) -> Tensor:
+        """Normed rows [B,T,C] -> [B,T,C]."""
+        qkv = self.kernels.linear(h, self.qkv)  # [B,T,3C]
+        out = self.kernels.attention(qkv, self.num_heads, self.norms)  # [B,T,C]
+        return self.kernels.linear(out, self.proj)
+
+    def of_class(self, h: Rows) -> Tensor:
+        """Normed rows [B,T,C] -> the class token's row of `forward`, [B,1,C]: its query, and everybody's keys."""
+        C = h.shape[-1] if isinstance(h, Tensor) else h.values.shape[-1]
+        q = self.kernels.linear(class_rows(h), linear_part(self.qkv, slice(0, C)))  # [B,1,C]
+        kv = self.kernels.linear(h, linear_part(self.qkv, slice(C, 3 * C)))  # [B,T,2C]
+        return self.kernels.linear(attend_class(q, kv, self.num_heads, self.norms), self.proj)
 
 
 class MLP(nn.Module):
-    """Two linear layers around the exact (erf) GELU."""
+    """Two linear layers around a GELU: the exact (erf) one, or on CUDA in 16 bits its tanh form."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.fc1 = nn.Linear(config.hidden_size, config.mlp_size)
         self.fc2 = nn.Linear(config.mlp_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T,C]."""
-        hidden = self.fc1(x)  # [B,T,M]
-        y: Tensor = self.fc2(torch.ops.aten.gelu_(hidden))  # in place: M is the widest tensor there is
-        return y
+    def forward(self, h: Rows) -> Tensor:
+        """Normed rows [B,T,C] -> [B,T,C]."""
+        hidden = self.kernels.linear_gelu(h, self.fc1)  # [B,T,M]
+        return self.kernels.linear(hidden, self.fc2)
 
 
 class Block(nn.Module):
-    """One transformer block: x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x))."""
+    """One transformer block: x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x)).
 
-    def __init__(self, config: VisionConfig, attend: Attend) -> None:
+    Adding y * scale to x and the norm that follows are one operation. So a block takes x with its norm1 done, and
+    leaves its last y to be added together with the next block's norm1.
+    """
+
+    def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.norm1 = _norm(config)
-        self.attn = Attention(config, attend)
+        self.attn = Attention(config, kernels)
         self.ls1 = nn.Parameter(torch.empty(config.hidden_size))
         self.norm2 = _norm(config)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, kernels)
         self.ls2 = nn.Parameter(torch.empty(config.hidden_size))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T,C]."""
-        x = torch.addcmul(x, self.attn(self.norm1(x)), self.ls1)  # [B,T,C]
-        return torch.addcmul(x, self.mlp(self.norm2(x)), self.ls2)
+    def forward(self, x: Tensor, h: Rows) -> tuple[Tensor, Tensor]:
+        """From x [B,T,C] and h = norm1(x) to x and y [B,T,C]: the block's output is x + y * ls2. May overwrite x."""
+        x, h = self.kernels.residual_norm(x, self.attn(h), self.ls1, self.norm2)
+        return x, self.mlp(h)
+
+    def of_class(self, x: Tensor, h: Rows) -> tuple[Tensor, Tensor]:
+        """The class token's rows of `forward`, [B,1,C] each: one query and one row of the MLP."""
+        y = self.attn.of_class(h)  # [B,1,C]
+        x, h = self.kernels.residual_norm(x[:, :1].contiguous(), y, self.ls1, self.norm2)
+        return x, self.mlp(h)
 
 
 class Embeddings(nn.Module):
@@ -196,9 +188,11 @@ class TileEmbedding(nn.Module):
         std: tuple[float, float, float],
         tile_size: int,
         dtype: torch.dtype,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
-        self.side = tile_size // PATCH_SIZE  # patches along a side
+        self.kernels = kernels
+        side = tile_size // PATCH_SIZE  # patches along a side
         device = embeddings.class_embedding.device
         embeddings = copy.deepcopy(embeddings).cpu()  # where float64 is, and the same table for every device
         w = embeddings.patch_embedding.weight.double()  # [C,3,P,P]
@@ -208,45 +202,66 @@ class TileEmbedding(nn.Module):
         channel_std = torch.tensor(std, dtype=torch.float64)
         scaled = w / (255 * channel_std)[:, None, None]
         offset = torch.einsum("ckyx,k->c", w, (128 / 255 - channel_mean) / channel_std) + bias.double()  # [C]
-        table = embeddings.position_table(self.side, self.side)[0].double()  # [1+N,C]
+        table = embeddings.position_table(side, side)[0].double()  # [1+N,C]
         table[0] += embeddings.class_embedding[0, 0].double()
         table[1:] += offset
         weight = scaled.permute(0, 2, 3, 1).flatten(1)  # [C,588], in a tile's own order (y, x, channel)
+        weight = F.pad(weight, (0, kernels.patch_columns - PATCH_VALUES))
         self.register_buffer("weight", weight.to(dtype).contiguous().to(device), persistent=False)
         self.register_buffer("table", table.to(dtype).to(device), persistent=False)
 
     def forward(self, tiles: Tensor) -> Tensor:
         """uint8 RGB [B,S,S,3] -> [B,1+N,C] in the compute dtype."""
-        B, side, C = len(tiles), self.side, self.weight.shape[0]
-        patches = tiles.reshape(B, side, PATCH_SIZE, side, PATCH_SIZE, 3).transpose(2, 3)  # [B,side,side,P,P,3]
-        values = patches.reshape(B, side * side, PATCH_VALUES).to(self.weight.dtype).sub_(128)  # [B,N,588]
-        x = self.weight.new_empty(B, 1 + side * side, C)
-        x[:, 0] = self.table[0]
-        torch.add(F.linear(values, self.weight), self.table[1:], out=x[:, 1:])
-        return x
+        return self.with_norm(tiles, None)[0]
+
+    def with_norm(self, tiles: Tensor, norm: Norm | None) -> tuple[Tensor, Rows | None]:
+        """uint8 RGB [B,S,S,3] -> [B,1+N,C] in the compute dtype, and the rows of its norm, when there is one."""
+        values = self.kernels.patches(tiles, self.weight.shape[1], self.weight.dtype)  # [B,N,columns]
+        return self.kernels.embed(F.linear(values, self.weight), self.table, norm)
 
 
 class Encoder(nn.Module):
     """The stack of blocks; a module of its own only because checkpoints name it so."""
 
-    def __init__(self, config: VisionConfig, blocks: int, attend: Attend) -> None:
+    def __init__(self, config: VisionConfig, blocks: int, kernels: Kernels) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Block(config, attend) for _ in range(blocks)])
+        self.kernels = kernels
+        self.layers = nn.ModuleList([Block(config, kernels) for _ in range(blocks)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B,T,C] -> [B,T,C]."""
-        for block in self.layers:
-            x = block(x)  # [B,T,C]
-        return x
+    @property
+    def first_norm(self) -> Norm | None:
+        """What `h` of `forward` is made with; None when no block runs."""
+        return cast("Block", self.layers[0]).norm1 if len(self.layers) else None
+
+    def forward(self, x: Tensor, h: Rows | None = None) -> Tensor:
+        """Hidden states [B,T,C], and their first norm where it is known -> [B,T,C]. May overwrite x."""
+        return self._run(x, h, class_only=False)
+
+    def of_class(self, x: Tensor, h: Rows | None = None) -> Tensor:
+        """The class token's row of `forward`, [B,1,C]; the last block computes no more than that needs."""
+        return self._run(x, h, class_only=True)
+
+    def _run(self, x: Tensor, h: Rows | None, *, class_only: bool) -> Tensor:
+        if self.first_norm is None:
+            return x[:, :1] if class_only else x
+        if h is None:
+            h = self.kernels.norm(x, self.first_norm)
+        blocks = cast("list[Block]", list(self.layers))
+        for block, following in pairwise(blocks):
+            x, y = block(x, h)  # [B,T,C] each
+            x, h = self.kernels.residual_norm(x, y, block.ls2, following.norm1)
+        last = blocks[-1]
+        x, y = last.of_class(x, h) if class_only else last(x, h)
+        return torch.addcmul(x, y, last.ls2)
 
 
 class InternViT(nn.Module):
     """The vision tower, as many blocks of it as run."""
 
-    def __init__(self, config: VisionConfig, *, blocks: int, attend: Attend = attend_fused) -> None:
+    def __init__(self, config: VisionConfig, *, blocks: int, kernels: Kernels = PLAIN) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, blocks, attend)
+        self.encoder = Encoder(config, blocks, kernels)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels [B,3,height,width] -> hidden state of the last block that runs, [B,1+N,C].
@@ -269,24 +284,3 @@ class Projector(nn.Sequential):
             nn.GELU(),
             nn.Linear(projector_size, projector_size),
         )
-
-
-def unshuffle_view(patch_tokens: Tensor, order: str) -> Tensor:
-    """Patch tokens of square tiles [B,N,C] as a view [B,h/2,w/2,2,2,C]: each 2 x 2 neighbourhood together.
-
-    Args:
-        patch_tokens: row by row, without the class token; N is the square of an even number.
-        order: v2 has the neighbourhoods row by row; v1 column by column, as older chat checkpoints were trained.
-    """
-    B, N, C = patch_tokens.shape
-    side = math.isqrt(N)
-    if order not in {"v1", "v2"} or side * side != N or side % 2:
-        raise ValueError(f"no {order} unshuffle of {N} patches")
-    x = patch_tokens.reshape(B, side // 2, 2, side // 2, 2, C)  # [B,h/2,2,w/2,2,C], a view
-    rows, columns = (1, 3) if order == "v2" else (3, 1)
-    return x.permute(0, rows, columns, 2, 4, 5)
-
-
-def pixel_unshuffle(patch_tokens: Tensor, order: str) -> Tensor:
-    """Patch tokens [B,N,C] -> visual tokens [B,N/4,4C]; within one: (row 0, column 0), (0,1), (1,0), (1,1)."""
-    return unshuffle_view(patch_tokens, order).flatten(3).flatten(1, 2)

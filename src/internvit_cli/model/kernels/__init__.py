@@ -1,0 +1,1 @@
+"""The operations of the network between its matrix products: plain PyTorch for any device, Triton for CUDA."""

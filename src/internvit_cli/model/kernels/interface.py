@@ -1,0 +1,128 @@
+"""What the network needs of a device: one table of operations, chosen once, so that `vit.py` asks nothing.
+
+Letters in shapes as in vit.py; K values of a row that a linear layer takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+Norm = nn.LayerNorm | nn.RMSNorm
+"""Over the last axis, computed in float32 and rounded once."""
+
+
+class Quantised(NamedTuple):
+    """Rows in fp8: `values * scale` is about what they were."""
+
+    values: Tensor
+    """float8_e4m3fn [...,K]."""
+    scale: Tensor
+    """float32 [...,1], of the row's largest magnitude."""
+
+
+Rows = Tensor | Quantised
+"""What a linear layer takes, [...,K]: in the compute dtype, or in fp8."""
+
+
+class Linear(Protocol):
+    """Weights of a linear layer: nn.Linear, one in fp8, or some of the rows of either."""
+
+    @property
+    def weight(self) -> Tensor:
+        """[rows,K]."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[rows]."""
+        ...
+
+
+class LinearPart(NamedTuple):
+    """Some rows of a linear layer."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    """float32 [rows] where weights are in fp8."""
+
+
+def linear_part(layer: Linear, rows: slice) -> LinearPart:
+    """The outputs `rows` of a layer as a layer of its own; no weight is copied."""
+    scale = getattr(layer, "scale", None)
+    bias = None if layer.bias is None else layer.bias[rows]
+    return LinearPart(layer.weight[rows], bias, None if scale is None else scale[rows])
+
+
+def class_rows(h: Rows) -> Rows:
+    """The class tokens of [B,T,K] as [B,1,K]."""
+    if isinstance(h, Quantised):
+        return Quantised(h.values[:, :1].contiguous(), h.scale[:, :1].contiguous())
+    return h[:, :1].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class StorePlan:
+    """How token values become what is stored."""
+
+    tokens: int
+    """T: stored tokens a tile."""
+    token_size: int
+    """Values of each."""
+    dtype: torch.dtype
+    order: str | None
+    """Pixel unshuffle on the way: v1 or v2; None leaves tokens as they are."""
+    clamp: bool
+    """Limit values to what `dtype` holds, and count those that it would round to infinity."""
+    infinite_from: float
+    """The smallest magnitude that rounds to infinity in `dtype`."""
+    mean: bool
+    """Whether the mean over a tile's rows is wanted."""
+
+
+class Stored(NamedTuple):
+    """Tokens of B tiles in their final form, and what had to be known of them."""
+
+    tokens: Tensor
+    """[B,T,token_size] in the stored type."""
+    mean: Tensor | None
+    """float32 [B,C]: mean of a tile's rows before storing."""
+    extremes: Tensor
+    """float32 [B,2]: smallest and largest value before storing; NaN when any value is."""
+    clamped: Tensor
+    """int64 [B]: values that were clamped."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of every operation. Where rows are for a linear layer, an fp8 table gives them quantised."""
+
+    name: str
+    """For the report, such as `triton`."""
+    patch_columns: int
+    """Columns of a patch and of its weights: 588, or more, with zeros, where a device likes that better."""
+
+    patches: Callable[[Tensor, int, torch.dtype], Tensor]
+    """uint8 tiles [B,S,S,3], columns, dtype -> [B,N,columns]: values - 128 in a tile's order (y, x, channel)."""
+    embed: Callable[[Tensor, Tensor, Norm | None], tuple[Tensor, Rows | None]]
+    """Embedded patches [B,N,C], table [1+N,C], first norm -> hidden states [B,1+N,C], and normed rows with a norm."""
+    norm: Callable[[Tensor, Norm], Rows]
+    """[...,C] -> rows [...,C]."""
+    residual_norm: Callable[[Tensor, Tensor, Tensor, Norm], tuple[Tensor, Rows]]
+    """x, y [B,T,C], LayerScale [C], next norm -> x + y * scale, and its normed rows. May overwrite x."""
+    linear: Callable[[Rows, Linear], Tensor]
+    """Rows [...,K] -> [...,rows of the weights]."""
+    linear_gelu: Callable[[Rows, Linear], Rows]
+    """GELU of a linear layer's output, as rows for the next."""
+    attention: Callable[[Tensor, int, tuple[Norm, Norm] | None], Tensor]
+    """Packed q, k and v [B,T,3C], heads, norms of q and of k over all heads joined -> [B,T,C]. May overwrite qkv."""
+    store: Callable[[Tensor, StorePlan], Stored]
+    """Rows [B,n,C], a view with whole rows, -> what is stored of them."""

@@ -1,0 +1,162 @@
+"""Every operation of `Kernels` in plain PyTorch: what it means, and what runs wherever no faster one does.
+
+Letters in shapes as in vit.py.
+"""
+
+# ruff: noqa: N806, N812  (shape letters, and the name that everyone gives torch.nn.functional)
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from internvit_cli.config import PATCH_SIZE
+from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Rows, Stored, StorePlan
+from internvit_cli.model.unshuffle import unshuffle_view
+
+PATCH_VALUES = 3 * PATCH_SIZE**2  # 588 numbers in a patch
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q, k, v [B,H,T,D] -> [B,H,T,D]."""
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own fused attention, [B,H,T,D] each."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attend_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Matmul, softmax, matmul, one head at a time, so that a head's scores stay in the cache; [B,H,T,D] each.
+
+    In bfloat16 on CPUs without AMX this takes half the time of the fused kernel (FACTS 10), and with AMX 1.5 times.
+    """
+    B, H, T, D = q.shape
+    out = q.new_empty(B, T, H, D)
+    for b in range(B):
+        for h in range(H):
+            scores = torch.matmul(q[b, h] * D**-0.5, k[b, h].t())  # [T,T]
+            torch.matmul(torch.softmax(scores, dim=-1), v[b, h], out=out[b, :, h])  # [T,D]
+    return out.transpose(1, 2)
+
+
+def best_attention(device: torch.device, dtype: torch.dtype) -> Attend:
+    """The faster one here: a fixed rule, never a measurement, because the two differ in their last bits."""
+    by_head = device.type == "cpu" and dtype is torch.bfloat16 and platform.machine() == "x86_64" and not _has_amx()
+    return attend_by_head if by_head else attend_fused
+
+
+def _has_amx() -> bool:
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch 2.5 and later
+    return supported is None or bool(supported())
+
+
+def plain_kernels(attend: Attend = attend_fused, name: str = "plain PyTorch") -> Kernels:
+    """All operations of this module.
+
+    Args:
+        attend: how attention is computed.
+        name: for the report, with the reason where something faster was to be had.
+    """
+    return Kernels(
+        name=name,
+        patch_columns=PATCH_VALUES,
+        patches=patches,
+        embed=embed,
+        norm=norm,
+        residual_norm=residual_norm,
+        linear=linear,
+        linear_gelu=linear_gelu,
+        attention=plain_attention(attend),
+        store=store,
+    )
+
+
+def patches(tiles: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """See `Kernels.patches`."""
+    B, side = len(tiles), tiles.shape[1] // PATCH_SIZE
+    pixels = tiles.reshape(B, side, PATCH_SIZE, side, PATCH_SIZE, 3).transpose(2, 3)  # [B,side,side,P,P,3]
+    values = pixels.reshape(B, side * side, PATCH_VALUES).to(dtype).sub_(128)  # [B,N,588]
+    return values if columns == PATCH_VALUES else F.pad(values, (0, columns - PATCH_VALUES))
+
+
+def embed(patches: Tensor, table: Tensor, norm: Norm | None) -> tuple[Tensor, Tensor | None]:
+    """See `Kernels.embed`."""
+    B, N, C = patches.shape
+    x = patches.new_empty(B, 1 + N, C)
+    x[:, 0] = table[0]
+    torch.add(patches, table[1:], out=x[:, 1:])
+    return x, None if norm is None else norm(x)
+
+
+def norm(x: Tensor, norm: Norm) -> Tensor:
+    """See `Kernels.norm`."""
+    normed: Tensor = norm(x)
+    return normed
+
+
+def residual_norm(x: Tensor, y: Tensor, scale: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """See `Kernels.residual_norm`."""
+    x = torch.addcmul(x, y, scale)  # [B,T,C]
+    return x, norm(x)
+
+
+def linear(h: Rows, layer: Linear) -> Tensor:
+    """See `Kernels.linear`."""
+    assert isinstance(h, Tensor)
+    return F.linear(h, layer.weight, layer.bias)
+
+
+def linear_gelu(h: Rows, layer: Linear) -> Tensor:
+    """See `Kernels.linear_gelu`: the exact (erf) GELU."""
+    gelu: Tensor = torch.ops.aten.gelu_(linear(h, layer))  # in place: it is the widest tensor there is
+    return gelu
+
+
+def plain_attention(attend: Attend) -> Callable[[Tensor, int, tuple[Norm, Norm] | None], Tensor]:
+    """`Kernels.attention` by way of q, k and v [B,H,T,D]."""
+
+    def attention(qkv: Tensor, heads: int, norms: tuple[Norm, Norm] | None) -> Tensor:
+        B, T, width = qkv.shape
+        q, k, v = qkv.chunk(3, dim=-1)  # [B,T,C] each
+        if norms is not None:
+            q, k = norms[0](q), norms[1](k)  # over all heads joined, before the split
+        out = attend(*(part.reshape(B, T, heads, -1).transpose(1, 2) for part in (q, k, v)))  # [B,H,T,D]
+        return out.transpose(1, 2).reshape(B, T, width // 3)
+
+    return attention
+
+
+def attend_class(q: Tensor, kv: Tensor, heads: int, norms: tuple[Norm, Norm] | None) -> Tensor:
+    """Attention of the class token's query alone: q [B,1,C], packed keys and values [B,T,2C] -> [B,1,C]."""
+    B, T, width = kv.shape
+    k, v = kv.chunk(2, dim=-1)  # [B,T,C] each
+    if norms is not None:
+        q, k = norms[0](q), norms[1](k)
+    q = q.reshape(B, 1, heads, -1).transpose(1, 2)  # [B,H,1,D]
+    k, v = (part.reshape(B, T, heads, -1).transpose(1, 2) for part in (k, v))  # [B,H,T,D]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, 1, width // 2)
+
+
+def store(values: Tensor, plan: StorePlan) -> Stored:
+    """See `Kernels.store`: one pass for the extremes, and one that stores."""
+    mean = values.mean(dim=1, dtype=torch.float32) if plan.mean else None
+    low, high = torch.aminmax(values.flatten(1), dim=1)  # NaN wins
+    extremes = torch.stack((low, high), dim=1).float()
+    values, clamped = _clamped(values, plan)
+    tokens = values.new_empty((len(values), plan.tokens, plan.token_size), dtype=plan.dtype)
+    view = values if plan.order is None else unshuffle_view(values, plan.order)
+    tokens.view(view.shape).copy_(view)
+    return Stored(tokens, mean, extremes, clamped)
+
+
+def _clamped(values: Tensor, plan: StorePlan) -> tuple[Tensor, Tensor]:
+    """Token values limited to what the stored type holds, when that was asked for, and how many were not."""
+    if not plan.clamp:
+        return values, torch.zeros(len(values), dtype=torch.int64, device=values.device)
+    beyond = values.float().abs() >= plan.infinite_from  # False for NaN
+    limit = torch.finfo(plan.dtype).max
+    return values.float().clamp(-limit, limit), beyond.flatten(1).sum(1)

@@ -1,0 +1,82 @@
+"""The operations of `Kernels` on CUDA with Triton, and GELU in the matrix product that feeds it.
+
+Letters in shapes as in vit.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from internvit_cli.model.kernels import triton_attention, triton_norms, triton_tiles
+from internvit_cli.model.kernels.fp8 import FP8, scaled_linear
+from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Quantised, Rows
+from internvit_cli.model.kernels.plain import linear, linear_gelu, plain_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from internvit_cli.model.kernels.plain import Attend
+
+
+def triton_kernels(dtype: torch.dtype, attend: Attend) -> Kernels:
+    """The operations for one compute dtype.
+
+    Args:
+        dtype: float8_e4m3fn is rows for linear layers in fp8 and all else in bfloat16.
+        attend: attention in float32, where Triton's matrix products are slow, and of head sizes without blocks.
+    """
+    in_fp8, exact = dtype is FP8, dtype is torch.float32
+    gelus: dict[torch.dtype, Callable[[Rows, Linear], Rows]] = {FP8: fp8_linear_gelu, torch.float32: linear_gelu}
+    return Kernels(
+        name="triton",
+        patch_columns=triton_tiles.PATCH_COLUMNS,
+        patches=triton_tiles.patches,
+        embed=partial(triton_norms.embed, in_fp8=in_fp8),
+        norm=partial(triton_norms.norm_rows, in_fp8=in_fp8),
+        residual_norm=partial(triton_norms.residual_norm, in_fp8=in_fp8),
+        linear=fp8_linear if in_fp8 else linear,
+        linear_gelu=gelus.get(dtype, epilogue_linear_gelu),
+        attention=plain_attention(attend) if exact else partial(attention, attend=attend),
+        store=triton_tiles.store,
+    )
+
+
+def attention(qkv: Tensor, heads: int, norms: tuple[Norm, Norm] | None, *, attend: Attend) -> Tensor:
+    """See `Kernels.attention`; q and k are normed in place."""
+    if norms is not None:
+        qkv = triton_norms.qk_norm(qkv, *norms)
+    cut = triton_attention.blocks_for(qkv.shape[-1] // 3 // heads, _capability(qkv))
+    return plain_attention(attend)(qkv, heads, None) if cut is None else triton_attention.attention(qkv, heads, cut)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    """Of the card that holds a tensor; in Triton's interpreter, of none, as if it were the newest."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else triton_attention.HOPPER
+
+
+def epilogue_linear_gelu(h: Rows, layer: Linear) -> Tensor:
+    """See `Kernels.linear_gelu`: the tanh form, at the end of the matrix product.
+
+    It is within 5e-4 of the exact form, which is less than rounding to 16 bits changes, and saves a pass over the
+    widest tensor there is.
+    """
+    assert isinstance(h, torch.Tensor)
+    assert layer.bias is not None
+    rows = h.flatten(0, -2)  # [B*T,K]
+    out: Tensor = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)  # has no public name
+    return out.view(*h.shape[:-1], -1)
+
+
+def fp8_linear(h: Rows, layer: Linear) -> Tensor:
+    """See `Kernels.linear`; rows that are not in fp8 are quantised."""
+    return scaled_linear(h if isinstance(h, Quantised) else triton_norms.quantise(h), layer)
+
+
+def fp8_linear_gelu(h: Rows, layer: Linear) -> Quantised:
+    """See `Kernels.linear_gelu`: the exact GELU, rounded once, to fp8."""
+    return triton_norms.quantise(fp8_linear(h, layer), gelu=True)

@@ -1,0 +1,35 @@
+"""Pixel unshuffle: each 2 x 2 neighbourhood of patch tokens becomes one visual token.
+
+Letters in shapes as in vit.py.
+"""
+
+# ruff: noqa: N806  (shape letters)
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def unshuffle_view(patch_tokens: Tensor, order: str) -> Tensor:
+    """Patch tokens of square tiles [B,N,C] as a view [B,h/2,w/2,2,2,C]: each 2 x 2 neighbourhood together.
+
+    Args:
+        patch_tokens: row by row, without the class token; N is the square of an even number.
+        order: v2 has the neighbourhoods row by row; v1 column by column, as older chat checkpoints were trained.
+    """
+    B, N, C = patch_tokens.shape
+    side = math.isqrt(N)
+    if order not in {"v1", "v2"} or side * side != N or side % 2:
+        raise ValueError(f"no {order} unshuffle of {N} patches")
+    x = patch_tokens.reshape(B, side // 2, 2, side // 2, 2, C)  # [B,h/2,2,w/2,2,C], a view
+    rows, columns = (1, 3) if order == "v2" else (3, 1)
+    return x.permute(0, rows, columns, 2, 4, 5)
+
+
+def pixel_unshuffle(patch_tokens: Tensor, order: str) -> Tensor:
+    """Patch tokens [B,N,C] -> visual tokens [B,N/4,4C]; within one: (row 0, column 0), (0,1), (1,0), (1,1)."""
+    return unshuffle_view(patch_tokens, order).flatten(3).flatten(1, 2)

@@ -1,0 +1,124 @@
+"""How batches are run on a card, without one: streams, events and graphs that only keep the order of calls."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from model_helpers import open_all, random_tiles, tiny_card
+
+from internvit_cli import encoder_cuda
+from internvit_cli.config import Pool, StoreDtype, Tokens
+from internvit_cli.encoder_batches import BatchRunner
+from internvit_cli.encoder_cuda import IN_FLIGHT, LARGEST_GRAPH, CudaLauncher
+from internvit_cli.model.features import FeatureModel, FeatureSpec
+
+CPU = torch.device("cpu")
+
+
+class Nothing:
+    """A stream or an event."""
+
+    def __init__(self, *arguments, **options):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+@contextmanager
+def inside(*arguments, **options):
+    yield
+
+
+@pytest.fixture(autouse=True)
+def no_card(monkeypatch):
+    for name in ("Stream", "Event"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, inside)
+    for name in ("set_device", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(encoder_cuda, "_pinned", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(CudaLauncher, "_graph", make_graph)
+
+
+class Graph(Nothing):
+    """A graph: it runs the model anew, into the same buffers."""
+
+    def __init__(self, launcher, tiles):
+        self.model, self.tiles, self.features = launcher.model, tiles, launcher.model(tiles)
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        for target, source in zip(self.features, self.model(self.tiles), strict=True):
+            target.copy_(source)
+
+
+def make_graph(launcher, tiles):
+    graph = Graph(launcher, tiles)
+    return graph, graph.features
+
+
+def runner(batch) -> BatchRunner:
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+    return BatchRunner(
+        CudaLauncher(FeatureModel.load(open_all(tiny_card()), spec, device=CPU, dtype=torch.float32), CPU), batch
+    )
+
+
+def tokens(runner: BatchRunner, tiles) -> np.ndarray:
+    size = runner.batch_tiles
+    pending = [runner.submit(tiles[i : i + size]) for i in range(0, len(tiles), size)]
+    return np.concatenate([batch.result().tokens for batch in pending])
+
+
+def test_small_batches_run_as_one_graph_a_slot_and_large_ones_kernel_by_kernel():
+    tiles = random_tiles(22)
+    small, large = runner(4), runner(LARGEST_GRAPH + 1)
+    assert np.array_equal(tokens(small, tiles), tokens(large, tiles))
+    assert (small.note, large.note) == (", in CUDA graphs", "")
+    assert [slot.graph.replays for slot in small._launcher._slots] == [2] * IN_FLIGHT
+    assert all(slot.graph is None for slot in large._launcher._slots)
+
+
+def test_where_no_graph_can_be_made_kernels_are_started_one_by_one(monkeypatch):
+    def refuse(launcher, tiles):
+        raise RuntimeError("stream is\ncapturing")
+
+    tiles = random_tiles(9)
+    expected = tokens(runner(4), tiles)
+    monkeypatch.setattr(CudaLauncher, "_graph", refuse)
+    eager = runner(4)
+    assert np.array_equal(tokens(eager, tiles), expected)
+    assert eager.note == " (no CUDA graphs: stream is capturing)"
+
+
+def test_a_slots_features_are_fetched_before_its_buffers_are_used_again():
+    tiles = random_tiles(5 * IN_FLIGHT)
+    with_graphs = runner(1)
+    pending = [with_graphs.submit([tile]) for tile in tiles]  # more than there are slots, and no result is asked for
+    alone = [runner(1).submit([tile]).result().tokens for tile in tiles]
+    assert np.array_equal(np.concatenate([batch.result().tokens for batch in pending]), np.concatenate(alone))
+
+
+def test_a_slow_batch_is_timed_once_after_its_warm_up(monkeypatch):
+    launcher = runner(1)._launcher
+    times = iter([9.0, 2.0, 1.0])
+    monkeypatch.setattr(launcher, "_timed", lambda tiles: next(times))
+    assert launcher.seconds(2) == 2.0
+    times = iter([9.0, 0.3, 0.2])
+    assert launcher.seconds(2) == 0.2
