@@ -13,7 +13,7 @@ PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
     {"config", "errors", "observer", "stopping"},
-    {"tiling", "table"},
+    {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
     {"headers"},
     {"plan"},
@@ -24,10 +24,11 @@ ROWS = [
     {"storage"},
     {"reconcile"},
     {"recipes"},
-    {"existing", "sharding", "filling", "inspect"},
+    {"existing", "sharding", "filling", "inspect", "recorded"},
     {"verdict", "agreement"},
     {"picture_check", "reextract"},
     {"verify"},
+    {"use"},
     {"preview"},
     {"pipeline"},
     {"cli"},
@@ -84,6 +85,7 @@ def test_every_module_imports_only_from_its_own_row_and_those_before_it() -> Non
 
 def test_only_model_and_encoder_import_torch_at_the_top() -> None:
     allowed = {"encoder", "encoder_batches", "encoder_cuda"}
+    allowed |= {"tensors", "use.dataset", "use.extractor"}
     allowed |= {"model.vit", "model.loading", "model.features", "model.native"}
     users = {module for module, tree in modules().items() if "torch" in imported_modules(tree)}
     assert users <= allowed
@@ -112,6 +114,18 @@ def test_help_and_usage_errors_load_neither_torch_nor_numpy_nor_transformers() -
     for arguments in (["--help"], ["extract", "--help"], ["extract"], ["extract", "x", "--bogus"], ["--version"]):
         loaded = modules_loaded_by(arguments)
         assert not loaded & {"torch", "transformers", "numpy", "h5py"}, arguments
+
+
+def test_importing_the_package_loads_nothing_and_reading_features_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, internvit_cli; names = dir(internvit_cli);"
+        "assert not {'numpy', 'torch', 'h5py'} & set(sys.modules);"
+        "from internvit_cli import InternvitError, open_features\n"
+        "try: open_features('nothing.h5')\n"
+        "except InternvitError: assert 'torch' not in sys.modules\n"
+        "else: raise AssertionError"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_info_and_plan_load_no_torch(tmp_path: Path) -> None:
