@@ -58,10 +58,10 @@ def make(folder: Path, kind: str, skips: dict[int, Skipped] | None = None, **opt
 def test_an_image_is_found_by_key_and_by_position(tmp_path, kind):
     features = open_features(make(tmp_path, kind))
     assert [os.fsencode(key) for key in features] == KEYS
-    for position, key in enumerate(features):
-        assert features[key].key == key.key == key
-        assert features[position - 6].key == key
-        assert features.position(key) == position
+    keys = list(features)
+    for position, key in enumerate(keys):
+        assert features[key].key == key and features.position(key) == position
+        assert features[position].key == key and features[position - 6].key == key
     with pytest.raises(IndexError):
         features[6]
 
