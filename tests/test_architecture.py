@@ -18,6 +18,7 @@ ROWS = [
     {"headers"},
     {"plan"},
     {"decode"},
+    {"draw"},
     {"model"},
     {"encoder", "encoder_batches", "encoder_cuda"},
     {"options", "report"},
@@ -111,7 +112,14 @@ def modules_loaded_by(arguments: list[str]) -> set[str]:
 
 
 def test_help_and_usage_errors_load_neither_torch_nor_numpy_nor_transformers() -> None:
-    for arguments in (["--help"], ["extract", "--help"], ["extract"], ["extract", "x", "--bogus"], ["--version"]):
+    for arguments in (
+        ["--help"],
+        ["extract", "--help"],
+        ["show", "--help"],
+        ["extract"],
+        ["extract", "x", "--bogus"],
+        ["--version"],
+    ):
         loaded = modules_loaded_by(arguments)
         assert not loaded & {"torch", "transformers", "numpy", "h5py"}, arguments
 

@@ -42,10 +42,15 @@ def print_json(value: dict[str, Any]) -> None:
     _write(sys.stdout, json.dumps(value, ensure_ascii=True))
 
 
-def _write(stream: TextIO, line: str) -> None:
+def write_raw(text: str) -> None:
+    """Text of our own making, escapes and all, on stdout."""
+    _write(sys.stdout, text, end="")
+
+
+def _write(stream: TextIO, line: str, end: str = "\n") -> None:
     """Write a line; where nobody reads any more, this line and all others are dropped, and the work goes on."""
     try:
-        stream.write(line + "\n")
+        stream.write(line + end)
         stream.flush()
     except BrokenPipeError:
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -7,10 +7,10 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from internvit_cli.config import Status, StoreDtype, Tokens
+from internvit_cli.config import Preprocess, Status, StoreDtype, Tokens
 from internvit_cli.errors import InternvitError, OutputError
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, decode_values
-from internvit_cli.tiling import ONE_TILE, Grid
+from internvit_cli.tiling import ONE_TILE, Grid, covered_box
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -141,13 +141,22 @@ class ImageFeatures:
 
     # ------------------------------------------------------------------------------------------------ over the picture
 
+    @property
+    def covered(self) -> tuple[float, float, float, float]:
+        """What of the picture its tokens are about: left, top, right, bottom, pixels after orientation.
+
+        All of it, but for `--preprocess clip`, which crops the middle.
+        """
+        recipe = self.recipe
+        return covered_box(self.width, self.height, Preprocess(recipe.preprocess), recipe.tile_size)
+
     def token_map(self) -> NDArray[Any]:
         """The tokens where they lie on the picture: the tiles' grids put together, the thumbnail left out.
 
         Returns:
             [rows * s, columns * s, C], where a tile has s * s tokens: s is 16 for visual and projected tokens of
-            448-px tiles, 32 for patch tokens. The picture, stretched over it, covers it exactly (with `--preprocess
-            clip` it is the middle of the picture that does: `covered`).
+            448-px tiles, 32 for patch tokens. It lies over the part of the picture that `covered` tells: all of it,
+            but for `--preprocess clip`.
 
         >>> open_features("feats.h5")["street.jpg"].token_map().shape
         (48, 64, 256)
@@ -166,6 +175,11 @@ class ImageFeatures:
         if self.is_done and self.tiles > 1 and not self.has_thumbnail:
             raise OutputError(f"{self.key!r} has no thumbnail", "extract without --no-thumbnail, or use token_map()")
         return stitch(self._tokens(self._kind, self.tiles - 1, self.tiles), ONE_TILE)
+
+    def tile_tokens(self, tile: int) -> NDArray[Any]:
+        """The tokens of one tile, [T, C], row by row."""
+        tokens: NDArray[Any] = self._tokens(self._kind, tile, tile + 1)[0]
+        return tokens
 
     def iter_tiles(self) -> Iterator[Tile]:
         """Its tiles one after another, row by row, the thumbnail last; the tokens are read at once."""
