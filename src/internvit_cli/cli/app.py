@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from internvit_cli.cli import extract, info, plan, show, verify
+from internvit_cli.cli import duplicates, extract, info, plan, search, show, verify
 from internvit_cli.cli.console import fail, open_missing_streams
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
 
@@ -30,6 +30,8 @@ app.command("plan")(plan.plan_command)
 app.command("info")(info.info_command)
 app.command("verify")(verify.verify_command)
 app.command("show")(show.show_command)
+app.command("search")(search.search_command)
+app.command("duplicates")(duplicates.duplicates_command)
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """Typer's base of all complaints about the command line; where it lives differs between versions."""

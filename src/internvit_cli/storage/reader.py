@@ -157,6 +157,12 @@ class Features(Mapping[str, ImageFeatures]):
         positions: NDArray[Any] = self._all_positions()
         return positions
 
+    @property
+    def places(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """For each image the number of its shard and of its row there, [n] each."""
+        positions = self._all_positions()
+        return self._index.shard_of[positions], self._index.row_of[positions]
+
     def at(self, positions: NDArray[Any]) -> Features:
         """A view of the images at some positions among all of the file's."""
         return Features(self.path, self._index, positions)

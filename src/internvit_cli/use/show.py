@@ -183,7 +183,7 @@ class _Drawing:
         mark_point(picture, *canvas.centre(cosines.shape, *best))
         x, y = self._options.point or (0, 0)
         cross = "the cross: that token" if is_first else f"the cross: the best match, {cosines.max():.2f}"
-        whose = () if is_first else (f"of {self._images[0].key}",)
+        whose = () if is_first else (f"a token of {self._images[0].key}",)
         facts["likeness"] = {"row": int(best[0]), "column": int(best[1]), "highest": float(cosines.max())}
         how = "plain cosine" if chosen.center is None else "cosine, mean taken off"
         title = f"likeness to the token at {x:g}, {y:g}"
