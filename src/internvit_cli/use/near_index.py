@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -34,6 +35,7 @@ LEAST_CANDIDATES = 100
 """Vectors that the graph proposes for each query at least; what it proposes is then compared exactly."""
 CANDIDATES_PER_HIT = 5
 DTYPE = "f16"
+PARTS = ("usearch", "npz")
 
 
 def contents_digest(features: Features) -> str:
@@ -136,21 +138,27 @@ def _save(base: str, graph: Any, space: Space, digest: str) -> None:
         with open(f"{base}.npz.tmp", "wb") as file:
             arrays = {} if space.mean is None else {"mean": space.mean, "matrix": space.matrix}
             np.savez(file, **arrays)  # type: ignore[arg-type]
-    for suffix in ("usearch", "npz"):
+    for suffix in PARTS:
         rename_durably(f"{base}.{suffix}.tmp", f"{base}.{suffix}")
-    facts = {"version": INDEX_VERSION, "contents": digest} | space.facts()
+    facts = {"version": INDEX_VERSION, "contents": digest, "bytes": _sizes(base)} | space.facts()
     write_file(f"{base}.json", json.dumps(facts, indent=1).encode() + b"\n")
 
 
 def _stored_space(base: str, digest: str) -> Space | None:
-    """The space of an index that is up to date; None where there is none."""
+    """The space of an index that is up to date; None where there is none, and where it is damaged."""
     try:
         with open(f"{base}.json", "rb") as file:
             facts = json.load(file)
-        if (facts["version"], facts["contents"]) != (INDEX_VERSION, digest) or not os.path.exists(f"{base}.usearch"):
+        vouched = facts["version"], facts["contents"], facts["bytes"]
+        if vouched != (INDEX_VERSION, digest, _sizes(base)):
             return None
         with np.load(f"{base}.npz", allow_pickle=False) as arrays:
             mean, matrix = arrays.get("mean"), arrays.get("matrix")
         return Space(facts["space"], mean, matrix, int(facts.get("fitted_on", 0)), float(facts.get("shrinkage", 0)))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # a damaged index is made again
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        return None
+
+
+def _sizes(base: str) -> dict[str, int]:
+    """Bytes of the parts that the last file vouches for."""
+    return {suffix: os.path.getsize(f"{base}.{suffix}") for suffix in PARTS}

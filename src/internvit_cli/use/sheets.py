@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from internvit_cli.use.duplicates import Duplicates
     from internvit_cli.use.search import Answer
 
+MOST_HITS = 95
 MOST_CELLS, MOST_ROWS = 12, 100
 """Of groups on a sheet; --json has them all."""
 
@@ -27,7 +28,7 @@ def search_sheet(answers: Sequence[Answer]) -> Image.Image:
         query = _cell(answer.query, (answer.problem or "query", answer.query.key), is_marked=True)
         hits = [
             _cell(hit.image, (f"{number}.  {hit.similarity:.3f}", hit.image.key))
-            for number, hit in enumerate(answer.hits, 1)
+            for number, hit in enumerate(answer.hits[:MOST_HITS], 1)
         ]
         rows.append(Row(answer.query.key, [query, *hits]))
     return contact_sheet(rows)
