@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from test_extract import extract, internvit
 
 from internvit_cli import open_features
-from internvit_cli.config import Format, Tokens
+from internvit_cli.config import Tokens
 from internvit_cli.errors import InternvitError, UsageError
 from internvit_cli.storage.layout import POOLED
 from internvit_cli.use import duplicates as duplicates_module
@@ -43,14 +43,15 @@ TWINS = (
 """Photographs that show the same: twice one picture under another number, one picture in two formats, one street."""
 
 
-def write_vectors(path: Path, vectors: np.ndarray, shard_format: Format | None = None) -> Path:
-    """A finished output that holds these pooled vectors and nothing else."""
-    table = helpers.make_table([(1, 1, 0)] * len(vectors))
+def write_vectors(path: Path, vectors: np.ndarray, first: int = 0) -> Path:
+    """A finished output, or one more shard of a folder, that holds these pooled vectors; keys are numbers."""
+    keys = [b"%04d.jpg" % row for row in range(first, first + len(vectors))]
+    table = helpers.make_table([(1, 1, 0)] * len(vectors), keys)
     shard = helpers.make_shard(table, tokens=Tokens.NONE)
     shard = helpers.dataclasses.replace(
         shard, features=helpers.dataclasses.replace(shard.features, pooled_width=vectors.shape[1])
     )
-    output = helpers.Output(str(path), shard_format)
+    output = helpers.Output(str(path))
     output.prepare()
     number = output.next_number()
     helpers.create_shard(output.backend, output.partial_path(number), shard)
@@ -151,10 +152,7 @@ def test_blocks_and_shards_find_what_one_product_finds(tmp_path, monkeypatch, is
     vectors[100] = vectors[50]  # a tie
     path = tmp_path / ("feats.h5" if shards == 1 else "feats")
     for part in np.array_split(np.arange(600), shards):
-        if shards == 1:
-            write_vectors(path, vectors)
-        else:
-            write_shard_with_keys(path, vectors[part], part)
+        write_vectors(path, vectors[part], first=int(part[0]))
     stored = vectors_of(path)
     space = RAW if is_raw else fit_whitening(stored)
     queries = space.embed(vectors[:20] + 0.1)
@@ -167,17 +165,6 @@ def test_blocks_and_shards_find_what_one_product_finds(tmp_path, monkeypatch, is
     assert (numbers == order).mean() > 0.98, "but for what rounding makes equal"
     assert told == [*range(37, 600, 37), 600]
     assert nearest.nearest(stored, space, queries, 10_000)[0].shape == (20, 600)
-
-
-def write_shard_with_keys(path: Path, vectors: np.ndarray, rows: np.ndarray) -> None:
-    """One more shard of a folder, with keys of its own."""
-    real = helpers.make_table
-    keys = [b"%04d.jpg" % row for row in rows]
-    helpers.make_table = lambda grids: real(grids, keys)  # type: ignore[assignment]
-    try:
-        write_vectors(path, vectors, Format.NPY)
-    finally:
-        helpers.make_table = real
 
 
 # ----------------------------------------------------------------------------------------------------------- the index

@@ -102,7 +102,9 @@ class Features(Mapping[str, ImageFeatures]):
                 raise self._unknown(wanted)
             return self._index.image(position)
         if isinstance(wanted, (int, np.integer)):
-            return self._index.image(int(self._all_positions()[wanted]))
+            # A range stands for all positions: an array of them would cost each access as much as a slice.
+            positions = range(len(self)) if self._positions is None else self._positions
+            return self._index.image(int(positions[wanted]))
         return self.at(self._all_positions()[self._selector(wanted)])
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -35,6 +35,9 @@ LEAST_CANDIDATES = 100
 """Vectors that the graph proposes for each query at least; what it proposes is then compared exactly."""
 CANDIDATES_PER_HIT = 5
 DTYPE = "f16"
+CONNECTIVITY = 32
+SEARCH_WIDTH = 512
+"""Measured in docs/search.md: all of the ten nearest among clustered vectors, most among structureless ones."""
 PARTS = ("usearch", "npz")
 
 
@@ -64,6 +67,7 @@ class NearIndex:
     def nearest(self, vectors: PooledVectors, queries: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """As `nearest.nearest`, but for vectors that the graph misses; similarities are exact."""
         wanted = min(len(vectors), max(LEAST_CANDIDATES, CANDIDATES_PER_HIT * count))
+        self._graph.expansion_search = max(SEARCH_WIDTH, wanted)
         numbers, similarities = [], []
         for query in queries:
             found = self._graph.search(query, wanted).keys.astype(np.int64)
@@ -121,7 +125,7 @@ def _usearch() -> ModuleType:
 
 
 def _build(usearch: ModuleType, vectors: PooledVectors, space: Space, on_progress: Callable[[int], None]) -> Any:
-    graph = usearch.Index(ndim=vectors.shape[1], metric="ip", dtype=DTYPE)
+    graph = usearch.Index(ndim=vectors.shape[1], metric="ip", dtype=DTYPE, connectivity=CONNECTIVITY)
     for start, block in vectors.blocks(8 << 20):
         graph.add(np.arange(start, start + len(block), dtype=np.uint64), space.embed(block))
         on_progress(start + len(block))
