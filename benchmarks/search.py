@@ -94,7 +94,7 @@ def make_output(path: Path, images: int, width: int, *, structureless: bool) -> 
 
 def measured(arguments: list[str]) -> tuple[float, float, str]:
     """Seconds, most megabytes of memory that is not a mapped file, and standard output of a command."""
-    command = [sys.executable, "-m", "internvit_cli", *arguments]
+    command = [sys.executable, "-m", "internvit_cli", *arguments, "-q"]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     most = [0]

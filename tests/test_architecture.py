@@ -116,6 +116,8 @@ def test_help_and_usage_errors_load_neither_torch_nor_numpy_nor_transformers() -
         ["--help"],
         ["extract", "--help"],
         ["show", "--help"],
+        ["search", "--help"],
+        ["duplicates", "--help"],
         ["extract"],
         ["extract", "x", "--bogus"],
         ["--version"],

@@ -171,7 +171,9 @@ def test_samples_of_tiles_and_of_vectors_alone_are_stacked(tmp_path, collate):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_makes_padded_batches(tmp_path, workers):
+def test_a_loader_makes_padded_and_nested_batches(tmp_path, workers):
     dataset = FeatureDataset(make(tmp_path, {0: TRUNCATED}), skip=True)
     loader = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate_padded)
     assert [batch["mask"].sum(1).tolist() for batch in loader] == [[3, 7], [3, 4]]
+    nested = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=collate_nested)
+    assert [[len(tokens) for tokens in batch["tokens"].unbind()] for batch in nested] == [[3, 7], [3, 4]]

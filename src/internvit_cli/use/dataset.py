@@ -163,8 +163,7 @@ def collate_nested(samples: Sequence[Sample], *, as_list: bool = False) -> Sampl
 
     Args:
         samples: of `FeatureDataset(by="image")`; samples of tiles are stacked.
-        as_list: a list of tensors instead of nested ones, which not every operation takes. Batches of DataLoader
-            workers have to be lists: nested tensors do not travel between processes.
+        as_list: a list of tensors instead of a nested one, which not every operation takes.
 
     Returns:
         `tokens` nested [B, tiles*, T, C] (layout `torch.jagged`), `tile_pooled` nested [B, tiles*, d], `pooled`
