@@ -13,18 +13,19 @@ PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
     {"config", "errors", "observer", "stopping"},
-    {"tiling", "table"},
+    {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
     {"headers"},
     {"plan"},
     {"decode"},
+    {"draw"},
     {"model"},
     {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_quantisation"},
     {"options", "report"},
     {"storage"},
     {"reconcile"},
     {"recipes"},
-    {"existing", "sharding", "storing", "inspect"},
+    {"existing", "sharding", "storing", "inspect", "recorded"},
     {"filling"},
     {"engine"},
     {"device_process"},
@@ -32,6 +33,7 @@ ROWS = [
     {"verdict", "agreement"},
     {"picture_check", "reextract"},
     {"verify"},
+    {"use"},
     {"preview", "accounting"},
     {"bench", "torch_facts"},
     {"doctor"},
@@ -90,6 +92,7 @@ def test_every_module_imports_only_from_its_own_row_and_those_before_it() -> Non
 
 def test_only_model_and_encoder_import_torch_at_the_top() -> None:
     allowed = {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_quantisation", "torch_facts"}
+    allowed |= {"tensors", "use.dataset", "use.extractor"}
     allowed |= {"model.vit", "model.unshuffle", "model.loading", "model.features", "model.native"}
     allowed |= {module for module in modules() if module.startswith("model.kernels.")}
     users = {module for module, tree in modules().items() if "torch" in imported_modules(tree)}
@@ -125,9 +128,30 @@ def modules_loaded_by(arguments: list[str]) -> set[str]:
 
 
 def test_help_and_usage_errors_load_neither_torch_nor_numpy_nor_transformers() -> None:
-    for arguments in (["--help"], ["extract", "--help"], ["extract"], ["extract", "x", "--bogus"], ["--version"]):
+    for arguments in (
+        ["--help"],
+        ["extract", "--help"],
+        ["show", "--help"],
+        ["search", "--help"],
+        ["duplicates", "--help"],
+        ["extract"],
+        ["extract", "x", "--bogus"],
+        ["--version"],
+    ):
         loaded = modules_loaded_by(arguments)
         assert not loaded & {"torch", "transformers", "numpy", "h5py"}, arguments
+
+
+def test_importing_the_package_loads_nothing_and_reading_features_loads_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, internvit_cli; names = dir(internvit_cli);"
+        "assert not {'numpy', 'torch', 'h5py'} & set(sys.modules);"
+        "from internvit_cli import InternvitError, open_features\n"
+        "try: open_features('nothing.h5')\n"
+        "except InternvitError: assert 'torch' not in sys.modules\n"
+        "else: raise AssertionError"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 def test_info_and_plan_load_no_torch(tmp_path: Path) -> None:

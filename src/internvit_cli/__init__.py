@@ -1,23 +1,51 @@
 """internvit: folders of pictures in, InternViT features on disk.
 
-```python
-from internvit_cli import open_features
+Read what `internvit extract` wrote, without torch:
 
-features = open_features("feats.h5")
-features["cat.jpg"].visual_tokens
-```
+>>> from internvit_cli import open_features
+>>> features = open_features("feats.h5")
+>>> features["street.jpg"].visual_tokens.shape  # [tiles, 256, 4 * hidden_size]
+(13, 256, 256)
+
+Train on it (`FeatureDataset`, `collate_padded`, `collate_nested`), or encode pictures in memory (`Extractor`).
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvit_cli.storage.reader import Features, ImageFeatures, open_features
+    from internvit_cli.errors import InternvitError
+    from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
+    from internvit_cli.storage.reader import Features, UnknownKeyError, open_features
+    from internvit_cli.use.dataset import FeatureDataset, collate_nested, collate_padded
+    from internvit_cli.use.extractor import Extractor
 
     __version__: str
 
-__all__ = ["Features", "ImageFeatures", "__version__", "open_features"]
+__all__ = [
+    "Extractor",
+    "FeatureDataset",
+    "Features",
+    "ImageFeatures",
+    "InternvitError",
+    "SkippedImageError",
+    "Tile",
+    "UnknownKeyError",
+    "__version__",
+    "collate_nested",
+    "collate_padded",
+    "open_features",
+]
+
+_MODULES = {
+    "internvit_cli.errors": ("InternvitError",),
+    "internvit_cli.storage.image": ("ImageFeatures", "SkippedImageError", "Tile"),
+    "internvit_cli.storage.reader": ("Features", "UnknownKeyError", "open_features"),
+    "internvit_cli.use.dataset": ("FeatureDataset", "collate_nested", "collate_padded"),
+    "internvit_cli.use.extractor": ("Extractor",),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -29,8 +57,11 @@ def __getattr__(name: str) -> Any:
             return version("internvit-cli")
         except PackageNotFoundError:  # run from a checkout that is not installed
             return "0.0.0"
-    if name in __all__:
-        from internvit_cli.storage import reader
-
-        return getattr(reader, name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -87,6 +87,25 @@ class OnOverflow(str, Enum):
     CLAMP = "clamp"
 
 
+class TokenMapKind(str, Enum):
+    """What `show` draws of an image."""
+
+    TILES = "tiles"
+    PCA = "pca"
+    LENGTH = "length"
+    LIKENESS = "likeness"
+    THUMBNAIL = "thumbnail"
+
+
+class Graphics(str, Enum):
+    """How a terminal takes pictures."""
+
+    KITTY = "kitty"
+    ITERM2 = "iterm2"
+    SIXEL = "sixel"
+    BLOCKS = "blocks"
+
+
 class Status(IntEnum):
     """What became of an image; the numbers are part of the file format and never change."""
 

@@ -112,18 +112,23 @@ def _read(path: bytes, rule: PixelRule) -> Header | Skipped:
 
 def _inspect(file: BinaryIO, status: os.stat_result, rule: PixelRule) -> Header | Skipped:
     image = Image.open(file, formats=readable_formats())
+    width, height, orientation = upright_size(image, rule)
+    return unusable_size(width, height, rule) or Header(width, height, orientation, status.st_size, modified_ns(status))
+
+
+def upright_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
+    """Width and height, pixels, after the turn that sets a picture upright, and EXIF's number of that turn."""
     width, height = image.size
     orientation = UPRIGHT
     # TIFF: Pillow turns it by itself, and says so in the size.
     if rule.exif and image.format != "TIFF":
         exif = image.info.get("exif")
         orientation = exif_orientation(exif) if exif else UPRIGHT
-    if orientation >= 5:
-        width, height = height, width
-    return _too_large(width, height, rule) or Header(width, height, orientation, status.st_size, modified_ns(status))
+    return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
 
 
-def _too_large(width: int, height: int, rule: PixelRule) -> Skipped | None:
+def unusable_size(width: int, height: int, rule: PixelRule) -> Skipped | None:
+    """Why a picture of this size, pixels, is not decoded; None when it is."""
     if min(width, height) < 1:
         return Skipped(Status.TRUNCATED, "", f"a size of {width} x {height} pixels")
     if width * height > rule.max_pixels:

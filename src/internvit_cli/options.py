@@ -109,3 +109,17 @@ class ExtractOptions:
     def has_sources(self) -> bool:
         """Whether any pictures are named."""
         return bool(self.sources) or self.discover.files_from is not None
+
+
+def parse_color(text: str) -> tuple[int, int, int]:
+    """Red, green and blue from a name or a hexadecimal colour."""
+    from PIL import ImageColor
+
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(text)
+    except ValueError:
+        red = green = blue = -1
+    # Pillow takes rgb(999, 0, 0) for a colour.
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise UsageError(f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'")
+    return red, green, blue

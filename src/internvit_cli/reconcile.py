@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Status
-from internvit_cli.errors import InternvitError, OtherRecipeError, OutputError, one_line
+from internvit_cli.errors import InternvitError, OtherRecipeError, one_line
 from internvit_cli.sources.interface import Listing, Source
+from internvit_cli.storage.layout import recorded_sources
 from internvit_cli.table import modified_ns
 
 if TYPE_CHECKING:
@@ -219,11 +220,7 @@ def stored_sources(attributes: dict[str, Any], path: str, relocations: Sequence[
     Raises:
         OutputError: they are damaged.
     """
-    try:
-        entries = json.loads(attributes["sources"])
-        sources = [Source(root=os.fsencode(entry["root"]), name=os.fsencode(entry["name"])) for entry in entries]
-    except (KeyError, ValueError, TypeError) as error:
-        raise OutputError(f"the sources of {path} are damaged", "restore it, or start anew with --overwrite") from error
+    sources = recorded_sources(attributes, path)
     for relocation in relocations:
         sources = [relocation.apply(source) for source in sources]
     return sources

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from internvit_cli.agreement import Differences, compare, tolerance
-from internvit_cli.config import DEFAULT_MAX_PIXELS, ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import DEFAULT_MAX_PIXELS, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
-from internvit_cli.errors import InternvitError, ModelError
+from internvit_cli.errors import InternvitError
 from internvit_cli.headers import Header
-from internvit_cli.model.catalog import describe_model
-from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.recipes import pixel_rule
+from internvit_cli.recorded import encoder_options, open_recorded
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
 from internvit_cli.storage.reader import OpenShard
 from internvit_cli.table import modified_ns
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.config import Recipe
+    from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.model.features import FeatureSpec
     from internvit_cli.verdict import Row, VerifyObserver, VerifyOptions
 
@@ -234,24 +234,9 @@ def _open_model(options: VerifyOptions, recipe: Recipe, attributes: dict[str, An
     """Find the weights and check that they are those of the recipe.
 
     Raises:
-        InternvitError: they cannot be had, or are others.
+        ModelError: they cannot be had, or are others.
     """
-    name = options.model or str(attributes.get("model", ""))
-    revision = None if options.model else attributes.get("model_revision") or None
-    try:
-        card = describe_model(name, revision=revision)
-        # What the run took from the model's JSON files, which may have changed since, is in the recipe.
-        card = replace(card, mean=recipe.mean, std=recipe.std)
-        checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=recipe.tokens == Tokens.PROJECTED.value)
-        digest = checkpoint.digest()
-    except InternvitError as error:
-        raise ModelError(f"the weights cannot be had: {error.message}", "name their folder with --model") from error
-    if digest != recipe.weights_digest:
-        raise ModelError(
-            f"the weights of {name} are not those that made the rows: digest {digest[:12]}, not "
-            f"{recipe.weights_digest[:12]}",
-            "name the right ones with --model",
-        )
+    checkpoint = open_recorded(recipe, attributes, options.model)
     return _Model(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
 
 
@@ -261,21 +246,9 @@ class _Ours:
     check = "re-extract"
 
     def __init__(self, model: _Model) -> None:
-        from internvit_cli.encoder import Encoder, EncoderOptions
+        from internvit_cli.encoder import Encoder
 
-        recipe = model.recipe
-        options = EncoderOptions(
-            device=model.device,
-            dtype=ComputeDtype(recipe.compute_dtype),
-            batch_tiles=model.batch_tiles,
-            tokens=Tokens(recipe.tokens),
-            pool=Pool(recipe.pool),
-            tile_size=recipe.tile_size,
-            layer=recipe.layer,
-            token_order="v1" if recipe.token_order == "v1" else "v2",  # noqa: S105  (an order, not a secret)
-            store_dtype=StoreDtype(recipe.store_dtype),
-            on_overflow=OnOverflow(recipe.on_overflow),
-        )
+        options = encoder_options(model.recipe, model.device, model.batch_tiles)
         self._encoder = Encoder.load(model.checkpoint, options)
         self.name = f"internvit in {self._encoder.dtype.value} on {self._encoder.device_name}"
 

@@ -66,6 +66,19 @@ def clip_size(width: int, height: int, side: int) -> tuple[int, int]:
     return int(side * width / height), side
 
 
+def covered_box(width: int, height: int, preprocess: Preprocess, side: int) -> tuple[float, float, float, float]:
+    """What of a picture the encoder saw: left, top, right, bottom, pixels of the upright picture.
+
+    All of it, but for CLIP's crop of the middle.
+    """
+    if preprocess is not Preprocess.CLIP:
+        return 0.0, 0.0, float(width), float(height)
+    new_width, new_height = clip_size(width, height, side)
+    left, top = (new_width - side) // 2, (new_height - side) // 2
+    across, down = width / new_width, height / new_height
+    return left * across, top * down, (left + side) * across, (top + side) * down
+
+
 def largest_resized(width: int, height: int, rule: PixelRule) -> int:
     """Pixels of the largest picture that resizing makes on its way; the horizontal pass comes first.
 

@@ -22,7 +22,14 @@ from internvit_cli.config import (
     Tokens,
 )
 from internvit_cli.errors import UsageError
-from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions
+from internvit_cli.options import (
+    ExtractOptions,
+    ModelOptions,
+    PictureOptions,
+    RunOptions,
+    StoreOptions,
+    parse_color,
+)
 from internvit_cli.sources.interface import DiscoverOptions
 
 MODEL, PICTURES, STORE, RUN, SOURCES = "Model", "Pictures", "What is stored", "How it runs", "Sources"
@@ -284,17 +291,3 @@ def parse_batch_size(text: str) -> int | None:
             f"--batch-size {text}: neither auto nor a number of tiles", "give a number such as --batch-size 64"
         )
     return int(text)
-
-
-def parse_color(text: str) -> tuple[int, int, int]:
-    """Red, green and blue from a name or a hexadecimal colour."""
-    from PIL import ImageColor
-
-    try:
-        red, green, blue, *_ = ImageColor.getrgb(text)
-    except ValueError:
-        red = green = blue = -1
-    # Pillow takes rgb(999, 0, 0) for a colour.
-    if not all(0 <= part <= 255 for part in (red, green, blue)):
-        raise UsageError(f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'")
-    return red, green, blue

@@ -8,11 +8,14 @@ import json
 import os
 import sys
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from internvit_cli import errors
 from internvit_cli.errors import InternvitError
 from internvit_cli.observer import Observer, Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PLAIN_SECONDS = 30.0
 """Between two lines of progress where there is no terminal."""
@@ -51,14 +54,19 @@ def print_text(text: str) -> None:
     _write(sys.stdout, text.rstrip("\n"))
 
 
-def _write(stream: TextIO, line: str) -> None:
+def write_raw(text: str) -> None:
+    """Text of our own making, escapes and all, on stdout."""
+    _write(sys.stdout, text, end="")
+
+
+def _write(stream: TextIO, line: str, end: str = "\n") -> None:
     """Write a line; what cannot be written is dropped, like all that follows, and the work goes on.
 
     Raises:
         InternvitError: a result is lost though somebody waits for it, such as on a full disk.
     """
     try:
-        stream.write(line + "\n")
+        stream.write(line + end)
         stream.flush()
     except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -224,3 +232,50 @@ class BarObserver(Observer):
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+class Bar:
+    """How far a job of known length is: a bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._is_terminal = not quiet and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._name = ""
+        self._bar: Any = None
+        self._printed = time.monotonic()
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """So much of a stage is done; another name begins another stage."""
+        if self._quiet or total == 0:
+            return
+        if name != self._name:
+            self._close()
+            self._name = name
+        if self._is_terminal:
+            if self._bar is None and done < total:
+                self._bar = _tqdm(name, total)
+            if self._bar is not None:
+                self._bar.update(done - self._bar.n)
+        elif time.monotonic() - self._printed >= PLAIN_SECONDS:
+            self._printed = time.monotonic()
+            say(f"{name}: {100 * done / total:.0f} %")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _tqdm(name: str, total: int) -> Any:
+    from tqdm import tqdm
+
+    # A terminal that does not tell its size says 0, and tqdm would then draw nothing.
+    known = os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    size = {"ncols": None if known else 80, "nrows": None if known else 24, "dynamic_ncols": known}
+    return tqdm(desc=name, total=total, file=sys.stderr, leave=False, **size)

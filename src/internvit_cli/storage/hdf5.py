@@ -21,7 +21,6 @@ from internvit_cli.storage.layout import (
     ALIGNMENT,
     CRC32,
     DIGEST,
-    FORMAT,
     RUN_LOG,
     STATUS,
     DatasetSpec,
@@ -29,6 +28,7 @@ from internvit_cli.storage.layout import (
     ForeignFileError,
     NewShard,
     StoredShard,
+    check_format,
     parse_run_log,
 )
 from internvit_cli.table import COLUMN_DTYPES, ImageTable
@@ -135,10 +135,7 @@ def read(path: str) -> StoredShard:
     """The shard's index and attributes."""
     with _open(path) as file, _damage(path):
         attributes = {name: _plain(value) for name, value in file.attrs.items()}
-        if attributes.get("format") != FORMAT:
-            raise ForeignFileError(
-                f"{path} is not an internvit feature file", "choose another output, or move that file away"
-            )
+        check_format(attributes, path)
         columns = {name: file[f"image/{name}"][...] for name in COLUMN_DTYPES}
         table = ImageTable.build(_read_keys(file["image/key"]), file[STATUS][...], columns)
         # The digest is over the offsets that follow from the columns; these are what other programs go by.

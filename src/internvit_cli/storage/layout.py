@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
-from internvit_cli.errors import OutputError
+from internvit_cli.errors import OutputError, one_line
+from internvit_cli.sources.interface import Source
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from internvit_cli.table import ImageTable
@@ -122,17 +126,7 @@ class StoredShard:
         Raises:
             OutputError: another format, a newer version, or an index that does not match its digest.
         """
-        name = self.attributes.get("format")
-        if name != FORMAT:
-            raise ForeignFileError(
-                f"{path} is not an internvit feature file", "choose another output, or move that file away"
-            )
-        version = self.attributes.get("format_version")
-        if version != FORMAT_VERSION:
-            raise OutputError(
-                f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
-                "install the version of internvit that wrote it, or a newer one",
-            )
+        check_format(self.attributes, path)
         if len(self.table.status) != len(self.table) or not np.isin(self.table.status, list(Status)).all():
             raise OutputError(f"the statuses of {path} are damaged", "restore it, or start anew with --overwrite")
         unsigned = {name: value for name, value in self.attributes.items() if name != "index_digest"}
@@ -141,6 +135,25 @@ class StoredShard:
                 f"the index of {path} is damaged: its digest does not match",
                 "restore it, or start anew with --overwrite",
             )
+
+
+def check_format(attributes: Mapping[str, Any], path: str) -> None:
+    """Refuse what is none of ours, or of a version that we do not know; before anything else of it is looked at.
+
+    Raises:
+        ForeignFileError: another program's file.
+        OutputError: another version.
+    """
+    if attributes.get("format") != FORMAT:
+        raise ForeignFileError(
+            f"{path} is not an internvit feature file", "choose another output, or move that file away"
+        )
+    version = attributes.get("format_version")
+    if version != FORMAT_VERSION:
+        raise OutputError(
+            f"{path} has format version {one_line(str(version))}; this program reads version {FORMAT_VERSION}",
+            "install the version of internvit that wrote it, or a newer one",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +195,19 @@ def stored_recipe(attributes: dict[str, Any], path: str) -> Recipe:
         raise OutputError(
             f"{path} has no recipe that this version understands", "restore it, or start anew with --overwrite"
         ) from error
+
+
+def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
+    """The sources that a shard's table counts, as they were when it was made.
+
+    Raises:
+        OutputError: they are damaged.
+    """
+    try:
+        entries = json.loads(attributes["sources"])
+        return [Source(root=os.fsencode(entry["root"]), name=os.fsencode(entry["name"])) for entry in entries]
+    except (KeyError, ValueError, TypeError) as error:
+        raise OutputError(f"the sources of {path} are damaged", "restore it, or start anew with --overwrite") from error
 
 
 def decode_values(stored: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -33,6 +33,7 @@ from internvit_cli.storage.layout import (
     Extent,
     NewShard,
     StoredShard,
+    check_format,
     parse_run_log,
 )
 from internvit_cli.table import COLUMN_DTYPES, ImageTable
@@ -94,6 +95,7 @@ def read(path: str) -> StoredShard:
         with open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
             attributes = json.load(file)
         attributes.pop(RUN_LOG, None)
+        check_format(attributes, path)
         table, _, _ = _read_lines(_beside(path, INDEX_FILE))
         if os.path.isdir(path):
             table = table.with_status(_read_array(_dataset_path(path, STATUS), STATUS))

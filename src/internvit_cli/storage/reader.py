@@ -1,221 +1,257 @@
 """Reading features back: one view over a single file or a folder of shards, lazily, without torch.
 
-features = open_features("feats.h5")
-features["cat.jpg"].visual_tokens   # [tiles, 256, 4096]
+>>> features = open_features("feats.h5")
+>>> features["street.jpg"].visual_tokens.shape    # [tiles, 256, 4 * hidden_size]
+(13, 256, 256)
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
-from internvit_cli.config import Recipe, Status, Tokens
-from internvit_cli.errors import InternvitError, OutputError
-from internvit_cli.storage.durable import read_exactly
-from internvit_cli.storage.layout import PARTIAL, POOLED, TILE_POOLED, Extent, decode_values, stored_recipe
-from internvit_cli.storage.output import MANIFEST, FinishedShard, Output, file_identity, load_shard
+from internvit_cli.config import Status
+from internvit_cli.errors import OutputError, UsageError
+from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
+from internvit_cli.storage.layout import PARTIAL, stored_recipe
+from internvit_cli.storage.near_keys import near_keys
+from internvit_cli.storage.output import MANIFEST, FinishedShard, Output, load_shard
+from internvit_cli.storage.row_index import PooledVectors, RowIndex
+from internvit_cli.storage.shard import OpenShard
+from internvit_cli.table import COLUMN_DTYPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from internvit_cli.config import Recipe
     from internvit_cli.table import ImageTable
 
-COLUMN_MAJOR = "v1"
+__all__ = [
+    "Features",
+    "ImageFeatures",
+    "OpenShard",
+    "SkippedImageError",
+    "Tile",
+    "UnknownKeyError",
+    "find_shards",
+    "open_features",
+]
 
 
-class SkippedImageError(InternvitError):
-    """An image that has no features; the message gives the reason."""
+class UnknownKeyError(UsageError, KeyError):
+    """A key that no image has; the hint names those it may have meant."""
 
-
-@dataclass(frozen=True)
-class ImageFeatures:
-    """One image's row. Arrays are read from the disk when they are asked for."""
-
-    key: str
-    status: Status
-    width: int
-    """After orientation, pixels."""
-    height: int
-    grid: tuple[int, int]
-    """(columns, rows) of tiles."""
-    has_thumbnail: bool
-    """Whether the last tile is the thumbnail."""
-    _shard: OpenShard
-    _row: int
-
-    @property
-    def tiles(self) -> int:
-        """Number of tiles, the thumbnail included."""
-        return self.grid[0] * self.grid[1] + self.has_thumbnail
-
-    @property
-    def pooled(self) -> NDArray[Any]:
-        """One vector of the whole image, [d] float32."""
-        self._check(POOLED)
-        vector: NDArray[Any] = self._shard.rows(POOLED, self._row, self._row + 1)[0]
-        return vector
-
-    @property
-    def visual_tokens(self) -> NDArray[Any]:
-        """[tiles, 256, 4 * hidden_size], each tile's tokens row by row; bfloat16 comes as float32."""
-        return self._tokens(Tokens.VISUAL)
-
-    @property
-    def patch_tokens(self) -> NDArray[Any]:
-        """[tiles, 1024, hidden_size], row by row."""
-        return self._tokens(Tokens.PATCH)
-
-    @property
-    def projected_tokens(self) -> NDArray[Any]:
-        """[tiles, 256, llm_hidden_size], row by row."""
-        return self._tokens(Tokens.PROJECTED)
-
-    @property
-    def tokens(self) -> NDArray[Any]:
-        """The tokens of whichever kind the file holds."""
-        return self._tokens(Tokens(self._shard.recipe.tokens))
-
-    @property
-    def tile_pooled(self) -> NDArray[Any]:
-        """One vector a tile, [tiles, d] float32."""
-        return self._tile_rows(TILE_POOLED)
-
-    def _tokens(self, kind: Tokens) -> NDArray[Any]:
-        stored = self._tile_rows(kind.dataset)
-        values = decode_values(stored, self._shard.recipe.store_dtype)
-        if kind is not Tokens.PATCH and self._shard.recipe.token_order == COLUMN_MAJOR:
-            side = math.isqrt(values.shape[1])
-            by_column = values.reshape(-1, side, side, values.shape[2])
-            values = by_column.swapaxes(1, 2).reshape(values.shape)
-        return values
-
-    def _tile_rows(self, name: str) -> NDArray[Any]:
-        self._check(name)
-        offset = self._shard.table.tile_offset
-        return self._shard.rows(name, int(offset[self._row]), int(offset[self._row + 1]))
-
-    def _check(self, name: str) -> None:
-        if self.status is not Status.DONE:
-            raise SkippedImageError(f"{self.key!r} has no features: {self.status.word}", "features[key].status tells")
-        if name not in self._shard.extents:
-            raise OutputError(f"the file holds no {name}", f"it holds {', '.join(sorted(self._shard.extents))}")
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}"
 
 
 class Features(Mapping[str, ImageFeatures]):
-    """The images of a feature file or folder, by key, in the order in which they are stored."""
+    """The images of a feature file or folder, by key, in the order in which they are stored.
 
-    def __init__(self, path: str, shards: list[OpenShard]) -> None:
+    Slices, masks and arrays of positions give views of the same kind, which share the index and read nothing.
+
+    >>> features = open_features("feats.h5")
+    >>> list(features)
+    ['cobbles.webp', 'lund.jpg', 'portrait.jpg', 'street.jpg']
+    >>> list(features[1:3]), list(features[features.column("width") > 1000])
+    (['lund.jpg', 'portrait.jpg'], ['lund.jpg', 'portrait.jpg'])
+    >>> features["stret.jpg"]
+    Traceback (most recent call last):
+    internvit_cli.storage.reader.UnknownKeyError: feats.h5 has no image 'stret.jpg'; did you mean 'street.jpg'?
+    """
+
+    def __init__(self, path: str, index: RowIndex, positions: NDArray[Any] | None = None) -> None:
         self.path = path
-        self._shards = shards
+        self._index = index
+        self._positions = positions
+        """Of the view's images in the index, [n] int64; None for all of them."""
+        self._places: NDArray[Any] | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index) if self._positions is None else len(self._positions)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return (os.fsdecode(self._index.key(position)) for position in self._all_positions().tolist())
 
-    def __getitem__(self, key: str) -> ImageFeatures:
-        shard, row = self._rows[key]
-        return shard.image(key, row)
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self._find(key) is not None
+
+    def __repr__(self) -> str:
+        return f"<{len(self):,} images of {self.path!r}>"
+
+    @overload
+    def __getitem__(self, wanted: str | int) -> ImageFeatures: ...
+    @overload
+    def __getitem__(self, wanted: slice | Sequence[Any] | NDArray[Any]) -> Features: ...
+    def __getitem__(self, wanted: str | int | slice | Sequence[Any] | NDArray[Any]) -> ImageFeatures | Features:
+        """One image by its key or its position, or a view of some of them.
+
+        Args:
+            wanted: a key; a position, negative ones from the end; a slice; a boolean mask, [n]; positions; or keys.
+
+        Raises:
+            UnknownKeyError: a KeyError whose hint names keys that are like it.
+            IndexError: no such position, or a mask of another length.
+        """
+        if isinstance(wanted, str):
+            position = self._find(wanted)
+            if position is None:
+                raise self._unknown(wanted)
+            return self._index.image(position)
+        if isinstance(wanted, (int, np.integer)):
+            # A range stands for all positions: an array of them would cost each access as much as a slice.
+            positions = range(len(self)) if self._positions is None else self._positions
+            return self._index.image(int(positions[wanted]))
+        return self.at(self._all_positions()[self._selector(wanted)])
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The image of a key, or the default when there is none."""
+        position = self._find(key)
+        return default if position is None else self._index.image(position)
 
     @property
     def attributes(self) -> dict[str, Any]:
         """The attributes of the newest shard: model, recipe, versions."""
-        return dict(self._shards[-1].attributes) if self._shards else {}
+        return dict(self._index.shards[-1].attributes) if self._index.shards else {}
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the features were made with.
+
+        Raises:
+            OutputError: a recipe that this version does not understand.
+        """
+        return stored_recipe(self.attributes, self.path)
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The datasets that have rows, such as `pooled` and `visual_tokens`."""
+        return tuple(dict.fromkeys(name for shard in self._index.shards for name in shard.stored))
 
     @property
     def tables(self) -> list[ImageTable]:
         """The index of every shard."""
-        return [shard.table for shard in self._shards]
+        return [shard.table for shard in self._index.shards]
 
-    def pooled_matrix(self) -> tuple[list[str], NDArray[Any]]:
-        """Keys and pooled vectors, [n, d] float32, of all images that have one."""
-        done = [(key, shard, row) for key, (shard, row) in self._rows.items() if shard.table.status[row] == Status.DONE]
-        matrices = {id(shard): shard.rows(POOLED, 0, len(shard.table)) for shard in self._shards}
-        vectors = [matrices[id(shard)][row] for _, shard, row in done]
-        return [key for key, _, _ in done], np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
+    @property
+    def shards(self) -> list[OpenShard]:
+        """Every shard, oldest first."""
+        return self._index.shards
 
-    @cached_property
-    def _rows(self) -> dict[str, tuple[OpenShard, int]]:
-        """Where each key's row is; a key of a later shard replaces an earlier one's."""
-        return {
-            os.fsdecode(key): (shard, row)
-            for shard in self._shards
-            for row, key in enumerate(shard.table.keys)
-            if key not in shard.superseded_keys
-        }
+    def column(self, name: str) -> NDArray[Any]:
+        """One fact of every image, [n]: `status`, `width`, `height`, `columns`, `rows`, `thumbnail`, `file_size`, ...
 
+        >>> features = open_features("feats.h5")
+        >>> [int(width) for width in features.column("width")]
+        [400, 1024, 1200, 640]
+        """
+        if name not in {*COLUMN_DTYPES, "status"}:
+            raise ValueError(f"images have no column {name!r}, but {', '.join([*COLUMN_DTYPES, 'status'])}")
+        values: NDArray[Any] = self._index.column(name)[self._all_positions()]
+        return values
 
-class OpenShard:
-    """A shard's index in memory and its rows on disk."""
+    @property
+    def positions(self) -> NDArray[Any]:
+        """Where this view's images stand among all of the file's, [n] int64."""
+        positions: NDArray[Any] = self._all_positions()
+        return positions
 
-    def __init__(self, shard: FinishedShard) -> None:
-        self._found = shard
-        self.table = shard.stored.table
-        self.attributes = shard.stored.attributes
-        self.superseded_keys = shard.superseded_keys
+    @property
+    def places(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """For each image the number of its shard and of its row there, [n] each."""
+        positions = self._all_positions()
+        return self._index.shard_of[positions], self._index.row_of[positions]
 
-    @cached_property
-    def recipe(self) -> Recipe:
-        """What its rows were made with."""
-        return stored_recipe(self.attributes, self._found.path)
+    def at(self, positions: NDArray[Any]) -> Features:
+        """A view of the images at some positions among all of the file's."""
+        return Features(self.path, self._index, positions)
 
-    @cached_property
-    def extents(self) -> dict[str, Extent]:
-        """Where the rows of each dataset lie."""
-        return self._found.backend.extents(self._found.path)
+    @property
+    def done(self) -> Features:
+        """A view of the images that have features."""
+        done: NDArray[Any] = self.column("status") == Status.DONE
+        return self.at(self._all_positions()[done])
 
-    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows of one dataset as stored, [stop - start, ...]."""
-        extent = self.extents[name]
-        size = extent.spec.row_bytes
-        # Opened for each read: a reader that is pickled or forked into workers shares no file position and no handle.
-        descriptor = self._open(extent.path)
-        try:
-            data = read_exactly(descriptor, (stop - start) * size, extent.offset + start * size, extent.path)
-        finally:
-            os.close(descriptor)
-        return np.frombuffer(data, extent.spec.dtype).reshape(stop - start, *extent.spec.shape[1:])
-
-    def _open(self, path: str) -> int:
-        """A descriptor of one of the shard's files, and of no other that has its name by now.
+    def iter_tiles(self) -> Iterator[Tile]:
+        """The tiles of all images, one image at a time; `features.done.iter_tiles()` leaves out skipped images.
 
         Raises:
-            OutputError: a later run has replaced the file: this index says nothing of the new one's rows.
+            SkippedImageError: an image that has no features.
+
+        >>> tile = next(open_features("feats.h5").iter_tiles())
+        >>> tile.image.key, tile.place, tile.tokens.shape
+        ('cobbles.webp', (0, 0), (256, 256))
         """
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise _replaced(path) from None
-        identity = file_identity(path, os.fstat(descriptor))
-        if self._found.files.get(path, identity) != identity:
-            os.close(descriptor)
-            raise _replaced(path)
-        return descriptor
+        for image in self.values():
+            yield from image.iter_tiles()
 
-    def image(self, key: str, row: int) -> ImageFeatures:
-        """One row, by number."""
-        table = self.table
-        return ImageFeatures(
-            key=key,
-            status=Status(int(table.status[row])),
-            width=int(table.width[row]),
-            height=int(table.height[row]),
-            grid=(int(table.columns[row]), int(table.rows[row])),
-            has_thumbnail=bool(table.thumbnail[row]),
-            _shard=self,
-            _row=row,
-        )
+    def pooled_matrix(self) -> tuple[list[str], NDArray[Any]]:
+        """Keys and pooled vectors, [n, d] float32, of all images that have one.
 
+        Where the rows lie one after another in one shard the matrix is the file itself, mapped into memory and
+        read-only; otherwise it is a copy. `vectors()` never copies more than it is asked for.
 
-def _replaced(path: str) -> OutputError:
-    return OutputError(f"{path} was replaced after it was opened", "open the features again")
+        >>> keys, matrix = open_features("feats.h5").pooled_matrix()
+        >>> matrix.shape
+        (4, 64)
+        """
+        vectors = self.vectors()
+        return vectors.keys, vectors[:]
+
+    def vectors(self) -> PooledVectors:
+        """The pooled vectors of all images that have one, read when they are asked for."""
+        positions = self._all_positions()
+        return PooledVectors(self._index, positions[self._index.column("status")[positions] == Status.DONE])
+
+    def position(self, key: str) -> int:
+        """Where an image stands in this view.
+
+        Raises:
+            UnknownKeyError: nowhere.
+        """
+        found = self._find(key)
+        if found is None:
+            raise self._unknown(key)
+        return found if self._positions is None else int(self._view_places()[found])
+
+    # ------------------------------------------------------------------------------------------------------- the view
+
+    def _all_positions(self) -> NDArray[Any]:
+        return np.arange(len(self._index)) if self._positions is None else self._positions
+
+    def _find(self, key: str) -> int | None:
+        position = self._index.find(os.fsencode(key))
+        if position is None or self._positions is None:
+            return position
+        return position if self._view_places()[position] >= 0 else None
+
+    def _view_places(self) -> NDArray[Any]:
+        """For each image of the index, its place in this view; -1 where it is not in it."""
+        if self._places is None:
+            self._places = np.full(len(self._index), -1)
+            self._places[self._all_positions()] = np.arange(len(self))
+        return self._places
+
+    def _selector(self, wanted: slice | Sequence[Any] | NDArray[Any]) -> slice | NDArray[Any]:
+        if isinstance(wanted, slice):
+            return wanted
+        if isinstance(wanted, Sequence) and wanted and all(isinstance(key, str) for key in wanted):
+            return np.array([self.position(key) for key in wanted], np.int64)
+        array = np.asarray(wanted) if len(wanted) else np.empty(0, np.int64)
+        if array.ndim != 1 or array.dtype.kind not in "biu":
+            raise TypeError("images are chosen by a key, a position, a slice, a mask, or a list of keys or positions")
+        return array
+
+    def _unknown(self, key: str) -> UnknownKeyError:
+        near = near_keys(key, [self._index.key(position) for position in self._all_positions().tolist()])
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "internvit info tells what it holds"
+        return UnknownKeyError(f"{self.path} has no image {key!r}", hint)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_places": None}
 
 
 def open_features(path: str | os.PathLike[str]) -> Features:
@@ -223,9 +259,12 @@ def open_features(path: str | os.PathLike[str]) -> Features:
 
     Raises:
         OutputError: there is nothing there, or it is damaged, or of a newer format.
+
+    >>> open_features("feats.h5")
+    <4 images of 'feats.h5'>
     """
-    name = os.fspath(path).rstrip("/")
-    return Features(name, [OpenShard(shard) for shard in find_shards(name)])
+    name = os.fspath(path).rstrip("/") or "/"
+    return Features(name, RowIndex([OpenShard(shard) for shard in find_shards(name)]))
 
 
 def find_shards(path: str) -> list[FinishedShard]:

@@ -1,0 +1,86 @@
+"""`internvit duplicates`: what there is more than once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from internvit_cli.cli.console import Bar, print_json, print_line
+from internvit_cli.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from internvit_cli.use.duplicates import Duplicates
+
+
+def duplicates_command(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file or a folder of shards.")],
+    threshold: Annotated[
+        float | None,
+        typer.Option(metavar="COSINE", help="Least similarity of a pair. (default: 0.9, with --raw 0.999)"),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Plain cosines: neither centred nor whitened.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare each with each, also above 100,000 images.")] = False,
+    bytes_only: Annotated[
+        bool, typer.Option("--bytes-only", help="Identical files only; vectors are not read.")
+    ] = False,
+    sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the groups on one sheet.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Group the images of OUT that are the same file, and those that look the same by their pooled vectors.
+
+    Vectors are centred and whitened: a cosine of 0.9 is a picture saved anew, or made smaller; unlike pictures lie
+    near 0. Groups are linked by pairs: two of one group may be less alike than the threshold.
+
+    Example: internvit duplicates feats.h5 --sheet same.png
+    """
+    if sheet is not None and not sheet.lower().endswith(".png"):
+        raise UsageError(f"--sheet {sheet}: not a PNG", "name a file that ends in .png")
+    from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
+
+    options = DuplicateOptions(path, threshold, raw, exact, bytes_only)
+    with Bar(quiet=quiet) as bar:
+        found = find_duplicates(options, bar.progress)
+    is_drawn = sheet is not None and bool(found.similar or found.identical)
+    if sheet is not None and is_drawn:
+        _write_sheet(found, sheet)
+    if json:
+        extra = {"sheet": sheet if is_drawn else None, "exit_code": int(ExitCode.DONE), "error": None}
+        print_json(found.to_json() | extra)
+    else:
+        _print(found)
+        if is_drawn and not quiet:
+            print_line(f"sheet: {sheet}")
+    return int(ExitCode.DONE)
+
+
+def _write_sheet(found: Duplicates, path: str) -> None:
+    from internvit_cli.use.sheets import duplicates_sheet
+    from internvit_cli.use.show import save_png
+
+    save_png(duplicates_sheet(found), path)
+
+
+def _print(found: Duplicates) -> None:
+    for number, identical in enumerate(found.identical, 1):
+        print_line(f"identical {number}: {len(identical):,} files")
+        for image in identical:
+            print_line(f"          {image.key}")
+    for number, group in enumerate(found.similar, 1):
+        print_line(f"similar {number}: {len(group):,} images")
+        for member in group:
+            size = f"{member.image.width} x {member.image.height}"
+            print_line(f"  {member.similarity:.4f}  {member.image.key}  ({size})")
+    how = f"{found.space.name} cosine of at least {found.threshold:g}, {found.how}"
+    print_line(
+        f"{found.images:,} images: {_groups(found.identical)} of identical files, "
+        f"{_groups(found.similar)} of similar images ({how}); {found.redundant:,} to spare"
+    )
+
+
+def _groups(groups: Sequence[object]) -> str:
+    return f"{len(groups):,} group{'' if len(groups) == 1 else 's'}"

@@ -1,0 +1,96 @@
+"""`internvit search`: the images most like a picture."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from internvit_cli.cli.console import Bar, fail, print_json, print_line, say
+from internvit_cli.errors import ExitCode, InternvitError, UsageError
+
+if TYPE_CHECKING:
+    from internvit_cli.use.search import Found
+
+
+def search_command(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file or a folder of shards.")],
+    pictures: Annotated[
+        Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
+        typer.Argument(metavar="IMAGE...", help="Pictures to find the like of.", show_default=False),
+    ] = None,
+    key: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("-k", "--key", help="An image of OUT to find the like of; may be repeated."),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=100_000, help="Hits for each.")] = 10,
+    raw: Annotated[bool, typer.Option("--raw", help="Plain cosines: neither centred nor whitened.")] = False,
+    index: Annotated[
+        bool, typer.Option("--index", help="Ask an approximate index beside OUT; make it when there is none.")
+    ] = False,
+    sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw queries and hits on one sheet.")] = None,
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="Where the weights are. (default: what OUT names)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Find the images of OUT that are most like pictures, or like images of its own, by their pooled vectors.
+
+    Pictures are encoded as OUT was, with the same weights. Every vector is compared, centred and whitened: raw
+    InternViT vectors all resemble each other.
+
+    Example: internvit search feats.h5 holiday.jpg --sheet found.png
+    """
+    if sheet is not None and not sheet.lower().endswith(".png"):
+        raise UsageError(f"--sheet {sheet}: not a PNG", "name a file that ends in .png")
+    from internvit_cli.use.search import SearchOptions, search
+
+    options = SearchOptions(
+        path=path,
+        pictures=tuple(pictures or ()),
+        keys=tuple(key or ()),
+        count=count,
+        raw=raw,
+        index=index,
+        model=model,
+        device=device,
+    )
+    with Bar(quiet=quiet) as bar:
+        found = search(options, bar.progress)
+    if sheet is not None:
+        _write_sheet(found, sheet)
+    code = found.exit_code
+    error = (
+        InternvitError("not one picture can be used", "the reasons are listed with the pictures")
+        if code == ExitCode.CANNOT_RUN
+        else None
+    )
+    if json:
+        extra = {"sheet": sheet, "exit_code": int(code), "error": error.message if error else None}
+        print_json(found.to_json() | extra)
+    else:
+        _print(found)
+        if sheet is not None and not quiet:
+            print_line(f"sheet: {sheet}")
+    return fail(error) if error else int(code)
+
+
+def _write_sheet(found: Found, path: str) -> None:
+    from internvit_cli.use.sheets import search_sheet
+    from internvit_cli.use.show import save_png
+
+    save_png(search_sheet(found.answers), path)
+
+
+def _print(found: Found) -> None:
+    for answer in found.answers:
+        kind = "picture" if answer.is_picture else "key"
+        print_line(f"{kind} {answer.query.key}" + (f": {answer.problem}" if answer.problem else ""))
+        for rank, hit in enumerate(answer.hits, 1):
+            print_line(f"{rank:4d}  {hit.similarity:7.4f}  {hit.image.key}")
+    space = f"{found.space.name} vectors" + (f", fitted to {found.space.fitted_on:,}" if found.space.fitted_on else "")
+    built = " (the index is new)" if found.index_is_new else ""
+    say(f"{found.images:,} images compared in {found.seconds:.1f} s, {found.how}{built}, {space}")

@@ -1,0 +1,98 @@
+"""Pictures that are at hand, one after another, decoded in this process: for those who hold pictures, not folders.
+
+The pixels are those of `decode/pictures`. What it does for a folder's sake is left out: no process of its own that a
+hostile picture could take along.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import PixelRule, Skipped
+from internvit_cli.decode.files import classify, pillow_limits
+from internvit_cli.decode.pictures import _TURNS, Decoded, _fill, _rgb, decode_tiles
+from internvit_cli.headers import read_header, unusable_size, upright_size
+from internvit_cli.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+NO_DIGEST = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiled:
+    """A picture as tiles, with what a feature file says of it."""
+
+    width: int
+    """After orientation, pixels."""
+    height: int
+    orientation: int
+    """EXIF's number of the turn that was applied."""
+    grid: Grid
+    has_thumbnail: bool
+    tiles: NDArray[Any]
+    """uint8 [n, S, S, 3], row by row, the thumbnail last."""
+    digest: bytes
+    """SHA-256 of the file, 32 bytes; zeros for a picture that never was one."""
+
+
+def tile_file(path: bytes, rule: PixelRule) -> Tiled | Skipped:
+    """Decode a file into tiles, or say why there are none; one thread of a process at a time."""
+    header = read_header(path, rule)
+    if isinstance(header, Skipped):
+        return header
+    grid = choose_grid(header.width, header.height, rule.tiling)
+    tiles = _room(grid, rule)
+    decoded = decode_tiles(path, header, grid, rule, tiles)
+    if not isinstance(decoded, Decoded):
+        return decoded
+    return _tiled((header.width, header.height, header.orientation), rule, tiles, decoded.digest)
+
+
+def tile_picture(image: Image.Image, rule: PixelRule) -> Tiled | Skipped:
+    """Cut a picture in memory into tiles, or say why that can't be done; one thread of a process at a time.
+
+    Args:
+        image: in any mode; what its EXIF says counts as in a file. Of several frames the one at hand is taken.
+        rule: all that decides the pixels.
+    """
+    # Before the pixels are read: in a PNG an orientation that follows them does not count, in a file neither.
+    size = upright_size(image, rule)
+    if unusable := unusable_size(size[0], size[1], rule):
+        return unusable
+    tiles = _room(choose_grid(size[0], size[1], rule.tiling), rule)
+    try:
+        with pillow_limits(rule.max_pixels):
+            image.load()
+            _fill(upright_rgb(image, size[2], rule), choose_grid(size[0], size[1], rule.tiling), rule, tiles)
+    except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
+        return classify(error)
+    return _tiled(size, rule, tiles, NO_DIGEST)
+
+
+def upright_rgb(image: Image.Image, orientation: int, rule: PixelRule) -> Image.Image:
+    """A loaded picture as the tiles are cut from it: RGB, turned upright.
+
+    Args:
+        image: in any mode.
+        orientation: EXIF's number of the turn to apply.
+        rule: whether transparency is composed over a colour.
+    """
+    picture = _rgb(image, rule)
+    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+
+
+def _room(grid: Grid, rule: PixelRule) -> NDArray[Any]:
+    side = rule.tiling.tile_size
+    return np.empty((decoded_tile_count(grid, rule), side, side, 3), np.uint8)
+
+
+def _tiled(size: tuple[int, int, int], rule: PixelRule, tiles: NDArray[Any], digest: bytes) -> Tiled:
+    width, height, orientation = size
+    grid = choose_grid(width, height, rule.tiling)
+    return Tiled(width, height, orientation, grid, has_thumbnail(grid, rule.tiling.thumbnail), tiles, digest)

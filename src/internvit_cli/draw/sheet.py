@@ -1,0 +1,96 @@
+"""A contact sheet: rows of small pictures with captions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw
+
+from internvit_cli.draw.text import FAINT, INK, PAPER, fitted, line_height, write
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MARGIN, GAP = 20, 12
+HEADING, BODY = 16, 12
+CELL = 190
+"""Side of a picture's place, pixels."""
+ACROSS = 6
+EDGE = (178, 24, 43)
+EMPTY = (228, 228, 228)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One small picture."""
+
+    picture: Image.Image | None
+    """RGB, of any size; None for one that is not there."""
+    captions: Sequence[str]
+    """Lines below it; the first is darker."""
+    is_marked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Pictures that belong together."""
+
+    title: str
+    cells: Sequence[Cell]
+
+
+def contact_sheet(rows: Sequence[Row]) -> Image.Image:
+    """All rows on one sheet, long ones wrapped."""
+    across = min(ACROSS, max((len(row.cells) for row in rows), default=1))
+    lines = [
+        _Line(row.title if start == 0 else "", row.cells[start : start + across])
+        for row in rows
+        for start in range(0, max(1, len(row.cells)), across)
+    ]
+    width = 2 * MARGIN + across * CELL + (across - 1) * GAP
+    sheet = Image.new("RGB", (width, 2 * MARGIN + sum(line.height for line in lines)), PAPER)
+    top = MARGIN
+    for line in lines:
+        line.draw(sheet, top)
+        top += line.height
+    return sheet
+
+
+class _Line:
+    """What stands side by side."""
+
+    def __init__(self, title: str, cells: Sequence[Cell]) -> None:
+        self._title = title
+        self._cells = cells
+        self._pictures = [_small(cell.picture) for cell in cells]
+        self._picture_height = max((picture.height for picture in self._pictures), default=0)
+        self._head = line_height(HEADING) + GAP // 2 if title else 0
+        captions = max((len(cell.captions) for cell in cells), default=0)
+        self.height = self._head + self._picture_height + GAP // 2 + captions * line_height(BODY) + GAP
+
+    def draw(self, sheet: Image.Image, top: int) -> None:
+        """Draw it, its upper edge at so many pixels."""
+        write(sheet, (MARGIN, top), fitted(self._title, HEADING, sheet.width - 2 * MARGIN), HEADING)
+        for number, (cell, picture) in enumerate(zip(self._cells, self._pictures, strict=True)):
+            left = MARGIN + number * (CELL + GAP)
+            at = left + (CELL - picture.width) // 2, top + self._head + self._picture_height - picture.height
+            sheet.paste(picture, at)
+            if cell.is_marked:
+                box = (*at, at[0] + picture.width - 1, at[1] + picture.height - 1)
+                ImageDraw.Draw(sheet).rectangle(box, outline=EDGE, width=4)
+            below = top + self._head + self._picture_height + GAP // 2
+            for place, caption in enumerate(cell.captions):
+                color = FAINT if place else INK
+                write(sheet, (left, below + place * line_height(BODY)), fitted(caption, BODY, CELL), BODY, color)
+
+
+def _small(picture: Image.Image | None) -> Image.Image:
+    """A picture as large as its place, or what says that there is none."""
+    if picture is not None:
+        small = picture.copy()
+        small.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
+        return small
+    empty = Image.new("RGB", (CELL, CELL * 3 // 4), EMPTY)
+    write(empty, (8, empty.height // 2 - BODY), "picture not there", BODY, FAINT)
+    return empty

@@ -1,0 +1,71 @@
+"""The model that an output was made with: found again, held to its digest, and run as it ran then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.errors import InternvitError, ModelError
+from internvit_cli.model.catalog import describe_model
+from internvit_cli.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from internvit_cli.config import Recipe
+    from internvit_cli.encoder import EncoderOptions
+
+
+def open_recorded(recipe: Recipe, attributes: Mapping[str, Any], model: str | None = None) -> Checkpoint:
+    """Find the weights of a recipe and check that they are those.
+
+    Args:
+        recipe: what is to be repeated.
+        attributes: of the output, which name the model.
+        model: where the weights are, when not where the output says.
+
+    Raises:
+        ModelError: they cannot be had, or are others.
+    """
+    name = model or str(attributes.get("model", ""))
+    revision = None if model else attributes.get("model_revision") or None
+    try:
+        card = describe_model(name, revision=revision)
+        # What the run took from the model's JSON files, which may have changed since, is in the recipe.
+        card = replace(card, mean=recipe.mean, std=recipe.std)
+        checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=recipe.tokens == Tokens.PROJECTED.value)
+        digest = checkpoint.digest()
+    except InternvitError as error:
+        raise ModelError(f"the weights cannot be had: {error.message}", "name their folder with --model") from error
+    if digest != recipe.weights_digest:
+        raise ModelError(
+            f"the weights of {name} are not those that made the rows: digest {digest[:12]}, not "
+            f"{recipe.weights_digest[:12]}",
+            "name the right ones with --model",
+        )
+    return checkpoint
+
+
+def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> EncoderOptions:
+    """How an encoder has to run to give a recipe's values.
+
+    Args:
+        recipe: with its compute type settled.
+        device: auto, cpu, cuda, cuda:N or mps.
+        batch_tiles: tiles in a batch; None lets the encoder choose.
+    """
+    from internvit_cli.encoder import EncoderOptions
+
+    return EncoderOptions(
+        device=device,
+        dtype=ComputeDtype(recipe.compute_dtype),
+        batch_tiles=batch_tiles,
+        tokens=Tokens(recipe.tokens),
+        pool=Pool(recipe.pool),
+        tile_size=recipe.tile_size,
+        layer=recipe.layer,
+        token_order="v1" if recipe.token_order == "v1" else "v2",  # noqa: S105  (an order, not a secret)
+        store_dtype=StoreDtype(recipe.store_dtype),
+        on_overflow=OnOverflow(recipe.on_overflow),
+    )

@@ -1,0 +1,285 @@
+"""One image's features: read when they are asked for, in the order and the types that a reader wants."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from internvit_cli.config import Preprocess, Status, StoreDtype, Tokens
+from internvit_cli.errors import InternvitError, OutputError
+from internvit_cli.storage.layout import POOLED, TILE_POOLED, decode_values
+from internvit_cli.tiling import ONE_TILE, Grid, covered_box
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+    import torch
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import Recipe
+
+COLUMN_MAJOR = "v1"
+
+
+class SkippedImageError(InternvitError):
+    """An image that has no features; the message gives the reason."""
+
+
+class RowStore(Protocol):
+    """Where an image's rows come from: a shard on disk, or features that were just computed."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the rows were made with."""
+        ...
+
+    @property
+    def stored(self) -> Collection[str]:
+        """Names of the datasets that have rows."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows of one dataset as stored, [stop - start, ...], the caller's own."""
+        ...
+
+    def picture(self, row: int) -> bytes | None:
+        """Path of the file that an image came from; None for one that never was a file."""
+        ...
+
+    def digest(self, row: int) -> bytes:
+        """SHA-256 of that file, 32 bytes; zeros where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One image's row. Arrays are read from the disk when they are asked for, and belong to the caller.
+
+    >>> image = open_features("feats.h5")["street.jpg"]
+    >>> image.grid, image.tiles, image.visual_tokens.shape
+    (Grid(columns=4, rows=3), 13, (13, 256, 256))
+    """
+
+    key: str
+    status: Status
+    width: int
+    """After orientation, pixels."""
+    height: int
+    orientation: int
+    """EXIF's number of the turn that sets the file's picture upright, 1 to 8; 0 where the header could not be read."""
+    grid: Grid
+    """(columns, rows) of tiles."""
+    has_thumbnail: bool
+    """Whether the last tile is the thumbnail."""
+    _store: RowStore
+    _row: int
+    _first_tile: int
+    reason: str = ""
+    """Why an image that was just encoded has no features, in words; files keep theirs in their list of skipped ones."""
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, the thumbnail included."""
+        return self.grid.columns * self.grid.rows + self.has_thumbnail
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has features."""
+        return self.status is Status.DONE
+
+    @property
+    def recipe(self) -> Recipe:
+        """What its features were made with."""
+        return self._store.recipe
+
+    @property
+    def path(self) -> str | None:
+        """Where its picture was when it was encoded; None for one that never was a file."""
+        picture = self._store.picture(self._row)
+        return None if picture is None else os.fsdecode(picture)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of its picture's file, 32 bytes; zeros where there is none."""
+        return self._store.digest(self._row)
+
+    # ------------------------------------------------------------------------------------------------------- as stored
+
+    @property
+    def pooled(self) -> NDArray[Any]:
+        """One vector of the whole image, [d] float32."""
+        self._check(POOLED)
+        vector: NDArray[Any] = self._store.rows(POOLED, self._row, self._row + 1)[0]
+        return vector
+
+    @property
+    def visual_tokens(self) -> NDArray[Any]:
+        """[tiles, 256, 4 * hidden_size], each tile's tokens row by row; bfloat16 comes as float32."""
+        return self._tokens(Tokens.VISUAL)
+
+    @property
+    def patch_tokens(self) -> NDArray[Any]:
+        """[tiles, 1024, hidden_size], row by row."""
+        return self._tokens(Tokens.PATCH)
+
+    @property
+    def projected_tokens(self) -> NDArray[Any]:
+        """[tiles, 256, llm_hidden_size], row by row."""
+        return self._tokens(Tokens.PROJECTED)
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        """The tokens of whichever kind the file holds."""
+        return self._tokens(self._kind)
+
+    @property
+    def tile_pooled(self) -> NDArray[Any]:
+        """One vector a tile, [tiles, d] float32."""
+        return self._tile_rows(TILE_POOLED, 0, self.tiles)
+
+    # ------------------------------------------------------------------------------------------------ over the picture
+
+    @property
+    def covered(self) -> tuple[float, float, float, float]:
+        """What of the picture its tokens are about: left, top, right, bottom, pixels after orientation.
+
+        All of it, but for `--preprocess clip`, which crops the middle.
+        """
+        recipe = self.recipe
+        return covered_box(self.width, self.height, Preprocess(recipe.preprocess), recipe.tile_size)
+
+    def token_map(self) -> NDArray[Any]:
+        """The tokens where they lie on the picture: the tiles' grids put together, the thumbnail left out.
+
+        Returns:
+            [rows * s, columns * s, C], where a tile has s * s tokens: s is 16 for visual and projected tokens of
+            448-px tiles, 32 for patch tokens. It lies over the part of the picture that `covered` tells: all of it,
+            but for `--preprocess clip`.
+
+        >>> open_features("feats.h5")["street.jpg"].token_map().shape
+        (48, 64, 256)
+        """
+        return stitch(self._tokens(self._kind, 0, self.grid.columns * self.grid.rows), self.grid)
+
+    def thumbnail_map(self) -> NDArray[Any]:
+        """The tokens of the whole picture seen at once, [s, s, C]: of the thumbnail, or of the only tile.
+
+        Raises:
+            OutputError: several tiles, and no thumbnail (`--no-thumbnail`).
+
+        >>> open_features("feats.h5")["street.jpg"].thumbnail_map().shape
+        (16, 16, 256)
+        """
+        if self.is_done and self.tiles > 1 and not self.has_thumbnail:
+            raise OutputError(f"{self.key!r} has no thumbnail", "extract without --no-thumbnail, or use token_map()")
+        return stitch(self._tokens(self._kind, self.tiles - 1, self.tiles), ONE_TILE)
+
+    def tile_tokens(self, tile: int) -> NDArray[Any]:
+        """The tokens of one tile, [T, C], row by row."""
+        tokens: NDArray[Any] = self._tokens(self._kind, tile, tile + 1)[0]
+        return tokens
+
+    def iter_tiles(self) -> Iterator[Tile]:
+        """Its tiles one after another, row by row, the thumbnail last; the tokens are read at once."""
+        tokens = self.tokens if self._kind is not Tokens.NONE else [None] * self.tiles
+        vectors = self.tile_pooled if TILE_POOLED in self._store.stored else [None] * self.tiles
+        for number, (tile_tokens, vector) in enumerate(zip(tokens, vectors, strict=True)):
+            yield Tile(self, number, tile_tokens, vector)
+
+    # --------------------------------------------------------------------------------------------------------- tensors
+
+    def to_torch(self, name: str = "tokens", tile: int | None = None) -> torch.Tensor:
+        """One of its arrays as a tensor of the stored type on the CPU; bfloat16 stays bfloat16.
+
+        Args:
+            name: `tokens`, `visual_tokens`, `patch_tokens`, `projected_tokens`, `pooled` or `tile_pooled`.
+            tile: only this tile's, without the axis of tiles.
+
+        >>> open_features("feats.h5")["street.jpg"].to_torch().dtype
+        torch.float16
+        """
+        from internvit_cli.tensors import as_tensor
+
+        if name == POOLED:
+            return as_tensor(self.pooled, StoreDtype.FLOAT32.value)
+        start, stop = (0, self.tiles) if tile is None else (tile, tile + 1)
+        if name == TILE_POOLED:
+            tensor = as_tensor(self._tile_rows(name, start, stop), StoreDtype.FLOAT32.value)
+        else:
+            kind = self._kind if name == "tokens" else Tokens(name.removesuffix("_tokens"))
+            tensor = as_tensor(self._stored_tokens(kind, start, stop), self.recipe.store_dtype)
+        return tensor if tile is None else tensor[0]
+
+    # ------------------------------------------------------------------------------------------------------- the rows
+
+    @property
+    def _kind(self) -> Tokens:
+        return Tokens(self._store.recipe.tokens)
+
+    def _tokens(self, kind: Tokens, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        stored = self._stored_tokens(kind, start, self.tiles if stop is None else stop)
+        return decode_values(stored, self._store.recipe.store_dtype)
+
+    def _stored_tokens(self, kind: Tokens, start: int, stop: int) -> NDArray[Any]:
+        values = self._tile_rows(kind.dataset, start, stop)
+        if kind is not Tokens.PATCH and self._store.recipe.token_order == COLUMN_MAJOR:
+            side = math.isqrt(values.shape[1])
+            by_column = values.reshape(-1, side, side, values.shape[2])
+            values = by_column.swapaxes(1, 2).reshape(values.shape)
+        return values
+
+    def _tile_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        self._check(name)
+        return self._store.rows(name, self._first_tile + start, self._first_tile + stop)
+
+    def _check(self, name: str) -> None:
+        if not self.is_done:
+            why = f" ({self.reason})" if self.reason else ""
+            what = f"{self.key!r} has no features: {self.status.word}{why}"
+            raise SkippedImageError(what, "features[key].status tells")
+        if name not in self._store.stored:
+            holdings = ", ".join(sorted(self._store.stored))
+            what = "tokens" if name == Tokens.NONE.dataset else name
+            raise OutputError(f"the file holds no {what}", f"it holds {holdings}")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of an image, with what is stored of it."""
+
+    image: ImageFeatures
+    number: int
+    """From 0, row by row."""
+    tokens: NDArray[Any] | None
+    """[T, C], row by row, bfloat16 as float32; None where no tokens are stored."""
+    pooled: NDArray[Any] | None
+    """[d] float32; None without `--tile-pooled`."""
+
+    @property
+    def is_thumbnail(self) -> bool:
+        """Whether it is the whole picture."""
+        return self.image.has_thumbnail and self.number == self.image.tiles - 1
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """(column, row) in the grid; None for the thumbnail."""
+        row, column = divmod(self.number, self.image.grid.columns)
+        return None if self.is_thumbnail else (column, row)
+
+
+def stitch(tokens: NDArray[Any], grid: Grid) -> NDArray[Any]:
+    """Tokens of a grid's tiles side by side, as on the picture.
+
+    Args:
+        tokens: [columns * rows, s * s, C], tiles and their tokens row by row.
+        grid: of the tiles.
+
+    Returns:
+        [rows * s, columns * s, C].
+    """
+    side = math.isqrt(tokens.shape[1])
+    tiles = tokens.reshape(grid.rows, grid.columns, side, side, tokens.shape[2])
+    stitched: NDArray[Any] = tiles.swapaxes(1, 2).reshape(grid.rows * side, grid.columns * side, tokens.shape[2])
+    return stitched

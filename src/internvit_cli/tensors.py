@@ -1,0 +1,23 @@
+"""Stored arrays as PyTorch tensors: the one place between numpy and torch that reading features needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from internvit_cli.config import StoreDtype
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+def as_tensor(stored: NDArray[Any], dtype: str) -> torch.Tensor:
+    """The same values as a tensor that shares the array's memory; bfloat16 bits become torch.bfloat16.
+
+    Args:
+        stored: as it lies on the disk, writable.
+        dtype: the stored type, such as `bfloat16`.
+    """
+    tensor = torch.from_numpy(stored)
+    return tensor.view(torch.bfloat16) if dtype == StoreDtype.BFLOAT16.value else tensor

@@ -1,0 +1,291 @@
+"""Features of pictures in memory: the values that `internvit extract` stores, without a file in between.
+
+>>> from internvit_cli import Extractor
+>>> with Extractor("tiny-random", device="cpu", dtype="float32") as extractor:
+...     street, lund = extractor(["imgs/street.jpg", "imgs/lund.jpg"])
+>>> street.visual_tokens.shape, street.pooled.shape, lund.grid
+((13, 256, 256), (64,), Grid(columns=4, rows=3))
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
+
+import numpy as np
+from PIL import Image
+
+from internvit_cli.config import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, Skipped, Status, Tokens
+from internvit_cli.decode.direct import Tiled, tile_file, tile_picture
+from internvit_cli.errors import UsageError
+from internvit_cli.recipes import ModelInUse, pixel_rule
+from internvit_cli.recorded import encoder_options, open_recorded
+from internvit_cli.storage.layout import POOLED, TILE_POOLED
+from internvit_cli.storage.reader import Features, open_features
+from internvit_cli.use.in_memory import Named, absolute, done_image, skipped_image
+from internvit_cli.use.settings import ExtractorOptions, choice, extract_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+    from numpy.typing import NDArray
+    from typing_extensions import Self, Unpack
+
+    from internvit_cli.config import Recipe
+    from internvit_cli.encoder import Encoder, EncoderOptions, PendingBatch, TileFeatures
+    from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.storage.image import ImageFeatures
+
+Picture: TypeAlias = "str | bytes | os.PathLike[Any] | Image.Image | NDArray[Any]"
+"""A path, a Pillow image in any mode, or a uint8 array [height, width] or [height, width, 1 to 4 channels]."""
+
+BATCHES_IN_FLIGHT = 2
+"""One that the device works on and one that waits, so that the device never does."""
+UNFIT = {1: "a feature is too large for the stored type", 2: "a feature is not a number"}
+
+
+class Extractor:
+    """A model that is ready to encode pictures; use it in a `with` block, or close it.
+
+    What comes back is what `open_features` would read after an extraction with the same options: on a CPU bit for
+    bit, since no value there depends on which pictures are encoded together.
+
+    Pictures are decoded in this process, one at a time: a picture that makes a decoder crash or hang takes the process
+    along. For folders of pictures from anywhere there is `internvit extract`. One thread at a time may use it.
+
+    Example:
+        >>> from PIL import Image
+        >>> with Extractor("tiny-random", tokens="patch", max_tiles=6, device="cpu") as extractor:
+        ...     image = extractor(Image.open("imgs/portrait.jpg"))
+        >>> image.token_map().shape
+        (96, 64, 64)
+    """
+
+    def __init__(self, model: str = DEFAULT_MODEL, **options: Unpack[ExtractorOptions]) -> None:
+        """Load a model.
+
+        Args:
+            model: hub id, alias (`300m`, `6b`), directory, or `tiny-random`.
+            **options: as `ExtractorOptions` lists them, such as `tokens="patch"`, `device="cuda"`.
+
+        Raises:
+            ModelError: the model cannot be had.
+            DeviceError: the device is not there.
+            UsageError: options that mean nothing or contradict each other.
+        """
+        wanted = extract_options(model, options)
+        in_use = ModelInUse(wanted, None)
+        recipe, run = in_use.recipe, wanted.run
+        how = replace(encoder_options(recipe, run.devices[0], run.batch_tiles), dtype=run.dtype, threads=run.threads)
+        self._start(in_use.checkpoint, recipe, how, wanted.pictures.max_pixels)
+
+    @classmethod
+    def like(
+        cls,
+        features: Features | str | os.PathLike[str],
+        *,
+        tokens: Tokens | str | None = None,
+        model: str | None = None,
+        device: str = "auto",
+    ) -> Self:
+        """An extractor that goes on where a feature file left off: its recipe, its weights.
+
+        Args:
+            features: a feature file or folder, or its path.
+            tokens: other tokens than the file's; `none` encodes little more than what the pooled vector needs.
+            model: where the weights are, when not where the file says.
+            device: auto, cpu, cuda, cuda:N or mps.
+
+        Raises:
+            ModelError: the weights cannot be had, or are not those of the file.
+
+        >>> features = open_features("feats.h5")
+        >>> with Extractor.like(features, tokens="none", device="cpu") as extractor:
+        ...     bool((extractor("imgs/lund.jpg").pooled == features["lund.jpg"].pooled).all())
+        True
+        """
+        opened = features if isinstance(features, Features) else open_features(features)
+        recipe, attributes = opened.recipe, opened.attributes
+        if tokens is not None:
+            recipe = replace(recipe, tokens=choice("tokens", Tokens, tokens).value)
+        checkpoint = open_recorded(recipe, attributes, model)
+        self = cls.__new__(cls)
+        batch_tiles = int(attributes.get("batch_tiles", 0)) or None
+        self._start(checkpoint, recipe, encoder_options(recipe, device, batch_tiles), DEFAULT_MAX_PIXELS)
+        return self
+
+    def _start(self, checkpoint: Checkpoint, recipe: Recipe, how: EncoderOptions, max_pixels: int) -> None:
+        self._encoder = _load(checkpoint, how)
+        self.recipe = replace(recipe, compute_dtype=self._encoder.dtype.value)
+        """What decides its values; that of a feature file made with the same options is equal."""
+        self.device_name = self._encoder.device_name
+        self._rule = pixel_rule(recipe, max_pixels)
+
+    @overload
+    def __call__(self, images: Picture) -> ImageFeatures: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, images: Iterable[Picture]) -> list[ImageFeatures]: ...
+    def __call__(self, images: Picture | Iterable[Picture]) -> ImageFeatures | list[ImageFeatures]:
+        """Encode one picture, or many, whose tiles share batches.
+
+        Returns:
+            For each picture, in order, its features. One that cannot be used is there too, with a status other than
+            done and its reason; asking it for features raises SkippedImageError.
+
+        Raises:
+            UsageError: something that is no picture.
+            DeviceError: the device ran out of memory.
+        """
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4:
+            return next(self.stream([cast("Picture", images)]))
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable[Picture]) -> Iterator[ImageFeatures]:
+        """Encode pictures as they come, a few ahead of what is taken; memory does not grow with their number.
+
+        >>> with Extractor("tiny-random", tokens="none", device="cpu") as extractor:
+        ...     for image in extractor.stream(["imgs/lund.jpg", "missing.jpg"]):
+        ...         print(image.key, image.status.word)
+        imgs/lund.jpg done
+        missing.jpg vanished
+        """
+        flow = _Flow(self._encoder)
+        waiting: deque[_Pending] = deque()
+        for number, image in enumerate(images):
+            waiting.append(self._decode(number, image))
+            flow.take(waiting[-1])
+            while waiting and waiting[0].is_encoded:
+                yield self._finish(waiting.popleft())
+        flow.finish()
+        while waiting:
+            yield self._finish(waiting.popleft())
+
+    def close(self) -> None:
+        """Give up threads and memory."""
+        self._encoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Extractor in {self.recipe.compute_dtype} on {self.device_name}, {self.recipe.tokens} tokens>"
+
+    def _decode(self, number: int, image: Picture) -> _Pending:
+        if isinstance(image, (str, bytes, os.PathLike)):
+            path = absolute(image)
+            return _Pending(Named(os.fsdecode(image), path), tile_file(path, self._rule))
+        if isinstance(image, np.ndarray):
+            return _Pending(Named(str(number), None), tile_picture(_from_array(number, image), self._rule))
+        if not isinstance(image, Image.Image):
+            raise UsageError(
+                f"image {number} is {type(image).__name__}", "give paths, Pillow images, or uint8 arrays [h, w, 3]"
+            )
+        name = getattr(image, "filename", "")
+        named = Named(os.fsdecode(name), absolute(name)) if name else Named(str(number), None)
+        return _Pending(named, tile_picture(image, self._rule))
+
+    def _finish(self, pending: _Pending) -> ImageFeatures:
+        """The features of a picture whose tiles are encoded."""
+        if isinstance(pending.tiled, Skipped):
+            return skipped_image(pending.named, self.recipe, pending.tiled)
+        worst = max(int(part.fits.max()) for part in pending.parts)
+        if worst:
+            return skipped_image(pending.named, self.recipe, Skipped(Status.OVERFLOW, "", UNFIT[worst]))
+        vectors = np.concatenate([part.pooled for part in pending.parts])
+        # Without a thumbnail the image's vector is the mean over its tiles'.
+        pooled = vectors[-1] if self.recipe.thumbnail else vectors.mean(axis=0, dtype=np.float32)
+        arrays = {POOLED: pooled[None]}
+        if tokens := [part.tokens for part in pending.parts if part.tokens is not None]:
+            arrays[Tokens(self.recipe.tokens).dataset] = np.concatenate(tokens)
+        if self.recipe.tile_pooled:
+            arrays[TILE_POOLED] = vectors
+        return done_image(pending.named, self.recipe, pending.tiled, arrays)
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A picture on its way through the encoder."""
+
+    named: Named
+    tiled: Tiled | Skipped
+    parts: list[TileFeatures] = field(default_factory=list)
+    """Features of its tiles, in order."""
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether all its features are there."""
+        return isinstance(self.tiled, Skipped) or sum(len(part.pooled) for part in self.parts) == len(self.tiled.tiles)
+
+
+class _Flow:
+    """Batches across pictures, two in flight."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._batch: list[tuple[_Pending, NDArray[Any]]] = []
+        self._in_flight: deque[tuple[PendingBatch, list[tuple[_Pending, NDArray[Any]]]]] = deque()
+
+    def take(self, pending: _Pending) -> None:
+        """Send a picture's tiles off, batch by batch as they become full."""
+        for tile in () if isinstance(pending.tiled, Skipped) else pending.tiled.tiles:
+            self._batch.append((pending, tile))
+            if len(self._batch) == self._encoder.batch_tiles:
+                self._submit()
+
+    def finish(self) -> None:
+        """Send off what is left, and wait for all of it."""
+        if self._batch:
+            self._submit()
+        while self._in_flight:
+            self._fetch()
+
+    def _submit(self) -> None:
+        if len(self._in_flight) == BATCHES_IN_FLIGHT:
+            self._fetch()
+        batch, self._batch = self._batch, []
+        self._in_flight.append((self._encoder.submit([tile for _, tile in batch]), batch))
+
+    def _fetch(self) -> None:
+        """Give the oldest batch's features to their pictures, the tiles of one picture as one block."""
+        encoded, batch = self._in_flight.popleft()
+        features = encoded.result()
+        start = 0
+        for stop in range(1, len(batch) + 1):
+            if stop == len(batch) or batch[stop][0] is not batch[start][0]:
+                batch[start][0].parts.append(_part(features, slice(start, stop)))
+                start = stop
+
+
+def _part(features: TileFeatures, span: slice) -> TileFeatures:
+    tokens = None if features.tokens is None else features.tokens[span]
+    return replace(features, tokens=tokens, pooled=features.pooled[span], fits=features.fits[span])
+
+
+def _load(checkpoint: Checkpoint, how: EncoderOptions) -> Encoder:
+    import torch
+
+    from internvit_cli.encoder import Encoder
+
+    threads = torch.get_num_threads()
+    try:
+        return Encoder.load(checkpoint, how)
+    finally:
+        torch.set_num_threads(threads)  # a program of its own keeps the setting of its own
+
+
+def _from_array(number: int, array: NDArray[Any]) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in {2, 3, 4})):
+        raise UsageError(
+            f"image {number} is {array.dtype} {array.shape}", "arrays are uint8, [height, width] or [height, width, 3]"
+        )
+    return Image.fromarray(np.ascontiguousarray(array))

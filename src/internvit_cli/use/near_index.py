@@ -1,0 +1,168 @@
+"""An approximate index beside an output, through usearch: made when it is first asked for, and again when it is stale.
+
+`feats.h5.search/` holds for each space the graph (`whitened.usearch`), the space itself (`whitened.npz`), and last the
+file that vouches for both (`whitened.json`) and names the contents of the output that they were made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from internvit_cli.errors import InternvitError
+from internvit_cli.storage.durable import disk_errors, rename_durably, write_file
+from internvit_cli.use.nearest import best
+from internvit_cli.use.spaces import Space
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import ModuleType
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.storage.reader import Features
+    from internvit_cli.storage.row_index import PooledVectors
+
+FOLDER_SUFFIX = ".search"
+INDEX_VERSION = 1
+LEAST_CANDIDATES = 100
+"""Vectors that the graph proposes for each query at least; what it proposes is then compared exactly."""
+CANDIDATES_PER_HIT = 5
+DTYPE = "f16"
+CONNECTIVITY = 32
+SEARCH_WIDTH = 512
+"""Measured in docs/search.md: all of the ten nearest among clustered vectors, most among structureless ones."""
+PARTS = ("usearch", "npz")
+
+
+def contents_digest(features: Features) -> str:
+    """SHA-256 over all that decides which vectors there are and what they hold, 64 hex digits.
+
+    The CRCs stand for the rows, so that no row has to be read.
+    """
+    hasher = hashlib.sha256()
+    for shard in features.shards:
+        hasher.update(str(shard.attributes.get("index_digest", "")).encode())
+        hasher.update(b"\0".join(sorted(shard.superseded_keys)))
+        hasher.update(np.ascontiguousarray(shard.table.status).data)
+        hasher.update(np.ascontiguousarray(shard.checksums).data)
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class NearIndex:
+    """A graph over the embedded vectors of an output."""
+
+    space: Space
+    is_new: bool
+    """Whether it was made just now."""
+    _graph: Any
+
+    def nearest(self, vectors: PooledVectors, queries: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """As `nearest.nearest`, but for vectors that the graph misses; similarities are exact."""
+        wanted = min(len(vectors), max(LEAST_CANDIDATES, CANDIDATES_PER_HIT * count))
+        self._graph.expansion_search = max(SEARCH_WIDTH, wanted)
+        numbers, similarities = [], []
+        for query in queries:
+            found = self._graph.search(query, wanted).keys.astype(np.int64)
+            scores = self.space.embed(vectors[found]) @ query
+            kept_numbers, kept = best(found[None], scores[None], count)
+            numbers.append(kept_numbers[0])
+            similarities.append(kept[0])
+        return np.stack(numbers), np.stack(similarities)
+
+
+def open_index(
+    features: Features,
+    vectors: PooledVectors,
+    make_space: Callable[[], Space],
+    name: str,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> NearIndex:
+    """The index of an output in a space; built when there is none, or when the output is another one by now.
+
+    Args:
+        features: the output.
+        vectors: all its vectors.
+        make_space: fits the space, when it has to be.
+        name: of the space.
+        on_progress: called with the number of vectors that are in, while it is built.
+
+    Raises:
+        InternvitError: usearch is not installed, or the index cannot be written.
+    """
+    usearch = _usearch()
+    base = os.path.join(features.path + FOLDER_SUFFIX, name)
+    digest = contents_digest(features)
+    if (space := _stored_space(base, digest)) is not None:
+        try:
+            return NearIndex(space, False, usearch.Index.restore(f"{base}.usearch", view=True))
+        except (RuntimeError, ValueError, OSError, TypeError):
+            pass  # a damaged graph is made again, as a missing one is
+    space = make_space()
+    graph = _build(usearch, vectors, space, on_progress)
+    _save(base, graph, space, digest)
+    return NearIndex(space, True, graph)
+
+
+def _usearch() -> ModuleType:
+    try:
+        import usearch.index
+    except ImportError as error:
+        raise InternvitError(
+            "--index needs usearch, which is not installed",
+            "install it with: pip install 'internvit-cli[search]', or search without --index: exact, and fast enough "
+            "for some hundred thousand images",
+        ) from error
+    module: ModuleType = usearch.index
+    return module
+
+
+def _build(usearch: ModuleType, vectors: PooledVectors, space: Space, on_progress: Callable[[int], None]) -> Any:
+    graph = usearch.Index(ndim=vectors.shape[1], metric="ip", dtype=DTYPE, connectivity=CONNECTIVITY)
+    for start, block in vectors.blocks(8 << 20):
+        graph.add(np.arange(start, start + len(block), dtype=np.uint64), space.embed(block))
+        on_progress(start + len(block))
+    return graph
+
+
+def _save(base: str, graph: Any, space: Space, digest: str) -> None:
+    """The parts first; the file that vouches for them last."""
+    with disk_errors(base):
+        os.makedirs(os.path.dirname(base), exist_ok=True)
+        if os.path.exists(f"{base}.json"):
+            os.unlink(f"{base}.json")
+        graph.save(f"{base}.usearch.tmp")
+        with open(f"{base}.npz.tmp", "wb") as file:
+            arrays = {} if space.mean is None else {"mean": space.mean, "matrix": space.matrix}
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    for suffix in PARTS:
+        rename_durably(f"{base}.{suffix}.tmp", f"{base}.{suffix}")
+    facts = {"version": INDEX_VERSION, "contents": digest, "bytes": _sizes(base)} | space.facts()
+    write_file(f"{base}.json", json.dumps(facts, indent=1).encode() + b"\n")
+
+
+def _stored_space(base: str, digest: str) -> Space | None:
+    """The space of an index that is up to date; None where there is none, and where it is damaged."""
+    try:
+        with open(f"{base}.json", "rb") as file:
+            facts = json.load(file)
+        vouched = facts["version"], facts["contents"], facts["bytes"]
+        if vouched != (INDEX_VERSION, digest, _sizes(base)):
+            return None
+        with np.load(f"{base}.npz", allow_pickle=False) as arrays:
+            mean, matrix = arrays.get("mean"), arrays.get("matrix")
+        return Space(facts["space"], mean, matrix, int(facts.get("fitted_on", 0)), float(facts.get("shrinkage", 0)))
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        return None
+
+
+def _sizes(base: str) -> dict[str, int]:
+    """Bytes of the parts that the last file vouches for."""
+    return {suffix: os.path.getsize(f"{base}.{suffix}") for suffix in PARTS}

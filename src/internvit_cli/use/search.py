@@ -1,0 +1,205 @@
+"""`internvit search`: the images of an output that are most like some pictures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.errors import ExitCode, OutputError, UsageError
+from internvit_cli.storage.reader import Features, open_features
+from internvit_cli.use.near_index import open_index
+from internvit_cli.use.nearest import nearest
+from internvit_cli.use.spaces import RAW, Space, fit_whitening
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.storage.image import ImageFeatures
+    from internvit_cli.storage.row_index import PooledVectors
+
+
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """What to look for, and how."""
+
+    path: str
+    pictures: Sequence[str] = ()
+    """Files to find the like of."""
+    keys: Sequence[str] = ()
+    """Images of the output to find the like of."""
+    count: int = 10
+    """Hits for each."""
+    raw: bool = False
+    """Plain cosines of the vectors as they are stored."""
+    index: bool = False
+    """Ask an approximate index, and make it where it is missing or stale."""
+    model: str | None = None
+    """Where the weights are; None is what the output names."""
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One image found."""
+
+    image: ImageFeatures
+    similarity: float
+    """Cosine in the space of the search, -1 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What is most like one picture."""
+
+    query: ImageFeatures
+    is_picture: bool
+    """Whether it was given as a file, not as a key."""
+    hits: tuple[Hit, ...]
+
+    @property
+    def problem(self) -> str:
+        """Why there are no hits; empty when there are."""
+        query = self.query
+        if query.is_done:
+            return ""
+        return f"{query.status.word}: {query.reason}" if query.reason else query.status.word
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The result of a search."""
+
+    path: str
+    images: int
+    """Compared with."""
+    space: Space
+    answers: tuple[Answer, ...]
+    how: str
+    """`exact`, or `approximate` through an index."""
+    index_is_new: bool
+    seconds: float
+    """Of the comparison, without encoding the pictures."""
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """0; 3 when some pictures cannot be used; 1 when none can."""
+        bad = sum(bool(answer.problem) for answer in self.answers)
+        if not bad:
+            return ExitCode.DONE
+        return ExitCode.CANNOT_RUN if bad == len(self.answers) else ExitCode.SKIPPED
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of `--json`."""
+        facts = {"path": self.path, "images": self.images, "how": self.how, "seconds": round(self.seconds, 3)}
+        return facts | self.space.facts() | {"queries": [_answer_json(answer) for answer in self.answers]}
+
+
+def search(
+    options: SearchOptions,
+    on_progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Found:
+    """Find the images most like each picture and each key.
+
+    Args:
+        options: what to look for.
+        on_progress: called with what is done, the number of vectors so far, and of all.
+
+    Raises:
+        UsageError: nothing to look for, or a key that is not there.
+        ModelError: the weights are not those of the output.
+        OutputError: the output has no vectors, or is damaged.
+        InternvitError: no index is to be had.
+    """
+    if not options.pictures and not options.keys:
+        raise UsageError("nothing to search for", "name a picture, or an image of the output with --key")
+    features = open_features(options.path)
+    vectors = features.vectors()
+    if not len(vectors):
+        raise OutputError(f"{options.path} has no image with features", "internvit info counts the images by status")
+    stored = [features[key] for key in options.keys]
+    encoded = _encode(features, options) if options.pictures else []
+    queries = [*encoded, *stored]
+    started = time.perf_counter()
+    comparison = _Comparison(options, features, vectors, on_progress)
+    usable = [query for query in queries if query.is_done]
+    # One more than asked for, since an image of the output finds itself.
+    numbers, similarities = comparison.nearest(usable, options.count + bool(stored))
+    rows = iter(zip(numbers, similarities, strict=True))
+    answers = []
+    for number, query in enumerate(queries):
+        is_picture = number < len(encoded)
+        own = None if is_picture else query.key
+        hits = _hits(vectors, own, options.count, *next(rows)) if query.is_done else ()
+        answers.append(Answer(query, is_picture, hits))
+    seconds = time.perf_counter() - started
+    how = "approximate" if options.index else "exact"
+    return Found(options.path, len(vectors), comparison.space, tuple(answers), how, comparison.index_is_new, seconds)
+
+
+class _Comparison:
+    """Queries against all vectors of an output, exactly or through an index."""
+
+    def __init__(
+        self,
+        options: SearchOptions,
+        features: Features,
+        vectors: PooledVectors,
+        on_progress: Callable[[str, int, int], None],
+    ) -> None:
+        self._vectors = vectors
+        self._on_progress = on_progress
+        self._index = None
+        self.index_is_new = False
+        if options.index:
+            name = "raw" if options.raw else "whitened"
+            self._index = open_index(
+                features, vectors, lambda: self._fit(raw=options.raw), name, self._tell("indexing")
+            )
+            self.space, self.index_is_new = self._index.space, self._index.is_new
+        else:
+            self.space = self._fit(raw=options.raw)
+
+    def nearest(self, queries: Sequence[ImageFeatures], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Numbers and similarities of the most similar vectors, [q, k] each."""
+        if not queries:
+            return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+        embedded = self.space.embed(np.stack([query.pooled for query in queries]))
+        if self._index is not None:
+            return self._index.nearest(self._vectors, embedded, count)
+        return nearest(self._vectors, self.space, embedded, count, self._tell("comparing"))
+
+    def _fit(self, *, raw: bool) -> Space:
+        return RAW if raw else fit_whitening(self._vectors)
+
+    def _tell(self, what: str) -> Callable[[int], None]:
+        return lambda done: self._on_progress(what, done, len(self._vectors))
+
+
+def _encode(features: Features, options: SearchOptions) -> list[ImageFeatures]:
+    """The pictures' features under the output's recipe; the vector does not depend on which tokens are stored."""
+    from internvit_cli.use.extractor import Extractor
+
+    with Extractor.like(features, tokens="none", model=options.model, device=options.device) as extractor:
+        return extractor(list(options.pictures))
+
+
+def _hits(
+    vectors: PooledVectors, own: str | None, count: int, numbers: NDArray[Any], similarities: NDArray[Any]
+) -> tuple[Hit, ...]:
+    """The best hits, all but the image of the key `own`."""
+    found = zip(numbers.tolist(), similarities.tolist(), strict=True)
+    hits = [Hit(vectors.image(number), similarity) for number, similarity in found]
+    return tuple([hit for hit in hits if hit.image.key != own][:count])
+
+
+def _answer_json(answer: Answer) -> dict[str, Any]:
+    hits = [
+        {"key": hit.image.key, "similarity": round(hit.similarity, 6), "path": hit.image.path} for hit in answer.hits
+    ]
+    kind = "picture" if answer.is_picture else "key"
+    return {kind: answer.query.key, "hits": hits, "problem": answer.problem or None}

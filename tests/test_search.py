@@ -1,0 +1,581 @@
+"""`internvit search` and `internvit duplicates`: what is like what, exactly, and what the approximations may miss."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import storage_helpers as helpers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from test_extract import extract, internvit
+
+from internvit_cli import open_features
+from internvit_cli.config import Tokens
+from internvit_cli.errors import InternvitError, UsageError
+from internvit_cli.storage.layout import POOLED
+from internvit_cli.use import duplicates as duplicates_module
+from internvit_cli.use import near_index, nearest, pairs, spaces
+from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
+from internvit_cli.use.nearest import best
+from internvit_cli.use.pairs import exact_pairs, hashed_pairs, table_shape
+from internvit_cli.use.search import SearchOptions, search
+from internvit_cli.use.spaces import RAW, fit_whitening
+
+if TYPE_CHECKING:
+    from internvit_cli.storage.row_index import PooledVectors
+
+FLOAT32 = ("--dtype", "float32", "--device", "cpu")
+TWINS = (
+    ("021_exif-orientation_1200x1800.jpg", "055_exif-orientation_1200x1800.jpg"),
+    ("057_metadata-extractor_776x909.webp", "074_metadata-extractor_776x909.jpg"),
+    ("052_opensfm_1024x768.jpg", "072_opensfm_1024x768.jpg"),
+)
+"""Photographs that show the same: twice one picture under another number, one picture in two formats, one street."""
+
+
+def write_vectors(path: Path, vectors: np.ndarray, first: int = 0) -> Path:
+    """A finished output, or one more shard of a folder, that holds these pooled vectors; keys are numbers."""
+    keys = [b"%04d.jpg" % row for row in range(first, first + len(vectors))]
+    table = helpers.make_table([(1, 1, 0)] * len(vectors), keys)
+    shard = helpers.make_shard(table, tokens=Tokens.NONE)
+    shard = helpers.dataclasses.replace(
+        shard, features=helpers.dataclasses.replace(shard.features, pooled_width=vectors.shape[1])
+    )
+    output = helpers.Output(str(path))
+    output.prepare()
+    number = output.next_number()
+    helpers.create_shard(output.backend, output.partial_path(number), shard)
+    writer = helpers.ShardWriter(output.backend, output.partial_path(number), table)
+    for row, vector in enumerate(vectors):
+        digest = np.random.default_rng((number, row)).bytes(32)
+        writer.write(helpers.ImageRows(row, digest, vector.astype(np.float32), [], []))
+    writer.checkpoint()
+    writer.close()
+    helpers.publish(output, shard)
+    return path
+
+
+def anisotropic(count: int, width: int, seed: int = 0) -> np.ndarray:
+    """Vectors with a large common part and directions of very different variance, as InternViT's are."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.standard_normal((count, width)) * np.geomspace(5, 0.05, width) @ rng.standard_normal((width, width))
+    return (mixed + 40 * rng.standard_normal(width)).astype(np.float32)
+
+
+def vectors_of(path: Path) -> PooledVectors:
+    return open_features(path).vectors()
+
+
+# ---------------------------------------------------------------------------------------------------------- the spaces
+
+
+def test_whitened_vectors_vary_alike_in_every_direction(tmp_path):
+    vectors = anisotropic(4000, 12)
+    space = fit_whitening(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
+    assert space.shrinkage == spaces.LEAST_SHRINKAGE and space.fitted_on == 4000
+    moved = (vectors - space.mean) @ space.matrix
+    variances = np.linalg.eigvalsh(np.cov(moved.T))
+    before = np.linalg.eigvalsh(np.cov(vectors.T))
+    assert before[-1] / before[0] > 1000 and variances[-1] < 1.06
+    cosines = space.embed(vectors[:200]) @ space.embed(vectors[200:400]).T
+    raw = RAW.embed(vectors[:200]) @ RAW.embed(vectors[200:400]).T
+    assert abs(np.median(cosines)) < 0.1 and np.median(raw) > 0.9
+
+
+def test_the_shrinkage_is_that_of_ledoit_and_wolf(tmp_path):
+    """Against the formula written out: the distance of each sample's own covariance from the mean one."""
+    vectors = anisotropic(30, 12)
+    space = fit_whitening(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
+    centred = vectors.astype(np.float64) - vectors.astype(np.float64).mean(axis=0)
+    covariance = centred.T @ centred / 30
+    target = np.trace(covariance) / 12 * np.eye(12)
+    error = sum(((np.outer(x, x) - covariance) ** 2).sum() for x in centred) / 30**2
+    expected = min(1.0, error / ((covariance - target) ** 2).sum())
+    assert space.shrinkage == pytest.approx(max(expected, spaces.LEAST_SHRINKAGE), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_a_handful_of_images_is_compared_without_nonsense(tmp_path, count):
+    vectors = anisotropic(count, 12)
+    space = fit_whitening(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
+    embedded = space.embed(vectors)
+    assert np.isfinite(embedded).all()
+    assert np.allclose(np.linalg.norm(embedded, axis=1), 1, atol=1e-5)
+    assert (space is RAW) is (count == 1)
+
+
+def test_vectors_that_are_all_the_same_are_left_as_they_are(tmp_path):
+    vectors = np.tile(anisotropic(1, 12), (20, 1))
+    assert fit_whitening(vectors_of(write_vectors(tmp_path / "feats.h5", vectors))) is RAW
+    assert not RAW.embed(np.zeros((3, 4), np.float32)).any(), "a vector without direction is like nothing"
+
+
+def test_of_very_many_vectors_evenly_spread_ones_are_fitted_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(spaces, "MOST_FITTED", 500)
+    path = write_vectors(tmp_path / "feats.h5", anisotropic(3000, 12))
+    some = fit_whitening(vectors_of(path))
+    monkeypatch.undo()
+    every = fit_whitening(vectors_of(path))
+    assert some.fitted_on == 500 and every.fitted_on == 3000
+    probe = anisotropic(50, 12, seed=0)
+    one, other = (space.embed(probe) @ space.embed(probe).T for space in (some, every))
+    assert np.abs(one - other).max() < 0.25 and np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.99
+
+
+# -------------------------------------------------------------------------------------- exact neighbours
+
+
+@given(st.lists(st.lists(st.integers(-3, 3), min_size=7, max_size=7), min_size=1, max_size=4), st.integers(1, 9))
+def test_the_best_are_the_highest_and_of_equal_ones_the_first(rows, count):
+    similarities = np.array(rows, np.float32)
+    numbers = np.broadcast_to(np.arange(7)[::-1], similarities.shape)
+    found, kept = best(numbers, similarities, count)
+    for row, (one, other) in enumerate(zip(found.tolist(), kept.tolist(), strict=True)):
+        expected = sorted(zip((-similarities[row]).tolist(), numbers[row].tolist(), strict=True))[:count]
+        assert list(zip([-value for value in other], one, strict=True)) == expected
+
+
+@pytest.mark.parametrize("is_raw", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_blocks_and_shards_find_what_one_product_finds(tmp_path, monkeypatch, is_raw, shards):
+    vectors = anisotropic(600, 12)
+    vectors[100] = vectors[50]  # a tie
+    path = tmp_path / ("feats.h5" if shards == 1 else "feats")
+    for part in np.array_split(np.arange(600), shards):
+        write_vectors(path, vectors[part], first=int(part[0]))
+    stored = vectors_of(path)
+    space = RAW if is_raw else fit_whitening(stored)
+    queries = space.embed(vectors[:20] + 0.1)
+    monkeypatch.setattr(nearest, "BLOCK_BYTES", 4 * 12 * 37)
+    told: list[int] = []
+    numbers, similarities = nearest.nearest(stored, space, queries, 25, told.append)
+    scores = queries @ space.embed(vectors).T
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :25]
+    assert np.allclose(similarities, np.take_along_axis(scores, order, axis=1), atol=1e-6)
+    assert (numbers == order).mean() > 0.98, "but for what rounding makes equal"
+    assert told == [*range(37, 600, 37), 600]
+    assert nearest.nearest(stored, space, queries, 10_000)[0].shape == (20, 600)
+
+
+# ----------------------------------------------------------------------------------------------------------- the index
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    pytest.importorskip("usearch")
+    return write_vectors(tmp_path / "feats.h5", anisotropic(3000, 24))
+
+
+@pytest.mark.parametrize("is_raw", [True, False])
+def test_an_index_finds_nearly_what_the_comparison_with_all_finds(many, is_raw):
+    keys = [f"{number:04d}.jpg" for number in range(0, 3000, 60)]
+    exact = search(SearchOptions(str(many), keys=keys, raw=is_raw))
+    quick = search(SearchOptions(str(many), keys=keys, raw=is_raw, index=True))
+    assert (exact.how, quick.how, quick.index_is_new) == ("exact", "approximate", True)
+    found = 0
+    for one, other in zip(exact.answers, quick.answers, strict=True):
+        expected = {hit.image.key: hit.similarity for hit in one.hits}
+        for hit in other.hits:
+            if hit.image.key in expected:
+                assert hit.similarity == pytest.approx(expected[hit.image.key], abs=1e-5)
+        found += len(expected.keys() & {hit.image.key for hit in other.hits})
+    assert found >= 0.98 * 10 * len(keys)
+
+
+def test_an_index_is_used_again_until_the_output_changes(many):
+    options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
+    first, second = search(options), search(options)
+    assert (first.index_is_new, second.index_is_new) == (True, False)
+    assert [hit.image.key for hit in first.answers[0].hits] == [hit.image.key for hit in second.answers[0].hits]
+    assert sorted(os.listdir(f"{many}.search")) == ["whitened.json", "whitened.npz", "whitened.usearch"]
+    assert search(SearchOptions(str(many), keys=["0007.jpg"], index=True, raw=True)).index_is_new
+    many.unlink()
+    write_vectors(many, anisotropic(3000, 24, seed=5))
+    assert search(options).index_is_new
+    assert not search(options).index_is_new
+
+
+@pytest.mark.parametrize("damage", ["whitened.json", "whitened.npz", "whitened.usearch"])
+@pytest.mark.parametrize("how", ["removed", "garbage", "empty"])
+def test_a_damaged_index_is_made_again(many, damage, how):
+    options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
+    expected = [hit.image.key for hit in search(options).answers[0].hits]
+    path = Path(f"{many}.search") / damage
+    path.unlink() if how == "removed" else path.write_bytes(b"nonsense" * 40 if how == "garbage" else b"")
+    again = search(options)
+    assert again.index_is_new and [hit.image.key for hit in again.answers[0].hits] == expected
+    assert not search(options).index_is_new
+
+
+def test_without_usearch_an_index_is_an_error_that_says_how_to_get_it(many, monkeypatch):
+    monkeypatch.setitem(sys.modules, "usearch", None)
+    monkeypatch.setitem(sys.modules, "usearch.index", None)
+    with pytest.raises(InternvitError, match="usearch") as caught:
+        search(SearchOptions(str(many), keys=["0007.jpg"], index=True))
+    assert "internvit-cli[search]" in caught.value.hint
+    assert search(SearchOptions(str(many), keys=["0007.jpg"])).how == "exact"
+
+
+def test_the_digest_of_an_output_follows_its_rows(tmp_path):
+    one, other = anisotropic(40, 12), anisotropic(40, 12)
+    other[17, 3] += 1
+    digests = set()
+    for number, vectors in enumerate((one, other)):
+        digests.add(near_index.contents_digest(open_features(write_vectors(tmp_path / f"{number}.h5", vectors))))
+    same = open_features(write_vectors(tmp_path / "same.h5", one))
+    assert len(digests) == 2 and near_index.contents_digest(same) in digests
+
+
+# ----------------------------------------------------------------------------------- photographs, and what becomes of
+
+
+def saved(image: Image.Image, kind: str, quality: int) -> Image.Image:
+    stream = io.BytesIO()
+    image.save(stream, kind, quality=quality)
+    return Image.open(stream)
+
+
+def middle(image: Image.Image, share: float) -> Image.Image:
+    width, height = round(image.width * share), round(image.height * share)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+CHANGES = {
+    "JPEG at 90": lambda image: saved(image, "JPEG", 90),
+    "JPEG at 20": lambda image: saved(image, "JPEG", 20),
+    "WebP at 50": lambda image: saved(image, "WEBP", 50),
+    "half as large": lambda image: image.resize((image.width // 2, image.height // 2)),
+    "the middle 95 %": lambda image: middle(image, 0.95),
+    "the middle 90 %": lambda image: middle(image, 0.9),
+}
+
+
+@pytest.fixture(scope="module")
+def stored_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All photographs under their names, made smaller for speed."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "pictures").mkdir()
+    for path in sorted(photos.glob("*_*.*")):
+        with Image.open(path) as image:
+            image.draft("RGB", (1200, 1200))
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((600, 600))
+            small.save(folder / "pictures" / path.name, quality=95)
+    assert extract(folder / "pictures", "-o", folder / "feats.h5", "--tokens", "none", *FLOAT32).returncode == 0
+    return folder / "feats.h5"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_photograph_that_was_cropped_or_saved_anew_finds_its_original_first(stored_photos, tmp_path, name):
+    """All 42 of them, though the weights are random; of photographs that show the same, either."""
+    scenes = {key: names[0] for names in TWINS for key in names}
+    paths = []
+    for path in sorted((stored_photos.parent / "pictures").iterdir()):
+        with Image.open(path) as image:
+            changed = CHANGES[name](ImageOps.exif_transpose(image).convert("RGB"))
+        paths.append(tmp_path / f"{path.name}.png")
+        changed.convert("RGB").save(paths[-1], compress_level=1)
+    found = search(SearchOptions(str(stored_photos), [str(path) for path in paths], count=1, device="cpu"))
+    assert found.exit_code == 0 and len(found.answers) == 42
+    for path, answer in zip(paths, found.answers, strict=True):
+        original, first = path.name.removesuffix(".png"), answer.hits[0].image.key
+        assert scenes.get(first, first) == scenes.get(original, original)
+
+
+def test_an_image_of_the_output_finds_its_twin_and_not_itself(stored_photos):
+    keys = [key for names in TWINS for key in names]
+    found = search(SearchOptions(str(stored_photos), keys=keys, count=3))
+    twin_of = dict(TWINS) | {other: one for one, other in TWINS}
+    for key, answer in zip(keys, found.answers, strict=True):
+        assert len(answer.hits) == 3 and key not in [hit.image.key for hit in answer.hits]
+        assert answer.hits[0].image.key == twin_of[key]
+    picture = stored_photos.parent / "pictures" / keys[0]
+    (answer,) = search(SearchOptions(str(stored_photos), [str(picture)], device="cpu")).answers
+    assert answer.hits[0].image.key == keys[0] and answer.hits[0].similarity == pytest.approx(1, abs=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def test_json_is_one_object_and_a_sheet_is_drawn(stored_photos, tmp_path):
+    picture = stored_photos.parent / "pictures" / "040_imageio_768x512.png"
+    (tmp_path / "bad.jpg").write_text("no picture")
+    arguments = (picture, tmp_path / "bad.jpg", "--key", TWINS[0][0], "-n", 4, "--sheet", tmp_path / "sheet.png")
+    result = internvit("search", stored_photos, *arguments, "--json", "--device", "cpu")
+    assert result.returncode == 3, result.stderr
+    told = json.loads(result.stdout)
+    assert (told["exit_code"], told["error"], told["space"], told["images"]) == (3, None, "whitened", 42)
+    first, bad, key = told["queries"]
+    assert first["picture"] == str(picture) and first["hits"][0]["key"] == "040_imageio_768x512.png"
+    assert bad["hits"] == [] and "not_an_image" in bad["problem"]
+    assert key["key"] == TWINS[0][0] and key["hits"][0]["key"] == TWINS[0][1]
+    assert [hit["similarity"] for hit in key["hits"]] == sorted((h["similarity"] for h in key["hits"]), reverse=True)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 900 and sheet.height > 500
+
+
+def test_a_table_tells_rank_similarity_and_key(stored_photos):
+    result = internvit("search", stored_photos, "--key", TWINS[0][0], "-n", 2)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0 and lines[0] == f"key {TWINS[0][0]}"
+    rank, similarity, key = lines[1].split()
+    assert (rank, key) == ("1", TWINS[0][1]) and 0.9 < float(similarity) <= 1
+    assert "42 images compared" in result.stderr and "exact" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ((), 2, "nothing to search for"),
+        (("--key", "021_exif.jpg"), 2, "has no image"),
+        (("missing.jpg",), 1, "not one picture"),
+        (("--key", TWINS[0][0], "--sheet", "x.txt"), 2, "not a PNG"),
+        (("--key", TWINS[0][0], "-n", "0"), 2, "-n"),
+    ],
+)
+def test_what_cannot_be_searched_for_is_said_with_a_way_out(stored_photos, arguments, code, words):
+    result = internvit("search", stored_photos, *arguments)
+    assert result.returncode == code and words in result.stderr and "hint:" in result.stderr
+    told = internvit("search", stored_photos, *arguments, "--json")
+    assert json.loads(told.stdout)["exit_code"] == code and json.loads(told.stdout)["error"]
+
+
+def test_another_model_is_refused(stored_photos, reference):
+    picture = stored_photos.parent / "pictures" / "040_imageio_768x512.png"
+    result = internvit("search", stored_photos, picture, "--model", reference / "300m-standalone")
+    assert result.returncode == 1 and "not those that made the rows" in result.stderr
+
+
+def test_an_output_without_vectors_is_said_to_have_none(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "bad.jpg").write_text("x")
+    extract(tmp_path / "pictures", "-o", tmp_path / "feats.h5", *FLOAT32)
+    result = internvit("search", tmp_path / "feats.h5", "--key", "bad.jpg")
+    assert result.returncode == 1 and "no image with features" in result.stderr
+    assert internvit("duplicates", tmp_path / "feats.h5").returncode == 0
+
+
+def test_searching_by_key_and_finding_duplicates_need_no_torch(stored_photos):
+    code = (
+        "import sys; from internvit_cli.cli.app import run; assert run(sys.argv[1:]) == 0;"
+        "assert 'torch' not in sys.modules"
+    )
+    for arguments in (["search", str(stored_photos), "--key", TWINS[0][0]], ["duplicates", str(stored_photos)]):
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- pairs
+
+
+def planted(count: int, width: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors, a sixth of them at chosen angles to others."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.standard_normal((count, width))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for row in range(0, count - 1, 6):
+        cosine = rng.uniform(0.7, 1.0)
+        other = rng.standard_normal(width)
+        other -= other @ vectors[row] * vectors[row]
+        other /= np.linalg.norm(other)
+        vectors[row + 1] = cosine * vectors[row] + np.sqrt(1 - cosine**2) * other
+    return vectors.astype(np.float32)[rng.permutation(count)]
+
+
+def as_set(found: Any) -> set[tuple[int, int]]:
+    numbers = set()
+    for first, second, products in found:
+        assert len(first) == len(second) == len(products)
+        numbers |= {(min(pair), max(pair)) for pair in zip(first.tolist(), second.tolist(), strict=True)}
+    return numbers
+
+
+@given(st.integers(1, 60), st.sampled_from([0.5, 0.75, 0.9, 0.999]))
+@settings(max_examples=30)
+def test_exact_pairs_are_all_pairs_whatever_the_blocks(count, threshold):
+    vectors = planted(count, 16)
+    products = vectors @ vectors.T
+    expected = {(i, j) for i in range(count) for j in range(i + 1, count) if products[i, j] >= threshold}
+    before = pairs.PRODUCT_ROWS
+    pairs.PRODUCT_ROWS = 7
+    try:
+        assert as_set(exact_pairs(vectors, threshold)) == expected
+    finally:
+        pairs.PRODUCT_ROWS = before
+
+
+@pytest.mark.parametrize("threshold", [0.8, 0.9, 0.98])
+def test_hashed_pairs_are_right_and_miss_next_to_nothing(threshold, monkeypatch):
+    monkeypatch.setattr(pairs, "PAIRS_AT_ONCE", 1000)
+    vectors = planted(6000, 32)
+    expected = as_set(exact_pairs(vectors, threshold))
+    found = as_set(hashed_pairs(vectors, threshold, lambda first, second: np.ones(len(first), bool)))
+    assert found <= expected and len(expected) > 50
+    assert len(found) >= 0.998 * len(expected)
+
+
+def test_pairs_at_the_threshold_meet_with_the_promised_probability():
+    """Over tables of planes: pairs exactly at the threshold, counted."""
+    rng = np.random.default_rng(3)
+    bits, tables = table_shape(1000, 0.9)
+    one = rng.standard_normal((20_000, 24))
+    one /= np.linalg.norm(one, axis=1, keepdims=True)
+    other = rng.standard_normal(one.shape)
+    other -= (one * other).sum(axis=1, keepdims=True) * one
+    other = 0.9 * one + np.sqrt(0.19) * other / np.linalg.norm(other, axis=1, keepdims=True)
+    met = np.zeros(len(one), bool)
+    for _ in range(tables):
+        planes = rng.standard_normal((24, bits))
+        met |= ((one @ planes > 0) == (other @ planes > 0)).all(axis=1)
+    assert met.mean() > 0.997
+    assert table_shape(1_000_000, 1.0)[1] == 1
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 50))
+def test_all_pairs_of_one_code_come_once(codes, at_once):
+    array = np.array(codes, np.uint8)[:, None]
+    before = pairs.PAIRS_AT_ONCE
+    pairs.PAIRS_AT_ONCE = at_once
+    try:
+        found = [
+            (min(pair), max(pair))
+            for first, second in pairs._sharing(array)
+            for pair in zip(first.tolist(), second.tolist(), strict=True)
+        ]
+    finally:
+        pairs.PAIRS_AT_ONCE = before
+    expected = [(i, j) for j in range(len(codes)) for i in range(j) if codes[i] == codes[j]]
+    assert sorted(found) == sorted(expected)
+
+
+# ----------------------------------------------------------------------------------------------------------- duplicates
+
+
+@pytest.fixture(scope="module")
+def stored_copies(stored_photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photographs with copies, re-encodings and halvings of some."""
+    folder = tmp_path_factory.mktemp("copies")
+    pictures = folder / "pictures"
+    shutil.copytree(stored_photos.parent / "pictures", pictures)
+    names = sorted(os.listdir(pictures))
+    for name in names[::4]:
+        shutil.copy(pictures / name, pictures / f"{name}-copy.{name.rpartition('.')[2]}")
+    for name in names[1::4]:
+        with Image.open(pictures / name) as image:
+            image.save(pictures / f"{name}-again.webp", quality=60)
+            image.resize((image.width // 2, image.height // 2)).save(pictures / f"{name}-half.png")
+    assert extract(pictures, "-o", folder / "feats.h5", "--tokens", "none", *FLOAT32).returncode == 0
+    return folder / "feats.h5"
+
+
+def families(found: Any) -> set[frozenset[str]]:
+    return {frozenset(member.image.key for member in group) for group in found.similar}
+
+
+@pytest.mark.parametrize("is_hashed", [False, True])
+def test_copies_and_re_encodings_are_grouped_and_nothing_else(stored_copies, monkeypatch, is_hashed):
+    monkeypatch.setattr(duplicates_module, "EXACT_UP_TO", 10 if is_hashed else 1000)
+    found = find_duplicates(DuplicateOptions(str(stored_copies)))
+    assert found.how == ("hashed" if is_hashed else "exact")
+    names = sorted(os.listdir(stored_copies.parent / "pictures"))
+    copies = {frozenset((name, name.partition("-copy")[0])) for name in names if "-copy" in name}
+    assert {frozenset(image.key for image in group) for group in found.identical} == copies
+    expected = {name: {name, f"{name}-again.webp", f"{name}-half.png"} for name in names if f"{name}-half.png" in names}
+    for one, other in TWINS[:2]:  # one picture twice; the third are two views of a street
+        family = expected.pop(one, {one}) | expected.pop(other, {other})
+        expected[one] = family
+    assert families(found) == {frozenset(family) for family in expected.values()}
+    for group in found.similar:
+        assert group[0].similarity == pytest.approx(1, abs=1e-5) and len({m.image.key for m in group}) == len(group)
+        sizes = [member.image.width * member.image.height for member in group]
+        assert sizes[0] == max(sizes)
+        assert all(member.similarity > 0.85 for member in group)
+    assert found.redundant == sum(len(group) - 1 for group in (*found.identical, *found.similar))
+
+
+def test_shards_memory_limits_and_formats_change_nothing(stored_copies, tmp_path, monkeypatch):
+    expected = find_duplicates(DuplicateOptions(str(stored_copies)))
+    options = ("--tokens", "none", "--shard-size", "4KB", *FLOAT32)
+    assert extract(stored_copies.parent / "pictures", "-o", tmp_path / "feats", *options).returncode == 0
+    monkeypatch.setattr(duplicates_module, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(pairs, "PRODUCT_ROWS", 9)
+    found = find_duplicates(DuplicateOptions(str(tmp_path / "feats")))
+    assert len(open_features(tmp_path / "feats").shards) > 2
+    assert families(found) == families(expected)
+    assert [[i.key for i in group] for group in found.identical] == [[i.key for i in g] for g in expected.identical]
+
+
+def test_identical_files_alone_need_no_vectors(stored_copies, monkeypatch):
+    monkeypatch.setattr(duplicates_module, "fit_whitening", lambda *_: pytest.fail("vectors are read"))
+    found = find_duplicates(DuplicateOptions(str(stored_copies), bytes_only=True))
+    assert len(found.identical) == 11 and not found.similar
+
+
+def test_raw_vectors_beyond_the_exact_size_are_refused_unless_asked_for(stored_copies, monkeypatch):
+    monkeypatch.setattr(duplicates_module, "EXACT_UP_TO", 10)
+    with pytest.raises(UsageError, match="--raw") as caught:
+        find_duplicates(DuplicateOptions(str(stored_copies), raw=True))
+    assert "--exact" in caught.value.hint
+    found = find_duplicates(DuplicateOptions(str(stored_copies), raw=True, exact=True))
+    assert found.how == "exact" and found.space is RAW and found.threshold == 0.999
+
+
+def test_a_crowd_of_copies_is_one_group(tmp_path, monkeypatch):
+    """Vectors that are all but equal meet in one bucket of every table, and are linked once."""
+    monkeypatch.setattr(duplicates_module, "EXACT_UP_TO", 10)
+    vectors = anisotropic(2000, 64)
+    vectors[500:1500] = vectors[500] + 1e-4 * np.random.default_rng(0).standard_normal((1000, 64))
+    found = find_duplicates(DuplicateOptions(str(write_vectors(tmp_path / "feats.h5", vectors))))
+    assert [len(group) for group in found.similar] == [1000]
+
+
+def test_equal_vectors_pass_any_threshold(tmp_path):
+    vectors = anisotropic(50, 24)
+    vectors[7] = vectors[31]
+    path = str(write_vectors(tmp_path / "feats.h5", vectors))
+    for threshold in (0.5, 0.99999, 1.0):
+        found = find_duplicates(DuplicateOptions(path, threshold=threshold))
+        assert {"0007.jpg", "0031.jpg"} in [{member.image.key for member in group} for group in found.similar]
+
+
+def test_the_command_prints_groups_json_and_a_sheet(stored_copies, tmp_path):
+    result = internvit("duplicates", stored_copies, "--sheet", tmp_path / "same.png")
+    assert result.returncode == 0 and "identical 1: 2 files" in result.stdout and "similar 1:" in result.stdout
+    assert "11 groups of identical files" in result.stdout and (tmp_path / "same.png").exists()
+    told = json.loads(internvit("duplicates", stored_copies, "--json", "--threshold", "0.95").stdout)
+    assert (told["exit_code"], told["error"], told["threshold"], told["how"]) == (0, None, 0.95, "exact")
+    assert len(told["identical"]) == 11 and all(group[0]["similarity"] == 1 for group in told["similar"])
+    for wrong in ("0", "1.5", "-1"):
+        refused = internvit("duplicates", stored_copies, "--threshold", wrong, "--json")
+        assert refused.returncode == 2 and json.loads(refused.stdout)["exit_code"] == 2
+
+
+def test_stored_vectors_are_never_held_all_at_once(tmp_path, monkeypatch):
+    """The comparison reads blocks; only numbers and similarities grow with the images."""
+    path = write_vectors(tmp_path / "feats.h5", anisotropic(2000, 24))
+    vectors = vectors_of(path)
+    largest = 0
+    real = type(vectors).__getitem__
+
+    def watched(self, wanted):
+        nonlocal largest
+        block = real(self, wanted)
+        largest = max(largest, block.size * 4)
+        return block
+
+    monkeypatch.setattr(type(vectors), "__getitem__", watched)
+    for module in (nearest, spaces):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
+    search(SearchOptions(str(path), keys=["0001.jpg"]))
+    assert 0 < largest <= 20_000
+    assert POOLED in open_features(path).stored
