@@ -127,14 +127,45 @@ class StoredShard:
             OutputError: another format, a newer version, or an index that does not match its digest.
         """
         check_format(self.attributes, path)
-        if len(self.table.status) != len(self.table) or not np.isin(self.table.status, list(Status)).all():
-            raise OutputError(f"the statuses of {path} are damaged", "restore it, or start anew with --overwrite")
+        _check_statuses(self.table.status, len(self.table), path)
         unsigned = {name: value for name, value in self.attributes.items() if name != "index_digest"}
         if index_digest(self.table, unsigned) != self.attributes.get("index_digest"):
             raise OutputError(
                 f"the index of {path} is damaged: its digest does not match",
                 "restore it, or start anew with --overwrite",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a shard says of itself but for its keys: read in a moment, and not vouched for by the index's digest."""
+
+    attributes: dict[str, Any]
+    images: int
+    status: NDArray[Any]
+    """As in the table, [n] uint8."""
+    tiles: int | None
+    """None where only the manifest has their sum."""
+
+    def check(self, path: str) -> None:
+        """Refuse what cannot be an intact feature shard.
+
+        Raises:
+            OutputError: statuses that mean nothing, or a recipe that does not match its digest.
+        """
+        _check_statuses(self.status, self.images, path)
+        recipe = str(self.attributes.get("recipe"))
+        if hashlib.sha256(recipe.encode()).hexdigest() != self.attributes.get("recipe_digest"):
+            raise OutputError(
+                f"the recipe of {path} is damaged: its digest does not match",
+                "restore it, or start anew with --overwrite",
+            )
+
+
+def _check_statuses(status: NDArray[Any], images: int, path: str) -> None:
+    known = np.bincount(status.astype(np.uint8), minlength=256)[list(Status)].sum()
+    if len(status) != images or known != images:
+        raise OutputError(f"the statuses of {path} are damaged", "restore it, or start anew with --overwrite")
 
 
 def check_format(attributes: Mapping[str, Any], path: str) -> None:
