@@ -70,7 +70,7 @@ def command_lines(page: Path) -> list[str]:
 def arguments_of(line: str) -> list[str]:
     """The words behind `internvit` up to what ends a command in a shell."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="();<>|&")
-    lexer.commenters = "#"
+    lexer.commenters, lexer.whitespace_split = "#", True
     words = list(lexer)
     start = next(number for number, word in enumerate(words) if re.fullmatch(r"(?:\S*/)?internvit", word))
     found: list[str] = []
@@ -102,11 +102,14 @@ LINES = [(page.name, line) for page in PAGES for line in command_lines(page)]
 
 
 @pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line[:60]}" for page, line in LINES])
-def test_a_command_line_in_the_documentation_is_one_that_the_command_takes(page: str, line: str) -> None:
+def test_a_command_line_in_the_documentation_is_one_that_the_command_takes(
+    page: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("internvit_cli.cli.settings.read_config", lambda _: {})  # the files that pages speak of
     arguments = arguments_of(line)
     for key in [key for key in os.environ if key.startswith("INTERNVIT_")]:
         pytest.fail(f"{key} is set and would decide what is parsed")
-    parse([re.sub(r"\$\{?\w+\}?", "1", word) for word in arguments])
+    parse([re.sub(r"\$\{?\w+(?:\[@\])?\}?", "1", word) for word in arguments])
 
 
 def test_a_command_line_that_the_command_does_not_take_is_noticed() -> None:
