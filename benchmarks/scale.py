@@ -101,6 +101,12 @@ run(["extract", sys.argv[1], "-o", sys.argv[2], *sys.argv[4:]])
 """
 
 
+def fill(pictures: Path, output: Path, *more: str) -> None:
+    """An output of all pictures but the last ten, as a run that died would leave it."""
+    command = [sys.executable, "-c", FILL, str(pictures), str(output), str(PENDING), *MODEL, *more]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def measure(images: int, folder: Path) -> dict[str, Cost]:
     """All commands over so many images."""
     make_pictures(folder, images)
@@ -109,14 +115,17 @@ def measure(images: int, folder: Path) -> dict[str, Cost]:
         "plan, cold": run("plan", pictures, "-o", output, *MODEL),
         "plan": run("plan", pictures, "-o", output, *MODEL),
     }
-    command = [sys.executable, "-c", FILL, str(pictures), str(output), str(PENDING), *MODEL]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    fill(pictures, output)
     assert Path(f"{output}.partial").exists()
     costs["info of the unfinished file"] = run("info", f"{output}.partial")
     costs["resume, ten images left"] = run("extract", pictures, "-o", output, *MODEL)
     costs["nothing to do"] = run("extract", pictures, "-o", output, *MODEL)
     costs["info"] = run("info", output)
     costs["verify, rows and index"] = run("verify", output, "--no-pictures", "-q")
+    shards = folder / "feats"
+    fill(pictures, shards, "--format", "npy")
+    run("extract", pictures, "-o", shards, *MODEL)
+    costs["info of .npy shards"] = run("info", shards)
     return costs
 
 
@@ -133,7 +142,7 @@ def main() -> None:
     print("| command | " + " | ".join(f"{images:,} images" for images in arguments.images) + " |")
     print("|---" * (1 + len(arguments.images)) + "|")
     for name, costs in table.items():
-        print(f"| {name} | " + " | ".join(f"{cost.seconds:.1f} s, {cost.megabytes:.0f} MB" for cost in costs) + " |")
+        print(f"| {name} | " + " | ".join(f"{cost.seconds:.2f} s, {cost.megabytes:.0f} MB" for cost in costs) + " |")
 
 
 if __name__ == "__main__":

@@ -127,11 +127,11 @@ def value_of(option: Option) -> str:
     """What may follow an option: its words, or what they stand for and the limits."""
     if option.info.metavar:
         return f"`{option.info.metavar}`"
-    if issubclass(option.kind, Enum):
+    if isinstance(option.kind, type) and issubclass(option.kind, Enum):
         return ", ".join(f"`{member.value}`" for member in option.kind)
     least, most = option.info.min, option.info.max
     limits = f" {least:,} to {most:,}" if None not in (least, most) else f" from {least:,}" if least is not None else ""
-    return f"{TYPES[option.kind]}{limits}"
+    return f"{TYPES.get(option.kind, option.kind.__name__.upper())}{limits}"
 
 
 def default_of(option: Option) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL_BLOCK = re.compile(r"^```sh\n((?:[^`].*\n|\n)*)^```|((?:^    .*\n)+)", re.MULTILINE)
+FENCED_SHELL = re.compile(r"^```sh\n(.*?)^```", re.DOTALL | re.MULTILINE)
 OTHER_BLOCK = re.compile(r"^```(?!sh$)\w+\n.*?^```", re.DOTALL | re.MULTILINE)
 
 
@@ -118,6 +120,18 @@ def test_a_command_line_that_the_command_does_not_take_is_noticed() -> None:
             parse(arguments_of(line))
     with pytest.raises(AssertionError):
         parse(arguments_of("flock x internvit extrat y"))
+
+
+FENCED = [(page.name, block) for page in PAGES for block in FENCED_SHELL.findall(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "block"), FENCED, ids=[f"{page}: {block[:40]!r}" for page, block in FENCED])
+def test_a_shell_block_is_a_program_that_bash_understands(page: str, block: str) -> None:
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash here")
+    result = subprocess.run([bash, "-n"], input=block, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr
 
 
 def test_command_lines_are_found_in_every_kind_of_block() -> None:

@@ -107,3 +107,19 @@ def test_nothing_is_proposed_for_an_output_that_is_too_large_or_not_there(
     assert len(completion.complete_keys(Context(), "")) == 3  # type: ignore[arg-type]
     monkeypatch.setattr(completion, "MOST_IMAGES", 2)
     assert completion.complete_keys(Context(), "") == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("shell", "place"),
+    [
+        ("bash", ".bash_completions/internvit.sh"),
+        ("zsh", ".zfunc/_internvit"),
+        ("fish", ".config/fish/completions/internvit.fish"),
+    ],
+)
+def test_completion_is_installed_into_the_home_folder(tmp_path: Path, shell: str, place: str) -> None:
+    environment = os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    command = [sys.executable, "-m", "internvit_cli", "--install-completion", shell]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert f"_INTERNVIT_COMPLETE=complete_{shell}" in (tmp_path / place).read_text()
