@@ -12,7 +12,7 @@ import internvit_cli
 PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
-    {"config", "errors", "observer", "stopping"},
+    {"config", "errors", "observer", "stopping", "accuracy"},
     {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
     {"headers"},
@@ -26,7 +26,7 @@ ROWS = [
     {"reconcile"},
     {"recipes"},
     {"existing", "sharding", "storing", "inspect", "recorded"},
-    {"filling"},
+    {"filling", "sampling"},
     {"engine"},
     {"device_process"},
     {"devices"},

@@ -18,6 +18,7 @@ from model_helpers import (
 )
 
 from internvit_cli import encoder as encoder_module
+from internvit_cli.accuracy import LOWEST_TOKEN_COSINE
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.encoder import (
     TORCH_DTYPE,
@@ -28,7 +29,7 @@ from internvit_cli.encoder import (
     find_device,
 )
 from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
-from internvit_cli.encoder_quantisation import LOWEST_TOKEN_COSINE, measure
+from internvit_cli.encoder_quantisation import measure_computing
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight
@@ -399,9 +400,10 @@ def test_compiling_for_a_cpu_is_a_usage_error():
 
 
 def test_the_error_of_a_type_is_measured_against_bfloat16_and_float32():
-    with Encoder.load(tiny_checkpoint(), options(dtype=ComputeDtype.BFLOAT16)) as encoder:
-        error = encoder.quantisation_error(random_tiles(5))
-        assert encoder.submit(random_tiles(1)).result().fits.tolist() == [0]  # it still works
+    checkpoint = tiny_checkpoint()
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+    model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=torch.bfloat16)
+    error = measure_computing(checkpoint, model, random_tiles(5))
     assert error.tiles == 5
     assert error.lowest_cosine_bfloat16 == pytest.approx(1, abs=1e-12)
     assert 0.999 < error.lowest_cosine_float32 <= error.mean_cosine_float32 < 1
@@ -414,7 +416,7 @@ def test_the_error_of_fp8_is_larger_and_its_verdict_is_the_lowest_token(pool):
     checkpoint = tiny_checkpoint()
     spec = FeatureSpec(Tokens.NONE, pool, 56, "v2", StoreDtype.FLOAT16)
     model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
-    error = measure(checkpoint, model, random_tiles(5))
+    error = measure_computing(checkpoint, model, random_tiles(5))
     assert 0.99 < error.lowest_cosine_bfloat16 < error.mean_cosine_bfloat16 < 1 - 1e-6
     assert error.is_acceptable is (error.lowest_cosine_bfloat16 >= LOWEST_TOKEN_COSINE)
     assert not replace(error, lowest_cosine_bfloat16=LOWEST_TOKEN_COSINE - 1e-6).is_acceptable
@@ -423,7 +425,7 @@ def test_the_error_of_fp8_is_larger_and_its_verdict_is_the_lowest_token(pool):
 
 def test_tiles_of_a_wrong_size_are_not_measured():
     with Encoder.load(tiny_checkpoint(), options()) as encoder, pytest.raises(ValueError, match="not uint8"):
-        encoder.quantisation_error(random_tiles(1, 28))
+        encoder.accuracy(random_tiles(1, 28))
 
 
 def cuda_options(**changes) -> EncoderOptions:
@@ -504,13 +506,13 @@ def test_on_cuda_fp8_is_close_to_bfloat16_and_says_how_close():
         return
     tiles = random_tiles(8)
     with Encoder.load(tiny_checkpoint(), cuda_options(dtype=ComputeDtype.FP8)) as encoder:
-        error = encoder.quantisation_error(tiles)
+        error = encoder.accuracy(tiles).compute
         assert encoder.submit(tiles).result().fits.tolist() == [0] * 8
     assert 0.99 < error.lowest_cosine_bfloat16 < 1
     spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
     checkpoint = tiny_checkpoint()
     model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
-    emulated = measure(checkpoint, model, tiles)
+    emulated = measure_computing(checkpoint, model, tiles)
     assert error.mean_cosine_bfloat16 == pytest.approx(emulated.mean_cosine_bfloat16, abs=1e-4)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import torch
 
+from internvit_cli.accuracy import Accuracy
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.features import FeatureModel, FeatureSpec
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from internvit_cli.encoder_quantisation import QuantisationError
     from internvit_cli.model.card import VisionConfig
     from internvit_cli.model.checkpoint import Checkpoint
 
@@ -89,13 +89,15 @@ class TileFeatures:
     """Features of n tiles, in the order they were submitted; the arrays belong to the caller."""
 
     tokens: np.ndarray | None
-    """[n,T,C] in the stored type, bfloat16 as its uint16 bits; None when no tokens are stored."""
+    """[n,T,C] in the stored type, bfloat16 and fp8 as their bits; None when no tokens are stored."""
     pooled: np.ndarray
     """[n,d] float32."""
     fits: np.ndarray
     """[n] uint8: 0 the values can be stored, 1 one is too large for the stored type, 2 one is not a number."""
     clamped: int
     """How many values were clamped."""
+    scales: np.ndarray | None = None
+    """[n,T] float32: of tokens in a stored type that has them."""
 
 
 class PendingBatch(Protocol):
@@ -211,22 +213,29 @@ class Encoder:
         self._check_tiles(tiles)
         return self._runner.submit(tiles)
 
-    def quantisation_error(self, tiles: Sequence[np.ndarray]) -> QuantisationError:
-        """How far hidden states in this encoder's dtype are from those in bfloat16 and in float32.
+    def accuracy(self, tiles: Sequence[np.ndarray]) -> Accuracy:
+        """What the coarse types in use cost: fp8 arithmetic against bfloat16 and float32, and int8 or fp8 tokens.
 
-        Both are loaded for it, one after the other, and freed again.
+        For fp8 arithmetic the model is loaded in both wider types, one after the other, and freed again.
 
         Args:
-            tiles: uint8 [S,S,3] RGB each, at least one; all that is kept of them at once is one hidden state each.
+            tiles: uint8 [S,S,3] RGB each; without any, nothing is known.
 
         Raises:
             DeviceError: a reference does not fit the device's memory.
             ModelError: the weights can't be read again.
         """
-        from internvit_cli.encoder_quantisation import measure
+        from internvit_cli.encoder_quantisation import measure_computing, measure_storing
 
         self._check_tiles(tiles)
-        return measure(self._checkpoint, self._model, tiles)
+        if not tiles:
+            return Accuracy()
+        stores_coarsely = self._model.spec.store_dtype.is_scaled
+        computes_coarsely = self.dtype is ComputeDtype.FP8
+        return Accuracy(
+            compute=measure_computing(self._checkpoint, self._model, tiles) if computes_coarsely else None,
+            store=measure_storing(self._model, tiles) if stores_coarsely else None,
+        )
 
     def _check_tiles(self, tiles: Sequence[np.ndarray]) -> None:
         for tile in tiles:

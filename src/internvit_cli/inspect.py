@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.accuracy import from_attributes
 from internvit_cli.config import StoreDtype, Tokens
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, stored_recipe
+from internvit_cli.storage.layout import FEATURE_DATASETS, stored_recipe
 from internvit_cli.storage.reader import find_shards
 from internvit_cli.table import count_statuses
 
 if TYPE_CHECKING:
     from internvit_cli.storage.output import FinishedShard
-
-FEATURES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 
 
 def describe_output(path: str) -> dict[str, Any]:
@@ -48,6 +47,7 @@ def describe_output(path: str) -> dict[str, Any]:
         "bytes": sum(os.path.getsize(file) for shard in shards for file in shard.backend.final_paths(shard.path)),
         "shards": len(shards),
         "batch_tiles": attributes.get("batch_tiles", 0),
+        "accuracy": from_attributes(attributes),
         "created_by": attributes.get("created_by", ""),
         "runs": [entry for shard in shards for entry in shard.backend.run_log(shard.path)],
     }
@@ -58,7 +58,7 @@ def _datasets(shards: list[FinishedShard], store_dtype: StoreDtype, tokens: Toke
     found: dict[str, Any] = {}
     for shard in shards:
         for name, extent in shard.backend.extents(shard.path).items():
-            if name not in FEATURES:
+            if name not in FEATURE_DATASETS:
                 continue
             is_tokens = tokens is not Tokens.NONE and name == tokens.dataset
             entry = found.setdefault(
