@@ -17,18 +17,12 @@ from model_helpers import (
     tiny_card,
 )
 
-from internvit_cli import encoder as encoder_module
+from internvit_cli import encoder_devices
 from internvit_cli.accuracy import LOWEST_TOKEN_COSINE
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
-from internvit_cli.encoder import (
-    TORCH_DTYPE,
-    Encoder,
-    EncoderOptions,
-    TileFeatures,
-    fastest_dtype,
-    find_device,
-)
+from internvit_cli.encoder import TORCH_DTYPE, Encoder, EncoderOptions, TileFeatures
 from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
+from internvit_cli.encoder_devices import fastest_dtype, find_device
 from internvit_cli.encoder_quantisation import measure_computing
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
@@ -236,7 +230,7 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_cpu(monkeypatch):
 )
 def test_on_a_cpu_auto_is_bfloat16_only_where_it_is_clearly_faster(monkeypatch, float32, bfloat16, dtype):
     seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
-    monkeypatch.setattr(encoder_module, "_block_seconds", lambda vision, tokens, dtype: seconds[dtype])
+    monkeypatch.setattr(encoder_devices, "_block_seconds", lambda vision, tokens, dtypes: [seconds[d] for d in dtypes])
     assert fastest_dtype(CPU, tiny_card().vision, 448) is ComputeDtype(dtype)
 
 

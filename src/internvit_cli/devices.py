@@ -64,7 +64,7 @@ def find_devices(names: tuple[str, ...]) -> tuple[str, ...]:
     """
     if names != (ALL_DEVICES,):
         return names
-    from internvit_cli.encoder import count_cuda_devices
+    from internvit_cli.encoder_devices import count_cuda_devices
 
     count = count_cuda_devices()
     if not count:

@@ -277,7 +277,7 @@ class _Native:
     check = "reference"
 
     def __init__(self, model: _Model) -> None:
-        from internvit_cli.encoder import find_device
+        from internvit_cli.encoder_devices import find_device
         from internvit_cli.model.native import NativeModel
 
         self._model = NativeModel(model.checkpoint, _spec(model.recipe), find_device(model.device))
