@@ -30,6 +30,7 @@ from internvit_cli.model.checkpoint import Checkpoint, Weight
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.loading import load_vit
 from internvit_cli.model.vit import pixel_unshuffle
+from internvit_cli.storage.layout import decode_values
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -116,7 +117,19 @@ def test_pooled_is_the_mean_of_patches_the_cls_or_both_in_that_order(hidden, tok
         assert (features.tokens is None) is (tokens is Tokens.NONE)
 
 
-@pytest.mark.parametrize("store", StoreDtype)
+@pytest.mark.parametrize("store", [StoreDtype.INT8, StoreDtype.FP8])
+def test_tokens_with_a_scale_are_multiples_of_it(hidden, store):
+    tiles, _ = hidden
+    exact = encode(tiles, store_dtype=StoreDtype.FLOAT32).tokens
+    features = encode(tiles, store_dtype=store)
+    assert features.tokens.dtype == np.dtype(store.numpy_name) and features.scales.shape == exact.shape[:2]
+    steps = 127 if store is StoreDtype.INT8 else 448
+    np.testing.assert_allclose(features.scales, np.abs(exact).max(axis=-1) / steps, rtol=1e-6)
+    read_back = decode_values(features.tokens, store.value, features.scales)
+    assert np.array_equal(read_back, np.float32(read_back)) and relative_error(read_back, exact) < 0.04
+
+
+@pytest.mark.parametrize("store", [dtype for dtype in StoreDtype if not dtype.is_scaled])
 def test_tokens_are_stored_in_the_asked_type_rounded_once(hidden, store):
     tiles, _ = hidden
     exact = encode(tiles, store_dtype=StoreDtype.FLOAT32).tokens
