@@ -12,7 +12,7 @@ import internvit_cli
 PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
-    {"config", "errors", "observer", "stopping"},
+    {"config", "errors", "observer", "stopping", "accuracy"},
     {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
     {"headers"},
@@ -20,13 +20,13 @@ ROWS = [
     {"decode"},
     {"draw"},
     {"model"},
-    {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_quantisation"},
+    {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_devices", "encoder_quantisation"},
     {"options", "report"},
     {"storage"},
     {"reconcile"},
     {"recipes"},
     {"existing", "sharding", "storing", "inspect", "recorded"},
-    {"filling"},
+    {"filling", "sampling"},
     {"engine"},
     {"device_process"},
     {"devices"},
@@ -91,7 +91,15 @@ def test_every_module_imports_only_from_its_own_row_and_those_before_it() -> Non
 
 
 def test_only_model_and_encoder_import_torch_at_the_top() -> None:
-    allowed = {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_quantisation", "torch_facts"}
+    allowed = {
+        "encoder",
+        "encoder_cpu",
+        "encoder_batches",
+        "encoder_cuda",
+        "encoder_devices",
+        "encoder_quantisation",
+        "torch_facts",
+    }
     allowed |= {"tensors", "use.dataset", "use.extractor"}
     allowed |= {"model.vit", "model.unshuffle", "model.loading", "model.features", "model.native"}
     allowed |= {module for module in modules() if module.startswith("model.kernels.")}

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.accuracy import from_attributes
 from internvit_cli.config import StoreDtype, Tokens
 from internvit_cli.errors import OutputError
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, stored_recipe
+from internvit_cli.storage.layout import FEATURE_DATASETS, stored_recipe
 from internvit_cli.storage.places import ShardPlace, find_places
 from internvit_cli.table import count_statuses
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-FEATURES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,7 @@ def describe_output(path: str) -> dict[str, Any]:
         "bytes": sum(os.path.getsize(file) for place in places for file in place.backend.final_paths(place.path)),
         "shards": len(places),
         "batch_tiles": attributes.get("batch_tiles", 0),
+        "accuracy": from_attributes(attributes),
         "created_by": attributes.get("created_by", ""),
         "runs": [entry for place in places for entry in place.backend.run_log(place.path)],
     }
@@ -87,7 +87,7 @@ def _datasets(places: list[ShardPlace], store_dtype: StoreDtype, tokens: Tokens)
     found: dict[str, Any] = {}
     for place in places:
         for name, extent in place.backend.extents(place.path).items():
-            if name not in FEATURES:
+            if name not in FEATURE_DATASETS:
                 continue
             is_tokens = tokens is not Tokens.NONE and name == tokens.dataset
             entry = found.setdefault(

@@ -90,6 +90,8 @@ class Summary:
     device: str = ""
     dtype: str = ""
     batch_tiles: int = 0
+    kernels: str = ""
+    """What the encoder computed with, and why where that is not the fastest."""
     notes: tuple[str, ...] = ()
     """What a user should know beside the numbers."""
     stopped_by: int = 0
@@ -127,6 +129,7 @@ class Summary:
             "device": self.device,
             "dtype": self.dtype,
             "batch_tiles": self.batch_tiles,
+            "kernels": self.kernels,
             "notes": list(self.notes),
         }
 

@@ -23,12 +23,10 @@ from internvit_cli.storage.layout import (
     ALIGNMENT,
     CRC32,
     DIGEST,
+    FEATURE_DATASETS,
     PARTIAL,
-    POOLED,
     RUN_LOG,
     STATUS,
-    TILE_POOLED,
-    TOKEN_DATASETS,
     DatasetSpec,
     Extent,
     NewShard,
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
 
 KIND = Format.NPY
 SUFFIX = ""
-FEATURE_DATASETS = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 COMMIT_DATASETS = (STATUS, DIGEST, CRC32, RUN_LOG)
 INDEX_FILE = "images.jsonl"
 ATTRIBUTES_FILE = "attributes.json"
@@ -56,7 +53,8 @@ LINES_BLOCK = 1 << 20
 SUFFIX_HEAD, STATUS_PLACES = len(b', "status": 12, "digest": "'), [12, 13]
 """What follows on each line's columns up to its digest, and where in it the two digits of the status stand."""
 HEADER = re.compile(
-    rb".{10}{'descr': '([|]u1|<u[24]|<f[24])', 'fortran_order': False, 'shape': \((\d{1,18}(?:, \d{1,18})*)", re.DOTALL
+    rb".{10}{'descr': '([|][ui]1|<u[24]|<f[24])', 'fortran_order': False, 'shape': \((\d{1,18}(?:, \d{1,18})*)",
+    re.DOTALL,
 )
 
 
