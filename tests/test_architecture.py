@@ -15,7 +15,7 @@ ROWS = [
     {"config", "errors", "observer", "stopping", "accuracy"},
     {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
-    {"headers"},
+    {"headers", "quick_headers"},
     {"plan"},
     {"decode"},
     {"draw"},
