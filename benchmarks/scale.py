@@ -58,7 +58,7 @@ def make_pictures(folder: Path, images: int) -> None:
 
 
 def plan_photos(photos: Path, folder: Path) -> None:
-    """Plan hard links to real photographs, 20,000 and 40,000 of them: what the second half takes is without the start."""
+    """Plan hard links to real photographs, 20,000 and 40,000 of them."""
     originals = folder / "originals"
     shutil.copytree(photos, originals)
     files = sorted(path for path in originals.iterdir() if path.is_file())
