@@ -12,10 +12,10 @@ import internvit_cli
 PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
-    {"config", "errors", "observer", "stopping", "accuracy"},
+    {"config", "errors", "observer", "stopping", "accuracy", "allocator"},
     {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
-    {"headers"},
+    {"headers", "quick_headers"},
     {"plan"},
     {"decode"},
     {"draw"},

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from internvit_cli.accuracy import Accuracy
+from internvit_cli.allocator import keep_freed_memory
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
 from internvit_cli.encoder_devices import device_name, fastest_dtype, find_device
 from internvit_cli.errors import DeviceError, UsageError
@@ -162,8 +163,6 @@ class Encoder:
         device = find_device(options.device)
         _check_device(options, device)
         if device.type == "cpu":
-            from internvit_cli.encoder_cpu import keep_freed_memory
-
             keep_freed_memory()
             torch.set_num_threads(1)  # of each of our own threads: tiles run side by side, an operation does not
         if options.dtype is ComputeDtype.AUTO:

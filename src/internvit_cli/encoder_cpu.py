@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,24 +22,6 @@ if TYPE_CHECKING:
 CPU_TILES_PER_THREAD = 4
 """A batch on a CPU is this many tiles a thread. Throughput does not depend on it, since tiles are encoded one by one;
 it only has to outlast the hand-over of the next batch, and to stay small so that little is in flight."""
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 1 << 30
-LARGEST_KEPT_BLOCK = 1 << 25
-"""The most that glibc takes."""
-
-
-def keep_freed_memory() -> None:
-    """Have freed memory stay with this process, where the C library is glibc.
-
-    By itself it gives large blocks back, and gets them anew, cleared page by page, for every operation of every tile:
-    a quarter to a third of the time of a small model in bfloat16.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # other C libraries have no such function
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)
 
 
 class CpuRunner:
