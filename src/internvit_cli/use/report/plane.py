@@ -103,7 +103,8 @@ def _embed(reduced: NDArray[Any], seed: int) -> NDArray[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a seed makes it use one thread, which it warns of
         places: NDArray[Any] = _umap().UMAP(n_neighbors=neighbours, random_state=seed).fit_transform(reduced)
-    return np.nan_to_num(places)
+    finite: NDArray[Any] = np.nan_to_num(places)
+    return finite
 
 
 def _umap() -> ModuleType:

@@ -32,7 +32,7 @@ function showSummary() {
   }
   const rows = [['model', `${summary.model} ${summary.model_revision}`.trim()], ['sources', summary.sources.join(', ') || 'none'], ['written by', summary.created_by]];
   byId('summary').append(bar, legend, factTable('Summary', rows));
-  const columns = [['dataset'], ['shape', 'number'], ['type']];
+  const columns = [['dataset', 'short'], ['shape', 'short'], ['type', 'short']];
   byId('summary').append(make('h3', {}, 'Datasets'), table('Datasets', columns, data.datasets));
 }
 
@@ -52,10 +52,10 @@ function showThroughput() {
     return;
   }
   const last = data.runs.at(-1);
-  const columns = [['ended'], ['device'], ['type'], ['images', 'number'], ['tiles', 'number'], ['took', 'number'], ['images/s', 'number'], ['tiles/s', 'number'], ['host']];
+  const columns = [['ended', 'short'], ['device', 'short'], ['type', 'short'], ['images', 'number'], ['tiles', 'number'], ['took', 'number'], ['images/s', 'number'], ['tiles/s', 'number'], ['host', 'short']];
   const optional = (number) => (number === undefined ? '' : count(number));
   const rows = data.runs.map((run) => [
-    (run.ended ?? '').replace('T', ' '), run.device ?? '', run.dtype ?? '', optional(run.images), optional(run.tiles),
+    (run.ended ?? '').slice(0, 19).replace('T', ' '), run.device ?? '', run.dtype ?? '', optional(run.images), optional(run.tiles),
     run.seconds === undefined ? '' : seconds(run.seconds), rate(run.images, run.seconds), rate(run.tiles, run.seconds), run.host ?? '',
   ]);
   if (last.bottleneck) section.append(make('p', {}, `Last run: ${last.bottleneck}`));
@@ -122,7 +122,7 @@ function showSkipped() {
   const listed = rows.length < total ? `The first ${count(rows.length)} of ${count(total)} are here; ${list} has all of them. ` : '';
   section.append(make('p', { class: 'faint' }, `${listed}A skipped image has no features; asking for them is an error with this reason.`));
   const place = make('div', {});
-  const columns = [['key', 'key'], ['reason'], ['message']];
+  const columns = [['key', 'key'], ['reason', 'short'], ['message', 'message']];
   const draw = (reason) => {
     const shown = rows.filter((row) => reason === '' || row.reason === reason);
     place.replaceChildren(table('Skipped images', columns, shown.map((row) => [row.key, words(row.reason), row.message]), true));

@@ -40,7 +40,7 @@ function tokenMap(entry) {
 function card(image, caption, isFirst = false) {
   const key = images.keys[image];
   const button = make('button', { type: 'button', title: key, 'aria-label': `show ${key} on the map`, onclick: () => showOnMap(image) }, thumbnail(image));
-  const told = make('figcaption', {}, make('div', { class: 'faint' }, caption), make('div', { class: 'key', title: key }, key));
+  const told = make('figcaption', {}, make('div', { class: 'faint' }, caption), make('div', { class: 'key', title: key }, key.split('/').at(-1)));
   return make('figure', { class: isFirst ? 'first' : '' }, button, told);
 }
 

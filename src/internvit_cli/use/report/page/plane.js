@@ -1,6 +1,6 @@
 // The map: a canvas of points that is dragged, zoomed and asked what lies under the pointer.
 
-const CATEGORIES = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#8f7ad6', '#a6a100'];
+const CATEGORIES = ['#3a86d4', '#e69f00', '#12a37d', '#cc79a7', '#d55e00', '#59b8e6', '#8f7ad6', '#a6a100'];
 const OTHERS = '#8a939d';
 const CELLS = 96;
 const REACH = 16;
