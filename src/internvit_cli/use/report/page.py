@@ -48,7 +48,7 @@ def as_script_data(data: Any) -> str:
 
 
 def _part(name: str) -> str:
-    return (files(__package__) / "page" / name).read_text("utf-8")
+    return (files(__package__) / "web" / name).read_text("utf-8")
 
 
 def _hash(text: str) -> str:

@@ -94,9 +94,9 @@ function showMap() {
   };
   const legend = make('ul', { class: 'legend' });
   const colour = (name) => {
-    plane.groups = COLOURINGS[name]();
-    legend.replaceChildren(...legendOf(plane.groups));
-    plane.draw();
+    const groups = COLOURINGS[name]();
+    legend.replaceChildren(...legendOf(groups));
+    plane.colour(groups);
   };
   const choose = (image) => {
     plane.chosen = image;
@@ -119,8 +119,13 @@ function showMap() {
   const zoom = (label, sign, act) => make('button', { type: 'button', 'aria-label': label, title: label, onclick: act }, sign);
   const buttons = make('div', { class: 'zoom' }, zoom('zoom in', '+', () => plane.zoomBy(1.6)), zoom('zoom out', '\u2212', () => plane.zoomBy(1 / 1.6)), zoom('show all', 'all', () => plane.reset()));
   section.append(make('p', { class: 'faint' }, mapWords()));
-  find.append(make('label', { for: 'colour' }, 'Colour by'), select);
-  const hint = make('p', { class: 'faint' }, 'Drag to move. Click the map first, then the wheel zooms; two fingers do too.');
+  const pictures = make('input', { type: 'checkbox', id: 'pictures', checked: true, onchange: () => {
+    plane.hasPictures = pictures.checked;
+    plane.draw();
+  } });
+  const withPictures = make('label', { title: `drawn where no more than ${MOST_PICTURES} images are in view` }, pictures, ' thumbnails on the map');
+  find.append(make('label', { for: 'colour' }, 'Colour by'), select, withPictures);
+  const hint = make('p', { class: 'faint' }, `Drag to move. Click the map first, then the wheel zooms; two fingers do too. Thumbnails appear where at most ${MOST_PICTURES} images are in view.`);
   const stage = make('div', {}, make('div', { class: 'stage' }, canvas, buttons), legend, hint);
   section.append(find, make('div', { class: 'plane' }, stage, make('div', { class: 'side' }, detail, told, list)));
   colour(select.value);

@@ -3,7 +3,9 @@
 const CATEGORIES = ['#3a86d4', '#e69f00', '#12a37d', '#cc79a7', '#d55e00', '#59b8e6', '#8f7ad6', '#a6a100'];
 const OTHERS = '#8a939d';
 const CELLS = 96;
-const REACH = 16;
+const REACH = 18;
+const MOST_PICTURES = 120;
+const PICTURE_SIDE = 44;
 
 /** Which points lie where: those of one cell of a grid are order[start[cell]:start[cell + 1]]. */
 class Grid {
@@ -47,6 +49,9 @@ class Plane {
     this.ys = ys;
     this.grid = new Grid(xs, ys);
     this.groups = [];
+    this.colors = new Map();
+    this.pictures = new Map();
+    this.hasPictures = true;
     this.marked = [];
     this.chosen = -1;
     this.hovered = -1;
@@ -56,8 +61,15 @@ class Plane {
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.draw());
   }
 
+  /** Say which points have which colour. */
+  colour(groups) {
+    this.groups = groups;
+    this.colors = new Map(groups.flatMap(({ color, points }) => points.map((point) => [point, color])));
+    this.draw();
+  }
+
   get fit() {
-    return Math.max(1, Math.min(this.canvas.clientWidth, this.canvas.clientHeight) - 40);
+    return Math.max(1, Math.min(this.canvas.clientWidth, this.canvas.clientHeight) - 60);
   }
 
   reset() {
@@ -128,21 +140,71 @@ class Plane {
     pen.globalAlpha = 1;
     const style = getComputedStyle(canvas);
     const ink = style.getPropertyValue('--ink');
+    if (this.hasPictures) this.drawPictures(pen);
     if (this.marked.length) this.dots(pen, this.marked, style.getPropertyValue('--accent'), this.radius + 1.5);
     for (const point of [this.chosen, this.hovered]) if (point >= 0) this.ring(pen, point, ink);
   }
 
   dots(pen, points, color, radius) {
-    const { canvas } = this;
+    const { clientWidth: width, clientHeight: height } = this.canvas;
+    const scale = this.fit * this.zoom;
+    const isTiny = radius < 3 && points.length > 500;
     pen.fillStyle = color;
     pen.beginPath();
     for (const point of points) {
-      const [left, top] = this.toPixels(this.xs[point], this.ys[point]);
-      if (left < -radius || top < -radius || left > canvas.clientWidth + radius || top > canvas.clientHeight + radius) continue;
-      pen.moveTo(left + radius, top);
-      pen.arc(left, top, radius, 0, 7);
+      const left = (this.xs[point] - this.x) * scale + width / 2;
+      const top = (this.y - this.ys[point]) * scale + height / 2;
+      if (left < -radius || top < -radius || left > width + radius || top > height + radius) continue;
+      if (isTiny) pen.fillRect(left - radius, top - radius, 2 * radius, 2 * radius);
+      else {
+        pen.moveTo(left + radius, top);
+        pen.arc(left, top, radius, 0, 7);
+      }
     }
     pen.fill();
+  }
+
+  /** Points that are in view, where they are few enough for pictures; else none. */
+  seen() {
+    const [left, bottom] = this.toPlace(0, this.canvas.clientHeight);
+    const [right, top] = this.toPlace(this.canvas.clientWidth, 0);
+    const found = [];
+    for (let point = 0; point < this.xs.length; point += 1) {
+      if (this.xs[point] < left || this.xs[point] > right || this.ys[point] < bottom || this.ys[point] > top) continue;
+      if (found.push(point) > MOST_PICTURES) return [];
+    }
+    return found;
+  }
+
+  /** Thumbnails over their points, framed in the points' colours. */
+  drawPictures(pen) {
+    const marked = new Set(this.marked);
+    for (const point of this.seen()) {
+      const picture = this.picture(point);
+      if (!picture) continue;
+      const scale = PICTURE_SIDE / Math.max(picture.naturalWidth, picture.naturalHeight);
+      const [width, height] = [picture.naturalWidth * scale, picture.naturalHeight * scale];
+      const [left, top] = this.toPixels(this.xs[point], this.ys[point]);
+      pen.globalAlpha = marked.size && !marked.has(point) ? 0.18 : 1;
+      pen.fillStyle = this.colors.get(point) ?? OTHERS;
+      pen.fillRect(left - width / 2 - 2, top - height / 2 - 2, width + 4, height + 4);
+      pen.drawImage(picture, left - width / 2, top - height / 2, width, height);
+    }
+    pen.globalAlpha = 1;
+  }
+
+  /** A point's thumbnail; nothing where there is none, and while it is decoded. */
+  picture(point) {
+    const encoded = data.thumbnails.pictures[point];
+    if (!encoded) return null;
+    if (!this.pictures.has(point)) {
+      const picture = new Image();
+      picture.onload = () => this.draw();
+      picture.src = `data:image/jpeg;base64,${encoded}`;
+      this.pictures.set(point, picture);
+    }
+    const picture = this.pictures.get(point);
+    return picture.complete && picture.naturalWidth ? picture : null;
   }
 
   ring(pen, point, color) {
