@@ -6,6 +6,7 @@ const CELLS = 96;
 const REACH = 18;
 const MOST_PICTURES = 120;
 const PICTURE_SIDE = 44;
+const MARGIN = 60;
 
 /** Which points lie where: those of one cell of a grid are order[start[cell]:start[cell + 1]]. */
 class Grid {
@@ -48,6 +49,8 @@ class Plane {
     this.xs = xs;
     this.ys = ys;
     this.grid = new Grid(xs, ys);
+    const span = (values) => Math.max(0.05, values.reduce((most, value) => Math.max(most, 2 * Math.abs(value - 0.5)), 0));
+    this.spans = [span(xs), span(ys)];
     this.groups = [];
     this.colors = new Map();
     this.pictures = new Map();
@@ -68,8 +71,10 @@ class Plane {
     this.draw();
   }
 
+  /** Pixels of the plane's unit at which all points are in view. */
   get fit() {
-    return Math.max(1, Math.min(this.canvas.clientWidth, this.canvas.clientHeight) - 60);
+    const [across, down] = this.spans;
+    return Math.max(1, Math.min((this.canvas.clientWidth - MARGIN) / across, (this.canvas.clientHeight - MARGIN) / down));
   }
 
   reset() {
@@ -140,8 +145,9 @@ class Plane {
     pen.globalAlpha = 1;
     const style = getComputedStyle(canvas);
     const ink = style.getPropertyValue('--ink');
+    this.drawn = new Set();
     if (this.hasPictures) this.drawPictures(pen);
-    if (this.marked.length) this.dots(pen, this.marked, style.getPropertyValue('--accent'), this.radius + 1.5);
+    if (this.marked.length) this.dots(pen, this.marked.filter((point) => !this.drawn.has(point)), style.getPropertyValue('--accent'), this.radius + 1.5);
     for (const point of [this.chosen, this.hovered]) if (point >= 0) this.ring(pen, point, ink);
   }
 
@@ -189,6 +195,7 @@ class Plane {
       pen.fillStyle = this.colors.get(point) ?? OTHERS;
       pen.fillRect(left - width / 2 - 2, top - height / 2 - 2, width + 4, height + 4);
       pen.drawImage(picture, left - width / 2, top - height / 2, width, height);
+      this.drawn.add(point);
     }
     pen.globalAlpha = 1;
   }
@@ -211,8 +218,10 @@ class Plane {
     const [left, top] = this.toPixels(this.xs[point], this.ys[point]);
     pen.strokeStyle = color;
     pen.lineWidth = 2;
+    const [reach, side] = [PICTURE_SIDE / 2 + 4, PICTURE_SIDE + 8];
     pen.beginPath();
-    pen.arc(left, top, this.radius + 4, 0, 7);
+    if (this.drawn.has(point)) pen.rect(left - reach, top - reach, side, side);
+    else pen.arc(left, top, this.radius + 4, 0, 7);
     pen.stroke();
   }
 }
