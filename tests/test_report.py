@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import io
 import json
@@ -451,6 +452,18 @@ def test_an_error_leaves_the_page_of_an_earlier_run_as_it_was(tmp_path):
     (tmp_path / "feats.h5").write_bytes(b"damaged" * 100)
     assert internvit("report", tmp_path / "feats.h5", "-o", tmp_path / "page.html").returncode == 1
     assert (tmp_path / "page.html").read_text() == "earlier"
+
+
+def test_a_full_disk_costs_neither_the_earlier_page_nor_more_room(stored, tmp_path, monkeypatch):
+    (tmp_path / "page.html").write_text("earlier")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = internvit("report", stored, "-o", tmp_path / "page.html", "--samples", 0, "--thumbnails", 0)
+    assert result.returncode == 6 and "no room" in result.stderr
+    assert os.listdir(tmp_path) == ["page.html"] and (tmp_path / "page.html").read_text() == "earlier"
 
 
 def test_reporting_needs_no_torch(stored, tmp_path):

@@ -13,8 +13,8 @@ import numpy as np
 import internvit_cli
 from internvit_cli.config import Projection, Tokens
 from internvit_cli.draw.palette import SEQUENTIAL
-from internvit_cli.errors import OutputError, UsageError
-from internvit_cli.storage.durable import write_file
+from internvit_cli.errors import InternvitError, OutputError, UsageError
+from internvit_cli.storage.durable import remove, write_file
 from internvit_cli.storage.reader import open_features
 from internvit_cli.use.report.facts import Facts, gather_facts, shown, tile_counts
 from internvit_cli.use.report.page import as_page
@@ -118,7 +118,7 @@ def write_report(options: ReportOptions, on_progress: OnProgress = lambda *_: No
     thumbnails, photographs = _pictures(done, chosen, options, with_maps=bool(maps.maps), on_progress=on_progress)
     parts = _Parts(done, chosen, plane, maps, thumbnails, photographs, options)
     page = as_page(f"{facts.path} - internvit report", parts.to_json(facts))
-    write_file(options.output, page)
+    _write(options.output, page)
     missing = {done[number].key: one.problem for number, one in thumbnails.items() if not one.jpeg}
     return Report(
         output=options.output,
@@ -147,6 +147,15 @@ def _check_place(output: str) -> None:
         raise OutputError(f"the folder {parent} does not exist", f"create it: mkdir -p {parent}")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"the folder {parent} cannot be written to", "choose another one with -o")
+
+
+def _write(output: str, page: bytes) -> None:
+    """Write the page whole, or leave what was there and nothing beside it."""
+    try:
+        write_file(output, page)
+    except InternvitError:
+        remove(f"{output}.tmp")
+        raise
 
 
 def _pictures(

@@ -13,7 +13,7 @@ import numpy as np
 
 from internvit_cli.config import Projection
 from internvit_cli.errors import InternvitError, OutputError, UsageError
-from internvit_cli.use.maps import FITTED_BYTES, components, spread, unit
+from internvit_cli.use.maps import components, spread, unit
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from internvit_cli.storage.row_index import PooledVectors
 
+FITTED_BYTES = 32 << 20
+"""Vectors that components are fitted to, in float32; of more, evenly spread ones."""
 BLOCK = 4096
 """Vectors that are read at a time."""
 UMAP_COMPONENTS = 50

@@ -31,8 +31,9 @@ function searchBox(onFound, onChoose) {
     told.textContent = '';
     if (!hits) return;
     const skipped = hits.skipped.length ? `, and ${count(hits.skipped.length)} skipped` : '';
+    const some = images.keys.length < data.map.of ? ' among those on the map' : '';
     const first = hits.images.length > MOST_HITS ? ` (the first ${MOST_HITS} listed)` : '';
-    told.textContent = `${plural(hits.images.length, 'image')}${first}${skipped}`;
+    told.textContent = `${plural(hits.images.length, 'image')}${some}${first}${skipped}`;
     const button = (image) => make('button', { type: 'button', onclick: () => onChoose(image) }, images.keys[image]);
     list.append(...hits.skipped.slice(0, MOST_HITS).map((number) => make('li', {}, skippedHit(data.skipped.rows[number]))));
     list.append(...hits.images.slice(0, MOST_HITS).map((image) => make('li', {}, button(image))));
