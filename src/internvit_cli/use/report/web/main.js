@@ -69,7 +69,8 @@ function tip(image, event) {
 }
 
 function legendOf(groups) {
-  return groups.map(({ name, points, color }) => {
+  const [named, others] = [groups.filter((group) => group.color !== OTHERS), groups.filter((group) => group.color === OTHERS)];
+  return [...named, ...others].map(({ name, points, color }) => {
     const dot = make('span', { class: 'dot' });
     dot.style.background = color;
     return make('li', {}, dot, `${name} (${count(points.length)})`);
