@@ -34,6 +34,7 @@ ROWS = [
     {"picture_check", "reextract"},
     {"verify"},
     {"use"},
+    {"exchange"},
     {"preview", "accounting"},
     {"bench", "torch_facts"},
     {"doctor"},
