@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +15,8 @@ import numpy as np
 from internvit_cli.errors import OutputError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from numpy.typing import NDArray
 
     from internvit_cli.exchange.selection import Selection
@@ -164,8 +165,9 @@ def _read(selection: Selection, rows: Rows, span: _Span) -> Block:
 
 def _tiles(selection: Selection, start: int, stop: int) -> NDArray[Any]:
     """Where each image's tiles begin among those of consecutive ones, [k + 1] int64."""
-    offsets: NDArray[Any] = selection.table.tile_offset[start : stop + 1].astype(np.int64)
-    return offsets - offsets[0]
+    offsets = selection.table.tile_offset[start : stop + 1].astype(np.int64)
+    starts: NDArray[Any] = offsets - offsets[0]
+    return starts
 
 
 def _check(selection: Selection, block: Block, path: str) -> None:

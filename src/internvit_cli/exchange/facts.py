@@ -50,7 +50,7 @@ def attributes_text(selection: Selection) -> str:
 
 
 def as_utf8(name: str) -> str:
-    """A name as text that UTF-8 can hold: bytes that are none are written as `\\xNN`."""
+    r"""A name as text that UTF-8 can hold: bytes that are none are written as `\xNN`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""The same features as another feature file or folder: through the storage formats and the commit protocol of `extract`."""
+"""The same features as another feature file or folder, through the storage formats and the commit protocol."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,10 +112,8 @@ class ParquetWriter:
         """Let the file go."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            try:
+            with suppress(OSError, ValueError, self._pa.ArrowException):  # what cannot be written is dropped with it
                 writer.close()
-            except (OSError, ValueError, self._pa.ArrowException):  # what could not be written is dropped with it
-                pass
         self._file.close()
 
     # ----------------------------------------------------------------------------------------------------- the columns

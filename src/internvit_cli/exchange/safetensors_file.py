@@ -152,9 +152,11 @@ class SafetensorsWriter:
 
 
 def index_tensors(selection: Selection) -> dict[str, NDArray[Any]]:
-    """All that is known of the images beside their features, [n] each but for
+    """All that is known of the images beside their features.
 
-    `tile_offset` and `key_offset`, [n + 1], `key_bytes` and `skipped_jsonl`, uint8 [bytes], and `digest`, uint8 [n, 32].
+    Returns:
+        By name an array [n], but for `tile_offset` and `key_offset`, [n + 1], `digest`, uint8 [n, 32], and `key_bytes`
+        and `skipped_jsonl`, uint8 [bytes].
     """
     table = selection.table
     lengths = np.fromiter((len(key) for key in table.keys), np.int64, len(table))

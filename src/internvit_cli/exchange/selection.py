@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from internvit_cli.sources.interface import Source
 
 
+ATTRIBUTE_ORDER = (
+    "format",
+    "format_version",
+    "recipe",
+    "recipe_digest",
+    "sources",
+    "created_by",
+    "model",
+    "model_revision",
+    "weights_digest",
+    "batch_tiles",
+    "pooled_from",
+)
+"""As shards are created: HDF5 gives attributes back by name, and the bytes of a file depend on their order."""
+
+
 @dataclass(frozen=True)
 class StoredOutput:
     """The shards of one output, the unfinished one of a folder among them, and its list of skipped images."""
@@ -144,7 +160,8 @@ class Selection:
         if self.drops_tokens:
             recipe = replace(self.recipe, tokens=Tokens.NONE.value)
             attributes |= {"recipe": recipe.to_json(), "recipe_digest": recipe.digest}
-        return attributes | {"sources": sources_to_json(self.sources)}
+        attributes["sources"] = sources_to_json(self.sources)
+        return {name: attributes.pop(name) for name in ATTRIBUTE_ORDER if name in attributes} | attributes
 
     @cached_property
     def messages(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -63,7 +64,7 @@ class OneFile:
         self.sync()
         path = self.destination.staged(name)
         with disk_errors(path):
-            self._file = open(path, "wb", buffering=1 << 20)
+            self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 - open until it is synced
         return self._file
 
     def sync(self) -> None:
@@ -79,7 +80,5 @@ class OneFile:
         """Let the file go."""
         if self._file is not None:
             file, self._file = self._file, None
-            try:
+            with suppress(OSError):  # what cannot be written is dropped with it
                 file.close()
-            except OSError:  # what could not be written is dropped with it
-                return
