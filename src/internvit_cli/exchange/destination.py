@@ -118,7 +118,7 @@ class Destination:
 
     def _check_overlap(self, source: str) -> None:
         read, written = (os.path.realpath(path) for path in (source.rstrip("/") or "/", self.path))
-        if read == written or (os.path.exists(written) and os.path.samefile(read, written)):
+        if read == written or _is_same(read, written):
             raise UsageError(f"{self.path} is what is read", "choose another name")
         for inner, outer in ((written, read), (read, written)):
             if inner.startswith(outer + os.sep):
@@ -167,6 +167,11 @@ class Destination:
                 os.rename(final, self.staged(REPLACED))
                 os.rename(staged, final)
         sync_path(os.path.dirname(final))
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two paths lead to one file."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _exchange_names(one: str, other: str) -> bool:

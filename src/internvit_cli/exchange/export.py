@@ -13,7 +13,7 @@ from internvit_cli.exchange.destination import Destination
 from internvit_cli.exchange.selection import Selection, select_all
 from internvit_cli.exchange.targets import Place, Target, choose_target
 from internvit_cli.stopping import Interruption
-from internvit_cli.storage.durable import check_space
+from internvit_cli.storage.durable import check_space, disk_errors
 from internvit_cli.table import count_statuses
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callab
     started = time.monotonic()
     with job.destination.open():
         writer = open_writer(selection, job)
-        check_space(job.destination.path, writer.needed_bytes())
+        with disk_errors(job.destination.path):  # such as a limit on the size of files
+            needed = writer.needed_bytes()
+        check_space(job.destination.path, needed)
         try:
             _stream(selection, writer, job, on_progress)
             made = writer.finish()

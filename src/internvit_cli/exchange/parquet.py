@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from internvit_cli.exchange.destination import Destination
     from internvit_cli.exchange.selection import Selection
 
-GROUP_BYTES = 64 << 20
+GROUP_BYTES = 32 << 20
 """Bytes of features of a row group, or one larger image."""
 GROUP_ROWS = 100_000
 
