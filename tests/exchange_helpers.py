@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import storage_helpers as helpers
@@ -14,9 +13,13 @@ from test_extract import Result, internvit
 
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.storage.commit import ShardWriter
-from internvit_cli.storage.layout import NewShard
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from internvit_cli.storage.layout import NewShard
 
 GRIDS = [(1, 1, 0), (2, 3, 1), (1, 1, 0), (3, 1, 1), (1, 2, 1), (1, 1, 0)]
 TRUNCATED = Skipped(Status.TRUNCATED, "OSError", "image file is truncated")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import signal
 import sys
 import tarfile
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import exchange_helpers as exchange
 import h5py
@@ -29,6 +29,9 @@ from internvit_cli.exchange.safetensors_file import tensor_header
 from internvit_cli.exchange.tar import entry_header, npy_header, padding
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FLAT = ["parquet", "safetensors", "tar", "csv"]
 TARGETS = ["new.h5", "new", *(f"new.{suffix}" for suffix in FLAT)]
@@ -193,7 +196,7 @@ def test_the_safetensors_library_reads_every_value(tmp_path: Path, options: dict
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
         metadata = file.metadata()
     ends, names = tensors["key_offset"].tolist(), tensors["key_bytes"].numpy().tobytes()
-    assert tuple(names[a:b] for a, b in zip(ends, ends[1:], strict=False)) == helpers.AWKWARD_KEYS
+    assert tuple(names[a:b] for a, b in itertools.pairwise(ends)) == helpers.AWKWARD_KEYS
     assert tensors["status"].tolist() == [1, 1, Status.NOT_AN_IMAGE, 1, Status.TRUNCATED, 1]
     assert metadata["recipe"] == shard.attributes["recipe"]
     skips = [json.loads(line) for line in tensors["skipped_jsonl"].numpy().tobytes().splitlines()]
