@@ -410,6 +410,7 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         (2, ["a.h5", "full.h5/", "--format", "npy"], "names a h5 file"),
         (2, ["a.h5", "x.npy"], ".npy shards go into a folder"),
         (2, ["a.h5", "x.npz"], "no .npz files"),
+        (2, ["a.h5", "x.h5.partial"], "unfinished"),
         (2, ["a.h5", "x.csv", "--shard-size", "1GB"], "is one file"),
         (2, ["a.h5", "x.h5", "--widen"], "--widen"),
         (2, ["a.h5", "new.h5"], "is there already"),
@@ -420,6 +421,13 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         paths = [str(tmp_path / word) if number < 2 else word for number, word in enumerate(arguments)]
         assert said in fails(code, "export", *paths), arguments
     assert names_in(tmp_path) == before
+
+
+def test_an_empty_folder_may_take_the_result(tmp_path: Path) -> None:
+    make(tmp_path / "a.h5")
+    (tmp_path / "empty").mkdir()
+    ok("export", tmp_path / "a.h5", tmp_path / "empty")
+    ok("verify", tmp_path / "empty")
 
 
 def test_a_link_to_another_place_is_followed(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from internvit_cli.config import Tokens
 from internvit_cli.errors import StoppedError, UsageError
 from internvit_cli.exchange.blocks import read_blocks
 from internvit_cli.exchange.destination import Destination
@@ -134,7 +135,9 @@ def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callab
         writer = open_writer(selection, job)
         with disk_errors(job.destination.path):  # such as a limit on the size of files
             needed = writer.needed_bytes()
-        check_space(job.destination.path, needed)
+        check_space(
+            job.destination.path, needed, "--no-tokens" if selection.shape.tokens is not Tokens.NONE else "--key"
+        )
         try:
             _stream(selection, writer, job, on_progress)
             made = writer.finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from internvit_cli.exchange.selection import Selection
     from internvit_cli.table import ImageTable
 
-CHECKPOINT_BYTES = 256_000_000
+CHECKPOINT_BYTES = 128_000_000
 DEFAULT_SHARD_BYTES = 4 << 30
 
 
@@ -39,6 +40,9 @@ class _OpenShard:
     shard: NewShard
     first: int
     """Position of its first image in the selection."""
+    commits: ThreadPoolExecutor
+    commit: Future[int] | None = None
+    """The commit that waits for the disk while rows go on being written."""
 
     @property
     def stop(self) -> int:
@@ -50,7 +54,23 @@ class _OpenShard:
         with disk_errors(extent.path):
             write_all(self.rows.descriptors[extent.path], rows, extent.offset + position * extent.spec.row_bytes)
 
+    def begin_commit(self) -> None:
+        """Commit what was written so far, once the last commit is through."""
+        self.wait()
+        self.commit = self.commits.submit(self.writer.commit, self.writer.take_uncommitted())
+
+    def wait(self) -> None:
+        """Wait until the commit is through.
+
+        Raises:
+            OutputError: the disk failed.
+        """
+        commit, self.commit = self.commit, None
+        if commit is not None:
+            commit.result()
+
     def close(self) -> None:
+        self.commits.shutdown()
         self.rows.close()
         self.writer.close()
 
@@ -129,7 +149,8 @@ class FeatureFileWriter:
         create_shard(self._output.backend, partial, shard)
         extents = self._output.backend.extents(partial)
         writer = ShardWriter(self._output.backend, partial, shard.table)
-        self._open = _OpenShard(RowWriter(extents), writer, shard, first)
+        commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._open = _OpenShard(RowWriter(extents), writer, shard, first, commits)
         return self._open
 
     def _write(self, shard: _OpenShard, block: Block) -> None:
@@ -148,9 +169,10 @@ class FeatureFileWriter:
             checksum = int(self._selection.checksums[position]) if is_whole else block.checksum(number)
             shard.writer.record(Recorded(row + number, digest, checksum, size))
         if shard.writer.uncommitted_bytes >= CHECKPOINT_BYTES:
-            shard.writer.checkpoint()
+            shard.begin_commit()
 
     def _finish_shard(self, shard: _OpenShard) -> None:
+        shard.wait()
         shard.writer.checkpoint()
         for entry in self._run_log(shard):
             shard.writer.append_run_log(entry)

@@ -291,10 +291,12 @@ def _renumbered(shard: OpenShard, sources: list[Source]) -> NDArray[Any]:
 
 def _kept_skips(outputs: Sequence[StoredOutput], table: ImageTable) -> tuple[dict[str, Any], ...]:
     """Lines on images that are skipped in the table, and on what never had a row."""
-    skipped = {os.fsdecode(table.keys[row]) for row in np.flatnonzero(table.status > Status.DONE).tolist()}
-    with_rows = {os.fsdecode(key) for output in outputs for shard in output.shards for key in shard.table.keys}
     entries = [entry for output in outputs for entry in output.skips]
-    return tuple(entry for entry in entries if entry["key"] in skipped or entry["key"] not in with_rows)
+    listed = {os.fsencode(entry["key"]) for entry in entries}
+    with_rows = {key for output in outputs for shard in output.shards for key in listed.intersection(shard.table.keys)}
+    skipped = {table.keys[row] for row in np.flatnonzero(table.status > Status.DONE).tolist()}
+    dropped = {os.fsdecode(key) for key in with_rows - skipped}
+    return tuple(entry for entry in entries if entry["key"] not in dropped)
 
 
 def _message(entry: dict[str, Any]) -> str:

@@ -41,6 +41,8 @@ TARGET_OF_SUFFIX = {
 }
 OTHER_FORMATS = (".npy", ".npz", ".pt", ".pth", ".pkl", ".json", ".jsonl", ".arrow", ".feather", ".zip", ".gz", ".tgz")
 """Names that look like a file of a format that is not written: no folder is made by such a name."""
+OWN_SUFFIXES = (".partial", ".lock", ".exporting", ".tmp")
+"""Names of what lies beside a result while it is made."""
 FOLDER_TARGETS = (Target.H5, Target.NPY)
 
 
@@ -67,6 +69,8 @@ def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> Plac
             f"{path} names a {known.value} file, but --format {wanted.value} was given" if wanted else path,
             f"leave out --format, or choose another name for {option}",
         )
+    if suffix in OWN_SUFFIXES:
+        raise UsageError(f"{path}: {suffix} is what ends the name of an unfinished result", "choose another name")
     if known is None and suffix in OTHER_FORMATS and (wanted is None or suffix == ".npy"):
         folder = f"; .npy shards go into a folder, such as {name.removesuffix(suffix)}/" if suffix == ".npy" else ""
         raise UsageError(

@@ -103,7 +103,7 @@ def _grids(selection: Selection, positions: NDArray[Any]) -> NDArray[Any]:
 
 
 def _tiles(one: Selection, row: int, other: Selection, other_row: int) -> Iterator[_Tokens]:
-    count = int(one.table.tile_counts[row])
+    count = int(one.table.tile_offset[row + 1]) - int(one.table.tile_offset[row])
     for start in range(0, count, TILES_AT_ONCE):
         stop = min(start + TILES_AT_ONCE, count)
         yield _Tokens(_values(one, row, start, stop), _values(other, other_row, start, stop))
