@@ -354,6 +354,15 @@ def test_any_key_comes_back_from_a_line_of_a_csv_file(key: bytes) -> None:
 # ------------------------------------------------------------------------------------------------- what can go wrong
 
 
+def test_a_file_of_options_for_extract_serves_export_and_diff_too(tmp_path: Path) -> None:
+    make(tmp_path / "a.h5")
+    (tmp_path / "options.toml").write_text('tokens = "visual"\nshard-size = "1GB"\nmax-tiles = 6\n')
+    own = ["--config", tmp_path / "options.toml"]
+    ok("export", tmp_path / "a.h5", tmp_path / "b.h5", *own)
+    ok("diff", tmp_path / "a.h5", tmp_path / "b.h5", *own)
+    assert "visual_tokens" in open_features(tmp_path / "b.h5").stored
+
+
 def test_a_damaged_row_is_named_and_never_copied(tmp_path: Path) -> None:
     make(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+") as file:
@@ -411,7 +420,6 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         (2, ["a.h5", "x.npy"], ".npy shards go into a folder"),
         (2, ["a.h5", "x.npz"], "no .npz files"),
         (2, ["a.h5", "x.h5.partial"], "unfinished"),
-        (2, ["a.h5", "x.csv", "--shard-size", "1GB"], "is one file"),
         (2, ["a.h5", "x.h5", "--widen"], "--widen"),
         (2, ["a.h5", "new.h5"], "is there already"),
         (1, ["a.h5", "foreign.h5", "--overwrite"], "not an internvit feature file"),
@@ -507,6 +515,48 @@ def test_a_killed_export_leaves_nothing_by_its_name_and_the_same_command_finishe
     ok("export", tmp_path / "a.h5", tmp_path / target)
     left = {"a.h5", "a.h5.skipped.jsonl", target, f"{target}.skipped.jsonl"}
     assert set(names_in(tmp_path)) <= left
+
+
+DIES_AT_A_RENAME = """
+import os, signal, sys
+from internvit_cli.cli.app import main
+left, after, replace = [int(sys.argv[1])], sys.argv[2] == "after", os.replace
+def dying(*arguments):
+    left[0] -= 1
+    if left[0] == 0 and not after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*arguments)
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = dying
+main(sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("target", ["new.h5", "new"])
+def test_killed_before_or_after_any_rename_the_name_stands_for_the_old_or_the_new_result(
+    tmp_path: Path, target: str
+) -> None:
+    make(tmp_path / "a.h5")
+    helpers.make_output(tmp_path / "old.h5", helpers.make_shard(helpers.make_table([(1, 1, 0)])))
+    outcomes, number = set(), 0
+    while True:
+        number += 1
+        for moment in ("before", "after"):
+            ok("export", tmp_path / "old.h5", tmp_path / target, "--overwrite")
+            arguments = ["export", tmp_path / "a.h5", tmp_path / target, "--overwrite", "-q"]
+            run = exchange.python(DIES_AT_A_RENAME, number, moment, *arguments)
+            images = len(open_features(tmp_path / target))
+            outcomes.add(images)
+            assert images in (1, 6)
+            ok("verify", tmp_path / target)
+            ok(*arguments)
+            assert len(open_features(tmp_path / target)) == 6
+            assert not [name for name in names_in(tmp_path) if name.endswith((".exporting", ".lock"))]
+        if run.returncode == 0:
+            break
+    assert outcomes == {1, 6}
+    assert number > 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -21,7 +21,7 @@ KEYS_SHOWN = 10
 def diff_command(
     one: Annotated[str, typer.Argument(metavar="A", help="A feature file, a .partial one, or a folder of shards.")],
     other: Annotated[str, typer.Argument(metavar="B", help="Another.")],
-    tokens: Annotated[bool, typer.Option(help="Compare tokens too, where both have the same shape.")] = True,
+    no_tokens: Annotated[bool, typer.Option("--no-tokens", help="Compare vectors only.")] = False,
     worst: Annotated[int, typer.Option("-n", "--worst", min=0, max=100_000, help="Least alike images to name.")] = 10,
     threshold: Annotated[
         float | None, typer.Option(metavar="COSINE", min=-1, max=1, help="Exit 1 when a cosine is below.")
@@ -39,7 +39,7 @@ def diff_command(
     from internvit_cli.exchange.compare import DiffOptions, diff
 
     with Bar(quiet=quiet) as bar:
-        found = diff(DiffOptions(one, other, tokens, worst, threshold), bar.progress)
+        found = diff(DiffOptions(one, other, not no_tokens, worst, threshold), bar.progress)
     code = found.exit_code
     error = _below(found) if code else None
     if json:

@@ -31,7 +31,7 @@ def export_command(
     shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Most bytes of a shard of a folder (4GiB), or of a .tar.")
     ] = None,
-    tokens: Annotated[bool, typer.Option(help="Write tokens, not only vectors.")] = True,
+    no_tokens: Annotated[bool, typer.Option("--no-tokens", help="Write vectors only.")] = False,
     widen: Annotated[
         bool, typer.Option("--widen", help="bfloat16 as float32 in .parquet and .tar, not as its bits.")
     ] = False,
@@ -61,7 +61,7 @@ def export_command(
     keys = (*(key or ()), *(read_keys(keys_from) if keys_from is not None else ()))
     if keys_from is not None and not keys:
         raise UsageError(f"--keys-from {one_line(keys_from)}: it names no image", "write one key a line")
-    options = ExportOptions(path, write, keys, tokens)
+    options = ExportOptions(path, write, keys, tokens=not no_tokens)
     with Bar(quiet=quiet) as bar:
         return run_stoppable(lambda stop: export(options, stop, bar.progress), as_json=json, quiet=quiet)
 

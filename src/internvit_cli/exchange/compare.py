@@ -129,8 +129,10 @@ class _Comparison:
         self._on_progress = on_progress
         self._one, self._other = select_all(options.one), select_all(options.other)
         places = {key: position for position, key in enumerate(self._other.table.keys)}
-        pairs = [(row, places[key]) for row, key in enumerate(self._one.table.keys) if key in places]
-        self._pairs = np.array(pairs, np.int64).reshape(-1, 2)
+        keys = self._one.table.keys
+        there = np.fromiter((places.get(key, -1) for key in keys), np.int64, len(keys))
+        self._pairs = np.stack([np.flatnonzero(there >= 0), there[there >= 0]], axis=1)
+        """Positions in both of the images that both have, [k, 2]."""
         is_done = self._one.is_done[self._pairs[:, 0]] & self._other.is_done[self._pairs[:, 1]]
         self._done = self._pairs[is_done]
         """Positions in both of the images that have features in both, [k, 2]."""

@@ -32,6 +32,7 @@ class WriteOptions:
     target: Target | None = None
     """None goes by the name."""
     shard_bytes: int | None = None
+    """Of a folder, or of a series of tars; other files are one, as with `extract`."""
     overwrite: bool = False
     lock: bool = True
     widen: bool = False
@@ -114,9 +115,6 @@ def check_options(place: Place, options: WriteOptions) -> None:
     Raises:
         UsageError: one does.
     """
-    is_cut = place.is_folder or place.target is Target.TAR
-    if options.shard_bytes is not None and not is_cut:
-        raise UsageError(f"--shard-size: {place.path} is one file", "name a folder, or a .tar")
     if options.widen and place.target not in (Target.PARQUET, Target.TAR):
         raise UsageError(
             f"--widen: {place.target.value} holds bfloat16 as it is, or no tokens", "leave it out, or choose another"

@@ -1,6 +1,7 @@
 """Features as one .safetensors file: every dataset a tensor, bfloat16 as such, keys and reasons as bytes.
 
 The header comes first and the rows go to their places behind it, so the file is written in one pass and bounded memory.
+The library reads headers of up to 100 MB: keys, of which there may be millions, are no part of it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 4096
 """Where the first tensor begins: rows of a mapped file lie on pages."""
-MOST_HEADER_BYTES = 100_000_000
-"""What the safetensors library reads."""
 TYPES = {
     "<f8": "F64",
     "<f4": "F32",
