@@ -34,10 +34,12 @@ def modules_with_examples() -> list[str]:
 
 
 def make_workplace(folder: Path) -> Path:
-    """Pictures in imgs/, and their features in feats.h5 and, as arrays, in feats/."""
+    """Pictures in imgs/, and their features in feats.h5, as arrays in feats/, and in every other format."""
     arguments = ["--model", "tiny-random", "--dtype", "float32", "--device", "cpu", "-q"]
     for output in (["-o", str(folder / "feats.h5")], ["-o", str(folder / "feats"), "--format", "npy"]):
         assert run(["extract", str(folder / "imgs"), *output, *arguments]) == 0
+    for suffix in ("parquet", "safetensors", "tar", "csv"):
+        assert run(["export", str(folder / "feats.h5"), str(folder / f"feats.{suffix}"), "-q"]) == 0
     return folder
 
 

@@ -10,7 +10,22 @@ from typing import Annotated, Any
 
 import typer
 
-from internvit_cli.cli import bench, doctor, duplicates, extract, info, models, plan, report, search, show, verify
+from internvit_cli.cli import (
+    bench,
+    diff,
+    doctor,
+    duplicates,
+    export,
+    extract,
+    info,
+    merge,
+    models,
+    plan,
+    report,
+    search,
+    show,
+    verify,
+)
 from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json
 from internvit_cli.cli.settings import configurable
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
@@ -38,6 +53,9 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "search": search.search_command,
     "duplicates": duplicates.duplicates_command,
     "report": report.report_command,
+    "export": export.export_command,
+    "merge": merge.merge_command,
+    "diff": diff.diff_command,
     "models": models.models_command,
     "doctor": doctor.doctor_command,
 }

@@ -203,8 +203,13 @@ def allocated_bytes(path: str) -> int:
     return os.stat(path).st_blocks * 512 if os.path.exists(path) else 0
 
 
-def check_space(path: str, needed: int) -> None:
+def check_space(path: str, needed: int, less: str = "--tokens none, --max-tiles") -> None:
     """Refuse a plan that cannot fit.
+
+    Args:
+        path: what is to be written.
+        needed: bytes.
+        less: options with which it would be less.
 
     Raises:
         NoSpaceError: fewer than `needed` bytes are free.
@@ -213,5 +218,5 @@ def check_space(path: str, needed: int) -> None:
     if needed > free:
         raise NoSpaceError(
             f"{path} needs {needed:,} bytes more, and {free:,} are free there",
-            "free some space, choose another disk, or store less (--tokens none, --max-tiles)",
+            f"free some space, choose another disk, or store less ({less})",
         )

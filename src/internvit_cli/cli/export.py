@@ -1,0 +1,111 @@
+"""`internvit export`: features in other files and formats."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from internvit_cli.cli.arguments import parse_size
+from internvit_cli.cli.console import Bar, human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.cli.extract import stop_on_signals
+from internvit_cli.errors import ExitCode, StoppedError, UsageError, one_line
+from internvit_cli.exchange.targets import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from internvit_cli.exchange.export import Written
+    from internvit_cli.stopping import StopRequest
+
+
+def export_command(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
+    new: Annotated[
+        str, typer.Argument(metavar="NEW", help="feats.h5, .parquet, .safetensors, .tar, .csv, or a folder of shards.")
+    ],
+    target: Annotated[
+        Target | None, typer.Option("--format", help="Of NEW. (default: by its name; npy for a folder)")
+    ] = None,
+    shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Most bytes of a shard of a folder (4GiB), or of a .tar.")
+    ] = None,
+    no_tokens: Annotated[bool, typer.Option("--no-tokens", help="Write vectors only.")] = False,
+    widen: Annotated[
+        bool, typer.Option("--widen", help="bfloat16 as float32 in .parquet and .tar, not as its bits.")
+    ] = False,
+    key: Annotated[
+        Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
+        typer.Option("-k", "--key", help="Only this image; may be repeated."),
+    ] = None,
+    keys_from: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Only the images of a list, one key a line.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW when the new one is complete.")] = False,
+    no_lock: Annotated[bool, typer.Option("--no-lock", help="For filesystems without locks.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Write the features of OUT to NEW in another format, each row held to its CRC on the way.
+
+    h5 and npy hold everything, and go on as feature files. NEW appears when it is complete, and not before.
+
+    Example: internvit export feats.h5 feats.parquet
+    """
+    shard_bytes = None if shard_size is None else parse_size("--shard-size", shard_size, least=1)
+    from internvit_cli.exchange.export import ExportOptions, WriteOptions, export
+
+    write = WriteOptions(new, target, shard_bytes, overwrite=overwrite, lock=not no_lock, widen=widen)
+    keys = (*(key or ()), *(read_keys(keys_from) if keys_from is not None else ()))
+    if keys_from is not None and not keys:
+        raise UsageError(f"--keys-from {one_line(keys_from)}: it names no image", "write one key a line")
+    options = ExportOptions(path, write, keys, tokens=not no_tokens)
+    with Bar(quiet=quiet) as bar:
+        return run_stoppable(lambda stop: export(options, stop, bar.progress), as_json=json, quiet=quiet)
+
+
+def read_keys(path: str) -> list[str]:
+    """The keys of a list, one a line.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return [os.fsdecode(line) for line in file.read().splitlines() if line]
+    except OSError as error:
+        raise UsageError(f"--keys-from {one_line(path)}: {error.strerror}", "check the path") from error
+
+
+def run_stoppable(work: Callable[[StopRequest], Written], *, as_json: bool, quiet: bool) -> int:
+    """Do it, and print what was made; a signal ends it and leaves nothing. Returns the exit code."""
+    with stop_on_signals() as stop:
+        try:
+            written = work(stop)
+        except StoppedError as stopped:
+            say(stopped.message)
+            if as_json:
+                print_json({"exit_code": 128 + stop.signal, "error": stopped.message})
+            return 128 + stop.signal
+    if as_json:
+        print_json(written.to_json() | {"exit_code": int(ExitCode.DONE), "error": None})
+    elif not quiet:
+        _print(written)
+    return int(ExitCode.DONE)
+
+
+def _print(written: Written) -> None:
+    images = ", ".join(f"{count:,} {word}" for word, count in written.images.items())
+    files = f" in {written.files:,} files" if written.files > 1 else ""
+    rate = written.bytes / written.seconds if written.seconds else 0.0
+    print_line(f"{written.output}: {sum(written.images.values()):,} images ({images}), {written.tiles:,} tiles")
+    print_line(
+        f"{human_bytes(written.bytes)} as {written.format}{files} in {human_seconds(written.seconds)}, "
+        f"{human_bytes(rate)}/s"
+    )
+    if written.pending:
+        say(f"note: {written.pending:,} images are left out: they are not encoded yet")
+    for note in written.notes:
+        say(f"note: {note}")

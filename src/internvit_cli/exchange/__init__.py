@@ -1,0 +1,1 @@
+"""Features in other files and formats, several outputs as one, and two outputs held against each other."""

@@ -1,0 +1,202 @@
+"""`internvit export`: an output in another format, streamed, each row held to its CRC on the way."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli.config import Tokens
+from internvit_cli.errors import StoppedError, UsageError
+from internvit_cli.exchange.blocks import read_blocks
+from internvit_cli.exchange.destination import Destination
+from internvit_cli.exchange.selection import Selection, select_all
+from internvit_cli.exchange.targets import Place, Target, choose_target
+from internvit_cli.stopping import Interruption
+from internvit_cli.storage.durable import check_space, disk_errors
+from internvit_cli.table import count_statuses
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from internvit_cli.exchange.writer import Made, Writer
+    from internvit_cli.stopping import StopRequest
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOptions:
+    """Where a result goes, and how it is written."""
+
+    path: str
+    target: Target | None = None
+    """None goes by the name."""
+    shard_bytes: int | None = None
+    """Of a folder, or of a series of tars; other files are one, as with `extract`."""
+    overwrite: bool = False
+    lock: bool = True
+    widen: bool = False
+    """Store float32 where the target has no bfloat16, instead of its bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What to export, and where to."""
+
+    source: str
+    write: WriteOptions
+    keys: tuple[str, ...] = ()
+    """Only these images."""
+    tokens: bool = True
+    """Write tokens; otherwise vectors only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was made."""
+
+    sources: tuple[str, ...]
+    output: str
+    format: str
+    images: dict[str, int]
+    """By status."""
+    pending: int
+    """Images that were left out, for they are not encoded yet."""
+    tiles: int
+    bytes: int
+    files: int
+    seconds: float
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The flat object of `--json`."""
+        return asdict(self)
+
+
+def export(options: ExportOptions, stop: StopRequest, on_progress: Callable[[str, int, int], None]) -> Written:
+    """Write an output in another format.
+
+    Args:
+        options: what, and where to.
+        stop: a signal ends the work at once; only publishing is not interrupted.
+        on_progress: told how far it is.
+
+    Raises:
+        StoppedError: a signal came; nothing has the result's name.
+        InternvitError: the output is damaged, or the result cannot be written; nothing has its name.
+    """
+    place = choose_target(options.write.path, options.write.target)
+    check_options(place, options.write)
+    destination = Destination(place, [options.source], overwrite=options.write.overwrite, lock=options.write.lock)
+    try:
+        selection = select_all(options.source)
+        if options.keys:
+            selection = selection.take(selection.positions_of(options.keys))
+        if not options.tokens:
+            selection = selection.without_tokens()
+        return write(selection, Job(place, destination, options.write, (options.source,)), stop, on_progress)
+    except Interruption:
+        raise StoppedError("stopped before all was written; nothing is left") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A result that is to be made."""
+
+    place: Place
+    destination: Destination
+    options: WriteOptions
+    sources: tuple[str, ...]
+
+
+def check_options(place: Place, options: WriteOptions) -> None:
+    """Refuse options that mean nothing for a target.
+
+    Raises:
+        UsageError: one does.
+    """
+    if options.widen and place.target not in (Target.PARQUET, Target.TAR):
+        raise UsageError(
+            f"--widen: {place.target.value} holds bfloat16 as it is, or no tokens", "leave it out, or choose another"
+        )
+
+
+def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callable[[str, int, int], None]) -> Written:
+    """Stream a selection to its destination, and publish it.
+
+    Raises:
+        NoSpaceError: it does not fit; nothing was written.
+        InternvitError: a row is damaged, or the disk failed; nothing has the result's name.
+    """
+    started = time.monotonic()
+    with job.destination.open():
+        writer = open_writer(selection, job)
+        with disk_errors(job.destination.path):  # such as a limit on the size of files
+            needed = writer.needed_bytes()
+        check_space(
+            job.destination.path, needed, "--no-tokens" if selection.shape.tokens is not Tokens.NONE else "--key"
+        )
+        try:
+            _stream(selection, writer, job, on_progress)
+            made = writer.finish()
+        finally:
+            writer.close()
+        stop.is_working = True
+        nbytes, files = _size(job.destination, made)
+        job.destination.publish(made.names, made.obsolete)
+    return Written(
+        sources=job.sources,
+        output=job.place.path,
+        format=job.place.target.value,
+        images={status.word: count for status, count in count_statuses(selection.table.status).items()},
+        pending=selection.pending,
+        tiles=selection.table.tiles,
+        bytes=nbytes,
+        files=files,
+        seconds=time.monotonic() - started,
+        notes=tuple(made.notes),
+    )
+
+
+def _stream(selection: Selection, writer: Writer, job: Job, on_progress: Callable[[str, int, int], None]) -> None:
+    writer.begin()
+    for block in read_blocks(selection, is_index=job.place.target is Target.CSV):
+        writer.add(block)
+        on_progress("writing", block.first + len(block), len(selection))
+
+
+def open_writer(selection: Selection, job: Job) -> Writer:
+    """What writes a target; its module is loaded only now."""
+    destination, options = job.destination, job.options
+    match job.place.target:
+        case Target.PARQUET:
+            from internvit_cli.exchange.parquet import ParquetWriter
+
+            return ParquetWriter(selection, destination, widen=options.widen)
+        case Target.SAFETENSORS:
+            from internvit_cli.exchange.safetensors_file import SafetensorsWriter
+
+            return SafetensorsWriter(selection, destination)
+        case Target.TAR:
+            from internvit_cli.exchange.tar import TarWriter
+
+            return TarWriter(selection, destination, options.shard_bytes, widen=options.widen)
+        case Target.CSV:
+            from internvit_cli.exchange.csv_index import CsvWriter
+
+            return CsvWriter(selection, destination)
+        case _:
+            from internvit_cli.exchange.feature_files import FeatureFileWriter
+
+            return FeatureFileWriter(selection, destination, job.place.target.shard_format, options.shard_bytes)
+
+
+def _size(destination: Destination, made: Made) -> tuple[int, int]:
+    """Bytes and number of the files that were made."""
+    paths = [destination.staged(name) for name in made.names]
+    files = [
+        file
+        for path in paths
+        for file in ([entry.path for entry in os.scandir(path)] if os.path.isdir(path) else [path])
+    ]
+    return sum(map(os.path.getsize, files)), len(files)

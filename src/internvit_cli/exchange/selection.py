@@ -1,0 +1,304 @@
+"""The rows of one or more outputs that go into a new one: which they are, what is known of them, where they lie."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
+from internvit_cli.errors import OutputError
+from internvit_cli.reconcile import ROW_BITS, sources_to_json
+from internvit_cli.storage.layout import PARTIAL, POOLED, FeatureShape, stored_recipe
+from internvit_cli.storage.near_keys import near_keys
+from internvit_cli.storage.output import FinishedShard, Output
+from internvit_cli.storage.reader import OpenShard, UnknownKeyError, find_shards
+from internvit_cli.storage.skipped import read_skip_log
+from internvit_cli.table import ImageTable, concatenate
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.sources.interface import Source
+
+
+ATTRIBUTE_ORDER = (
+    "format",
+    "format_version",
+    "recipe",
+    "recipe_digest",
+    "sources",
+    "created_by",
+    "model",
+    "model_revision",
+    "weights_digest",
+    "batch_tiles",
+    "pooled_from",
+)
+"""As shards are created: HDF5 gives attributes back by name, and the bytes of a file depend on their order."""
+
+
+@dataclass(frozen=True)
+class StoredOutput:
+    """The shards of one output, the unfinished one of a folder among them, and its list of skipped images."""
+
+    path: str
+    found: tuple[FinishedShard, ...]
+    skips: tuple[dict[str, Any], ...]
+
+    @classmethod
+    def open(cls, path: str) -> StoredOutput:
+        """Read the indexes at a path that a user names.
+
+        Raises:
+            OutputError: there is nothing there, or it is damaged, or of a newer version.
+        """
+        name = path.rstrip("/") or "/"
+        output = Output(name.removesuffix(PARTIAL))
+        found = _folder_shards(output) if os.path.isdir(name) else []
+        return cls(name, tuple(found or find_shards(name)), tuple(read_skip_log(output.skipped_path)))
+
+    @cached_property
+    def shards(self) -> list[OpenShard]:
+        """For reading, oldest first."""
+        return [OpenShard(shard) for shard in self.found]
+
+    @property
+    def recipe(self) -> Recipe:
+        """What its rows were made with.
+
+        Raises:
+            OutputError: there is none that this version understands, or its shards have several.
+        """
+        recipes = {stored_recipe(shard.attributes, shard.path) for shard in self.shards}
+        if len(recipes) > 1:
+            raise OutputError(f"the shards of {self.path} have several recipes", f"internvit verify {self.path}")
+        return recipes.pop()
+
+    @property
+    def pending(self) -> int:
+        """Images that were planned and are not encoded yet."""
+        return sum(int((shard.table.status == Status.PENDING).sum()) for shard in self.shards)
+
+    def live_places(self) -> dict[bytes, int]:
+        """By key the place of its committed row that counts: the shard's number and the row as one integer."""
+        places: dict[bytes, int] = {}
+        for number, shard in enumerate(self.shards):
+            superseded, status = shard.superseded_keys, shard.table.status
+            for row, key in enumerate(shard.table.keys):
+                if status[row] != Status.PENDING and key not in superseded:
+                    places[key] = number << ROW_BITS | row
+        return places
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Rows of several shards as one table, in an order that reads each shard from front to back."""
+
+    found: tuple[FinishedShard, ...]
+    shard_of: NDArray[Any]
+    """Number of each image's shard, [n] int64."""
+    row_of: NDArray[Any]
+    """Number of its row there, [n] int64."""
+    table: ImageTable
+    """The images with their statuses; `source` counts `sources`."""
+    sources: Sequence[Source]
+    recipe: Recipe
+    shape: FeatureShape
+    skips: tuple[dict[str, Any], ...]
+    """Lines of the lists of skipped images: those of its images, and of folders that could not be read."""
+    pending: int
+    """Images of the outputs that are left out, for they are not encoded yet."""
+    drops_tokens: bool = False
+    """Whether tokens are left out of what is written."""
+
+    @property
+    def written(self) -> FeatureShape:
+        """Sizes of what is written."""
+        return replace(self.shape, tokens=Tokens.NONE) if self.drops_tokens else self.shape
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def shards(self) -> list[OpenShard]:
+        """The shards, for reading."""
+        return [OpenShard(shard) for shard in self.found]
+
+    @property
+    def is_done(self) -> NDArray[Any]:
+        """Which images have features, [n] bool."""
+        done: NDArray[Any] = self.table.status == Status.DONE
+        return done
+
+    @cached_property
+    def digests(self) -> NDArray[Any]:
+        """SHA-256 of every picture's file, [n, 32] uint8; zeros where there is none."""
+        return self._gathered([shard.digests for shard in self.shards])
+
+    @cached_property
+    def checksums(self) -> NDArray[Any]:
+        """CRC-32 of every image's rows, [n] uint32."""
+        return self._gathered([shard.checksums for shard in self.shards])
+
+    def _gathered(self, columns: list[NDArray[Any]]) -> NDArray[Any]:
+        values = np.zeros((len(self), *columns[0].shape[1:]), columns[0].dtype)
+        for number, column in enumerate(columns):
+            is_here = self.shard_of == number
+            values[is_here] = column[self.row_of[is_here]]
+        return values
+
+    def attributes(self, position: int = 0) -> dict[str, Any]:
+        """The root attributes for a shard whose first image is at a position, but for `index_digest`."""
+        attributes = dict(self.shards[int(self.shard_of[position])].attributes)
+        attributes.pop("index_digest", None)
+        if self.drops_tokens:
+            recipe = replace(self.recipe, tokens=Tokens.NONE.value)
+            attributes |= {"recipe": recipe.to_json(), "recipe_digest": recipe.digest}
+        attributes["sources"] = sources_to_json(self.sources)
+        return {name: attributes.pop(name) for name in ATTRIBUTE_ORDER if name in attributes} | attributes
+
+    @cached_property
+    def messages(self) -> dict[str, str]:
+        """By key of a skipped image, why it was: the exception and its message."""
+        return {entry["key"]: _message(entry) for entry in self.skips}
+
+    def positions_of(self, keys: Sequence[str]) -> NDArray[Any]:
+        """Where images stand, sorted, [k] int64.
+
+        Raises:
+            UnknownKeyError: there is no such image; the hint names keys like it.
+        """
+        places = {key: position for position, key in enumerate(self.table.keys)}
+        for key in keys:
+            if os.fsencode(key) not in places:
+                near = near_keys(key, self.table.keys)
+                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "internvit info tells what there is"
+                raise UnknownKeyError(f"{self.found[0].path} has no image {key!r}", hint)
+        return np.array(sorted({places[os.fsencode(key)] for key in keys}), np.int64)
+
+    def without_tokens(self) -> Selection:
+        """The same images, of which only vectors are written."""
+        return replace(self, drops_tokens=True)
+
+    def take(self, positions: NDArray[Any]) -> Selection:
+        """Some of its images."""
+        table = self.table.take(positions)
+        kept = {os.fsdecode(key) for key in table.keys}
+        skips = tuple(entry for entry in self.skips if entry["key"] in kept)
+        return replace(self, shard_of=self.shard_of[positions], row_of=self.row_of[positions], table=table, skips=skips)
+
+
+def _folder_shards(output: Output) -> list[FinishedShard]:
+    """A folder's finished shards, and after them the one that is still filled, unless it is for another recipe."""
+    shards, unfinished = output.finished(), output.partial()
+    if unfinished is None:
+        return shards
+    recipes = [stored_recipe(shard.stored.attributes, shard.path) for shard in (*shards, unfinished)]
+    return [*shards, unfinished] if recipes[-1] == recipes[0] else shards
+
+
+def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> Selection:
+    """Some rows of one or more outputs of one recipe.
+
+    Args:
+        outputs: whose shards are counted through, one output after another.
+        places: shard's number and row of each image, as `live_places` gives them.
+
+    Raises:
+        OutputError: there are none, or a shard is damaged.
+    """
+    if not places:
+        raise OutputError(f"{outputs[0].path} holds no finished image yet", "let internvit extract finish first")
+    ordered = np.sort(np.array(places, np.int64))
+    shard_of, row_of = ordered >> ROW_BITS, ordered & ((1 << ROW_BITS) - 1)
+    shards = [shard for output in outputs for shard in output.shards]
+    sources: list[Source] = []
+    tables = []
+    for number in np.unique(shard_of).tolist():
+        table = shards[number].table.take(row_of[shard_of == number])
+        tables.append(table.with_sources(_renumbered(shards[number], sources)[table.source]))
+    whole = concatenate(tables)
+    return Selection(
+        found=tuple(shard for output in outputs for shard in output.found),
+        shard_of=shard_of,
+        row_of=row_of,
+        table=whole,
+        sources=sources,
+        recipe=outputs[-1].recipe,
+        shape=stored_shape(shards, outputs[-1].recipe),
+        skips=_kept_skips(outputs, whole),
+        pending=sum(output.pending for output in outputs),
+    )
+
+
+def select_all(path: str) -> Selection:
+    """All committed rows of an output that count.
+
+    Raises:
+        OutputError: there is nothing there, or it is damaged.
+    """
+    output = StoredOutput.open(path)
+    return select([output], list(output.live_places().values()))
+
+
+def stored_shape(shards: Sequence[OpenShard], recipe: Recipe) -> FeatureShape:
+    """Sizes of what shards of a recipe hold, from the datasets themselves."""
+    tokens = Tokens(recipe.tokens)
+    per_tile, channels = (1, 1) if tokens is Tokens.NONE else _row_shape(shards, tokens.dataset)
+    return FeatureShape(
+        tokens=tokens,
+        tokens_per_tile=per_tile,
+        channels=channels,
+        pooled_width=_row_shape(shards, POOLED)[0],
+        store_dtype=StoreDtype(recipe.store_dtype),
+        tile_pooled=recipe.tile_pooled,
+    )
+
+
+def _row_shape(shards: Sequence[OpenShard], name: str) -> tuple[int, ...]:
+    for shard in shards:
+        if name in shard.extents:
+            return shard.extents[name].spec.shape[1:]
+    # Not one image has tiles: the dataset is there, and has no rows.
+    return _empty_shape(shards[0].path, name)
+
+
+def _empty_shape(path: str, name: str) -> tuple[int, ...]:
+    if not path.endswith((".h5", ".hdf5", PARTIAL)):
+        shape: tuple[int, ...] = np.load(f"{path}.{name}.npy", mmap_mode=None).shape[1:]
+        return shape
+    import h5py
+
+    with h5py.File(path, "r", locking=False) as file:
+        return tuple(file[name].shape[1:])
+
+
+def _renumbered(shard: OpenShard, sources: list[Source]) -> NDArray[Any]:
+    """For each of a shard's sources its number among all, to which new ones are added, [k]."""
+    numbers = []
+    for source in shard.sources:
+        if source not in sources:
+            sources.append(source)
+        numbers.append(sources.index(source))
+    return np.array(numbers or [0], np.uint32)
+
+
+def _kept_skips(outputs: Sequence[StoredOutput], table: ImageTable) -> tuple[dict[str, Any], ...]:
+    """Lines on images that are skipped in the table, and on what never had a row."""
+    entries = [entry for output in outputs for entry in output.skips]
+    listed = {os.fsencode(entry["key"]) for entry in entries}
+    with_rows = {key for output in outputs for shard in output.shards for key in listed.intersection(shard.table.keys)}
+    skipped = {table.keys[row] for row in np.flatnonzero(table.status > Status.DONE).tolist()}
+    dropped = {os.fsdecode(key) for key in with_rows - skipped}
+    return tuple(entry for entry in entries if entry["key"] not in dropped)
+
+
+def _message(entry: dict[str, Any]) -> str:
+    parts = (str(entry.get("exception") or ""), str(entry.get("message") or ""))
+    return ": ".join(part for part in parts if part)
