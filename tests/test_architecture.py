@@ -142,6 +142,7 @@ def test_help_and_usage_errors_load_neither_torch_nor_numpy_nor_transformers() -
         ["show", "--help"],
         ["search", "--help"],
         ["duplicates", "--help"],
+        ["report", "--help"],
         ["extract"],
         ["extract", "x", "--bogus"],
         ["--version"],

@@ -118,6 +118,13 @@ class Graphics(str, Enum):
     BLOCKS = "blocks"
 
 
+class Projection(str, Enum):
+    """How `report` lays images out in a plane."""
+
+    PCA = "pca"
+    UMAP = "umap"
+
+
 class Status(IntEnum):
     """What became of an image; the numbers are part of the file format and never change."""
 

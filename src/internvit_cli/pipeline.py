@@ -358,7 +358,8 @@ class _Extraction:
         before = self._totals.progress
         filled = self._engine.fill(job, self._stop, lambda progress: self._observer.progress(before.plus(progress)))
         self._totals.add(filled)
-        writer.append_run_log(self._run_facts(self._engine) | run_log_entry(filled.stages, filled.progress.images))
+        done = filled.progress
+        writer.append_run_log(self._run_facts(self._engine) | run_log_entry(filled.stages, done.images, done.tiles))
 
     def _fill_rules(self, *, is_begun: bool) -> FillRules:
         recipe = self._model.recipe

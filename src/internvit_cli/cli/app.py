@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from internvit_cli.cli import bench, doctor, duplicates, extract, info, models, plan, search, show, verify
+from internvit_cli.cli import bench, doctor, duplicates, extract, info, models, plan, report, search, show, verify
 from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json
 from internvit_cli.cli.settings import configurable
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "show": show.show_command,
     "search": search.search_command,
     "duplicates": duplicates.duplicates_command,
+    "report": report.report_command,
     "models": models.models_command,
     "doctor": doctor.doctor_command,
 }
