@@ -196,3 +196,16 @@ def test_a_shard_of_another_size_than_the_manifest_says_is_refused(tmp_path: Pat
     (path / MANIFEST).write_bytes((tmp_path / "other" / MANIFEST).read_bytes())
     with pytest.raises(OutputError, match="its manifest says 3"):
         describe_output(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("recipe", b"\xb9"), ("model", np.arange(3)), ("compute_error", "{"), ("store_error", "seven")],
+)
+def test_attributes_that_mean_nothing_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    path = make_file(tmp_path)
+    with h5py.File(path, "r+") as file:
+        file.attrs[name] = value
+    with pytest.raises(OutputError) as caught:
+        describe_output(str(path))
+    assert caught.value.hint

@@ -58,10 +58,20 @@ def describe_output(path: str) -> dict[str, Any]:
         "bytes": sum(os.path.getsize(file) for place in places for file in place.backend.final_paths(place.path)),
         "shards": len(places),
         "batch_tiles": attributes.get("batch_tiles", 0),
-        "accuracy": from_attributes(attributes),
+        "accuracy": _accuracy(attributes, path),
         "created_by": attributes.get("created_by", ""),
         "runs": [entry for place in places for entry in place.backend.run_log(place.path)],
     }
+
+
+def _accuracy(attributes: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:
+    try:
+        found = from_attributes(attributes)
+    except (ValueError, TypeError) as error:
+        raise OutputError(
+            f"the accuracy that {path} records is damaged", "restore it, or start anew with --overwrite"
+        ) from error
+    return {name: figures for name, figures in found.items() if isinstance(figures, dict)}
 
 
 def _look_at(place: ShardPlace) -> _Look:

@@ -161,8 +161,10 @@ class Outline:
             OutputError: statuses that mean nothing, or a recipe that does not match its digest.
         """
         _check_statuses(self.status, self.images, path)
-        recipe = str(self.attributes.get("recipe"))
-        if hashlib.sha256(recipe.encode()).hexdigest() != self.attributes.get("recipe_digest"):
+        if not all(isinstance(value, str | int) for value in self.attributes.values()):
+            raise OutputError(f"the attributes of {path} are damaged", "restore it, or start anew with --overwrite")
+        recipe = str(self.attributes.get("recipe")).encode("utf-8", "surrogatepass")
+        if hashlib.sha256(recipe).hexdigest() != self.attributes.get("recipe_digest"):
             raise OutputError(
                 f"the recipe of {path} is damaged: its digest does not match",
                 "restore it, or start anew with --overwrite",
