@@ -19,7 +19,7 @@ import sys
 import time
 import types
 import zlib
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,10 +48,6 @@ if TYPE_CHECKING:
 POOLED_WIDTH = 5
 SPOILED = b"spoiled"
 """A picture with this in its name has a header and cannot be decoded."""
-ENCODER_OPTIONS = (
-    *("device", "dtype", "batch_tiles", "recorded_batch_tiles", "tokens", "pool", "tile_size", "layer", "token_order"),
-    *("store_dtype", "on_overflow", "threads"),
-)
 ALWAYS = ("--model", "tiny-random", "--dtype", "float32", "--tile-pooled")
 
 
@@ -264,7 +260,6 @@ def prepare(behaviour: Behaviour) -> None:
     """Put the stand-ins in place, once a process."""
     stand_in = types.ModuleType("internvit_cli.encoder")
     stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
-    stand_in.EncoderOptions = make_dataclass("EncoderOptions", [(name, Any, None) for name in ENCODER_OPTIONS])  # type: ignore[attr-defined]
     sys.modules["internvit_cli.encoder"] = stand_in
     plan.WorkerPool = InlinePool  # type: ignore[assignment,misc]
     DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens

@@ -20,9 +20,10 @@ from model_helpers import (
 from internvit_cli import encoder_devices
 from internvit_cli.accuracy import LOWEST_TOKEN_COSINE
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
-from internvit_cli.encoder import TORCH_DTYPE, Encoder, EncoderOptions, TileFeatures
+from internvit_cli.encoder import TORCH_DTYPE, Encoder, TileFeatures
 from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
 from internvit_cli.encoder_devices import fastest_dtype, find_device
+from internvit_cli.encoder_options import EncoderOptions
 from internvit_cli.encoder_quantisation import measure_computing
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model

@@ -28,7 +28,8 @@ from internvit_cli.workers import usable_cpus
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from internvit_cli.encoder import Encoder, EncoderOptions
+    from internvit_cli.encoder import Encoder
+    from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.options import ExtractOptions
     from internvit_cli.preview import Survey
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from internvit_cli.config import ComputeDtype
-    from internvit_cli.encoder import Encoder, EncoderOptions
+    from internvit_cli.encoder import Encoder
+    from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.storage.layout import Extent
     from internvit_cli.storing import FinishedImage

@@ -7,14 +7,14 @@ tiles were submitted together, and no core waits at a barrier. On an accelerator
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from internvit_cli.accuracy import Accuracy
 from internvit_cli.allocator import keep_freed_memory
-from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import ComputeDtype
 from internvit_cli.encoder_devices import device_name, fastest_dtype, find_device
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.features import FeatureModel, FeatureSpec
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
 
 TORCH_DTYPE = {
@@ -38,45 +39,6 @@ TORCH_DTYPE = {
 
 COMPILED_BATCH = 64
 """With torch.compile the batch is not measured: every size would be compiled anew."""
-
-
-@dataclass(frozen=True)
-class EncoderOptions:
-    """How to run a model, and what to keep."""
-
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    dtype: ComputeDtype = ComputeDtype.AUTO
-    batch_tiles: int | None = None
-    """Tiles in a batch; None measures (accelerators) or takes a few a thread (CPU)."""
-    recorded_batch_tiles: int | None = None
-    """The output's batch, taken for want of `batch_tiles` where a row's last bits depend on it: not on a CPU."""
-    tokens: Tokens = Tokens.VISUAL
-    pool: Pool = Pool.MEAN
-    tile_size: int = 448
-    """Side of a tile, pixels."""
-    layer: int | None = None
-    """How many blocks run, from `ModelCard.resolve_layer`; None is what the checkpoint was opened for."""
-    token_order: Literal["v1", "v2"] = "v2"  # noqa: S105  (an order, not a secret)
-    store_dtype: StoreDtype = StoreDtype.FLOAT16
-    on_overflow: OnOverflow = OnOverflow.SKIP
-    threads: int | None = None
-    """CPU only: tiles encoded at the same time, one thread each; None is one for every core this process may use."""
-    compile: bool = False
-    """CUDA only: torch.compile over plain PyTorch instead of our kernels; half a minute before the first batch."""
-    fused: bool = True
-    """CUDA only: whether Triton's kernels are used where they work; without them plain PyTorch is."""
-
-    def feature_spec(self) -> FeatureSpec:
-        """What is kept of a tile."""
-        return FeatureSpec(
-            tokens=self.tokens,
-            pool=self.pool,
-            tile_size=self.tile_size,
-            token_order=self.token_order,
-            store_dtype=self.store_dtype,
-            on_overflow=self.on_overflow,
-        )
 
 
 @dataclass(frozen=True)
@@ -270,12 +232,24 @@ def _check_device(options: EncoderOptions, device: torch.device) -> None:
         raise UsageError(f"--compile on {device}: it is for CUDA", "leave it out")
 
 
+def _feature_spec(options: EncoderOptions) -> FeatureSpec:
+    """What is kept of a tile."""
+    return FeatureSpec(
+        tokens=options.tokens,
+        pool=options.pool,
+        tile_size=options.tile_size,
+        token_order=options.token_order,
+        store_dtype=options.store_dtype,
+        on_overflow=options.on_overflow,
+    )
+
+
 def _load_model(checkpoint: Checkpoint, options: EncoderOptions, device: torch.device) -> FeatureModel:
     """The model with its weights on the device."""
     try:
         model = FeatureModel.load(
             checkpoint,
-            options.feature_spec(),
+            _feature_spec(options),
             device=device,
             dtype=TORCH_DTYPE[options.dtype],
             fused=options.fused and not options.compile,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from internvit_cli.accuracy import Accuracy
     from internvit_cli.config import ComputeDtype, PixelRule
-    from internvit_cli.encoder import Encoder, EncoderOptions
+    from internvit_cli.encoder import Encoder
+    from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.observer import Progress
     from internvit_cli.stopping import Stop

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import ComputeDtype, PixelRule, Preprocess, Recipe, TilingRule, Tokens
+from internvit_cli.encoder_options import EncoderOptions
 from internvit_cli.errors import OtherRecipeError, OutputError
 from internvit_cli.model.card import ModelCard, feature_shapes
 from internvit_cli.model.catalog import describe_model, hub_name
@@ -14,7 +15,6 @@ from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.storage.layout import FeatureShape, stored_recipe
 
 if TYPE_CHECKING:
-    from internvit_cli.encoder import EncoderOptions
     from internvit_cli.options import ExtractOptions
 
 LONGEST_DTYPE = "bfloat16"
@@ -208,8 +208,6 @@ def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> F
 
 def encoder_options(options: ExtractOptions, recipe: Recipe, card: ModelCard, device: str) -> EncoderOptions:
     """How the encoder of a run is loaded on a device; the type is what was asked for, maybe AUTO."""
-    from internvit_cli.encoder import EncoderOptions
-
     return EncoderOptions(
         device=device,
         dtype=options.run.dtype,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.encoder_options import EncoderOptions
 from internvit_cli.errors import InternvitError, ModelError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from internvit_cli.config import Recipe
-    from internvit_cli.encoder import EncoderOptions
 
 
 def open_recorded(recipe: Recipe, attributes: Mapping[str, Any], model: str | None = None) -> Checkpoint:
@@ -55,8 +55,6 @@ def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> Enc
         device: auto, cpu, cuda, cuda:N or mps.
         batch_tiles: tiles in a batch; None lets the encoder choose.
     """
-    from internvit_cli.encoder import EncoderOptions
-
     return EncoderOptions(
         device=device,
         dtype=ComputeDtype(recipe.compute_dtype),

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from internvit_cli.config import Recipe
-    from internvit_cli.encoder import Encoder, EncoderOptions, PendingBatch, TileFeatures
+    from internvit_cli.encoder import Encoder, PendingBatch, TileFeatures
+    from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.storage.image import ImageFeatures
 
