@@ -160,6 +160,7 @@ class DigestEncoder:
     device_name = "none"
     device_seconds = 0.0
     dtype = ComputeDtype.FLOAT32
+    kernels = "none"
     halved = False
     tokens = (4, 6)
 
@@ -175,6 +176,7 @@ class DigestEncoder:
             pooled=np.stack([pooled for _, pooled in rows]),
             fits=np.zeros(len(rows), np.uint8),
             clamped=0,
+            scales=None,
         )
         return types.SimpleNamespace(result=lambda: batch)
 
