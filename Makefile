@@ -5,7 +5,7 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sweep clean
+.PHONY: demo test lint sweep docs clean
 
 demo: $(VENV)/.installed
 	rm -f feats.h5
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/make_cli.py
 
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)

@@ -27,7 +27,8 @@ import transformers
 from peers import Graphed, Transformers
 
 from internvit_cli.config import ComputeDtype
-from internvit_cli.encoder import Encoder, EncoderOptions, find_device
+from internvit_cli.encoder import Encoder, EncoderOptions
+from internvit_cli.encoder_devices import find_device
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
 from internvit_cli.workers import usable_cpus

@@ -1,6 +1,7 @@
 """Time and memory of planning, resuming, a run with nothing to do, `info` and `verify`, against the number of images.
 
     python benchmarks/scale.py [--images 1000 10000 100000 1000000] [--folder FOLDER]
+    python benchmarks/scale.py --photos PHOTOS      # only planning: headers of real photographs a second
 
 The pictures are hard links to 64 JPEG files of some kilobytes, a thousand to a folder, so that a million of them take
 no room. The unfinished file holds random vectors for all of them but the last ten, written as `extract` writes them
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from PIL import Image
 FILES = 64
 PER_FOLDER = 1000
 PENDING = 10
+PHOTOS = 20_000
 MODEL = ("--model", "tiny-random", "--dtype", "float32", "--tokens", "none", "--quiet")
 
 
@@ -54,6 +57,28 @@ def make_pictures(folder: Path, images: int) -> None:
         os.link(originals / f"{number % FILES:02d}.jpg", place)
 
 
+def plan_photos(photos: Path, folder: Path) -> None:
+    """Plan hard links to real photographs, 20,000 and 40,000 of them."""
+    originals = folder / "originals"
+    shutil.copytree(photos, originals)
+    files = sorted(path for path in originals.iterdir() if path.is_file())
+    for number in range(2 * PHOTOS):
+        place = (
+            folder
+            / "pictures"
+            / f"{number // PHOTOS}"
+            / f"{number // PER_FOLDER:03d}"
+            / f"{number}-{number % len(files)}"
+        )
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.link(files[number % len(files)], place.with_suffix(files[number % len(files)].suffix))
+    half, whole = folder / "pictures" / "0", folder / "pictures"
+    for pictures in (whole, half, whole, half, whole, half):
+        cost = run("plan", pictures, "-o", folder / "feats.h5", *MODEL)
+        images = PHOTOS if pictures == half else 2 * PHOTOS
+        print(f"{images:,} photographs: {cost.seconds:.2f} s, {images / cost.seconds:,.0f}/s, {cost.megabytes:.0f} MB")
+
+
 def run(*arguments: object, code: int = 0) -> Cost:
     """Run a command line in a process of its own."""
     started = time.perf_counter()
@@ -76,7 +101,7 @@ from internvit_cli.config import Status
 from internvit_cli.storage.commit import ImageRows
 
 class Engine:
-    device_name, batch_tiles, batch_tiles_to_record, workers, notes = "none", 1, 0, 0, ()
+    device_name, batch_tiles, batch_tiles_to_record, workers, kernels, notes = "none", 1, 0, 0, "", ()
 
     def __init__(self, _checkpoint, options, _workload):
         self.dtype = options.encoder.dtype
@@ -101,6 +126,12 @@ run(["extract", sys.argv[1], "-o", sys.argv[2], *sys.argv[4:]])
 """
 
 
+def fill(pictures: Path, output: Path, *more: str) -> None:
+    """An output of all pictures but the last ten, as a run that died would leave it."""
+    command = [sys.executable, "-c", FILL, str(pictures), str(output), str(PENDING), *MODEL, *more]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def measure(images: int, folder: Path) -> dict[str, Cost]:
     """All commands over so many images."""
     make_pictures(folder, images)
@@ -109,14 +140,17 @@ def measure(images: int, folder: Path) -> dict[str, Cost]:
         "plan, cold": run("plan", pictures, "-o", output, *MODEL),
         "plan": run("plan", pictures, "-o", output, *MODEL),
     }
-    command = [sys.executable, "-c", FILL, str(pictures), str(output), str(PENDING), *MODEL]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    fill(pictures, output)
     assert Path(f"{output}.partial").exists()
     costs["info of the unfinished file"] = run("info", f"{output}.partial")
     costs["resume, ten images left"] = run("extract", pictures, "-o", output, *MODEL)
     costs["nothing to do"] = run("extract", pictures, "-o", output, *MODEL)
     costs["info"] = run("info", output)
     costs["verify, rows and index"] = run("verify", output, "--no-pictures", "-q")
+    shards = folder / "feats"
+    fill(pictures, shards, "--format", "npy")
+    run("extract", pictures, "-o", shards, *MODEL)
+    costs["info of .npy shards"] = run("info", shards)
     return costs
 
 
@@ -124,7 +158,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--folder", default=tempfile.gettempdir())
+    parser.add_argument("--photos", type=Path, help="plan these, and nothing else")
     arguments = parser.parse_args()
+    if arguments.photos:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
+            plan_photos(arguments.photos, Path(scratch))
+        return
     table: dict[str, list[Cost]] = {}
     for images in arguments.images:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
@@ -133,7 +172,7 @@ def main() -> None:
     print("| command | " + " | ".join(f"{images:,} images" for images in arguments.images) + " |")
     print("|---" * (1 + len(arguments.images)) + "|")
     for name, costs in table.items():
-        print(f"| {name} | " + " | ".join(f"{cost.seconds:.1f} s, {cost.megabytes:.0f} MB" for cost in costs) + " |")
+        print(f"| {name} | " + " | ".join(f"{cost.seconds:.2f} s, {cost.megabytes:.0f} MB" for cost in costs) + " |")
 
 
 if __name__ == "__main__":

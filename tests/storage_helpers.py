@@ -109,12 +109,14 @@ def random_image(shard: NewShard, row: int, seed: int = 0) -> ImageRows:
     tiles = int(shard.table.tile_counts[row])
     cut = [0, tiles // 2, tiles] if tiles > 1 else [0, tiles]
     sizes = np.diff(cut).tolist()
-    tokens, vectors = [], []
+    tokens, scales, vectors = [], [], []
     if shard.features.tokens is not Tokens.NONE:
         tokens = [_random_tokens(rng, shard.features, size) for size in sizes]
+        if shard.features.store_dtype.is_scaled:
+            scales = [rng.uniform(0.1, 2, (size, TOKENS_PER_TILE)).astype(np.float32) for size in sizes]
     if shard.features.tile_pooled:
         vectors = [rng.standard_normal((size, POOLED_WIDTH), np.float32) for size in sizes]
-    return ImageRows(row, rng.bytes(32), rng.standard_normal(POOLED_WIDTH, np.float32), tokens, vectors)
+    return ImageRows(row, rng.bytes(32), rng.standard_normal(POOLED_WIDTH, np.float32), tokens, vectors, scales)
 
 
 def _random_tokens(rng: np.random.Generator, shape: FeatureShape, tiles: int) -> NDArray[Any]:
@@ -122,13 +124,18 @@ def _random_tokens(rng: np.random.Generator, shape: FeatureShape, tiles: int) ->
     if shape.store_dtype is StoreDtype.BFLOAT16:
         # Any bits of finite numbers: exponents below 255.
         return (rng.integers(0, 0x7F80, size) | (rng.integers(0, 2, size) << 15)).astype("<u2")
+    if shape.store_dtype is StoreDtype.INT8:
+        return rng.integers(-127, 128, size).astype("|i1")
+    if shape.store_dtype is StoreDtype.FP8:
+        # Any bits of finite numbers: 127 and 255 are NaN.
+        return (rng.integers(0, 127, size) | (rng.integers(0, 2, size) << 7)).astype("|u1")
     return rng.standard_normal(size, np.float32).astype(shape.store_dtype.numpy_name)
 
 
 def expected_crc32(image: ImageRows) -> int:
-    """CRC-32 over pooled, tokens, tile_pooled, in this order."""
+    """CRC-32 over pooled, tokens, their scales, tile_pooled, in this order."""
     checksum = 0
-    for block in (image.pooled, *image.tokens, *image.tile_pooled):
+    for block in (image.pooled, *image.tokens, *image.scales, *image.tile_pooled):
         checksum = zlib.crc32(block.tobytes(), checksum)
     return checksum
 

@@ -12,21 +12,21 @@ import internvit_cli
 PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
-    {"config", "errors", "observer", "stopping"},
+    {"config", "errors", "observer", "stopping", "accuracy", "allocator"},
     {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
-    {"headers"},
+    {"headers", "quick_headers"},
     {"plan"},
     {"decode"},
     {"draw"},
     {"model"},
-    {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_quantisation"},
+    {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_devices", "encoder_quantisation"},
     {"options", "report"},
     {"storage"},
     {"reconcile"},
     {"recipes"},
     {"existing", "sharding", "storing", "inspect", "recorded"},
-    {"filling"},
+    {"filling", "sampling"},
     {"engine"},
     {"device_process"},
     {"devices"},
@@ -92,7 +92,15 @@ def test_every_module_imports_only_from_its_own_row_and_those_before_it() -> Non
 
 
 def test_only_model_and_encoder_import_torch_at_the_top() -> None:
-    allowed = {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_quantisation", "torch_facts"}
+    allowed = {
+        "encoder",
+        "encoder_cpu",
+        "encoder_batches",
+        "encoder_cuda",
+        "encoder_devices",
+        "encoder_quantisation",
+        "torch_facts",
+    }
     allowed |= {"tensors", "use.dataset", "use.extractor"}
     allowed |= {"model.vit", "model.unshuffle", "model.loading", "model.features", "model.native"}
     allowed |= {module for module in modules() if module.startswith("model.kernels.")}
@@ -138,6 +146,7 @@ def test_help_and_usage_errors_load_neither_torch_nor_numpy_nor_transformers() -
         ["export", "--help"],
         ["merge", "--help"],
         ["diff", "--help"],
+        ["report", "--help"],
         ["extract"],
         ["extract", "x", "--bogus"],
         ["--version"],

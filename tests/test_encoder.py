@@ -17,24 +17,20 @@ from model_helpers import (
     tiny_card,
 )
 
-from internvit_cli import encoder as encoder_module
+from internvit_cli import encoder_devices
+from internvit_cli.accuracy import LOWEST_TOKEN_COSINE
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
-from internvit_cli.encoder import (
-    TORCH_DTYPE,
-    Encoder,
-    EncoderOptions,
-    TileFeatures,
-    fastest_dtype,
-    find_device,
-)
+from internvit_cli.encoder import TORCH_DTYPE, Encoder, EncoderOptions, TileFeatures
 from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
-from internvit_cli.encoder_quantisation import LOWEST_TOKEN_COSINE, measure
+from internvit_cli.encoder_devices import fastest_dtype, find_device
+from internvit_cli.encoder_quantisation import measure_computing
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.loading import load_vit
 from internvit_cli.model.vit import pixel_unshuffle
+from internvit_cli.storage.layout import decode_values
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -121,7 +117,19 @@ def test_pooled_is_the_mean_of_patches_the_cls_or_both_in_that_order(hidden, tok
         assert (features.tokens is None) is (tokens is Tokens.NONE)
 
 
-@pytest.mark.parametrize("store", StoreDtype)
+@pytest.mark.parametrize("store", [StoreDtype.INT8, StoreDtype.FP8])
+def test_tokens_with_a_scale_are_multiples_of_it(hidden, store):
+    tiles, _ = hidden
+    exact = encode(tiles, store_dtype=StoreDtype.FLOAT32).tokens
+    features = encode(tiles, store_dtype=store)
+    assert features.tokens.dtype == np.dtype(store.numpy_name) and features.scales.shape == exact.shape[:2]
+    steps = 127 if store is StoreDtype.INT8 else 448
+    np.testing.assert_allclose(features.scales, np.abs(exact).max(axis=-1) / steps, rtol=1e-6)
+    read_back = decode_values(features.tokens, store.value, features.scales)
+    assert np.array_equal(read_back, np.float32(read_back)) and relative_error(read_back, exact) < 0.04
+
+
+@pytest.mark.parametrize("store", [dtype for dtype in StoreDtype if not dtype.is_scaled])
 def test_tokens_are_stored_in_the_asked_type_rounded_once(hidden, store):
     tiles, _ = hidden
     exact = encode(tiles, store_dtype=StoreDtype.FLOAT32).tokens
@@ -235,7 +243,7 @@ def test_auto_takes_cuda_then_apples_gpu_then_the_cpu(monkeypatch):
 )
 def test_on_a_cpu_auto_is_bfloat16_only_where_it_is_clearly_faster(monkeypatch, float32, bfloat16, dtype):
     seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
-    monkeypatch.setattr(encoder_module, "_block_seconds", lambda vision, tokens, dtype: seconds[dtype])
+    monkeypatch.setattr(encoder_devices, "_block_seconds", lambda vision, tokens, dtypes: [seconds[d] for d in dtypes])
     assert fastest_dtype(CPU, tiny_card().vision, 448) is ComputeDtype(dtype)
 
 
@@ -399,9 +407,10 @@ def test_compiling_for_a_cpu_is_a_usage_error():
 
 
 def test_the_error_of_a_type_is_measured_against_bfloat16_and_float32():
-    with Encoder.load(tiny_checkpoint(), options(dtype=ComputeDtype.BFLOAT16)) as encoder:
-        error = encoder.quantisation_error(random_tiles(5))
-        assert encoder.submit(random_tiles(1)).result().fits.tolist() == [0]  # it still works
+    checkpoint = tiny_checkpoint()
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+    model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=torch.bfloat16)
+    error = measure_computing(checkpoint, model, random_tiles(5))
     assert error.tiles == 5
     assert error.lowest_cosine_bfloat16 == pytest.approx(1, abs=1e-12)
     assert 0.999 < error.lowest_cosine_float32 <= error.mean_cosine_float32 < 1
@@ -414,7 +423,7 @@ def test_the_error_of_fp8_is_larger_and_its_verdict_is_the_lowest_token(pool):
     checkpoint = tiny_checkpoint()
     spec = FeatureSpec(Tokens.NONE, pool, 56, "v2", StoreDtype.FLOAT16)
     model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
-    error = measure(checkpoint, model, random_tiles(5))
+    error = measure_computing(checkpoint, model, random_tiles(5))
     assert 0.99 < error.lowest_cosine_bfloat16 < error.mean_cosine_bfloat16 < 1 - 1e-6
     assert error.is_acceptable is (error.lowest_cosine_bfloat16 >= LOWEST_TOKEN_COSINE)
     assert not replace(error, lowest_cosine_bfloat16=LOWEST_TOKEN_COSINE - 1e-6).is_acceptable
@@ -423,7 +432,7 @@ def test_the_error_of_fp8_is_larger_and_its_verdict_is_the_lowest_token(pool):
 
 def test_tiles_of_a_wrong_size_are_not_measured():
     with Encoder.load(tiny_checkpoint(), options()) as encoder, pytest.raises(ValueError, match="not uint8"):
-        encoder.quantisation_error(random_tiles(1, 28))
+        encoder.accuracy(random_tiles(1, 28))
 
 
 def cuda_options(**changes) -> EncoderOptions:
@@ -504,13 +513,13 @@ def test_on_cuda_fp8_is_close_to_bfloat16_and_says_how_close():
         return
     tiles = random_tiles(8)
     with Encoder.load(tiny_checkpoint(), cuda_options(dtype=ComputeDtype.FP8)) as encoder:
-        error = encoder.quantisation_error(tiles)
+        error = encoder.accuracy(tiles).compute
         assert encoder.submit(tiles).result().fits.tolist() == [0] * 8
     assert 0.99 < error.lowest_cosine_bfloat16 < 1
     spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
     checkpoint = tiny_checkpoint()
     model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
-    emulated = measure(checkpoint, model, tiles)
+    emulated = measure_computing(checkpoint, model, tiles)
     assert error.mean_cosine_bfloat16 == pytest.approx(emulated.mean_cosine_bfloat16, abs=1e-4)
 
 

@@ -45,6 +45,7 @@ class Features:
     pooled: NDArray[Any]
     fits: NDArray[Any]
     clamped: int
+    scales: None = None
 
 
 class Encoder:

@@ -10,6 +10,7 @@ import warnings
 import zlib
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from internvit_cli.config import PixelRule, Preprocess, Skipped, Status, TilingRule
 from internvit_cli.decode.files import classify, open_regular
 from internvit_cli.headers import Header, exif_orientation, read_header, read_headers
+from internvit_cli.quick_headers import QuickHeader, quick_header
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -224,3 +226,91 @@ def test_a_truncated_header_is_a_value_at_every_length(tmp_path: Path) -> None:
     for length in range(len(data)):
         path.write_bytes(data[:length])
         assert isinstance(read_header(os.fsencode(path), RULE), (Header, Skipped))
+
+
+# ----------------------------------------------------------------------------------------- headers without Pillow
+
+
+def quick(data: bytes, folder: Path) -> QuickHeader | None:
+    path = folder / "quick"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        return quick_header(file.fileno(), len(data))
+
+
+def as_pillow_opens(data: bytes) -> QuickHeader | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            return QuickHeader(*image.size, image.info.get("exif") or b"")
+    except Exception:  # noqa: BLE001 - damaged pictures make Pillow raise nearly anything
+        return None
+
+
+def ordinary_files() -> dict[str, bytes]:
+    """JPEG and WebP as cameras and programs write them, with EXIF and without."""
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a title " * 20
+    found = {}
+    for mode in ("RGB", "L", "CMYK"):
+        picture = Image.fromarray(rng.integers(0, 256, (37, 53, 3), np.uint8)).convert(mode)
+        variants = {"jpeg": {}, "jpeg progressive": {"progressive": True}, "jpeg exif": {"exif": exif}}
+        variants["jpeg comment"] = {"comment": b"c" * 70, "icc_profile": b"p" * 150_000}
+        if mode == "RGB":
+            variants |= {"webp": {}, "webp lossless": {"lossless": True}, "webp exif": {"exif": exif}}
+            variants["webp profile"] = {"exif": exif, "icc_profile": b"p" * 9_000, "xmp": b"x" * 5_001}
+        for name, options in variants.items():
+            data = io.BytesIO()
+            picture.save(data, name.split()[0], **options)
+            found[f"{name} {mode}"] = data.getvalue()
+    return found
+
+
+ORDINARY = ordinary_files()
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_ordinary_files_need_no_pillow_and_say_the_same(name: str, tmp_path: Path) -> None:
+    found = quick(ORDINARY[name], tmp_path)
+    assert found is not None
+    assert found == as_pillow_opens(ORDINARY[name])
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_a_damaged_header_never_says_anything_but_what_pillow_says(name: str, tmp_path: Path) -> None:
+    """Bytes flipped and files cut anywhere in the header: where both give an answer, it is the same one."""
+    whole, rng, answers = ORDINARY[name], np.random.default_rng(len(name)), 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(int(rng.integers(1, 4))):
+            data[int(rng.integers(0, min(len(data), 700)))] = int(rng.integers(0, 256))
+        if rng.random() < 0.3:
+            del data[int(rng.integers(4, len(data))) :]
+        found, wanted = quick(bytes(data), tmp_path), as_pillow_opens(bytes(data))
+        if found is not None and wanted is not None:
+            answers += 1
+            assert found == wanted
+    assert answers > 5
+
+
+def test_what_is_unusual_is_left_to_pillow(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (20, 10))
+    several = io.BytesIO()
+    picture.save(several, "MPO", save_all=True, append_images=[picture])
+    moving = io.BytesIO()
+    picture.save(moving, "WEBP", save_all=True, append_images=[Image.new("RGB", (20, 10), "red")])
+    plain = ORDINARY["jpeg exif RGB"]
+    segment = plain[plain.index(b"\xff\xe1") :][: 2 + int.from_bytes(plain[plain.index(b"\xff\xe1") + 2 :][:2], "big")]
+    unusual = {
+        "several pictures in one file": several.getvalue(),
+        "a moving picture": moving.getvalue(),
+        "EXIF in two segments": plain.replace(segment, segment * 2),
+        "junk between segments": plain.replace(segment, b"\x00" + segment),
+        "another format": b"\x89PNG\r\n\x1a\n" + bytes(100),
+        "nothing": b"",
+    }
+    for name, data in unusual.items():
+        assert quick(data, tmp_path) is None, name

@@ -68,6 +68,7 @@ def test_every_value_is_on_disk_as_it_was_written(tmp_path, shard_format, tokens
         *(f"image/{name}" for name in (*COLUMN_DTYPES, "tile_offset", "status", "digest", "crc32")),
         "pooled",
         *([tokens.dataset] if tokens is not Tokens.NONE else []),
+        *([tokens.scales_dataset] if tokens is not Tokens.NONE and store_dtype.is_scaled else []),
         *(["tile_pooled"] if tile_pooled else []),
     }
     for name in (*COLUMN_DTYPES, "tile_offset"):
@@ -84,6 +85,8 @@ def test_every_value_is_on_disk_as_it_was_written(tmp_path, shard_format, tokens
         assert arrays["image/crc32"][row] == helpers.expected_crc32(image)
         if image.tokens:
             assert arrays[tokens.dataset][tiles].tobytes() == np.concatenate(image.tokens).tobytes()
+        if image.scales:
+            assert arrays[tokens.scales_dataset][tiles].tobytes() == np.concatenate(image.scales).tobytes()
         if image.tile_pooled:
             assert arrays["tile_pooled"][tiles].tobytes() == np.concatenate(image.tile_pooled).tobytes()
     if tokens is not Tokens.NONE:

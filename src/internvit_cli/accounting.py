@@ -73,6 +73,7 @@ def summarize(account: Account, engine: Engine | None, *, seconds: float, stoppe
         device=engine.device_name if engine else "",
         dtype=engine.dtype.value if engine else "",
         batch_tiles=engine.batch_tiles if engine else 0,
+        kernels=engine.kernels if engine else "",
         notes=_notes(account, engine),
         stopped_by=stopped_by,
     )

@@ -36,8 +36,11 @@ STORE_TOLERANCE = {
     StoreDtype.FLOAT32: Tolerance(0.0, 1.0),
     StoreDtype.FLOAT16: Tolerance(2.0**-10, 1 - 1e-6),
     StoreDtype.BFLOAT16: Tolerance(2.0**-7, 1 - 2e-5),
+    StoreDtype.INT8: Tolerance(1 / 127, 0.96),
+    StoreDtype.FP8: Tolerance(2.0**-3, 0.99),
 }
-"""What rounding to the stored type adds: one unit in the last place."""
+"""What rounding to the stored type adds: one unit in the last place. In int8 that unit is a share of the token's
+largest value, and the cosine what becomes of a token of ten thousand values whose largest outweighs all others."""
 
 
 def tolerance(recipe: Recipe) -> Tolerance:

@@ -32,6 +32,11 @@ class Tokens(str, Enum):
         """The dataset that holds these tokens, such as `visual_tokens`."""
         return f"{self.value}_tokens"
 
+    @property
+    def scales_dataset(self) -> str:
+        """The dataset that holds their scales where the stored type has them, such as `visual_scales`."""
+        return f"{self.value}_scales"
+
 
 class Pool(str, Enum):
     """How a tile's hidden states become one vector."""
@@ -50,16 +55,23 @@ class Preprocess(str, Enum):
 
 
 class StoreDtype(str, Enum):
-    """The type of stored tokens; bfloat16 is stored as its uint16 bits."""
+    """The type of stored tokens; bfloat16 is stored as its uint16 bits, fp8 (e4m3) as its uint8 bits."""
 
     FLOAT16 = "float16"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    FP8 = "fp8"
 
     @property
     def numpy_name(self) -> str:
         """The little-endian numpy type that holds one value."""
-        return {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2"}[self.value]
+        return {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "int8": "|i1", "fp8": "|u1"}[self.value]
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether every token has a float32 scale beside it: its values are what is stored times that."""
+        return self in (StoreDtype.INT8, StoreDtype.FP8)
 
 
 class Format(str, Enum):
@@ -104,6 +116,13 @@ class Graphics(str, Enum):
     ITERM2 = "iterm2"
     SIXEL = "sixel"
     BLOCKS = "blocks"
+
+
+class Projection(str, Enum):
+    """How `report` lays images out in a plane."""
+
+    PCA = "pca"
+    UMAP = "umap"
 
 
 class Status(IntEnum):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import InternvitError
 from internvit_cli.filling import Filled, FillJob, FillRules, fill
+from internvit_cli.sampling import sample_tiles
 from internvit_cli.storage.commit import ImageRows, RowWriter
 from internvit_cli.storing import Sink
 from internvit_cli.workers import ignore_stop_signals
@@ -55,6 +56,14 @@ class BeginShard:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """Tell what the coarse types in use cost on these pictures; the answer is an `Accuracy`."""
+
+    jobs: tuple[DecodeJob, ...]
+    decode: DecodeOptions
+
+
+@dataclass(frozen=True, slots=True)
 class Task:
     """One image of the shard at hand."""
 
@@ -83,6 +92,7 @@ class Ready:
     dtype: ComputeDtype
     batch_tiles: int
     batch_tiles_to_record: int
+    kernels: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,7 @@ class _DeviceProcess:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._shards: queue.SimpleQueue[_Shard] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[_Shard | Measure] = queue.SimpleQueue()
         self._decoder: Decoder | None = None
 
     def run(self) -> None:
@@ -186,10 +196,18 @@ class _DeviceProcess:
         if spec.decode is not None:
             self._decoder = Decoder(spec.decode)
         encoder = Encoder.load(spec.checkpoint, spec.encoder)
-        self.send(Ready(encoder.device_name, encoder.dtype, encoder.batch_tiles, encoder.batch_tiles_to_record))
+        self.send(
+            Ready(
+                encoder.device_name, encoder.dtype, encoder.batch_tiles, encoder.batch_tiles_to_record, encoder.kernels
+            )
+        )
         threading.Thread(target=self._listen, daemon=True, name="listen").start()
         while True:
-            self._fill(self._shards.get(), encoder)
+            match self._wanted.get():
+                case Measure(jobs=jobs, decode=decode):
+                    self.send(encoder.accuracy(sample_tiles(self._decoder_for(decode), jobs, _StopFlag())))
+                case shard:
+                    self._fill(shard, encoder)
 
     def _listen(self) -> None:
         """Sort what the parent sends, until it closes the connection: then everything ends, whatever it is doing."""
@@ -199,7 +217,9 @@ class _DeviceProcess:
                 match self._connection.recv():
                     case BeginShard() as begin:
                         shard = _Shard(begin)
-                        self._shards.put(shard)
+                        self._wanted.put(shard)
+                    case Measure() as measure:
+                        self._wanted.put(measure)
                     case Task() as task if shard is not None:
                         shard.tasks.put(task)
                     case NoMore(is_stop=is_stop) if shard is not None:
@@ -210,18 +230,23 @@ class _DeviceProcess:
 
     def _fill(self, shard: _Shard, encoder: Encoder) -> None:
         begin = shard.begin
-        if self._decoder is None or self._decoder.tiles < begin.decode.tiles:
-            if self._decoder is not None:
-                self._decoder.close()
-            self._decoder = Decoder(begin.decode)
+        decoder = self._decoder_for(begin.decode)
         rows = RowWriter(begin.extents)
         try:
             sink = _ForwardingSink(self, rows, shard.given)
             job = FillJob(_Keys(shard.given), shard.jobs(), sink, begin.rules)
-            filled = fill(job, self._decoder, encoder, shard.stop, lambda _: None)
+            filled = fill(job, decoder, encoder, shard.stop, lambda _: None)
         finally:
             rows.close()
         self.send(ShardEnd(filled, encoder.halved, encoder.batch_tiles))
+
+    def _decoder_for(self, options: DecodeOptions) -> Decoder:
+        """The workers, started anew where their slots are too small."""
+        if self._decoder is None or self._decoder.tiles < options.tiles:
+            if self._decoder is not None:
+                self._decoder.close()
+            self._decoder = Decoder(options)
+        return self._decoder
 
 
 class _ForwardingSink(Sink):

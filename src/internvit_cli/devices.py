@@ -14,10 +14,12 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli import errors
+from internvit_cli.accuracy import Accuracy
 from internvit_cli.device_process import (
     BeginShard,
     DeviceSpec,
     Failure,
+    Measure,
     NoMore,
     Ready,
     ShardEnd,
@@ -36,12 +38,13 @@ from internvit_cli.workers import ending, start_process, usable_cpus
 
 if TYPE_CHECKING:
     import subprocess
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from multiprocessing.connection import Connection
 
     from typing_extensions import Self
 
     from internvit_cli.config import ComputeDtype
+    from internvit_cli.decode.decoder import DecodeJob
     from internvit_cli.engine import Engine, EngineOptions, ShardJob
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.stopping import Stop
@@ -61,7 +64,7 @@ def find_devices(names: tuple[str, ...]) -> tuple[str, ...]:
     """
     if names != (ALL_DEVICES,):
         return names
-    from internvit_cli.encoder import count_cuda_devices
+    from internvit_cli.encoder_devices import count_cuda_devices
 
     count = count_cuda_devices()
     if not count:
@@ -156,6 +159,11 @@ class DeviceEngine:
         return self._first.batch_tiles_to_record
 
     @property
+    def kernels(self) -> str:
+        """What the devices compute with."""
+        return "; ".join(dict.fromkeys(device.ready.kernels for device in self._devices if device.ready))
+
+    @property
     def workers(self) -> int:
         """Decode processes of all devices."""
         each = decode_options(self._options, Workload(1 << 30, 1)).workers
@@ -166,6 +174,15 @@ class DeviceEngine:
         """What went wrong with devices and cost no image."""
         halved = [device.name for device in self._devices if device.halved]
         return tuple(self._notes + [halved_note(", ".join(halved))] * bool(halved))
+
+    def measure(self, jobs: Sequence[DecodeJob], workload: Workload, stop: Stop) -> Accuracy:  # noqa: ARG002
+        """What the coarse types in use cost, on the first device."""
+        first = self._devices[0]
+        first.connection.send(Measure(tuple(jobs), decode_options(self._options, workload)))
+        message = _answer(first, "while it measured")
+        if not isinstance(message, Accuracy):
+            raise InternvitError(f"the process of {first.name} gave no figures")
+        return message
 
     def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Progress], None]) -> Filled:
         """Have the devices decode and encode what is missing in a shard, and commit it."""
@@ -215,16 +232,26 @@ class DeviceEngine:
 
 def _ready(device: Device) -> Ready:
     """Wait until a device's encoder is loaded."""
+    message = _answer(device, "before it was ready")
+    assert isinstance(message, Ready)
+    return message
+
+
+def _answer(device: Device, when: str) -> Any:
+    """What a device's process says next.
+
+    Raises:
+        InternvitError: that it failed, or nothing, for it has ended.
+    """
     try:
         message = device.connection.recv()
     except (EOFError, OSError) as error:
         raise InternvitError(
-            f"the process of {device.name} ended before it was ready ({ending(device.process)})",
+            f"the process of {device.name} ended {when} ({ending(device.process)})",
             "check that there is memory for one encoder a device",
         ) from error
     if isinstance(message, Failure):
         raise _error_of(message, device)
-    assert isinstance(message, Ready)
     return message
 
 

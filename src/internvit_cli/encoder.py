@@ -6,19 +6,19 @@ tiles were submitted together, and no core waits at a barrier. On an accelerator
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 
+from internvit_cli.accuracy import Accuracy
+from internvit_cli.allocator import keep_freed_memory
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.encoder_devices import device_name, fastest_dtype, find_device
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.features import FeatureModel, FeatureSpec
-from internvit_cli.model.kernels.choice import plain_for
 from internvit_cli.model.kernels.fp8 import FP8
-from internvit_cli.model.vit import Block
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from internvit_cli.encoder_quantisation import QuantisationError
-    from internvit_cli.model.card import VisionConfig
     from internvit_cli.model.checkpoint import Checkpoint
 
 TORCH_DTYPE = {
@@ -40,9 +38,6 @@ TORCH_DTYPE = {
 
 COMPILED_BATCH = 64
 """With torch.compile the batch is not measured: every size would be compiled anew."""
-
-BFLOAT16_GAIN = 1.2
-"""On a CPU, bfloat16 must be this much faster than float32 to be chosen for its worth in accuracy."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +84,15 @@ class TileFeatures:
     """Features of n tiles, in the order they were submitted; the arrays belong to the caller."""
 
     tokens: np.ndarray | None
-    """[n,T,C] in the stored type, bfloat16 as its uint16 bits; None when no tokens are stored."""
+    """[n,T,C] in the stored type, bfloat16 and fp8 as their bits; None when no tokens are stored."""
     pooled: np.ndarray
     """[n,d] float32."""
     fits: np.ndarray
     """[n] uint8: 0 the values can be stored, 1 one is too large for the stored type, 2 one is not a number."""
     clamped: int
     """How many values were clamped."""
+    scales: np.ndarray | None = None
+    """[n,T] float32: of tokens in a stored type that has them."""
 
 
 class PendingBatch(Protocol):
@@ -142,7 +139,7 @@ class Encoder:
 
     def __init__(self, checkpoint: Checkpoint, options: EncoderOptions, model: FeatureModel, runner: Runner) -> None:
         """Take over what `load` made, with `options` that say which dtype."""
-        self.device_name = _device_name(model.device)
+        self.device_name = device_name(model.device)
         """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
         self.dtype = options.dtype
         """The type it computes in, never AUTO."""
@@ -166,6 +163,7 @@ class Encoder:
         device = find_device(options.device)
         _check_device(options, device)
         if device.type == "cpu":
+            keep_freed_memory()
             torch.set_num_threads(1)  # of each of our own threads: tiles run side by side, an operation does not
         if options.dtype is ComputeDtype.AUTO:
             options = replace(options, dtype=fastest_dtype(device, checkpoint.card.vision, options.tile_size))
@@ -211,22 +209,29 @@ class Encoder:
         self._check_tiles(tiles)
         return self._runner.submit(tiles)
 
-    def quantisation_error(self, tiles: Sequence[np.ndarray]) -> QuantisationError:
-        """How far hidden states in this encoder's dtype are from those in bfloat16 and in float32.
+    def accuracy(self, tiles: Sequence[np.ndarray]) -> Accuracy:
+        """What the coarse types in use cost: fp8 arithmetic against bfloat16 and float32, and int8 or fp8 tokens.
 
-        Both are loaded for it, one after the other, and freed again.
+        For fp8 arithmetic the model is loaded in both wider types, one after the other, and freed again.
 
         Args:
-            tiles: uint8 [S,S,3] RGB each, at least one; all that is kept of them at once is one hidden state each.
+            tiles: uint8 [S,S,3] RGB each; without any, nothing is known.
 
         Raises:
             DeviceError: a reference does not fit the device's memory.
             ModelError: the weights can't be read again.
         """
-        from internvit_cli.encoder_quantisation import measure
+        from internvit_cli.encoder_quantisation import measure_computing, measure_storing
 
         self._check_tiles(tiles)
-        return measure(self._checkpoint, self._model, tiles)
+        if not tiles:
+            return Accuracy()
+        stores_coarsely = self._model.spec.store_dtype.is_scaled
+        computes_coarsely = self.dtype is ComputeDtype.FP8
+        return Accuracy(
+            compute=measure_computing(self._checkpoint, self._model, tiles) if computes_coarsely else None,
+            store=measure_storing(self._model, tiles) if stores_coarsely else None,
+        )
 
     def _check_tiles(self, tiles: Sequence[np.ndarray]) -> None:
         for tile in tiles:
@@ -301,86 +306,6 @@ def _make_runner(model: FeatureModel, options: EncoderOptions) -> Runner:
         raise DeviceError(
             f"torch.compile failed: {' '.join(str(error).split())[:200]}", "leave --compile out"
         ) from error
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name; auto is CUDA, else Apple's GPU, else the CPU.
-
-    Raises:
-        DeviceError: it is not there: never a silent change.
-        UsageError: not a device's name.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda:0")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in {"cpu", "cuda", "mps"} or (number and (kind != "cuda" or not number.isdecimal())) or name[-1] == ":":
-        raise UsageError(f"--device {name}: not a device", "use auto, cpu, cuda, cuda:N or mps")
-    if kind == "cuda":
-        return _find_cuda(name, int(number or 0))
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("--device mps: no Apple GPU here", "use --device auto to take what there is")
-    return torch.device(kind)
-
-
-def _find_cuda(name: str, number: int) -> torch.device:
-    count = count_cuda_devices()
-    if number < count:
-        return torch.device("cuda", number)
-    if torch.version.cuda is None and torch.version.hip is None:
-        raise DeviceError(
-            f"--device {name}: this PyTorch ({torch.__version__}) was built without CUDA",
-            "install a CUDA build of torch, or use --device auto to take what there is",
-        )
-    raise DeviceError(
-        f"--device {name}: PyTorch sees {count} CUDA device{'' if count == 1 else 's'}",
-        "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device auto to take what there is",
-    )
-
-
-def count_cuda_devices() -> int:
-    """How many CUDA devices PyTorch sees."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-def fastest_dtype(device: torch.device, vision: VisionConfig, tile_size: int) -> ComputeDtype:
-    """bfloat16 where it is native and clearly faster, else float32; measured on one block where that is unknown.
-
-    Never float16: it can overflow, and CPUs emulate it.
-    """
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-        return ComputeDtype.BFLOAT16 if native else ComputeDtype.FLOAT32
-    if device.type == "mps":
-        return ComputeDtype.FLOAT32
-    tokens = 1 + (tile_size // vision.patch_size) ** 2
-    float32, bfloat16 = (_block_seconds(vision, tokens, dtype) for dtype in (torch.float32, torch.bfloat16))
-    return ComputeDtype.BFLOAT16 if bfloat16 * BFLOAT16_GAIN < float32 else ComputeDtype.FLOAT32
-
-
-def _block_seconds(vision: VisionConfig, tokens: int, dtype: torch.dtype) -> float:
-    """Best of up to five runs of one block on one tile; a single one where it takes long.
-
-    Processor time, not wall clock: other processes, our own decode workers among them, must not sway the choice.
-    """
-    block = Block(vision, plain_for(torch.device("cpu"), dtype)).to(dtype).requires_grad_(False)
-    for parameter in block.parameters():
-        parameter.fill_(0.01)  # any ordinary numbers: denormals would be slow
-    x = torch.full((1, tokens, vision.hidden_size), 0.5, dtype=dtype)
-    best, begin = float("inf"), time.perf_counter()
-    with torch.inference_mode():
-        for _ in range(5):
-            start = time.thread_time()
-            block(x, x)
-            best = min(best, time.thread_time() - start)
-            if time.perf_counter() - begin > 1.0:
-                break
-    return best
 
 
 def as_stored(tokens: torch.Tensor) -> np.ndarray:

@@ -137,8 +137,10 @@ class JoinedBatches:
         """Wait for all of them."""
         results = [part.result() for part in self._parts]
         tokens = [result.tokens for result in results if result.tokens is not None]
+        scales = [result.scales for result in results if result.scales is not None]
         return TileFeatures(
             tokens=np.concatenate(tokens) if tokens else None,
+            scales=np.concatenate(scales) if scales else None,
             pooled=np.concatenate([result.pooled for result in results]),
             fits=np.concatenate([result.fits for result in results]),
             clamped=sum(result.clamped for result in results),
@@ -150,6 +152,7 @@ def to_host(features: Features, count: int, spec: FeatureSpec) -> TileFeatures:
     pooled = features.pooled[:count].numpy().copy()
     return TileFeatures(
         tokens=None if features.tokens is None else as_stored(features.tokens[:count].clone()),  # by several threads
+        scales=None if features.scales is None else features.scales[:count].numpy().copy(),
         pooled=pooled,
         fits=verdicts(features.extremes[:count].numpy(), pooled, spec),
         clamped=int(features.clamped[:count].sum()),
@@ -172,8 +175,8 @@ class Launcher:
         batch = np.zeros((size, *tiles[0].shape), np.uint8)
         np.stack(tiles, out=batch[: len(tiles)])
         with torch.inference_mode():
-            tokens, *others = self.model(torch.from_numpy(batch).to(self.device))
-            on_host = Features(None if tokens is None else tokens.cpu(), *(part.cpu() for part in others))
+            features: Features = self.model(torch.from_numpy(batch).to(self.device))
+            on_host = Features(*(None if part is None else part.cpu() for part in features))  # type: ignore[arg-type]
         self.busy_seconds += time.perf_counter() - start
         return FinishedBatch(to_host(on_host, len(tiles), self.model.spec))
 

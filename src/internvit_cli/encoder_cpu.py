@@ -101,8 +101,10 @@ def gather(parts: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
     pooled = np.concatenate([part.pooled.numpy() for part in parts])
     extremes = np.concatenate([part.extremes.numpy() for part in parts])
     tokens = [as_stored(part.tokens) for part in parts if part.tokens is not None]
+    scales = [part.scales.numpy() for part in parts if part.scales is not None]
     return TileFeatures(
         tokens=np.concatenate(tokens) if tokens else None,
+        scales=np.concatenate(scales) if scales else None,
         pooled=pooled,
         fits=verdicts(extremes, pooled, spec),
         clamped=sum(int(part.clamped.sum()) for part in parts),

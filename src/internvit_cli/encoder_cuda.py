@@ -168,6 +168,7 @@ class Slot:
             _pinned((size, shapes.pooled_size), torch.float32),
             _pinned((size, 2), torch.float32),
             _pinned((size,), torch.int64),
+            _pinned((size, shapes.tokens), torch.float32) if model.plan is not None and model.plan.is_scaled else None,
         )
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

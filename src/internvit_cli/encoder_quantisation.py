@@ -1,11 +1,11 @@
-"""How far hidden states in a coarse type are from those in bfloat16 and in float32, measured on the user's own tiles.
+"""How far hidden states in a coarse type, and tokens stored in one, are from wider ones, on the user's own tiles.
 
 Letters in shapes as in model/vit.py; n tiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,46 +13,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  (the name that everyone gives it)
 
+from internvit_cli.accuracy import ComputeError, StoreError
 from internvit_cli.config import Pool, Tokens
 from internvit_cli.errors import DeviceError
 from internvit_cli.model.features import FeatureModel, FeatureSpec
+from internvit_cli.model.kernels import plain
 from internvit_cli.model.kernels.choice import current
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from internvit_cli.model.checkpoint import Checkpoint
-
-LOWEST_TOKEN_COSINE = 0.999
-"""Against bfloat16: a run in fp8 with a token below this is not worth its speed, and stops."""
 
 TILES_AT_ONCE = 4
 
 
-@dataclass(frozen=True)
-class QuantisationError:
-    """How far hidden states of some tiles are from those in wider types.
-
-    Those tokens count whose values are kept in some form: patches, and the class token where it is pooled.
-    """
-
-    tiles: int
-    """How many were measured."""
-    lowest_cosine_bfloat16: float
-    """Of a token in the measured type and the same in bfloat16."""
-    mean_cosine_bfloat16: float
-    lowest_cosine_float32: float
-    mean_cosine_float32: float
-    relative_error_float32: float
-    """L2 norm of the difference as a share of that of the hidden states in float32."""
-
-    @property
-    def is_acceptable(self) -> bool:
-        """Whether every token is close enough to its bfloat16 form; never so with a NaN."""
-        return self.lowest_cosine_bfloat16 >= LOWEST_TOKEN_COSINE
-
-
-def measure(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequence[np.ndarray]) -> QuantisationError:
+def measure_computing(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequence[np.ndarray]) -> ComputeError:
     """Encode tiles with a model and with its references, which are loaded one after the other and freed.
 
     Args:
@@ -68,7 +44,7 @@ def measure(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequence[np.ndar
         measured = _hidden(model, tiles)
         bfloat16 = _compare(measured, _reference(checkpoint, model, torch.bfloat16, tiles))
         float32 = _compare(measured, _reference(checkpoint, model, torch.float32, tiles))
-    return QuantisationError(
+    return ComputeError(
         tiles=len(tiles),
         lowest_cosine_bfloat16=bfloat16.lowest,
         mean_cosine_bfloat16=bfloat16.mean,
@@ -76,6 +52,31 @@ def measure(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequence[np.ndar
         mean_cosine_float32=float32.mean,
         relative_error_float32=float32.relative,
     )
+
+
+def measure_storing(model: FeatureModel, tiles: Sequence[np.ndarray]) -> StoreError | None:
+    """Compare tokens as they are read back with what the encoder gave; None for a model that stores none.
+
+    Args:
+        model: what stores them, in a type with scales.
+        tiles: uint8 [S,S,3] each, at least one.
+    """
+    if model.plan is None:
+        return None
+    unscaled = replace(model.plan, dtype=torch.float32)
+    read_back, given = [], []
+    with current(model.device), torch.inference_mode():
+        for batch in _batches(model, tiles):
+            values = model.token_values(model.hidden(batch))
+            stored = model.kernels.store(values, model.plan)
+            assert stored.scales is not None
+            numbers = stored.tokens
+            if numbers.dtype is torch.uint8:
+                numbers = numbers.view(torch.float8_e4m3fn)
+            read_back.append((numbers.float() * stored.scales[..., None]).cpu())
+            given.append(plain.store(values, unscaled).tokens.cpu())
+    found = _compare(read_back, given)
+    return StoreError(len(tiles), found.lowest, found.mean, found.relative)
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,14 @@ def _reference(
 def _hidden(model: FeatureModel, tiles: Sequence[np.ndarray]) -> list[Tensor]:
     """Hidden states on the host, a few tiles each [b,T,C]; neither they nor the tiles are all on the device."""
     kept = _kept_tokens(model.spec)
-    parts = []
     with torch.inference_mode():
-        for start in range(0, len(tiles), TILES_AT_ONCE):
-            batch = torch.from_numpy(np.stack(tiles[start : start + TILES_AT_ONCE])).to(model.device)
-            parts.append(model.hidden(batch)[:, kept].cpu())
-    return parts
+        return [model.hidden(batch)[:, kept].cpu() for batch in _batches(model, tiles)]
+
+
+def _batches(model: FeatureModel, tiles: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    """Tiles on the device, a few at a time: uint8 [b,S,S,3]."""
+    for start in range(0, len(tiles), TILES_AT_ONCE):
+        yield torch.from_numpy(np.stack(tiles[start : start + TILES_AT_ONCE])).to(model.device)
 
 
 def _kept_tokens(spec: FeatureSpec) -> slice:

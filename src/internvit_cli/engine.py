@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from internvit_cli.decode.decoder import PIXELS_IN_FLIGHT, DecodeJob, DecodeOptions, Decoder
 from internvit_cli.filling import Filled, FillJob, FillRules, fill
+from internvit_cli.sampling import sample_tiles
 from internvit_cli.storing import ShardSink
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from typing_extensions import Self
 
+    from internvit_cli.accuracy import Accuracy
     from internvit_cli.config import ComputeDtype, PixelRule
     from internvit_cli.encoder import Encoder, EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
@@ -95,8 +97,21 @@ class Engine(Protocol):
         ...
 
     @property
+    def kernels(self) -> str:
+        """What computes, such as `triton` or `plain PyTorch`."""
+        ...
+
+    @property
     def workers(self) -> int:
         """Decode processes."""
+        ...
+
+    def measure(self, jobs: Sequence[DecodeJob], workload: Workload, stop: Stop) -> Accuracy:
+        """What the coarse types in use cost, on the tiles of some pictures.
+
+        Raises:
+            InternvitError: a device or the workers fail.
+        """
         ...
 
     def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Progress], None]) -> Filled:
@@ -163,26 +178,40 @@ class LocalEngine:
         return (halved_note(self.device_name),) if self._encoder.halved else ()
 
     @property
+    def kernels(self) -> str:
+        """What the encoder computes with."""
+        return self._encoder.kernels
+
+    @property
     def workers(self) -> int:
         """Decode processes."""
         return len(self._decoder.pids) if self._decoder else 0
 
+    def measure(self, jobs: Sequence[DecodeJob], workload: Workload, stop: Stop) -> Accuracy:
+        """What the coarse types in use cost, on the tiles of some pictures."""
+        return self._encoder.accuracy(sample_tiles(self._decoder_for(workload), jobs, stop))
+
     def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Progress], None]) -> Filled:
         """Decode, encode and commit what is missing in a shard."""
-        if self._decoder is None or self._decoder.tiles < job.workload.most_tiles:
-            self._start_decoder(job.workload)
-        assert self._decoder is not None
+        decoder = self._decoder_for(job.workload)
         sink = ShardSink(job.writer, job.skip_log, job.keys)
-        return fill(FillJob(job.keys, job.jobs, sink, job.rules), self._decoder, self._encoder, stop, on_progress)
+        return fill(FillJob(job.keys, job.jobs, sink, job.rules), decoder, self._encoder, stop, on_progress)
 
     def close(self) -> None:
         """End the workers and let the device go."""
         self._close_decoder()
         self._encoder.close()
 
-    def _start_decoder(self, workload: Workload) -> None:
+    def _decoder_for(self, workload: Workload) -> Decoder:
+        """The workers, started anew where their slots are too small."""
+        if self._decoder is None or self._decoder.tiles < workload.most_tiles:
+            return self._start_decoder(workload)
+        return self._decoder
+
+    def _start_decoder(self, workload: Workload) -> Decoder:
         self._close_decoder()
-        self._decoder = Decoder(decode_options(self._options, workload))
+        self._decoder = decoder = Decoder(decode_options(self._options, workload))
+        return decoder
 
     def _close_decoder(self) -> None:
         if self._decoder is not None:

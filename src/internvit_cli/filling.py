@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.encoder import Encoder, PendingBatch
+    from internvit_cli.encoder import Encoder, PendingBatch, TileFeatures
     from internvit_cli.stopping import Stop
     from internvit_cli.storing import Sink
 
@@ -78,6 +78,7 @@ class _Block:
     """Features of consecutive tiles of one image."""
 
     tokens: NDArray[Any] | None
+    scales: NDArray[Any] | None
     pooled: NDArray[Any]
     fits: NDArray[Any]
 
@@ -210,8 +211,7 @@ class _Filling:
         self.clamped += features.clamped
         for span in spans:
             part = slice(span.start, span.start + span.count)
-            tokens = None if features.tokens is None else features.tokens[part]
-            span.assembly.blocks.append(_Block(tokens, features.pooled[part], features.fits[part]))
+            span.assembly.blocks.append(_block(features, part))
             span.assembly.missing -= span.count
             self._tiles += span.count
             if not span.assembly.missing:
@@ -231,10 +231,16 @@ class _Filling:
             return
         pooled = np.concatenate([block.pooled for block in blocks])
         image_vector = pooled.mean(axis=0, dtype=np.float32) if self._rules.pool_all_tiles else pooled[-1]
-        tokens = [block.tokens for block in blocks if block.tokens is not None]
         self._images += 1
-        tile_vectors = [pooled] if self._rules.store_tile_vectors else []
-        self._job.sink.put(ImageRows(row, assembly.digest, image_vector, tokens, tile_vectors))
+        rows = ImageRows(
+            row,
+            assembly.digest,
+            image_vector,
+            tokens=[block.tokens for block in blocks if block.tokens is not None],
+            scales=[block.scales for block in blocks if block.scales is not None],
+            tile_pooled=[pooled] if self._rules.store_tile_vectors else [],
+        )
+        self._job.sink.put(rows)
 
     def _skip(self, row: int, skipped: Skipped) -> None:
         if self._rules.strict:
@@ -245,6 +251,16 @@ class _Filling:
 
     def _progress(self) -> Progress:
         return Progress(self._images, self._skipped, self._tiles)
+
+
+def _block(features: TileFeatures, part: slice) -> _Block:
+    tokens, scales = features.tokens, features.scales
+    return _Block(
+        tokens=None if tokens is None else tokens[part],
+        scales=None if scales is None else scales[part],
+        pooled=features.pooled[part],
+        fits=features.fits[part],
+    )
 
 
 def _unfit(blocks: list[_Block]) -> Skipped | None:

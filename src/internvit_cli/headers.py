@@ -10,6 +10,7 @@ from PIL import Image
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, PixelRule, Skipped, Status
 from internvit_cli.decode.files import classify, open_regular, pillow_limits, readable_formats
+from internvit_cli.quick_headers import EXIF_SIGNATURE, quick_header
 from internvit_cli.table import modified_ns
 from internvit_cli.tiling import largest_resized
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 UPRIGHT = 1
-_EXIF_SIGNATURE = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
 _INTEGER_TYPES = {1: ("B", 1), 3: ("H", 2), 4: ("L", 4)}
 """TIFF field type: struct code and bytes."""
@@ -68,8 +68,8 @@ def exif_orientation(data: bytes) -> int:
     Only the first directory's one tag is looked at: Pillow's getexif() reads the pixels of a PNG first, and is tens of
     times slower everywhere.
     """
-    while data.startswith(_EXIF_SIGNATURE):
-        data = data[len(_EXIF_SIGNATURE) :]
+    while data.startswith(EXIF_SIGNATURE):
+        data = data[len(EXIF_SIGNATURE) :]
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None or data[2:4] not in (b"*\0", b"\0*"):
         return UPRIGHT
@@ -111,19 +111,23 @@ def _read(path: bytes, rule: PixelRule) -> Header | Skipped:
 
 
 def _inspect(file: BinaryIO, status: os.stat_result, rule: PixelRule) -> Header | Skipped:
-    image = Image.open(file, formats=readable_formats())
-    width, height, orientation = upright_size(image, rule)
+    quick = quick_header(file.fileno(), status.st_size)
+    if quick is not None:
+        width, height, orientation = _upright(quick.width, quick.height, quick.exif if rule.exif else b"")
+    else:
+        width, height, orientation = upright_size(Image.open(file, formats=readable_formats()), rule)
     return unusable_size(width, height, rule) or Header(width, height, orientation, status.st_size, modified_ns(status))
 
 
 def upright_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
     """Width and height, pixels, after the turn that sets a picture upright, and EXIF's number of that turn."""
-    width, height = image.size
-    orientation = UPRIGHT
     # TIFF: Pillow turns it by itself, and says so in the size.
-    if rule.exif and image.format != "TIFF":
-        exif = image.info.get("exif")
-        orientation = exif_orientation(exif) if exif else UPRIGHT
+    counts = rule.exif and image.format != "TIFF"
+    return _upright(*image.size, image.info.get("exif") or b"" if counts else b"")
+
+
+def _upright(width: int, height: int, exif: bytes) -> tuple[int, int, int]:
+    orientation = exif_orientation(exif) if exif else UPRIGHT
     return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
 
 

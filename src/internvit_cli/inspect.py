@@ -4,61 +4,90 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.accuracy import from_attributes
 from internvit_cli.config import StoreDtype, Tokens
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, stored_recipe
-from internvit_cli.storage.reader import find_shards
+from internvit_cli.errors import OutputError
+from internvit_cli.storage.layout import FEATURE_DATASETS, stored_recipe
+from internvit_cli.storage.places import ShardPlace, find_places
 from internvit_cli.table import count_statuses
 
 if TYPE_CHECKING:
-    from internvit_cli.storage.output import FinishedShard
+    from numpy.typing import NDArray
 
-FEATURES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What is told of one shard."""
+
+    place: ShardPlace
+    attributes: dict[str, Any]
+    status: NDArray[Any]
+    """Of the rows that count, [n] uint8."""
+    tiles: int
+    """Of all rows."""
 
 
 def describe_output(path: str) -> dict[str, Any]:
     """Facts for `info`: model, recipe, images by status, tiles, datasets with shapes and types, bytes, log of runs.
 
+    Keys are read only where some rows count no more. So damage to a key or a picture's size is for `verify` to find.
+
     Raises:
         OutputError: there is nothing there, or it is damaged.
     """
-    shards = find_shards(path.rstrip("/") or "/")
-    attributes = shards[-1].stored.attributes
+    looks = [_look_at(place) for place in find_places(path.rstrip("/") or "/")]
+    places = [look.place for look in looks]
+    attributes = looks[-1].attributes
     recipe = stored_recipe(attributes, path)
-    # A key of a later shard takes the place of an earlier one's.
-    newest: dict[bytes, int] = {}
-    for shard in shards:
-        superseded, table = shard.superseded_keys, shard.stored.table
-        rows = zip(table.keys, table.status.tolist(), strict=True)
-        newest |= {key: status for key, status in rows if key not in superseded}
-    statuses = count_statuses(np.fromiter(newest.values(), np.uint8, len(newest)))
+    status = np.concatenate([look.status for look in looks])
     return {
         "path": path,
         "model": attributes.get("model", ""),
         "model_revision": attributes.get("model_revision", ""),
         "recipe": json.loads(recipe.to_json()),
         "recipe_digest": attributes.get("recipe_digest", ""),
-        "total_images": len(newest),
-        "images": {status.word: count for status, count in statuses.items()},
-        "tiles": sum(shard.stored.table.tiles for shard in shards),
-        "datasets": _datasets(shards, StoreDtype(recipe.store_dtype), Tokens(recipe.tokens)),
-        "bytes": sum(os.path.getsize(file) for shard in shards for file in shard.backend.final_paths(shard.path)),
-        "shards": len(shards),
+        "total_images": len(status),
+        "images": {status.word: count for status, count in count_statuses(status).items()},
+        "tiles": sum(look.tiles for look in looks),
+        "datasets": _datasets(places, StoreDtype(recipe.store_dtype), Tokens(recipe.tokens)),
+        "bytes": sum(os.path.getsize(file) for place in places for file in place.backend.final_paths(place.path)),
+        "shards": len(places),
         "batch_tiles": attributes.get("batch_tiles", 0),
+        "accuracy": from_attributes(attributes),
         "created_by": attributes.get("created_by", ""),
-        "runs": [entry for shard in shards for entry in shard.backend.run_log(shard.path)],
+        "runs": [entry for place in places for entry in place.backend.run_log(place.path)],
     }
 
 
-def _datasets(shards: list[FinishedShard], store_dtype: StoreDtype, tokens: Tokens) -> dict[str, Any]:
+def _look_at(place: ShardPlace) -> _Look:
+    entry = place.entry
+    if entry is not None and entry.superseded:  # only the keys tell which rows count
+        found = place.load()
+        table, superseded = found.stored.table, found.superseded_keys
+        counts = np.fromiter((key not in superseded for key in table.keys), bool, len(table))
+        return _Look(place, found.stored.attributes, table.status[counts], table.tiles)
+    outline = place.backend.outline(place.path)
+    outline.check(place.path)
+    if entry is not None and outline.images != entry.images:
+        raise OutputError(
+            f"{place.path} has {outline.images:,} images; its manifest says {entry.images:,}",
+            "restore it, or start anew with --overwrite",
+        )
+    tiles = outline.tiles if outline.tiles is not None else entry.tiles if entry is not None else 0
+    return _Look(place, outline.attributes, outline.status, tiles)
+
+
+def _datasets(places: list[ShardPlace], store_dtype: StoreDtype, tokens: Tokens) -> dict[str, Any]:
     """Shapes over all shards together, and types as a reader gets them."""
     found: dict[str, Any] = {}
-    for shard in shards:
-        for name, extent in shard.backend.extents(shard.path).items():
-            if name not in FEATURES:
+    for place in places:
+        for name, extent in place.backend.extents(place.path).items():
+            if name not in FEATURE_DATASETS:
                 continue
             is_tokens = tokens is not Tokens.NONE and name == tokens.dataset
             entry = found.setdefault(

@@ -87,6 +87,8 @@ class RunOptions:
     """Decode processes; None chooses."""
     threads: int | None = None
     """Encoder threads on a CPU; None is one a core."""
+    compile: bool = False
+    """CUDA only: torch.compile instead of our kernels."""
     decode_timeout: float = 30.0
     """Seconds an image."""
     worker_memory: int = 4 << 30

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from internvit_cli.accounting import Account, Totals, summarize
+from internvit_cli.accuracy import Accuracy, measured_attributes, to_attributes
 from internvit_cli.config import ComputeDtype, Status
 from internvit_cli.decode.decoder import DecodeJob
 from internvit_cli.devices import find_devices, start_engine
@@ -24,7 +25,8 @@ from internvit_cli.preview import find_images
 from internvit_cli.recipes import ModelInUse, encoder_options, feature_shape, pixel_rule, stored_name
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Summary, run_log_entry
-from internvit_cli.sharding import Draft, DraftRules, draft_shards, is_moved, new_shard
+from internvit_cli.sampling import SAMPLE_IMAGES
+from internvit_cli.sharding import Draft, DraftRules, Measured, draft_shards, is_moved, new_shard
 from internvit_cli.stopping import Interruption
 from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.durable import allocated_bytes, check_space, disk_errors
@@ -99,6 +101,7 @@ class _Extraction:
         self._finished_images: tuple[Existing, StoredImages] | None = None
         self._relocations = [Relocation(old, new) for old, new in options.store.relocations]
         self._engine: Engine | None = None
+        self._accuracy: dict[str, str] | None = None
         self._totals = Totals()
 
     def run(self, started: float) -> Summary:
@@ -157,6 +160,8 @@ class _Extraction:
             self._observer.note(f"{self._output.path} is made anew: up to {copied:,} bytes of its rows are copied")
         self._existing = existing
         self._start(plan)
+        if drafts:
+            self._measure_accuracy(plan)
         self._skip_log.append((self._listing.keys[changes.entries[row]], skip) for row, skip in plan.skipped.items())
         if existing.partial is not None:
             stored = existing.partial.stored
@@ -174,7 +179,8 @@ class _Extraction:
 
     def _new_shard(self, draft: Draft, shape: FeatureShape) -> NewShard:
         batch_tiles = self._engine.batch_tiles_to_record if self._engine else 0
-        return new_shard(draft, shape, self._model.recipe, self._model.card, batch_tiles)
+        measured = Measured(batch_tiles, self._accuracy)
+        return new_shard(draft, shape, self._model.recipe, self._model.card, measured)
 
     def _draft_rules(self, shape: FeatureShape) -> DraftRules:
         return DraftRules(
@@ -252,7 +258,29 @@ class _Extraction:
         self._engine = engine = start_engine(self._model.checkpoint, engine_options, workload)
         self._model.recipe = replace(recipe, compute_dtype=engine.dtype.value)
         label = f"{self._model.card.name} in {engine.dtype.value} on {engine.device_name}"
-        self._observer.ready(f"{label}, {engine.batch_tiles} tiles a batch")
+        self._observer.ready(f"{label}, {engine.batch_tiles} tiles a batch, {engine.kernels}")
+
+    def _measure_accuracy(self, plan: Plan) -> None:
+        """Know what coarse types cost before anything is made with them; once for an output.
+
+        Raises:
+            AccuracyError: one is too coarse.
+        """
+        recipe, recorded = self._model.recipe, self._existing.attributes or {}
+        names = measured_attributes(recipe)
+        if all(name in recorded for name in names):
+            self._accuracy = {name: recorded[name] for name in names}
+            return
+        accuracy = Accuracy()
+        rows = np.flatnonzero(plan.table.status == Status.PENDING)[:SAMPLE_IMAGES]
+        if self._engine is not None and len(rows):
+            most_tiles = int(self._decoded_tiles(plan.table, plan.table.status).max())
+            jobs = list(_decode_jobs(plan.table, rows, self._listing.sources))
+            accuracy = self._engine.measure(jobs, Workload(len(plan.table), most_tiles), self._stop)
+        accuracy.check()
+        if accuracy.words:
+            self._observer.note(f"on the first pictures: {accuracy.words}")
+        self._accuracy = to_attributes(recipe, accuracy)
 
     def _fill(self, table: ImageTable, attributes: dict[str, Any], *, is_last: bool) -> None:
         """Encode the pending images of the shard at hand and publish it when none is left."""
@@ -330,7 +358,8 @@ class _Extraction:
         before = self._totals.progress
         filled = self._engine.fill(job, self._stop, lambda progress: self._observer.progress(before.plus(progress)))
         self._totals.add(filled)
-        writer.append_run_log(self._run_facts(self._engine) | run_log_entry(filled.stages, filled.progress.images))
+        done = filled.progress
+        writer.append_run_log(self._run_facts(self._engine) | run_log_entry(filled.stages, done.images, done.tiles))
 
     def _fill_rules(self, *, is_begun: bool) -> FillRules:
         recipe = self._model.recipe
@@ -347,6 +376,7 @@ class _Extraction:
             "device": engine.device_name,
             "dtype": engine.dtype.value,
             "batch_tiles": engine.batch_tiles,
+            "kernels": engine.kernels,
             "workers": engine.workers,
             "model": stored_name(self._options.model.name),
             "output": os.path.abspath(self._output.path),

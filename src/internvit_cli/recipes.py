@@ -222,6 +222,7 @@ def encoder_options(options: ExtractOptions, recipe: Recipe, card: ModelCard, de
         store_dtype=options.store.store_dtype,
         on_overflow=options.store.on_overflow,
         threads=options.run.threads,
+        compile=options.run.compile,
     )
 
 

@@ -17,7 +17,7 @@ from internvit_cli.errors import InternvitError
 from internvit_cli.headers import Header
 from internvit_cli.recipes import pixel_rule
 from internvit_cli.recorded import encoder_options, open_recorded
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
+from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, decode_values
 from internvit_cli.storage.reader import OpenShard
 from internvit_cli.table import modified_ns
 from internvit_cli.tiling import Grid
@@ -250,15 +250,20 @@ class _Ours:
 
         options = encoder_options(model.recipe, model.device, model.batch_tiles)
         self._encoder = Encoder.load(model.checkpoint, options)
+        self._store_dtype = model.recipe.store_dtype
         self.name = f"internvit in {self._encoder.dtype.value} on {self._encoder.device_name}"
 
     def encode(self, tiles: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
-        """Tokens in the stored type, and vectors."""
+        """Tokens in the stored type, or decoded where that has scales, and vectors."""
         size = self._encoder.batch_tiles
         parts = [
             self._encoder.submit(list(tiles[start : start + size])).result() for start in range(0, len(tiles), size)
         ]
-        tokens = [part.tokens for part in parts if part.tokens is not None]
+        tokens = [
+            part.tokens if part.scales is None else decode_values(part.tokens, self._store_dtype, part.scales)
+            for part in parts
+            if part.tokens is not None
+        ]
         return np.concatenate(tokens) if tokens else None, np.concatenate([part.pooled for part in parts])
 
     def close(self) -> None:
@@ -272,7 +277,7 @@ class _Native:
     check = "reference"
 
     def __init__(self, model: _Model) -> None:
-        from internvit_cli.encoder import find_device
+        from internvit_cli.encoder_devices import find_device
         from internvit_cli.model.native import NativeModel
 
         self._model = NativeModel(model.checkpoint, _spec(model.recipe), find_device(model.device))
@@ -318,7 +323,11 @@ def _differences(row: Row, recipe: Recipe, tokens: NDArray[Any] | None, vectors:
     pairs = [(shard.rows(POOLED, row.number, row.number + 1), pooled[None], StoreDtype.FLOAT32.value)]
     if tokens is not None:
         name = next(name for name in TOKEN_DATASETS if name in shard.extents)
-        pairs.append((shard.rows(name, start, stop), tokens, recipe.store_dtype))
+        stored, dtype = shard.rows(name, start, stop), StoreDtype(recipe.store_dtype)
+        if dtype.is_scaled:  # compared as the numbers that they are
+            scales = shard.rows(Tokens(recipe.tokens).scales_dataset, start, stop)
+            stored, dtype = decode_values(stored, dtype.value, scales), StoreDtype.FLOAT32
+        pairs.append((stored, tokens, dtype.value))
     if recipe.tile_pooled:
         pairs.append((shard.rows(TILE_POOLED, start, stop), vectors, StoreDtype.FLOAT32.value))
     figures = [compare(stored, anew, dtype) for stored, anew, dtype in pairs]

@@ -90,6 +90,8 @@ class Summary:
     device: str = ""
     dtype: str = ""
     batch_tiles: int = 0
+    kernels: str = ""
+    """What the encoder computed with, and why where that is not the fastest."""
     notes: tuple[str, ...] = ()
     """What a user should know beside the numbers."""
     stopped_by: int = 0
@@ -127,6 +129,7 @@ class Summary:
             "device": self.device,
             "dtype": self.dtype,
             "batch_tiles": self.batch_tiles,
+            "kernels": self.kernels,
             "notes": list(self.notes),
         }
 
@@ -134,13 +137,15 @@ class Summary:
 VERSIONED_PACKAGES = ("internvit-cli", "torch", "pillow", "numpy", "h5py")
 
 
-def run_log_entry(stages: Stages, images: int) -> dict[str, Any]:
+def run_log_entry(stages: Stages, images: int, tiles: int) -> dict[str, Any]:
     """One line of a shard's log of starts: what made these rows, beside the recipe and the device."""
     return {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
         "images": images,
+        "tiles": tiles,
         "seconds": round(stages.wall, 3),
+        "bottleneck": stages.bottleneck,
         "python": platform.python_version(),
     } | {package: package_version(package) for package in VERSIONED_PACKAGES}
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from internvit_cli import __version__
+from internvit_cli.accuracy import Accuracy, to_attributes
 from internvit_cli.config import Recipe, Status
 from internvit_cli.reconcile import sources_to_json, stored_sources
 from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, POOLED, FeatureShape, NewShard
 from internvit_cli.table import ImageTable, concatenate
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from internvit_cli.model.card import ModelCard
     from internvit_cli.reconcile import Relocation
@@ -125,8 +126,22 @@ def merge_rows(
     return Draft(concatenate([kept, added.with_sources(renumbered)]), merged)
 
 
-def new_shard(draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard, batch_tiles: int = 0) -> NewShard:
-    """All that is known of a shard when it is created."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What attributes say of the run that made a shard, known once its encoder is loaded."""
+
+    batch_tiles: int = 0
+    """What a later run has to use again for the same bits."""
+    accuracy: Mapping[str, str] | None = None
+    """As `to_attributes` gives it."""
+
+
+def new_shard(
+    draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard, measured: Measured | None = None
+) -> NewShard:
+    """All that is known of a shard when it is created; before anything is measured, something of the same size."""
+    measured = measured or Measured()
+    accuracy = to_attributes(recipe, Accuracy()) if measured.accuracy is None else measured.accuracy
     attributes = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -137,7 +152,8 @@ def new_shard(draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard
         "model": os.path.abspath(card.directory) if card.directory else card.name,
         "model_revision": card.revision or "",
         "weights_digest": recipe.weights_digest,
-        "batch_tiles": batch_tiles,
+        "batch_tiles": measured.batch_tiles,
         "pooled_from": "global_view" if recipe.thumbnail or recipe.max_tiles == 1 else "tiles",
+        **accuracy,
     }
     return NewShard(draft.table, shape, attributes)

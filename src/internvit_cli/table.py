@@ -88,8 +88,7 @@ class ImageTable:
     def build(cls, keys: Sequence[bytes], status: NDArray[Any], columns: dict[str, NDArray[Any]]) -> ImageTable:
         """A table from its columns; the tile offsets follow from grid and thumbnail."""
         typed = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in COLUMN_DTYPES.items()}
-        counts = typed["columns"].astype(np.uint64) * typed["rows"] + typed["thumbnail"]
-        offset = np.concatenate([np.zeros(1, np.uint64), np.cumsum(counts, dtype=np.uint64)]).astype("<u8")
+        offset = tile_offsets(typed["columns"], typed["rows"], typed["thumbnail"])
         return cls(keys=keys, status=np.asarray(status, np.uint8), tile_offset=offset, **typed)
 
     def take(self, rows: NDArray[Any]) -> ImageTable:
@@ -114,6 +113,12 @@ class ImageTable:
         for name in (*COLUMN_DTYPES, "tile_offset"):
             hasher.update(name.encode())
             hasher.update(np.ascontiguousarray(getattr(self, name)).data)
+
+
+def tile_offsets(columns: NDArray[Any], rows: NDArray[Any], thumbnail: NDArray[Any]) -> NDArray[Any]:
+    """First tile row of every image, and behind the last one the number of all, [n+1] uint64; from [n] grids."""
+    counts = columns.astype(np.uint64) * rows + thumbnail
+    return np.concatenate([np.zeros(1, np.uint64), np.cumsum(counts, dtype=np.uint64)]).astype("<u8")
 
 
 def concatenate(tables: Iterable[ImageTable]) -> ImageTable:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +18,9 @@ from internvit_cli.errors import OutputError
 from internvit_cli.picture_check import PictureState, look_at_pictures
 from internvit_cli.reconcile import stored_sources
 from internvit_cli.storage.checksums import CommittedRows, ReplacedError
-from internvit_cli.storage.interface import ShardFormat, backend_of
 from internvit_cli.storage.layout import PARTIAL, stored_recipe
-from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, ManifestEntry, Output, load_shard, read_manifest
+from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output
+from internvit_cli.storage.places import ShardPlace, places_in
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.storage.soundness import UNREADABLE, attribute_problems, dataset_problems, table_problems
 from internvit_cli.table import count_statuses
@@ -30,6 +30,7 @@ from internvit_cli.workers import usable_cpus
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from internvit_cli.storage.output import ManifestEntry
     from internvit_cli.verdict import Comparison, VerifyOptions
 
 NO_DIGEST = bytes(32)
@@ -49,14 +50,6 @@ def verify(options: VerifyOptions, observer: VerifyObserver | None = None) -> Ve
         OutputError: there is no output at the path.
     """
     return _Verification(options, observer or VerifyObserver()).run()
-
-
-class _Place(NamedTuple):
-    """Where a shard should be."""
-
-    path: str
-    backend: ShardFormat
-    entry: ManifestEntry | None = None
 
 
 @dataclass(slots=True)
@@ -129,33 +122,32 @@ class _Verification:
             raise OutputError(f"{self._path} is not a feature file", "feature files end in .h5 or .hdf5")
         if self._path == output.path and os.path.exists(output.partial_path(0)):
             self._note(f"an unfinished run's rows are in {output.partial_path(0)}, and can be verified by that name")
-        yield from self._load(_Place(self._path, output.backend))
+        yield from self._load(ShardPlace(self._path, output.backend))
 
     def _folder_shards(self, output: Output) -> Iterator[LoadedShard]:
         manifest = os.path.join(self._path, MANIFEST)
         try:
-            entries, number = read_manifest(manifest), output.next_number()
+            places, number = places_in(self._path), output.next_number()
         except OutputError as error:
             self._report("manifest", manifest, None, error.message)
             return
-        for entry in entries:
-            backend = backend_of(entry.format)
-            path = os.path.join(self._path, entry.name) + backend.SUFFIX
-            for shard in self._load(_Place(path, backend, entry)):
-                self._check_entry(entry, shard, manifest)
+        for place in places:
+            for shard in self._load(place):
+                if place.entry is not None:
+                    self._check_entry(place.entry, shard, manifest)
                 yield shard
         partial = output.partial_path(number)
         if os.path.exists(partial):
-            yield from self._load(_Place(partial, output.backend))
-        elif not entries:
+            yield from self._load(ShardPlace(partial, output.backend))
+        elif not places:
             self._report("manifest", manifest, None, "it names no shard: is this a feature folder?")
 
-    def _load(self, where: _Place) -> Iterator[LoadedShard]:
+    def _load(self, place: ShardPlace) -> Iterator[LoadedShard]:
         """The shard, or nothing and a finding."""
-        path, backend, entry = where
+        path = place.path
         try:
-            found = load_shard(entry.name if entry else "", path, backend, entry.superseded if entry else ())
-            digests, checksums = backend.commit_records(path)
+            found = place.load()
+            digests, checksums = place.backend.commit_records(path)
             recipe = stored_recipe(found.stored.attributes, path)
             sources = stored_sources(found.stored.attributes, path)
         except OutputError as error:

@@ -135,6 +135,10 @@ def build_options(
         int | None,
         typer.Option(min=1, max=512, help="Encoder threads on a CPU. (default: one a core)", rich_help_panel=RUN),
     ] = None,
+    compile_model: Annotated[
+        bool,
+        typer.Option("--compile", help="CUDA: torch.compile instead of our kernels; slow start.", rich_help_panel=RUN),
+    ] = False,
     decode_timeout: Annotated[
         float,
         typer.Option(
@@ -208,6 +212,7 @@ def build_options(
             batch_tiles=parse_batch_size(batch_size),
             workers=workers,
             threads=threads,
+            compile=compile_model,
             decode_timeout=decode_timeout,
             worker_memory=parse_size("--worker-memory", worker_memory, least=LEAST_WORKER_MEMORY),
             strict=strict,

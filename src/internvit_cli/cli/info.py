@@ -53,6 +53,8 @@ def _print_tables(facts: dict[str, Any]) -> None:
         table.add_row(name, one_line(value))
     for name, dataset in facts["datasets"].items():
         table.add_row(name, one_line(f"{dataset['shape']} {dataset['dtype']}"))
+    for name, figures in facts["accuracy"].items():
+        table.add_row(name.replace("_", " "), one_line(", ".join(f"{key} {value}" for key, value in figures.items())))
     if runs := facts["runs"]:
         last = runs[-1]
         table.add_row(

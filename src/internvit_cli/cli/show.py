@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import one_line, print_json, print_line, say, write_raw
 from internvit_cli.config import Graphics, TokenMapKind
 from internvit_cli.errors import ExitCode, UsageError
@@ -22,7 +23,7 @@ def show_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file or a folder of shards.")],
     keys: Annotated[
         Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
-        typer.Argument(metavar="KEY...", help="Images of it.", show_default=False),
+        typer.Argument(metavar="KEY...", help="Images of it.", show_default=False, autocompletion=complete_keys),
     ] = None,
     output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Where the PNGs go.")] = ".",
     maps: Annotated[

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from internvit_cli.allocator import keep_freed_memory
 from internvit_cli.config import PixelRule, Skipped, Status
 from internvit_cli.decode.pictures import Decoded, decode_tiles
 from internvit_cli.decode.slots import Slots, SlotShape
@@ -183,6 +184,7 @@ class Decoder:
 
 def tile_decoder(rule: PixelRule, shape: SlotShape, descriptor: int) -> Callable[[Any], Decoded | Skipped]:
     """What a decode worker runs: a function from (path, header, grid, slot) to the number of tiles in that slot."""
+    keep_freed_memory()
     slots = Slots(shape, descriptor)
 
     def decode(task: tuple[bytes, Header, Grid, int]) -> Decoded | Skipped:

@@ -32,13 +32,18 @@ TORCH_STORE_DTYPE = {
     StoreDtype.FLOAT16: torch.float16,
     StoreDtype.BFLOAT16: torch.bfloat16,
     StoreDtype.FLOAT32: torch.float32,
+    StoreDtype.INT8: torch.int8,
+    StoreDtype.FP8: torch.uint8,
 }
+"""fp8 as its bits."""
 
 # The smallest magnitude that rounds to infinity: the largest value plus half its last place.
 _ROUNDS_TO_INFINITY = {
     StoreDtype.FLOAT16: 65504.0 + 16.0,
     StoreDtype.BFLOAT16: (2 - 2.0**-7) * 2.0**127 + 2.0**119,
     StoreDtype.FLOAT32: float("inf"),
+    StoreDtype.INT8: float("inf"),
+    StoreDtype.FP8: float("inf"),
 }
 
 
@@ -65,6 +70,8 @@ class Features(NamedTuple):
     """[B,2] float32: smallest and largest token value before storing; NaN when any token value is."""
     clamped: Tensor
     """[B] int64: token values that were clamped."""
+    scales: Tensor | None = None
+    """[B,T] float32: of tokens in a stored type that has them."""
 
 
 class FeatureModel(nn.Module):
@@ -137,17 +144,23 @@ class FeatureModel(nn.Module):
         hidden = self.hidden(tiles)
         if self.plan is None:
             return self._pooled_only(self._pooled(hidden, None))
-        patches = hidden[:, 1:]  # [B,N,C]
-        if self.projector is not None:
-            patches = self.projector(pixel_unshuffle(patches, self.spec.token_order))  # [B,N/4,L]
-        stored = self.kernels.store(patches, self.plan)
-        return Features(stored.tokens, self._pooled(hidden, stored.mean), stored.extremes, stored.clamped)
+        stored = self.kernels.store(self.token_values(hidden), self.plan)
+        pooled = self._pooled(hidden, stored.mean)
+        return Features(stored.tokens, pooled, stored.extremes, stored.clamped, stored.scales)
 
     def hidden(self, tiles: Tensor) -> Tensor:
         """Hidden states of uint8 RGB tiles [B,S,S,3] after the last block that runs, [B,1+N,C]."""
         x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
         hidden: Tensor = self.encoder(x, h)
         return hidden
+
+    def token_values(self, hidden: Tensor) -> Tensor:
+        """What is stored of hidden states [B,1+N,C], before it is: patches [B,N,C], or projected tokens [B,N/4,L]."""
+        patches = hidden[:, 1:]
+        if self.projector is None:
+            return patches
+        projected: Tensor = self.projector(pixel_unshuffle(patches, self.spec.token_order))
+        return projected
 
     def _pooled(self, hidden: Tensor, mean: Tensor | None) -> Tensor:
         """[B,1+N,C], and the mean of its patches where it is known -> float32 [B,d]."""

@@ -1,8 +1,8 @@
 """The CRC of every committed row, read at the speed of the disk.
 
-An image's CRC runs over its vector, then its tokens, then its tiles' vectors. In each dataset the rows of one image are
-contiguous, and those of consecutive images follow each other: so threads read long runs of each dataset, block by
-block into buffers that are used again, and carry the CRCs of the images along.
+An image's CRC runs over its vector, then its tokens and their scales, then its tiles' vectors. In each dataset the rows
+of one image are contiguous, and those of consecutive images follow each other: so threads read long runs of each
+dataset, block by block into buffers that are used again, and carry the CRCs of the images along.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.errors import OutputError
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, Extent
+from internvit_cli.storage.layout import POOLED, TILE_DATASETS, Extent
 from internvit_cli.storage.output import file_identity
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class CommittedRows:
     @property
     def tile_datasets(self) -> list[str]:
         """Datasets with a row a tile, in the order of the CRC."""
-        return [name for name in (*TOKEN_DATASETS, TILE_POOLED) if name in self.extents]
+        return [name for name in TILE_DATASETS if name in self.extents]
 
     @property
     def row_bytes(self) -> NDArray[Any]:

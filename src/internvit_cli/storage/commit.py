@@ -35,6 +35,7 @@ from internvit_cli.storage.layout import (
     POOLED,
     RUN_LOG,
     RUN_LOG_BYTES,
+    SCALE_DATASETS,
     STATUS,
     TILE_POOLED,
     TOKEN_DATASETS,
@@ -101,11 +102,13 @@ class ImageRows:
     """Consecutive blocks of its tiles, each [tiles, T, C] in the stored type; empty where none are stored."""
     tile_pooled: Sequence[NDArray[Any]] = ()
     """The same for the tiles' vectors, each [tiles, d] float32."""
+    scales: Sequence[NDArray[Any]] = ()
+    """The same for the tokens' scales, each [tiles, T] float32; empty where the stored type has none."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that storing this image writes."""
-        return self.pooled.nbytes + sum(block.nbytes for block in (*self.tokens, *self.tile_pooled))
+        return self.pooled.nbytes + sum(block.nbytes for block in (*self.tokens, *self.scales, *self.tile_pooled))
 
 
 @dataclass(slots=True)
@@ -136,12 +139,14 @@ class RowWriter:
         self.descriptors = {
             path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in extents.values()}
         }
-        self._tokens_name = next((name for name in TOKEN_DATASETS if name in extents), "")
+        self._tokens = next((name for name in TOKEN_DATASETS if name in extents), "")
+        self._scales = next((name for name in SCALE_DATASETS if name in extents), "")
 
     def write(self, image: ImageRows, first_tile: int) -> Recorded:
         """Write the rows of a finished image; its tiles' rows begin at `first_tile`."""
         checksum = self.put(POOLED, image.row, image.pooled, 0)
-        for name, blocks in ((self._tokens_name, image.tokens), (TILE_POOLED, image.tile_pooled)):
+        of_tiles = ((self._tokens, image.tokens), (self._scales, image.scales), (TILE_POOLED, image.tile_pooled))
+        for name, blocks in of_tiles:
             position = first_tile
             for block in blocks:
                 checksum = self.put(name, position, block, checksum)

@@ -27,11 +27,12 @@ from internvit_cli.storage.layout import (
     Extent,
     ForeignFileError,
     NewShard,
+    Outline,
     StoredShard,
     check_format,
     parse_run_log,
 )
-from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.table import COLUMN_DTYPES, ImageTable, tile_offsets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,14 +135,26 @@ def _check_places(extents: list[Extent]) -> None:
 def read(path: str) -> StoredShard:
     """The shard's index and attributes."""
     with _open(path) as file, _damage(path):
-        attributes = {name: _plain(value) for name, value in file.attrs.items()}
-        check_format(attributes, path)
+        attributes = _attributes(file, path)
         columns = {name: file[f"image/{name}"][...] for name in COLUMN_DTYPES}
         table = ImageTable.build(_read_keys(file["image/key"]), file[STATUS][...], columns)
         # The digest is over the offsets that follow from the columns; these are what other programs go by.
         if not np.array_equal(file["image/tile_offset"][...], table.tile_offset):
             raise ValueError("its tile offsets do not follow from its grids")
         return StoredShard(table, attributes)
+
+
+def outline(path: str) -> Outline:
+    """What `info` tells of the shard: a million keys, which it does not tell, take longer than all else."""
+    with _open(path) as file, _damage(path):
+        attributes = _attributes(file, path)
+        images = len(file["image/key"])
+        if any(file[f"image/{name}"].shape != (images,) for name in COLUMN_DTYPES):
+            raise ValueError("its columns have different lengths")
+        offset = tile_offsets(*(file[f"image/{name}"][...] for name in ("columns", "rows", "thumbnail")))
+        if not np.array_equal(file["image/tile_offset"][...], offset):
+            raise ValueError("its tile offsets do not follow from its grids")
+        return Outline(attributes, images, file[STATUS][...], int(offset[-1]))
 
 
 def publish(partial: str, final: str) -> None:
@@ -165,6 +178,13 @@ def run_log(path: str) -> list[dict[str, Any]]:
 def final_paths(final: str) -> list[str]:
     """The files that make up a published shard."""
     return [final]
+
+
+def _attributes(file: h5py.File, path: str) -> dict[str, Any]:
+    """The root attributes of a file of ours."""
+    attributes = {name: _plain(value) for name, value in file.attrs.items()}
+    check_format(attributes, path)
+    return attributes
 
 
 def _open(path: str) -> h5py.File:

@@ -116,7 +116,7 @@ class ImageFeatures:
 
     @property
     def visual_tokens(self) -> NDArray[Any]:
-        """[tiles, 256, 4 * hidden_size], each tile's tokens row by row; bfloat16 comes as float32."""
+        """[tiles, 256, 4 * hidden_size], each tile's tokens row by row; bfloat16, int8 and fp8 come as float32."""
         return self._tokens(Tokens.VISUAL)
 
     @property
@@ -191,7 +191,7 @@ class ImageFeatures:
     # --------------------------------------------------------------------------------------------------------- tensors
 
     def to_torch(self, name: str = "tokens", tile: int | None = None) -> torch.Tensor:
-        """One of its arrays as a tensor of the stored type on the CPU; bfloat16 stays bfloat16.
+        """One of its arrays as a tensor of the stored type on the CPU; bfloat16 stays, int8 and fp8 become float32.
 
         Args:
             name: `tokens`, `visual_tokens`, `patch_tokens`, `projected_tokens`, `pooled` or `tile_pooled`.
@@ -209,7 +209,11 @@ class ImageFeatures:
             tensor = as_tensor(self._tile_rows(name, start, stop), StoreDtype.FLOAT32.value)
         else:
             kind = self._kind if name == "tokens" else Tokens(name.removesuffix("_tokens"))
-            tensor = as_tensor(self._stored_tokens(kind, start, stop), self.recipe.store_dtype)
+            dtype = StoreDtype(self.recipe.store_dtype)
+            if dtype.is_scaled:
+                tensor = as_tensor(self._tokens(kind, start, stop), StoreDtype.FLOAT32.value)
+            else:
+                tensor = as_tensor(self._of_tokens(kind, kind.dataset, start, stop), dtype.value)
         return tensor if tile is None else tensor[0]
 
     # ------------------------------------------------------------------------------------------------------- the rows
@@ -219,14 +223,18 @@ class ImageFeatures:
         return Tokens(self._store.recipe.tokens)
 
     def _tokens(self, kind: Tokens, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        stored = self._stored_tokens(kind, start, self.tiles if stop is None else stop)
-        return decode_values(stored, self._store.recipe.store_dtype)
+        stop = self.tiles if stop is None else stop
+        dtype = StoreDtype(self.recipe.store_dtype)
+        stored = self._of_tokens(kind, kind.dataset, start, stop)
+        scales = self._of_tokens(kind, kind.scales_dataset, start, stop) if dtype.is_scaled else None
+        return decode_values(stored, dtype.value, scales)
 
-    def _stored_tokens(self, kind: Tokens, start: int, stop: int) -> NDArray[Any]:
-        values = self._tile_rows(kind.dataset, start, stop)
-        if kind is not Tokens.PATCH and self._store.recipe.token_order == COLUMN_MAJOR:
+    def _of_tokens(self, kind: Tokens, name: str, start: int, stop: int) -> NDArray[Any]:
+        """What is stored of each token, [tiles, T, ...], row by row."""
+        values = self._tile_rows(name, start, stop)
+        if kind is not Tokens.PATCH and self.recipe.token_order == COLUMN_MAJOR:
             side = math.isqrt(values.shape[1])
-            by_column = values.reshape(-1, side, side, values.shape[2])
+            by_column = values.reshape(-1, side, side, *values.shape[2:])
             values = by_column.swapaxes(1, 2).reshape(values.shape)
         return values
 
@@ -253,7 +261,7 @@ class Tile:
     number: int
     """From 0, row by row."""
     tokens: NDArray[Any] | None
-    """[T, C], row by row, bfloat16 as float32; None where no tokens are stored."""
+    """[T, C], row by row, bfloat16, int8 and fp8 as float32; None where no tokens are stored."""
     pooled: NDArray[Any] | None
     """[d] float32; None without `--tile-pooled`."""
 

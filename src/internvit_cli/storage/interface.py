@@ -9,7 +9,7 @@ from internvit_cli.config import Format
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from internvit_cli.storage.layout import Extent, NewShard, StoredShard
+    from internvit_cli.storage.layout import Extent, NewShard, Outline, StoredShard
 
 
 class ShardFormat(Protocol):
@@ -33,6 +33,10 @@ class ShardFormat(Protocol):
 
     def read(self, path: str) -> StoredShard:
         """The index, the statuses and the attributes of a partial or final shard."""
+        ...
+
+    def outline(self, path: str) -> Outline:
+        """The attributes and statuses of a final shard, or of a partial file, without keys."""
         ...
 
     def commit_records(self, path: str) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +38,10 @@ RUN_LOG = "run_log"
 POOLED = "pooled"
 TILE_POOLED = "tile_pooled"
 TOKEN_DATASETS = tuple(tokens.dataset for tokens in Tokens if tokens is not Tokens.NONE)
+SCALE_DATASETS = tuple(tokens.scales_dataset for tokens in Tokens if tokens is not Tokens.NONE)
+TILE_DATASETS = (*TOKEN_DATASETS, *SCALE_DATASETS, TILE_POOLED)
+"""What has a row a tile, in the order in which an image's CRC goes over them, after its vector."""
+FEATURE_DATASETS = (POOLED, *TILE_DATASETS)
 
 
 class ForeignFileError(OutputError):
@@ -81,6 +86,8 @@ class FeatureShape:
         if self.tokens is not Tokens.NONE:
             shape = (tiles, self.tokens_per_tile, self.channels)
             specs.append(DatasetSpec(self.tokens.dataset, shape, self.store_dtype.numpy_name))
+            if self.store_dtype.is_scaled:
+                specs.append(DatasetSpec(self.tokens.scales_dataset, shape[:2], "<f4"))
         if self.tile_pooled:
             specs.append(DatasetSpec(TILE_POOLED, (tiles, self.pooled_width), "<f4"))
         return tuple(specs)
@@ -127,14 +134,45 @@ class StoredShard:
             OutputError: another format, a newer version, or an index that does not match its digest.
         """
         check_format(self.attributes, path)
-        if len(self.table.status) != len(self.table) or not np.isin(self.table.status, list(Status)).all():
-            raise OutputError(f"the statuses of {path} are damaged", "restore it, or start anew with --overwrite")
+        _check_statuses(self.table.status, len(self.table), path)
         unsigned = {name: value for name, value in self.attributes.items() if name != "index_digest"}
         if index_digest(self.table, unsigned) != self.attributes.get("index_digest"):
             raise OutputError(
                 f"the index of {path} is damaged: its digest does not match",
                 "restore it, or start anew with --overwrite",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What a shard says of itself but for its keys: read in a moment, and not vouched for by the index's digest."""
+
+    attributes: dict[str, Any]
+    images: int
+    status: NDArray[Any]
+    """As in the table, [n] uint8."""
+    tiles: int | None
+    """None where only the manifest has their sum."""
+
+    def check(self, path: str) -> None:
+        """Refuse what cannot be an intact feature shard.
+
+        Raises:
+            OutputError: statuses that mean nothing, or a recipe that does not match its digest.
+        """
+        _check_statuses(self.status, self.images, path)
+        recipe = str(self.attributes.get("recipe"))
+        if hashlib.sha256(recipe.encode()).hexdigest() != self.attributes.get("recipe_digest"):
+            raise OutputError(
+                f"the recipe of {path} is damaged: its digest does not match",
+                "restore it, or start anew with --overwrite",
+            )
+
+
+def _check_statuses(status: NDArray[Any], images: int, path: str) -> None:
+    known = np.bincount(status.astype(np.uint8), minlength=256)[list(Status)].sum()
+    if len(status) != images or known != images:
+        raise OutputError(f"the statuses of {path} are damaged", "restore it, or start anew with --overwrite")
 
 
 def check_format(attributes: Mapping[str, Any], path: str) -> None:
@@ -210,9 +248,29 @@ def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
         raise OutputError(f"the sources of {path} are damaged", "restore it, or start anew with --overwrite") from error
 
 
-def decode_values(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Stored token values as numpy has them: bfloat16 bits become float32, exactly; others stay as they are."""
+def decode_values(stored: NDArray[Any], dtype: str, scales: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Stored token values as numpy has them: bfloat16, int8 and fp8 become float32; others stay as they are.
+
+    Args:
+        stored: [...,C].
+        dtype: the stored type.
+        scales: [...] float32, of the types that have them.
+    """
+    if scales is not None:
+        values = _e4m3_values()[stored] if dtype == StoreDtype.FP8.value else stored.astype(np.float32)
+        scaled: NDArray[Any] = np.multiply(values, scales[..., None], out=values)
+        return scaled
     if dtype != StoreDtype.BFLOAT16.value:
         return stored
     widened: NDArray[Any] = (stored.astype(np.uint32) << 16).view(np.float32)
     return widened
+
+
+@cache
+def _e4m3_values() -> NDArray[Any]:
+    """The numbers behind the 256 codes of float8 e4m3: sign, 4 bits of exponent, 3 of mantissa, no infinities."""
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
+    magnitude = np.where(exponent, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    magnitude[codes & 127 == 127] = np.nan
+    return np.where(codes & 128, -magnitude, magnitude).astype(np.float32)

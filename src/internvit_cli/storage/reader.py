@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from internvit_cli.config import Status
-from internvit_cli.errors import OutputError, UsageError
+from internvit_cli.errors import UsageError
 from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
-from internvit_cli.storage.layout import PARTIAL, stored_recipe
+from internvit_cli.storage.layout import stored_recipe
 from internvit_cli.storage.near_keys import near_keys
-from internvit_cli.storage.output import MANIFEST, FinishedShard, Output, load_shard
+from internvit_cli.storage.places import find_places
 from internvit_cli.storage.row_index import PooledVectors, RowIndex
 from internvit_cli.storage.shard import OpenShard
 from internvit_cli.table import COLUMN_DTYPES
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.config import Recipe
+    from internvit_cli.storage.output import FinishedShard
     from internvit_cli.table import ImageTable
 
 __all__ = [
@@ -269,24 +270,4 @@ def open_features(path: str | os.PathLike[str]) -> Features:
 
 def find_shards(path: str) -> list[FinishedShard]:
     """The shards at a path that a user names: finished ones, or the partial file itself."""
-    if not os.path.exists(path):
-        partial = path + PARTIAL
-        hint = (
-            f"the run that makes it has not finished: open {partial}" if os.path.exists(partial) else "check the path"
-        )
-        raise OutputError(f"{path} is not there", hint)
-    if os.path.isdir(path):
-        shards = Output(path).finished()
-        if not shards:
-            raise OutputError(
-                f"{path} has no finished shard ({MANIFEST} names none)",
-                "is it a feature folder, and has its run finished?",
-            )
-        return shards
-    output = Output(path.removesuffix(PARTIAL))
-    if not output.is_file:
-        raise OutputError(
-            f"{path} is not a feature file",
-            "feature files end in .h5 or .hdf5; feature folders are opened by their folder",
-        )
-    return [load_shard("", path, output.backend)]
+    return [place.load() for place in find_places(path)]

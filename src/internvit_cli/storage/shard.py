@@ -13,7 +13,7 @@ from internvit_cli.config import Recipe, Status
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.durable import read_exactly
 from internvit_cli.storage.image import ImageFeatures
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, Extent, recorded_sources, stored_recipe
+from internvit_cli.storage.layout import FEATURE_DATASETS, Extent, recorded_sources, stored_recipe
 from internvit_cli.storage.output import FinishedShard, file_identity
 from internvit_cli.tiling import Grid
 
@@ -60,7 +60,7 @@ class OpenShard:
     @property
     def stored(self) -> tuple[str, ...]:
         """The datasets of features that have rows."""
-        return tuple(name for name in (POOLED, *TOKEN_DATASETS, TILE_POOLED) if name in self.extents)
+        return tuple(name for name in FEATURE_DATASETS if name in self.extents)
 
     @cached_property
     def digests(self) -> NDArray[Any]:

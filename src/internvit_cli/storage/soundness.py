@@ -13,6 +13,7 @@ from internvit_cli.storage import hdf5
 from internvit_cli.storage.layout import (
     CRC32,
     DIGEST,
+    FEATURE_DATASETS,
     POOLED,
     RUN_LOG,
     RUN_LOG_BYTES,
@@ -54,7 +55,10 @@ def expected_datasets(recipe: Recipe, images: int, tiles: int) -> dict[str, Expe
     if tokens is not Tokens.NONE:
         patches = (recipe.tile_size // PATCH_SIZE) ** 2
         count = patches if tokens is Tokens.PATCH else patches // 4
-        found[tokens.dataset] = Expected((tiles, count), 3, StoreDtype(recipe.store_dtype).numpy_name)
+        dtype = StoreDtype(recipe.store_dtype)
+        found[tokens.dataset] = Expected((tiles, count), 3, dtype.numpy_name)
+        if dtype.is_scaled:
+            found[tokens.scales_dataset] = Expected((tiles, count), 2, "<f4")
     if recipe.tile_pooled:
         found[TILE_POOLED] = Expected((tiles,), 2, "<f4")
     return {name: expected for name, expected in found.items() if expected.lengths[0]}
@@ -95,7 +99,7 @@ def dataset_problems(shard: FinishedShard, recipe: Recipe) -> Iterator[str]:
     for name, wanted in expected.items():
         if name not in published_apart:
             yield from _differences(name, wanted, extents.get(name))
-    for name in sorted({POOLED, *TOKEN_DATASETS, TILE_POOLED} & set(extents) - set(expected)):
+    for name in sorted(set(FEATURE_DATASETS) & set(extents) - set(expected)):
         yield f"{name} is there, but the recipe stores none"
     if is_hdf5:
         yield from _type_problems(shard.path, recipe)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.storage.commit import ImageRows, ShardWriter
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
+from internvit_cli.storage.layout import POOLED, SCALE_DATASETS, TILE_POOLED, TOKEN_DATASETS
 from internvit_cli.storage.reader import OpenShard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from numpy.typing import NDArray
 
     from internvit_cli.storage.output import FinishedShard
     from internvit_cli.table import ImageTable
@@ -62,13 +64,22 @@ def _is_same_file(table: ImageTable, row: int, old: ImageTable, before: int) -> 
 
 def _read_image(source: OpenShard, before: int, row: int, digest: bytes) -> ImageRows:
     start, stop = (int(offset) for offset in source.table.tile_offset[before : before + 2])
-    tokens = [source.rows(name, start, stop) for name in TOKEN_DATASETS if name in source.extents]
-    vectors = [source.rows(TILE_POOLED, start, stop)] if TILE_POOLED in source.extents else []
-    return ImageRows(row, digest, source.rows(POOLED, before, before + 1)[0], tokens, vectors)
+
+    def rows(*names: str) -> list[NDArray[Any]]:
+        return [source.rows(name, start, stop) for name in names if name in source.extents]
+
+    return ImageRows(
+        row,
+        digest,
+        pooled=source.rows(POOLED, before, before + 1)[0],
+        tokens=rows(*TOKEN_DATASETS),
+        scales=rows(*SCALE_DATASETS),
+        tile_pooled=rows(TILE_POOLED),
+    )
 
 
 def _checksum(image: ImageRows) -> int:
     checksum = 0
-    for block in (image.pooled, *image.tokens, *image.tile_pooled):
+    for block in (image.pooled, *image.tokens, *image.scales, *image.tile_pooled):
         checksum = zlib.crc32(np.ascontiguousarray(block).data, checksum)
     return checksum

@@ -205,6 +205,8 @@ class Extractor:
         arrays = {POOLED: pooled[None]}
         if tokens := [part.tokens for part in pending.parts if part.tokens is not None]:
             arrays[Tokens(self.recipe.tokens).dataset] = np.concatenate(tokens)
+        if scales := [part.scales for part in pending.parts if part.scales is not None]:
+            arrays[Tokens(self.recipe.tokens).scales_dataset] = np.concatenate(scales)
         if self.recipe.tile_pooled:
             arrays[TILE_POOLED] = vectors
         return done_image(pending.named, self.recipe, pending.tiled, arrays)
@@ -266,7 +268,8 @@ class _Flow:
 
 def _part(features: TileFeatures, span: slice) -> TileFeatures:
     tokens = None if features.tokens is None else features.tokens[span]
-    return replace(features, tokens=tokens, pooled=features.pooled[span], fits=features.fits[span])
+    scales = None if features.scales is None else features.scales[span]
+    return replace(features, tokens=tokens, scales=scales, pooled=features.pooled[span], fits=features.fits[span])
 
 
 def _load(checkpoint: Checkpoint, how: EncoderOptions) -> Encoder:

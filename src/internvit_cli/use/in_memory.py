@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Recipe, Skipped, Status
@@ -67,6 +67,12 @@ def skipped_image(named: Named, recipe: Recipe, skipped: Skipped) -> ImageFeatur
     """An image without features, which says why."""
     store = RowsInMemory(recipe, {}, named.path, bytes(32))
     return ImageFeatures(named.key, skipped.status, 0, 0, 0, Grid(0, 0), False, store, 0, 0, reason=skipped.message)
+
+
+def without_features(image: ImageFeatures) -> ImageFeatures:
+    """All that is known of an image but its features: small enough to be sent to another process."""
+    path = None if image.path is None else os.fsencode(image.path)
+    return replace(image, _store=RowsInMemory(image.recipe, {}, path, image.digest), _row=0, _first_tile=0)
 
 
 def absolute(path: str | bytes | os.PathLike[Any]) -> bytes:

@@ -33,7 +33,7 @@ SMALLEST_ROW = 1e-12
 """Rows whose largest magnitude is below this are scaled as if it were this: zeros stay zeros."""
 
 FAST_ACCUMULATION = True
-"""Sum products in the matrix units' own, shorter accumulators: a fifth faster on Hopper. `quantisation_error` is
+"""Sum products in the matrix units' own, shorter accumulators: a fifth faster on Hopper. `Encoder.accuracy` is
 measured with it."""
 
 

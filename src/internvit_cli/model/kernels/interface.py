@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
 Norm = nn.LayerNorm | nn.RMSNorm
 """Over the last axis, computed in float32 and rounded once."""
@@ -87,6 +86,11 @@ class StorePlan:
     mean: bool
     """Whether the mean over a tile's rows is wanted."""
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether every token has a scale: int8, or uint8 that holds the bits of float8 e4m3."""
+        return self.dtype in (torch.int8, torch.uint8)
+
 
 class Stored(NamedTuple):
     """Tokens of B tiles in their final form, and what had to be known of them."""
@@ -99,6 +103,8 @@ class Stored(NamedTuple):
     """float32 [B,2]: smallest and largest value before storing; NaN when any value is."""
     clamped: Tensor
     """int64 [B]: values that were clamped."""
+    scales: Tensor | None = None
+    """float32 [B,T]: what a token's stored values are multiples of; None where the stored type has no scales."""
 
 
 @dataclass(frozen=True)

@@ -147,10 +147,32 @@ def store(values: Tensor, plan: StorePlan) -> Stored:
     low, high = torch.aminmax(values.flatten(1), dim=1)  # NaN wins
     extremes = torch.stack((low, high), dim=1).float()
     values, clamped = _clamped(values, plan)
-    tokens = values.new_empty((len(values), plan.tokens, plan.token_size), dtype=plan.dtype)
     view = values if plan.order is None else unshuffle_view(values, plan.order)
+    shape = len(values), plan.tokens, plan.token_size
+    if plan.is_scaled:
+        tokens, scales = quantise_tokens(view.float().reshape(shape), plan.dtype)
+        return Stored(tokens, mean, extremes, clamped, scales)
+    tokens = values.new_empty(shape, dtype=plan.dtype)
     tokens.view(view.shape).copy_(view)
     return Stored(tokens, mean, extremes, clamped)
+
+
+def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Tokens as multiples of a scale each, symmetric: the largest magnitude becomes the largest that there is.
+
+    Args:
+        tokens: float32 [...,C]; finite ones, or what comes out means nothing.
+        dtype: int8, or uint8 for the bits of float8 e4m3.
+
+    Returns:
+        Tokens of that type [...,C], and scales, float32 [...]. No value is further from `tokens` than half a step.
+    """
+    steps = 127.0 if dtype is torch.int8 else torch.finfo(torch.float8_e4m3fn).max
+    scales = (tokens.abs().amax(dim=-1) / steps).clamp_min(torch.finfo(torch.float32).tiny)
+    multiples = tokens / scales[..., None]
+    if dtype is torch.int8:
+        return multiples.round_().clamp_(-steps, steps).to(dtype), scales
+    return multiples.clamp_(-steps, steps).to(torch.float8_e4m3fn).view(dtype), scales
 
 
 def _clamped(values: Tensor, plan: StorePlan) -> tuple[Tensor, Tensor]:
@@ -158,5 +180,5 @@ def _clamped(values: Tensor, plan: StorePlan) -> tuple[Tensor, Tensor]:
     if not plan.clamp:
         return values, torch.zeros(len(values), dtype=torch.int64, device=values.device)
     beyond = values.float().abs() >= plan.infinite_from  # False for NaN
-    limit = torch.finfo(plan.dtype).max
+    limit = torch.finfo(torch.float32 if plan.is_scaled else plan.dtype).max
     return values.float().clamp(-limit, limit), beyond.flatten(1).sum(1)

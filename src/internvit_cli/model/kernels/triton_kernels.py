@@ -12,8 +12,9 @@ import torch
 
 from internvit_cli.model.kernels import triton_attention, triton_norms, triton_tiles
 from internvit_cli.model.kernels.fp8 import FP8, scaled_linear
-from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Quantised, Rows
+from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Quantised, Rows, Stored, StorePlan
 from internvit_cli.model.kernels.plain import linear, linear_gelu, plain_attention
+from internvit_cli.model.kernels.plain import store as plain_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ def triton_kernels(dtype: torch.dtype, attend: Attend) -> Kernels:
         linear=fp8_linear if in_fp8 else linear,
         linear_gelu=gelus.get(dtype, epilogue_linear_gelu),
         attention=plain_attention(attend) if exact else partial(attention, attend=attend),
-        store=triton_tiles.store,
+        store=store,
     )
 
 
@@ -52,6 +53,11 @@ def attention(qkv: Tensor, heads: int, norms: tuple[Norm, Norm] | None, *, atten
         qkv = triton_norms.qk_norm(qkv, *norms)
     cut = triton_attention.blocks_for(qkv.shape[-1] // 3 // heads, _capability(qkv))
     return plain_attention(attend)(qkv, heads, None) if cut is None else triton_attention.attention(qkv, heads, cut)
+
+
+def store(values: Tensor, plan: StorePlan) -> Stored:
+    """See `Kernels.store`; types with scales take plain PyTorch: a scale is known only after a whole token was seen."""
+    return plain_store(values, plan) if plan.is_scaled else triton_tiles.store(values, plan)
 
 
 def _capability(x: Tensor) -> tuple[int, int]:

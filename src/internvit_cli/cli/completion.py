@@ -1,0 +1,28 @@
+"""What the shell proposes for an argument, beside options and their words, which Typer knows."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+import typer
+
+MOST_IMAGES = 100_000
+"""More keys take too long to read between two keystrokes."""
+
+
+def complete_keys(context: typer.Context, incomplete: str) -> list[str]:
+    """Keys of the output that was named before, those that a shell takes as they are; none where it cannot be read."""
+    from internvit_cli.errors import InternvitError
+    from internvit_cli.storage.places import find_places
+
+    try:
+        places = find_places(str(context.params.get("path") or ""))
+        if sum(place.backend.outline(place.path).images for place in places) > MOST_IMAGES:
+            return []
+        shards = [place.load() for place in places]
+    except (InternvitError, OSError):
+        return []
+    counted = {key for shard in shards for key in shard.stored.table.keys if key not in shard.superseded_keys}
+    keys = sorted(map(os.fsdecode, counted))
+    return [key for key in keys if key.startswith(incomplete) and shlex.quote(key) == key]

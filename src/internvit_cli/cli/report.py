@@ -1,0 +1,76 @@
+"""`internvit report`: an output as one page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from internvit_cli.cli.console import Bar, human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.config import Projection
+from internvit_cli.errors import ExitCode, one_line
+
+if TYPE_CHECKING:
+    from internvit_cli.use.report.build import Report
+
+MOST_MISSING = 5
+"""Pictures without a thumbnail that are named; the page and --json tell of all."""
+
+
+def report_command(
+    path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", metavar="FILE.html", help="The page; one that is there is replaced.")
+    ] = "report.html",
+    projection: Annotated[
+        Projection, typer.Option("--map", help="How images are laid out; umap needs the extra [umap].")
+    ] = Projection.PCA,
+    samples: Annotated[int, typer.Option(min=0, max=200, help="Images with token maps and neighbours.")] = 12,
+    thumbnails: Annotated[int, typer.Option(min=0, max=100_000, help="Images that have a thumbnail.")] = 2000,
+    thumbnail_size: Annotated[int, typer.Option(min=16, max=512, help="Longer side of a thumbnail, pixels.")] = 80,
+    points: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images on the map.")] = 50_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn by chance.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that read pictures. (default: one a processor)")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no name of the file.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
+) -> int:
+    """Write one page about OUT that needs no network: facts, a map of all images, token maps, duplicates, neighbours.
+
+    Pictures are read where they were when they were encoded; those that are gone or changed have no thumbnail.
+
+    Example: internvit report feats.h5 -o report.html
+    """
+    from internvit_cli.use.report.build import ReportOptions, write_report
+
+    options = ReportOptions(
+        path=path,
+        output=output,
+        projection=projection,
+        samples=samples,
+        thumbnails=thumbnails,
+        thumbnail_size=thumbnail_size,
+        points=points,
+        seed=seed,
+        workers=workers,
+    )
+    with Bar(quiet=quiet) as bar:
+        report = write_report(options, bar.progress)
+    _say_notes(report)
+    if json:
+        print_json({"path": path} | report.to_json() | {"exit_code": int(ExitCode.DONE), "error": None})
+    elif not quiet:
+        facts = f"{report.points:,} images on the map, {report.thumbnails:,} thumbnails, {report.token_maps} token maps"
+        print_line(f"{output}: {human_bytes(report.bytes)} in {human_seconds(report.seconds)}; {facts}")
+    return int(ExitCode.DONE)
+
+
+def _say_notes(report: Report) -> None:
+    for note in report.notes:
+        say(f"note: {note}")
+    for key, problem in list(report.missing.items())[:MOST_MISSING]:
+        say(f"note: no thumbnail of {one_line(key)}: {problem}")
+    if len(report.missing) > MOST_MISSING:
+        say(f"note: {len(report.missing):,} images have no thumbnail in all")

@@ -1,0 +1,158 @@
+"""Sizes of ordinary JPEG and WebP files from a few of their bytes.
+
+Most pictures are such files, and opening one with EXIF takes Pillow ten to twenty times as long. Whatever is unusual in
+any way is None here: then Pillow decides, whose word is what counts.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import NamedTuple
+
+FIRST_BYTES = 4096
+"""Read at once: the whole header of most files."""
+EXIF_SIGNATURE = b"Exif\0\0"
+
+_SCAN, _EXIF_SEGMENT, _MPF_SEGMENT, _TABLES = 0xDA, 0xE1, 0xE2, 0xDB
+_FRAMES = (0xC0, 0xC1, 0xC2)
+"""Baseline, extended and progressive."""
+_SKIPPED_SEGMENTS = {0xC4, _TABLES, 0xDD, *range(0xE0, 0xF0), 0xFE}
+"""Tables, application data, comments."""
+
+_ANIMATED, _HAS_EXIF = 0x02, 0x08
+"""Flags of a WebP file."""
+
+
+class QuickHeader(NamedTuple):
+    """What a file's first bytes say."""
+
+    width: int
+    """Of the picture as it lies in the file, pixels."""
+    height: int
+    exif: bytes
+    """Empty where there is none."""
+
+
+def quick_header(descriptor: int, file_size: int) -> QuickHeader | None:
+    """The header of an ordinary JPEG or WebP file; None for everything else.
+
+    Args:
+        descriptor: of the open file; its position stays as it was.
+        file_size: bytes.
+    """
+    file = _Bytes(descriptor, file_size)
+    start = file.at(0, 12)
+    try:
+        if start.startswith(b"\xff\xd8\xff"):
+            return _jpeg(file)
+        if start.startswith(b"RIFF") and start[8:] == b"WEBP":
+            return _webp(file)
+    except struct.error:  # it ends where more should come
+        pass
+    return None
+
+
+class _Bytes:
+    """A file of which the first bytes are at hand."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        self.size = size
+        self._descriptor = descriptor
+        self._first = os.pread(descriptor, FIRST_BYTES, 0)
+
+    def at(self, position: int, count: int) -> bytes:
+        """Bytes from a position on, fewer at the end of the file."""
+        if position + count <= len(self._first):
+            return self._first[position : position + count]
+        return os.pread(self._descriptor, count, position)
+
+
+def _jpeg(file: _Bytes) -> QuickHeader | None:
+    """Walk the segments up to the first scan."""
+    size, exif = None, b""
+    position = 2
+    while True:
+        mark, kind, length = struct.unpack(">BBH", file.at(position, 4))
+        body, position = position + 4, position + 2 + length
+        if mark != 0xFF or length < 2 or position > file.size:
+            return None
+        if kind == _SCAN:
+            return QuickHeader(*size, exif) if size else None
+        if kind in _FRAMES and size is None:
+            size = _frame_size(file.at(body, length - 2))
+            if size is None:
+                return None
+        elif kind not in _SKIPPED_SEGMENTS or _is_odd(file, kind, body, length - 2):
+            return None
+        elif kind == _EXIF_SEGMENT and file.at(body, len(EXIF_SIGNATURE)) == EXIF_SIGNATURE:
+            if exif:
+                return None
+            exif = file.at(body, length - 2)
+
+
+def _frame_size(frame: bytes) -> tuple[int, int] | None:
+    """Width and height of a frame of 8 bits and one, three or four components."""
+    bits, height, width, components = struct.unpack_from(">BHHB", frame)
+    is_plain = bits == 8 and components in (1, 3, 4) and len(frame) == 6 + 3 * components
+    return (width, height) if is_plain and width and height else None
+
+
+def _is_odd(file: _Bytes, kind: int, body: int, length: int) -> bool:
+    """Whether Pillow has to look at a segment itself: several pictures in one file, or tables of another length."""
+    if kind == _MPF_SEGMENT:
+        return file.at(body, 4) == b"MPF\0"
+    if kind == _TABLES:
+        tables = file.at(body, length)
+        while tables:
+            tables = tables[1 + 64 * (2 if tables[0] >> 4 else 1) :] if len(tables) > 64 else b"odd"
+            if tables == b"odd":
+                return True
+    return False
+
+
+def _webp(file: _Bytes) -> QuickHeader | None:
+    """The one frame of a simple file, or the canvas of an extended one that does not move."""
+    (riff_size,) = struct.unpack("<L", file.at(4, 4))
+    if riff_size + 8 > file.size:
+        return None
+    kind, length = struct.unpack("<4sL", file.at(12, 8))
+    if 20 + length > file.size:
+        return None
+    match kind:
+        case b"VP8 ":
+            tag, start, width, height = struct.unpack("<B2x3sHH", file.at(20, 10))
+            is_key_frame = not tag & 1 and start == b"\x9d\x01\x2a"
+            return _sized(width & 0x3FFF, height & 0x3FFF) if is_key_frame else None
+        case b"VP8L":
+            signature, bits = struct.unpack("<BL", file.at(20, 5))
+            is_version_0 = signature == 0x2F and not bits >> 29
+            return _sized((bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1) if is_version_0 else None
+        case b"VP8X" if length == 10:
+            return _extended_webp(file, riff_size + 8)
+    return None
+
+
+def _sized(width: int, height: int, exif: bytes = b"") -> QuickHeader | None:
+    return QuickHeader(width, height, exif) if width and height else None
+
+
+def _extended_webp(file: _Bytes, end: int) -> QuickHeader | None:
+    header = file.at(20, 10)
+    flags = header[0]
+    if flags & _ANIMATED:
+        return None
+    width, height = (1 + int.from_bytes(header[start : start + 3], "little") for start in (4, 7))
+    if not flags & _HAS_EXIF:
+        return _sized(width, height)
+    position, exif = 30, b""
+    while position + 8 <= end:
+        kind, length = struct.unpack("<4sL", file.at(position, 8))
+        if position + 8 + length > end:
+            return None
+        if kind == b"EXIF":
+            if exif:
+                return None
+            exif = file.at(position + 8, length)
+        position += 8 + length + length % 2
+    return _sized(width, height, exif)

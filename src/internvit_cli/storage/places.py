@@ -1,0 +1,77 @@
+"""Which shards lie at a path that a user names."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from internvit_cli.errors import OutputError
+from internvit_cli.storage.interface import ShardFormat, backend_of
+from internvit_cli.storage.layout import PARTIAL
+from internvit_cli.storage.output import MANIFEST, ManifestEntry, Output, load_shard, read_manifest
+
+if TYPE_CHECKING:
+    from internvit_cli.storage.output import FinishedShard
+
+
+class ShardPlace(NamedTuple):
+    """Where a shard lies, what reads it, and what the manifest says of it."""
+
+    path: str
+    backend: ShardFormat
+    entry: ManifestEntry | None = None
+    """None for a single file, which has no manifest, and for what is still being filled."""
+
+    def load(self) -> FinishedShard:
+        """The shard with its index, checked against its digest.
+
+        Raises:
+            OutputError: there is none, or it is damaged.
+        """
+        entry = self.entry
+        return load_shard(
+            entry.name if entry else "", self.path, self.backend, superseded=entry.superseded if entry else ()
+        )
+
+
+def find_places(path: str) -> list[ShardPlace]:
+    """The shards at a path: finished ones, or the partial file itself; their files are not looked at yet.
+
+    Raises:
+        OutputError: there are none.
+    """
+    if not os.path.exists(path):
+        partial = path + PARTIAL
+        hint = (
+            f"the run that makes it has not finished: open {partial}" if os.path.exists(partial) else "check the path"
+        )
+        raise OutputError(f"{path} is not there", hint)
+    output = Output(path.removesuffix(PARTIAL))
+    if output.is_file:
+        return [ShardPlace(path, output.backend)]
+    if not os.path.isdir(path):
+        raise OutputError(
+            f"{path} is not a feature file",
+            "feature files end in .h5 or .hdf5; feature folders are opened by their folder",
+        )
+    places = places_in(Output(path).path)
+    if not places:
+        raise OutputError(
+            f"{path} has no finished shard ({MANIFEST} names none)",
+            "is it a feature folder, and has its run finished?",
+        )
+    return places
+
+
+def places_in(folder: str) -> list[ShardPlace]:
+    """The shards that a folder's manifest names, oldest first.
+
+    Raises:
+        OutputError: the manifest is damaged.
+    """
+    entries = read_manifest(os.path.join(folder, MANIFEST))
+    backends = [backend_of(entry.format) for entry in entries]
+    return [
+        ShardPlace(os.path.join(folder, entry.name) + backend.SUFFIX, backend, entry)
+        for entry, backend in zip(entries, backends, strict=True)
+    ]

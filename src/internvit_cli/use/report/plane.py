@@ -1,0 +1,121 @@
+"""Pooled vectors laid out in a plane, so that images which are alike lie together.
+
+Vectors are scaled to length one and their mean is taken off, as for the colours of `show`. Letters: n images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import Projection
+from internvit_cli.errors import InternvitError, OutputError, UsageError
+from internvit_cli.use.maps import components, spread, unit
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.storage.row_index import PooledVectors
+
+FITTED_BYTES = 32 << 20
+"""Vectors that components are fitted to, in float32; of more, evenly spread ones."""
+BLOCK = 4096
+"""Vectors that are read at a time."""
+UMAP_COMPONENTS = 50
+"""Principal components that UMAP starts from: it looks at neighbours, and noise has none."""
+UMAP_NEIGHBOURS = 15
+UMAP_LEAST = 10
+"""Images below which neighbourhoods mean nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """Where images lie."""
+
+    places: NDArray[Any]
+    """[n, 2] float32, from 0 to 1, one scale for both axes."""
+    explained: tuple[float, ...]
+    """Shares of the variance along both axes; empty for UMAP, whose axes mean nothing."""
+    fitted_on: int
+    """Vectors that the axes were fitted to."""
+
+
+def require(projection: Projection) -> None:
+    """Refuse early what cannot be done here.
+
+    Raises:
+        InternvitError: umap-learn is not installed.
+    """
+    if projection is Projection.UMAP:
+        _umap()
+
+
+def lay_out(vectors: PooledVectors, numbers: NDArray[Any], projection: Projection, seed: int) -> Plane:
+    """Give images places.
+
+    Args:
+        vectors: of all images.
+        numbers: of those to lay out, [n].
+        projection: how.
+        seed: of what UMAP draws by chance.
+
+    Raises:
+        UsageError: too few images for UMAP.
+        OutputError: a vector that is not finite.
+    """
+    if projection is Projection.UMAP and len(numbers) < UMAP_LEAST:
+        raise UsageError(
+            f"--map umap with {len(numbers)} images: they have no neighbourhoods to keep",
+            f"it takes {UMAP_LEAST} images; leave it at --map pca",
+        )
+    if not len(numbers):
+        return Plane(np.empty((0, 2), np.float32), (), 0)
+    count = 2 if projection is Projection.PCA else min(UMAP_COMPONENTS, vectors.shape[1])
+    chosen = numbers[spread(len(numbers), max(2, FITTED_BYTES // (4 * vectors.shape[1])))]
+    sample = unit(vectors[chosen])
+    if not np.isfinite(sample).all():
+        raise OutputError("a pooled vector is not finite", "internvit verify tells which rows are damaged")
+    mean = sample.mean(axis=0)
+    sample -= mean
+    axes, explained = components(sample, count)
+    reduced = np.empty((len(numbers), count), np.float32)
+    for start in range(0, len(numbers), BLOCK):
+        block = vectors[numbers[start : start + BLOCK]]
+        reduced[start : start + len(block)] = (unit(block) - mean) @ axes.T
+    if projection is Projection.UMAP:
+        return Plane(_unit_square(_embed(reduced, seed)), (), len(chosen))
+    return Plane(_unit_square(reduced), explained, len(chosen))
+
+
+def _unit_square(places: NDArray[Any]) -> NDArray[Any]:
+    """Places from 0 to 1 on the wider axis, the other one in the middle."""
+    low, high = places.min(axis=0), places.max(axis=0)
+    span = max(float((high - low).max()), 1e-12)
+    inside: NDArray[Any] = ((places - (low + high) / 2) / span + 0.5).astype(np.float32)
+    return inside
+
+
+def _embed(reduced: NDArray[Any], seed: int) -> NDArray[Any]:
+    neighbours = min(UMAP_NEIGHBOURS, len(reduced) - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a seed makes it use one thread, which it warns of
+        places: NDArray[Any] = _umap().UMAP(n_neighbors=neighbours, random_state=seed).fit_transform(reduced)
+    finite: NDArray[Any] = np.nan_to_num(places)
+    return finite
+
+
+def _umap() -> ModuleType:
+    try:
+        import umap
+    except ImportError as error:
+        raise InternvitError(
+            "--map umap needs umap-learn, which is not installed",
+            "install it with: pip install 'internvit-cli[umap]', or leave it at --map pca",
+        ) from error
+    module: ModuleType = umap
+    return module

@@ -1,0 +1,109 @@
+"""Which images the page shows: a sample, what is like it, what there is more than once, and all that the map has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.use.duplicates import DuplicateOptions, Duplicates, find_duplicates
+from internvit_cli.use.nearest import nearest
+from internvit_cli.use.spaces import Space, fit_whitening
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.storage.reader import Features
+    from internvit_cli.storage.row_index import PooledVectors
+
+    OnProgress = Callable[[str, int, int], None]
+
+NEIGHBOURS = 8
+MOST_GROUPS = 50
+"""Of each kind on the page; `internvit duplicates` lists them all."""
+MOST_MEMBERS = 12
+"""Of a group on the page."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """What there is more than once, as far as the page shows it."""
+
+    identical: tuple[tuple[int, ...], ...]
+    """Numbers of images with the same bytes."""
+    similar: tuple[tuple[tuple[int, float], ...], ...]
+    """Numbers of images that look the same, the largest picture first, with their cosines to that one."""
+    found: Duplicates
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Numbers of images, counted among those that have features."""
+
+    sample: tuple[int, ...]
+    neighbours: tuple[tuple[tuple[int, float], ...], ...]
+    """For each image of the sample the most similar others, with their cosines, best first."""
+    space: Space
+    """In which the neighbours were compared."""
+    groups: Groups
+    points: NDArray[Any]
+    """All numbers on the page, in order."""
+    shuffled: NDArray[Any]
+    """The same, those that the page's other parts show first, then the others by chance."""
+
+
+def select(features: Features, samples: int, most_points: int, seed: int, on_progress: OnProgress) -> Selection:
+    """Choose the images of a page.
+
+    Args:
+        features: of the output.
+        samples: images of the sample.
+        most_points: images on the map, beside those that other parts show.
+        seed: of what is drawn by chance.
+        on_progress: called with what is done, how much of it so far, and of all.
+    """
+    done = features.done
+    vectors = done.vectors()
+    count = len(vectors)
+    chance = np.random.default_rng(seed)
+    sample = np.sort(chance.choice(count, min(samples, count), replace=False)) if count else np.empty(0, np.int64)
+    groups = _groups(done, on_progress)
+    space = fit_whitening(vectors) if count else groups.found.space
+    neighbours = _neighbours(vectors, space, sample, lambda seen: on_progress("finding neighbours", seen, count))
+    named = [*sample.tolist(), *(number for row in neighbours for number, _ in row)]
+    named += [number for group in groups.similar for number, _ in group]
+    named += [number for group in groups.identical for number in group]
+    first = np.array(list(dict.fromkeys(named)), np.int64)
+    others = np.setdiff1d(np.arange(count), first)
+    others = chance.permutation(others)[: max(0, most_points - len(first))]
+    shuffled = np.concatenate([first, others])
+    return Selection(tuple(sample.tolist()), neighbours, space, groups, np.sort(shuffled), shuffled)
+
+
+def _groups(done: Features, on_progress: OnProgress) -> Groups:
+    found = find_duplicates(DuplicateOptions(done.path), on_progress)
+    identical = tuple(
+        tuple(done.position(image.key) for image in group[:MOST_MEMBERS]) for group in found.identical[:MOST_GROUPS]
+    )
+    similar = tuple(
+        tuple((done.position(member.image.key), member.similarity) for member in group[:MOST_MEMBERS])
+        for group in found.similar[:MOST_GROUPS]
+    )
+    return Groups(identical, similar, found)
+
+
+def _neighbours(
+    vectors: PooledVectors, space: Space, sample: NDArray[Any], on_progress: Callable[[int], None]
+) -> tuple[tuple[tuple[int, float], ...], ...]:
+    """The images most like each of the sample, that one itself left out."""
+    if not len(sample):
+        return ()
+    numbers, similarities = nearest(vectors, space, space.embed(vectors[sample]), NEIGHBOURS + 1, on_progress)
+    rows = []
+    for own, row, cosines in zip(sample.tolist(), numbers.tolist(), similarities.tolist(), strict=True):
+        found = [(number, cosine) for number, cosine in zip(row, cosines, strict=True) if number != own]
+        rows.append(tuple(found[:NEIGHBOURS]))
+    return tuple(rows)

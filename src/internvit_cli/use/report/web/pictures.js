@@ -1,0 +1,89 @@
+// The sections that are pictures: token maps, neighbours, duplicates.
+
+function showTokenMaps() {
+  const section = byId('token-maps');
+  const { maps, explained, stores_tokens: storesTokens } = data.token_maps;
+  if (!maps.length) {
+    const why = storesTokens ? 'No image was sampled.' : images.keys.length
+      ? 'This output holds no tokens, only one vector an image (--tokens none): there is nothing to map.' : 'No image has features yet.';
+    section.append(make('p', {}, why));
+    return;
+  }
+  const [red, green, blue] = explained.map(percent);
+  section.append(make('p', { class: 'faint' },
+    `The first three principal components of the tokens of ${plural(maps.length, 'sampled image')}, fitted to all of them together: red ${red}, green ${green}, blue ${blue} of the variance. Equal colours mean the same in every picture.`));
+  const frames = maps.map(tokenMap);
+  const slider = make('input', { type: 'range', id: 'opacity', min: 0, max: 100, value: 75, oninput: () => fade() });
+  const fade = () => frames.forEach((frame) => frame.querySelector('.tokens').style.setProperty('opacity', slider.value / 100));
+  section.append(make('div', { class: 'controls' }, make('label', { for: 'opacity' }, 'Maps over photographs'), slider));
+  section.append(make('div', { class: 'maps' }, ...frames));
+  fade();
+}
+
+function tokenMap(entry) {
+  const { image, box, photograph, problem } = entry;
+  const key = images.keys[image];
+  const frame = make('div', { class: 'overlay' });
+  const ratio = images.width[image] / images.height[image];
+  frame.style.aspectRatio = String(Math.min(4, Math.max(0.25, ratio)));
+  if (ratio < 1) frame.style.width = `${Math.max(30, 100 * ratio)}%`;
+  if (photograph) frame.append(make('img', { src: `data:image/jpeg;base64,${photograph}`, alt: `photograph ${key}` }));
+  const tokens = make('img', { class: 'tokens', src: `data:image/png;base64,${entry.map}`, alt: `principal components of ${key}` });
+  ['left', 'top', 'width', 'height'].forEach((side, place) => { tokens.style[side] = `${100 * box[place]}%`; });
+  frame.append(tokens);
+  const caption = make('figcaption', {}, make('div', {}, key), make('div', { class: 'faint' }, sizeOf(image)));
+  if (problem) caption.append(make('div', { class: 'faint' }, `without its photograph: ${problem}`));
+  return make('figure', {}, frame, caption);
+}
+
+/** A thumbnail that shows its place on the map when it is clicked. */
+function card(image, caption, isFirst = false) {
+  const key = images.keys[image];
+  const button = make('button', { type: 'button', title: key, 'aria-label': `show ${key} on the map`, onclick: () => showOnMap(image) }, thumbnail(image));
+  const told = make('figcaption', {}, make('div', { class: 'faint' }, caption), make('div', { class: 'key', title: key }, key.split('/').at(-1)));
+  return make('figure', { class: isFirst ? 'first' : '' }, button, told);
+}
+
+function spaceWords(found) {
+  if (found.space === 'raw') return 'cosines of the stored vectors';
+  return `cosines of centred and whitened vectors, fitted to ${count(found.fitted_on)}: 0 is no more alike than any two images here, 1 the same`;
+}
+
+function showNeighbours() {
+  const section = byId('neighbours');
+  const rows = data.neighbours.rows.filter((row) => row.hits.length);
+  if (!rows.length) {
+    section.append(make('p', {}, images.keys.length > 1 ? 'No image was sampled.' : 'It takes two images with features to compare.'));
+    return;
+  }
+  section.append(make('p', { class: 'faint' }, `Of ${plural(rows.length, 'sampled image')} (framed) those most like it: ${spaceWords(data.neighbours)}. Click one to see it on the map.`));
+  for (const { image, hits } of rows) {
+    const found = hits.map(([hit, cosine]) => card(hit, cosine.toFixed(3)));
+    section.append(make('div', { class: 'row' }, card(image, 'sampled', true), make('div', { class: 'strip' }, ...found)));
+  }
+}
+
+function showDuplicates() {
+  const section = byId('duplicates');
+  const found = data.duplicates;
+  if (!found.similar.length && !found.identical.length) {
+    const all = images.keys.length > 1 ? `None: no two images have a cosine of ${found.threshold} or the same bytes.` : 'It takes two images with features to compare.';
+    section.append(make('p', {}, all));
+    return;
+  }
+  section.append(make('p', { class: 'faint' },
+    `${plural(found.redundant, 'image')} to spare. Similar images are linked by cosines of at least ${found.threshold} (${found.how}); ${spaceWords(found)}. The largest picture is framed.`));
+  showGroups(section, 'similar images', found.similar, found.similar_sizes, found.similar_groups, ([image, cosine], place) => card(image, place ? cosine.toFixed(3) : 'largest', !place));
+  showGroups(section, 'identical files', found.identical, found.identical_sizes, found.identical_groups, (image, place) => card(image, 'same bytes', !place));
+}
+
+function showGroups(section, noun, groups, sizes, total, draw) {
+  if (!groups.length) return;
+  const some = groups.length < total ? `, the first ${groups.length} of them shown` : '';
+  section.append(make('h3', {}, `${plural(total, 'group')} of ${noun}${some}`));
+  groups.forEach((group, number) => {
+    const more = sizes[number] - group.length;
+    const rest = more ? [make('figure', {}, make('figcaption', {}, `and ${count(more)} more`))] : [];
+    section.append(make('div', { class: 'row' }, make('div', { class: 'strip' }, ...group.map(draw), ...rest)));
+  });
+}

@@ -1,0 +1,269 @@
+"""Coarse types: tokens in int8 and fp8 with a scale each, arithmetic in fp8, and what they are measured to cost."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from internvit_cli import Extractor, accuracy, open_features
+from internvit_cli.accuracy import ATTRIBUTE_CHARACTERS, Accuracy, AccuracyError, ComputeError, StoreError
+from internvit_cli.cli.app import run
+from internvit_cli.config import StoreDtype
+from internvit_cli.model.kernels.plain import quantise_tokens
+from internvit_cli.storage.layout import decode_values
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCALED = ("int8", "fp8")
+TORCH_TYPE = {"int8": torch.int8, "fp8": torch.uint8}
+
+
+def make_pictures(folder: Path, count: int, seed: int = 1) -> list[Path]:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{seed}-{number}.png" for number in range(count)]
+    for path in paths:
+        size = int(rng.integers(20, 60)), int(rng.integers(20, 60)), 3
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(path)
+    return paths
+
+
+def extract(*arguments: Any, expect: int = 0) -> None:
+    words = ["extract", *map(str, arguments), "--model", "tiny-random", "--device", "cpu", "--dtype", "float32"]
+    assert run([*words, "--tile-size", "56", "-q"]) == expect
+
+
+def verify(output: Path) -> int:
+    return run(["verify", str(output), "--re-extract", "2", "--reference", "-q"])
+
+
+# -------------------------------------------------------------------------------------------------------- the numbers
+
+
+@given(
+    arrays.arrays(np.float32, (3, 8), elements=st.floats(-(2.0**127), 2.0**127, width=32)),
+    st.sampled_from(SCALED),
+)
+def test_no_value_is_further_from_what_is_stored_than_half_a_step(tokens: np.ndarray, dtype: str) -> None:
+    stored, scales = quantise_tokens(torch.from_numpy(tokens), TORCH_TYPE[dtype])
+    read_back = decode_values(stored.numpy(), dtype, scales.numpy()).astype(np.float64)
+    error, largest = np.abs(read_back - tokens), np.abs(tokens).max(axis=-1, keepdims=True).astype(np.float64)
+    slack = 1e-6 * largest + 1e-37
+    if dtype == "int8":
+        assert (error <= largest / 127 / 2 + slack).all()
+    else:  # three bits of mantissa, and below 2**-6 even steps
+        assert (error <= np.maximum(np.abs(tokens) * 2.0**-4, largest / 448 * 2.0**-10) + slack).all()
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_a_token_of_zeros_is_read_back_as_zeros(dtype: str) -> None:
+    stored, scales = quantise_tokens(torch.zeros(2, 4), TORCH_TYPE[dtype])
+    assert (decode_values(stored.numpy(), dtype, scales.numpy()) == 0).all()
+
+
+def test_the_numbers_behind_the_codes_of_fp8_are_those_of_torch() -> None:
+    codes = np.arange(256, dtype=np.uint8)
+    expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+    np.testing.assert_array_equal(decode_values(codes[:, None], "fp8", np.ones(256, np.float32))[:, 0], expected)
+
+
+# --------------------------------------------------------------------------------------------------------- the outputs
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    make_pictures(folder, 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exact(pictures: Path) -> Path:
+    path = pictures.parent / f"{pictures.name}-exact.h5"
+    extract(pictures, "-o", path, "--store-dtype", "float32")
+    return path
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+@pytest.mark.parametrize("kind", ["h5", "npy"])
+def test_coarse_tokens_are_close_to_exact_ones_and_verify(
+    tmp_path: Path, pictures: Path, exact: Path, dtype: str, kind: str
+) -> None:
+    output = tmp_path / ("feats.h5" if kind == "h5" else "feats")
+    extract(pictures, "-o", output, "--store-dtype", dtype, "--tile-pooled")
+    features, wanted = open_features(output), open_features(exact)
+    worst = 1.0
+    for key, image in features.items():
+        read, given = image.visual_tokens, wanted[key].visual_tokens
+        assert read.dtype == np.float32
+        cosine = (read * given).sum(-1) / np.linalg.norm(read, axis=-1) / np.linalg.norm(given, axis=-1)
+        worst = min(worst, float(cosine.min()))
+        np.testing.assert_array_equal(image.pooled, wanted[key].pooled)
+        np.testing.assert_array_equal(image.to_torch().numpy(), read)
+        np.testing.assert_array_equal(image.tile_tokens(0), read[0])
+    assert 0.995 < worst < 1
+    measured = json.loads(features.attributes["store_error"])
+    assert measured["tiles"] > 0
+    assert measured["lowest_cosine"] == pytest.approx(worst, abs=2e-3)
+    assert 0 < measured["relative_error"] < 0.05
+    assert verify(output) == 0
+
+
+def test_int8_takes_half_the_bytes_of_float16(tmp_path: Path, pictures: Path) -> None:
+    for dtype in ("int8", "float16"):
+        extract(pictures, "-o", tmp_path / f"{dtype}.h5", "--store-dtype", dtype)
+    with h5py.File(tmp_path / "int8.h5") as coarse, h5py.File(tmp_path / "float16.h5") as fine:
+        assert coarse["visual_tokens"].attrs["dtype"] == "int8"
+        assert coarse["visual_tokens"].nbytes * 2 == fine["visual_tokens"].nbytes
+        assert coarse["visual_scales"].shape == coarse["visual_tokens"].shape[:2]
+        read = coarse["visual_tokens"][0].astype(np.float32) * coarse["visual_scales"][0][:, None]
+        np.testing.assert_allclose(read, fine["visual_tokens"][0], atol=float(np.abs(read).max()) / 127)
+
+
+@pytest.mark.parametrize("kind", ["h5", "npy"])
+def test_an_output_of_coarse_tokens_grows_and_keeps_its_figures(tmp_path: Path, kind: str) -> None:
+    folder, output = tmp_path / "pictures", tmp_path / ("feats.h5" if kind == "h5" else "feats")
+    make_pictures(folder, 3)
+    extract(folder, "-o", output, "--store-dtype", "int8")
+    before = open_features(output)
+    tokens = {key: image.visual_tokens for key, image in before.items()}
+    make_pictures(folder, 2, seed=2)
+    extract(folder, "-o", output, "--store-dtype", "int8")
+    after = open_features(output)
+    assert len(after) == 5
+    assert after.attributes["store_error"] == before.attributes["store_error"]
+    for key, rows in tokens.items():
+        np.testing.assert_array_equal(after[key].visual_tokens, rows)
+    assert verify(output) == 0
+
+
+def test_several_devices_store_the_same_coarse_tokens(tmp_path: Path, pictures: Path) -> None:
+    extract(pictures, "-o", tmp_path / "one.h5", "--store-dtype", "int8")
+    words = ["--devices", "cpu,cpu", "--model", "tiny-random", "--dtype", "float32", "--tile-size", "56", "-q"]
+    both = tmp_path / "two.h5"
+    assert run(["extract", str(pictures), "-o", str(both), "--store-dtype", "int8", *words]) == 0
+    one, two = open_features(tmp_path / "one.h5"), open_features(both)
+    assert one.attributes["store_error"] == two.attributes["store_error"]
+    for key, image in one.items():
+        np.testing.assert_array_equal(image.visual_tokens, two[key].visual_tokens)
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_an_extractor_gives_the_same_coarse_tokens(tmp_path: Path, pictures: Path, dtype: str) -> None:
+    extract(pictures, "-o", tmp_path / "feats.h5", "--store-dtype", dtype)
+    features = open_features(tmp_path / "feats.h5")
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "tile_size": 56}
+    with Extractor("tiny-random", store_dtype=dtype, **options) as extractor:
+        images = extractor([pictures / key for key in features])
+    for image, stored in zip(images, features.values(), strict=True):
+        np.testing.assert_array_equal(image.visual_tokens, stored.visual_tokens)
+
+
+def test_a_damaged_scale_is_found(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "feats.h5"
+    extract(pictures, "-o", output, "--store-dtype", "int8")
+    with h5py.File(output) as file:
+        offset = file["visual_scales"].id.get_offset()
+    data = bytearray(output.read_bytes())
+    data[offset + 2] ^= 1
+    output.write_bytes(data)
+    assert run(["verify", str(output)]) == 1
+    assert next(iter(open_features(output))) in capsys.readouterr().out
+
+
+def test_pictures_that_cannot_be_decoded_leave_the_figures_unknown(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    whole = make_pictures(tmp_path / "other", 1)[0].read_bytes()
+    (tmp_path / "pictures" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    extract(tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--store-dtype", "int8", expect=1)
+    assert json.loads(open_features(tmp_path / "feats.h5").attributes["store_error"]) == {"tiles": 0}
+
+
+def test_info_tells_the_figures(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    extract(pictures, "-o", tmp_path / "feats.h5", "--store-dtype", "fp8")
+    capsys.readouterr()
+    assert run(["info", str(tmp_path / "feats.h5"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert 0.99 < facts["accuracy"]["store_error"]["lowest_cosine"] < 1
+    assert facts["datasets"]["visual_tokens"]["dtype"] == "fp8"
+    assert run(["info", str(tmp_path / "feats.h5")]) == 0
+    assert "lowest_cosine" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------- arithmetic in fp8
+
+
+@pytest.fixture
+def emulated_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp8 on a CPU, where it is emulated and never offered."""
+    monkeypatch.setattr("internvit_cli.encoder._check_device", lambda *_: None)
+
+
+def extract_in_fp8(pictures: Path, output: Path) -> int:
+    words = ["--model", "tiny-random", "--device", "cpu", "--dtype", "fp8", "--tile-size", "56", "-q"]
+    return run(["extract", str(pictures), "-o", str(output), *words])
+
+
+def test_a_run_in_fp8_stores_how_far_it_is_from_wider_types(
+    tmp_path: Path, pictures: Path, emulated_fp8: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "LOWEST_TOKEN_COSINE", 0.9)  # random weights are coarser than trained ones
+    assert extract_in_fp8(pictures, tmp_path / "feats.h5") == 0
+    measured = json.loads(open_features(tmp_path / "feats.h5").attributes["compute_error"])
+    assert 6 <= measured["tiles"] <= 12
+    assert 0.9 < measured["lowest_cosine_bfloat16"] < measured["mean_cosine_bfloat16"] < 1
+    assert 0 < measured["relative_error_float32"] < 0.2
+
+
+def test_a_run_in_fp8_that_is_too_coarse_stops_before_it_makes_anything(
+    tmp_path: Path,
+    pictures: Path,
+    emulated_fp8: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(accuracy, "LOWEST_TOKEN_COSINE", 0.99999)
+    assert extract_in_fp8(pictures, tmp_path / "feats.h5") == 1
+    assert "use --dtype bfloat16" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("feats.h5") and path.suffix != ".lock"]
+
+
+# ------------------------------------------------------------------------------------------------------- the attributes
+
+
+def test_figures_that_are_not_numbers_are_refused_and_still_are_json() -> None:
+    nan = float("nan")
+    found = Accuracy(ComputeError(2, nan, nan, nan, nan, nan), StoreError(2, nan, nan, nan))
+    with pytest.raises(AccuracyError):
+        found.check()
+
+    class Coarse:
+        compute_dtype, store_dtype, tokens = "fp8", "int8", "visual"
+
+    texts = accuracy.to_attributes(Coarse(), found)  # type: ignore[arg-type]
+    assert json.loads(texts["store_error"])["lowest_cosine"] is None
+    assert {len(text) for text in texts.values()} == {ATTRIBUTE_CHARACTERS}
+
+
+@given(st.integers(1, 16), st.lists(st.floats(-1, 1), min_size=5, max_size=5))
+def test_figures_always_fit_their_attribute(tiles: int, figures: list[float]) -> None:
+    class Coarse:
+        compute_dtype, store_dtype, tokens = "fp8", "float16", "none"
+
+    (text,) = accuracy.to_attributes(Coarse(), Accuracy(ComputeError(tiles, *figures))).values()  # type: ignore[arg-type]
+    assert len(text) == ATTRIBUTE_CHARACTERS
+
+
+@pytest.mark.parametrize("dtype", StoreDtype)
+def test_only_types_with_scales_have_scales(dtype: StoreDtype) -> None:
+    assert dtype.is_scaled is (dtype.value in SCALED)
