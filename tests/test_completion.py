@@ -52,7 +52,7 @@ def test_the_beginning_of_an_option_is_completed_in_zsh_and_fish_with_its_help()
 
 
 def test_commands_and_words_of_options_are_completed() -> None:
-    assert complete("internvit ex") == ["extract"]
+    assert complete("internvit ext") == ["extract"]
     assert complete("internvit extract imgs --dtype ") == [dtype.value for dtype in ComputeDtype]
     assert complete("internvit extract imgs --store-dtype b") == ["bfloat16"]
 

@@ -106,6 +106,27 @@ def test_only_what_is_asked_for_is_written_and_an_unknown_key_suggests_close_one
     )
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_without_tokens_vectors_are_all_that_is_written(tmp_path: Path, target: str) -> None:
+    make(tmp_path / "a.h5", exchange.mixed_shard(tile_pooled=True))
+    ok("export", tmp_path / "a.h5", tmp_path / "whole.tar")
+    ok("export", tmp_path / "a.h5", tmp_path / target, "--no-tokens")
+    if target in TARGETS[:2]:
+        one, new = open_features(tmp_path / "a.h5"), open_features(tmp_path / target)
+        assert new.stored == ("pooled", "tile_pooled")
+        for key, image in one.done.items():
+            assert image.pooled.tobytes() == new[key].pooled.tobytes()
+            assert image.tile_pooled.tobytes() == new[key].tile_pooled.tobytes()
+        ok("verify", tmp_path / target)
+    elif target == "new.tar":
+        whole, new_samples = samples_of(tmp_path / "whole.tar"), samples_of(tmp_path / target)
+        for name, sample in new_samples.items():
+            assert set(sample) in ({"json"}, {"json", "pooled.npy", "tile_pooled.npy"})
+            assert all(sample[part] == whole[name][part] for part in sample if part != "json")
+    else:
+        assert b"visual_tokens" not in (tmp_path / target).read_bytes()
+
+
 def test_an_output_without_a_single_tile_goes_from_hdf5_to_npy_and_back(tmp_path: Path) -> None:
     shard = helpers.make_shard(helpers.make_table([(1, 1, 0)], failed={0: Status.NOT_AN_IMAGE}))
     helpers.make_output(tmp_path / "a.h5", shard)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from internvit_cli.cli.arguments import parse_size
+from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import Bar, human_bytes, human_seconds, print_json, print_line, say
 from internvit_cli.cli.extract import stop_on_signals
 from internvit_cli.errors import ExitCode, StoppedError, UsageError, one_line
@@ -37,7 +38,7 @@ def export_command(
     ] = False,
     key: Annotated[
         Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
-        typer.Option("-k", "--key", help="Only this image; may be repeated."),
+        typer.Option("-k", "--key", help="Only this image; may be repeated.", autocompletion=complete_keys),
     ] = None,
     keys_from: Annotated[
         str | None, typer.Option(metavar="FILE", help="Only the images of a list, one key a line.")
