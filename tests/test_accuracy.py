@@ -267,3 +267,44 @@ def test_figures_always_fit_their_attribute(tiles: int, figures: list[float]) ->
 @pytest.mark.parametrize("dtype", StoreDtype)
 def test_only_types_with_scales_have_scales(dtype: StoreDtype) -> None:
     assert dtype.is_scaled is (dtype.value in SCALED)
+
+
+# --------------------------------------------------------------------------------------------------- other formats
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_coarse_tokens_survive_an_export_and_back(tmp_path: Path, pictures: Path, dtype: str) -> None:
+    output = tmp_path / "feats.h5"
+    extract(pictures, "-o", output, "--store-dtype", dtype)
+    assert run(["export", str(output), str(tmp_path / "npy"), "-q"]) == 0
+    assert run(["export", str(tmp_path / "npy"), str(tmp_path / "back.h5"), "-q"]) == 0
+    assert run(["diff", str(output), str(tmp_path / "back.h5"), "-q"]) == 0
+    assert verify(tmp_path / "back.h5") == 0
+    assert (
+        open_features(tmp_path / "back.h5").attributes["store_error"] == open_features(output).attributes["store_error"]
+    )
+
+
+@pytest.mark.parametrize("dtype", SCALED)
+def test_safetensors_holds_coarse_tokens_in_their_own_type(tmp_path: Path, pictures: Path, dtype: str) -> None:
+    from safetensors.torch import load_file
+
+    output = tmp_path / "feats.h5"
+    extract(pictures, "-o", output, "--store-dtype", dtype)
+    assert run(["export", str(output), str(tmp_path / "feats.safetensors"), "-q"]) == 0
+    tensors = load_file(tmp_path / "feats.safetensors")
+    assert tensors["visual_tokens"].dtype is {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[dtype]
+    read = tensors["visual_tokens"].float() * tensors["visual_scales"][..., None]
+    expected = np.concatenate([image.visual_tokens for image in open_features(output).values()])
+    np.testing.assert_array_equal(read.numpy(), expected)
+
+
+def test_coarse_and_fine_outputs_are_compared_as_numbers(
+    tmp_path: Path, pictures: Path, exact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(pictures, "-o", tmp_path / "feats.h5", "--store-dtype", "int8")
+    capsys.readouterr()
+    assert run(["diff", str(exact), str(tmp_path / "feats.h5"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["equal_vectors"], told["equal_tokens"]) == (6, 0)
+    assert 0.995 < told["tokens"]["lowest"] < 1

@@ -11,6 +11,8 @@ from internvit_cli.storage.layout import TOKEN_DATASETS, decode_values
 from internvit_cli.table import COLUMN_DTYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
     from internvit_cli.exchange.selection import Selection
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 NUMBERS = tuple(COLUMN_DTYPES)
 """Facts that are whole numbers, beside `tiles`."""
 BFLOAT16_NOTE = "bfloat16 tokens are stored as their bits in uint16 (--widen stores float32)"
+FP8_NOTE = "fp8 tokens are stored as their bits in uint8 (float8 e4m3), beside their scales"
 
 
 def image_facts(selection: Selection, position: int) -> dict[str, Any]:
@@ -62,6 +65,22 @@ def is_utf8(name: str) -> bool:
 def is_bfloat16(selection: Selection, name: str) -> bool:
     """Whether a dataset holds the bits of bfloat16."""
     return name in TOKEN_DATASETS and selection.shape.store_dtype is StoreDtype.BFLOAT16
+
+
+def native_type(selection: Selection, name: str) -> str | None:
+    """What safetensors calls a type that numpy has not; None for all others."""
+    types = {StoreDtype.BFLOAT16: "BF16", StoreDtype.FP8: "F8_E4M3"}
+    return types.get(selection.shape.store_dtype) if name in TOKEN_DATASETS else None
+
+
+def bits_notes(selection: Selection, names: Iterable[str], *, widen: bool) -> list[str]:
+    """What to say of tokens that a target holds as bits."""
+    if not any(name in TOKEN_DATASETS for name in names):
+        return []
+    dtype = selection.shape.store_dtype
+    if dtype is StoreDtype.FP8:
+        return [FP8_NOTE]
+    return [BFLOAT16_NOTE] if dtype is StoreDtype.BFLOAT16 and not widen else []
 
 
 def stored_type(selection: Selection, name: str, spec: DatasetSpec) -> str:

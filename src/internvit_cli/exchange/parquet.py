@@ -12,10 +12,10 @@ import numpy as np
 from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.exchange.blocks import Rows
 from internvit_cli.exchange.facts import (
-    BFLOAT16_NOTE,
     NUMBERS,
     as_utf8,
     attributes_text,
+    bits_notes,
     image_facts,
     is_bfloat16,
     is_utf8,
@@ -105,8 +105,8 @@ class ParquetWriter:
             self._writer.close()
         self._writer = None
         self._file.sync()
-        is_as_bits = not self._widen and any(is_bfloat16(self._selection, name) for name in self._rows.specs)
-        return Made([self._destination.name], notes=[BFLOAT16_NOTE] if is_as_bits else [])
+        notes = bits_notes(self._selection, self._rows.specs, widen=self._widen)
+        return Made([self._destination.name], notes=notes)
 
     def close(self) -> None:
         """Let the file go."""

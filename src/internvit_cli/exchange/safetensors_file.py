@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.exchange.blocks import Rows
-from internvit_cli.exchange.facts import attributes_text, is_bfloat16, stored_type
+from internvit_cli.exchange.facts import attributes_text, native_type, stored_type
 from internvit_cli.exchange.writer import Made
 from internvit_cli.storage.durable import disk_errors, reserve, sync_data, write_all
 from internvit_cli.table import COLUMN_DTYPES
@@ -137,7 +137,7 @@ class SafetensorsWriter:
         sizes = {name: array.dtype.itemsize for name, array in self._index.items()}
         images, tiles = len(self._selection), self._selection.table.tiles
         for spec in self._selection.written.row_datasets(images, tiles):
-            kind = "BF16" if is_bfloat16(self._selection, spec.name) else TYPES[spec.dtype]
+            kind = native_type(self._selection, spec.name) or TYPES[spec.dtype]
             found[spec.name] = (kind, spec.shape, spec.nbytes)
             sizes[spec.name] = np.dtype(spec.dtype).itemsize
         # Features come first: the header ends on a page.

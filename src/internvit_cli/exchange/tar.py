@@ -16,8 +16,8 @@ import numpy as np
 
 from internvit_cli.exchange.blocks import Rows
 from internvit_cli.exchange.facts import (
-    BFLOAT16_NOTE,
     attributes_text,
+    bits_notes,
     image_facts,
     is_bfloat16,
     stored_type,
@@ -108,7 +108,7 @@ class TarWriter:
     def finish(self) -> Made:
         """End the last tar, and list a series in NEW.json: without it the series is not complete."""
         self._end()
-        notes = [BFLOAT16_NOTE] if not self._widen and any(map(self._is_bits, self._rows.specs)) else []
+        notes = bits_notes(self._selection, self._rows.specs, widen=self._widen)
         names = [shard["url"] for shard in self._shards]
         if not self._is_series:
             return Made(names, notes=notes)

@@ -41,7 +41,7 @@ class ComparedTokens:
 
 
 class _Tokens(NamedTuple):
-    """A few tiles' tokens of one image in two outputs, each [n, C] as stored values."""
+    """A few tiles' tokens of one image in two outputs, each [n, C] as the numbers that they stand for."""
 
     one: NDArray[Any]
     other: NDArray[Any]
@@ -113,6 +113,11 @@ def _values(selection: Selection, position: int, start: int, stop: int) -> NDArr
     """Tokens of some of an image's tiles as numbers, [n, C]."""
     shard = selection.shards[int(selection.shard_of[position])]
     first = int(shard.table.tile_offset[int(selection.row_of[position])])
-    stored = shard.rows(selection.shape.tokens.dataset, first + start, first + stop)
-    values = decode_values(stored, selection.shape.store_dtype.value)
+    shape = selection.shape
+
+    def rows(name: str) -> NDArray[Any]:
+        return shard.rows(name, first + start, first + stop)
+
+    scales = rows(shape.tokens.scales_dataset) if shape.store_dtype.is_scaled else None
+    values = decode_values(rows(shape.tokens.dataset), shape.store_dtype.value, scales)
     return values.reshape(-1, values.shape[2])
