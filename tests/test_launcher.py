@@ -14,6 +14,7 @@ from internvit_cli.config import Pool, StoreDtype, Tokens
 from internvit_cli.encoder_batches import BatchRunner
 from internvit_cli.encoder_cuda import IN_FLIGHT, LARGEST_GRAPH, CudaLauncher
 from internvit_cli.model.features import FeatureModel, FeatureSpec
+from internvit_cli.storage.layout import decode_values
 
 CPU = torch.device("cpu")
 
@@ -65,7 +66,8 @@ class Graph(Nothing):
     def replay(self):
         self.replays += 1
         for target, source in zip(self.features, self.model(self.tiles), strict=True):
-            target.copy_(source)
+            if target is not None:
+                target.copy_(source)
 
 
 def make_graph(launcher, tiles):
@@ -73,8 +75,8 @@ def make_graph(launcher, tiles):
     return graph, graph.features
 
 
-def runner(batch) -> BatchRunner:
-    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+def runner(batch, store_dtype=StoreDtype.FLOAT16) -> BatchRunner:
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", store_dtype)
     return BatchRunner(
         CudaLauncher(FeatureModel.load(open_all(tiny_card()), spec, device=CPU, dtype=torch.float32), CPU), batch
     )
@@ -122,3 +124,13 @@ def test_a_slow_batch_is_timed_once_after_its_warm_up(monkeypatch):
     assert launcher.seconds(2) == 2.0
     times = iter([9.0, 0.3, 0.2])
     assert launcher.seconds(2) == 0.2
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_tokens_with_scales_come_back_with_them(batch):
+    tiles = random_tiles(9)
+    features = [runner(batch, StoreDtype.INT8).submit(tiles).result(), runner(9).submit(tiles).result()]
+    read = decode_values(features[0].tokens, "int8", features[0].scales)
+    assert features[0].scales.shape == read.shape[:2]
+    steps = np.abs(features[1].tokens.astype(np.float32)).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(read - features[1].tokens) <= steps).all()
