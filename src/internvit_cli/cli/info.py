@@ -54,7 +54,8 @@ def _print_tables(facts: dict[str, Any]) -> None:
     for name, dataset in facts["datasets"].items():
         table.add_row(name, one_line(f"{dataset['shape']} {dataset['dtype']}"))
     for name, figures in facts["accuracy"].items():
-        table.add_row(name.replace("_", " "), one_line(", ".join(f"{key} {value}" for key, value in figures.items())))
+        words = ", ".join(f"{key} {_short(value)}" for key, value in figures.items())
+        table.add_row(name.replace("_", " "), one_line(words))
     if runs := facts["runs"]:
         last = runs[-1]
         table.add_row(
@@ -63,3 +64,8 @@ def _print_tables(facts: dict[str, Any]) -> None:
         )
     console.print(table)
     print_text(laid_out.getvalue())
+
+
+def _short(value: object) -> str:
+    """A figure with as many digits as say something."""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
