@@ -69,7 +69,7 @@ def wait_until_committed(output: Path, count: int, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS][:1] + [pytest.param(kind, marks=pytest.mark.sweep) for kind in [*KINDS][1:]])
 def test_two_devices_make_the_same_output_as_one(pictures: Path, whole: Path, tmp_path: Path, kind: str) -> None:
     name, *options = KINDS[kind]
     result = extract(pictures, "-o", tmp_path / name, *SHAPE, *DEVICES, *options, "--json")
@@ -106,7 +106,7 @@ def test_when_all_devices_die_what_is_done_stays_and_the_same_command_goes_on(
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.sweep)])
 def test_a_signal_commits_what_every_device_has_encoded(
     pictures: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -82,7 +82,7 @@ def test_a_plan_that_cannot_fit_ends_with_6_and_both_figures_before_any_work(
     assert run(command(pictures, disk / name, options=tuple(options))).returncode == ExitCode.SKIPPED
 
 
-@pytest.mark.parametrize("after", [0, 7, 30])
+@pytest.mark.parametrize("after", [0, pytest.param(7, marks=pytest.mark.sweep), 30])
 @pytest.mark.parametrize("kind", KINDS)
 def test_when_space_runs_out_in_the_middle_nothing_committed_is_lost_and_the_rerun_finishes(
     disk: Path, pictures: Path, kind: str, after: int

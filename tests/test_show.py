@@ -54,7 +54,9 @@ def random_map(*shape: int, seed: int = 0) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ the maps
 
 
-@pytest.mark.parametrize("shape", [(500, 40), (40, 500), (2, 30), (1, 5), (3000, 1500)])
+@pytest.mark.parametrize(
+    "shape", [(500, 40), (40, 500), (2, 30), (1, 5), pytest.param((3000, 1500), marks=pytest.mark.sweep)]
+)
 def test_components_are_those_of_a_singular_value_decomposition(shape):
     """Exact where the smaller side is small, by iteration otherwise."""
     rng = np.random.default_rng(1)
