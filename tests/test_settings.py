@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -130,3 +131,17 @@ def test_a_bad_variable_is_a_usage_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "internvit_cli", "extract", str(tmp_path), "-o", str(tmp_path / "f.h5")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 2 and "'--max-tiles'" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("line", ["max-tiles = true", 'output = ["a", "b"]', 'relocate = "a=b"'])
+def test_a_value_of_another_kind_is_refused_with_the_file(tmp_path: Path, line: str) -> None:
+    (tmp_path / "c.toml").write_text(line + "\n")
+    result = internvit("extract", "x", "-o", tmp_path / "f.h5", "--config", tmp_path / "c.toml")
+    assert result.returncode == 2
+    assert "c.toml" in result.stderr and line.split(maxsplit=1)[0] in result.stderr
+
+
+def test_an_error_is_json_where_a_variable_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTERNVIT_JSON", "1")
+    result = internvit("extract", "x", "-o", "f.h5", "--store-dtype", "int4")
+    assert json.loads(result.stdout)["exit_code"] == result.returncode == 2

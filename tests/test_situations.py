@@ -490,3 +490,37 @@ def test_verify_finds_nothing_wrong_while_an_output_is_being_replaced(tmp_path: 
     assert verdict.returncode == 0, summary_of(verdict)["findings"]
     assert extract(pictures, "-o", output, "--pool", "cls", "--overwrite").returncode == 0
     assert internvit("verify", output).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------- found by hostile users
+
+
+def test_a_folder_of_coarse_arrays_is_replaced_and_leaves_nothing(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 3)
+    output = tmp_path / "feats"
+    assert extract(tmp_path / "pictures", "-o", output, "--store-dtype", "int8").returncode == 0
+    assert any("visual_scales" in name for name in os.listdir(output))
+    assert extract(tmp_path / "pictures", "-o", output, "--store-dtype", "float16", "--overwrite").returncode == 0
+    assert not any("visual_scales" in name for name in os.listdir(output))
+
+
+def test_info_counts_the_tiles_of_rows_that_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = make_pictures(tmp_path / "pictures", 6)
+    output = tmp_path / "feats"
+    assert extract(tmp_path / "pictures", "-o", output).returncode == 0
+    for path in paths[:2]:
+        path.unlink()
+    assert extract(tmp_path / "pictures", "-o", output, "--prune").returncode == 0
+    capsys.readouterr()
+    assert run(["info", str(output), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tiles"] == sum(image.tiles for image in open_features(output).values())
+
+
+@pytest.mark.parametrize("command", ["verify", "info", "search"])
+def test_an_output_without_a_name_is_a_usage_error_and_never_the_root(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--key", "a"] if command == "search" else []
+    assert run([command, "", *extra]) == 2
+    assert "without a name" in capsys.readouterr().err

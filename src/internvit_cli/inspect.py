@@ -13,6 +13,7 @@ from internvit_cli.accuracy import from_attributes
 from internvit_cli.config import StoreDtype, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.layout import FEATURE_DATASETS, stored_recipe
+from internvit_cli.storage.output import named_path
 from internvit_cli.storage.places import ShardPlace, find_places
 from internvit_cli.table import count_statuses
 
@@ -40,7 +41,7 @@ def describe_output(path: str) -> dict[str, Any]:
     Raises:
         OutputError: there is nothing there, or it is damaged.
     """
-    looks = [_look_at(place) for place in find_places(path.rstrip("/") or "/")]
+    looks = [_look_at(place) for place in find_places(named_path(path))]
     places = [look.place for look in looks]
     attributes = looks[-1].attributes
     recipe = stored_recipe(attributes, path)
@@ -80,7 +81,8 @@ def _look_at(place: ShardPlace) -> _Look:
         found = place.load()
         table, superseded = found.stored.table, found.superseded_keys
         counts = np.fromiter((key not in superseded for key in table.keys), bool, len(table))
-        return _Look(place, found.stored.attributes, table.status[counts], table.tiles)
+        tiles = int(table.tile_counts[counts].sum())
+        return _Look(place, found.stored.attributes, table.status[counts], tiles)
     outline = place.backend.outline(place.path)
     outline.check(place.path)
     if entry is not None and outline.images != entry.images:

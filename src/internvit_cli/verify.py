@@ -19,7 +19,7 @@ from internvit_cli.picture_check import PictureState, look_at_pictures
 from internvit_cli.reconcile import stored_sources
 from internvit_cli.storage.checksums import CommittedRows, ReplacedError
 from internvit_cli.storage.layout import PARTIAL, stored_recipe
-from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output
+from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output, named_path
 from internvit_cli.storage.places import ShardPlace, places_in
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.storage.soundness import UNREADABLE, attribute_problems, dataset_problems, table_problems
@@ -65,7 +65,7 @@ class _Verification:
     def __init__(self, options: VerifyOptions, observer: VerifyObserver) -> None:
         self._options = options
         self._observer = observer
-        self._path = options.path.rstrip("/") or "/"
+        self._path = named_path(options.path)
         self._threads = options.threads or usable_cpus()
         self._findings: list[Finding] = []
         self._notes: list[str] = []

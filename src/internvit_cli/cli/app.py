@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -28,7 +29,7 @@ from internvit_cli.cli import (
 )
 from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json
 from internvit_cli.cli.settings import configurable
-from internvit_cli.errors import ExitCode, InternvitError, UsageError
+from internvit_cli.errors import ExitCode, InternvitError, NoSpaceError, UsageError
 
 EXIT_CODES = """Exit codes: 0 done, 1 cannot run, 2 usage, 3 finished with skipped images, 4 no images found,
 5 the output has another recipe, 6 not enough disk space, 75 the output is in use,
@@ -63,6 +64,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
 for _name, _command in COMMANDS.items():
     app.command(_name)(configurable(_name, _command))
 
+YES = {"1", "true", "t", "yes", "y", "on"}
+"""What turns a flag on from the environment."""
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """Typer's base of all complaints about the command line; where it lives differs between versions."""
 
@@ -109,7 +112,7 @@ def _has_working_directory() -> bool:
 
 def run(arguments: list[str]) -> int:
     """Run a command line; returns the exit code."""
-    as_json = "--json" in arguments
+    as_json = "--json" in arguments or os.environ.get("INTERNVIT_JSON", "").lower() in YES
     try:
         return app(arguments, prog_name="internvit", standalone_mode=False) or ExitCode.DONE
     except InternvitError as error:
@@ -120,6 +123,8 @@ def run(arguments: list[str]) -> int:
         return _fail_usage(error, as_json=as_json)
     except typer.Abort:
         return ExitCode.SIGINT
+    except SystemExit:  # of rich: whoever read the help has seen enough of it
+        return ExitCode.DONE
     except Exception as error:
         known = None if "--debug" in arguments else _of_the_system(error)
         if known is not None:
@@ -133,7 +138,8 @@ def _of_the_system(error: Exception) -> InternvitError | None:
     """What the operating system would not give, as an error of ours; None for a bug."""
     if isinstance(error, OSError):
         where = "" if error.filename is None else f"{one_line(os.fsdecode(error.filename))}: "
-        return InternvitError(f"{where}{error.strerror or error}", "--debug shows where")
+        kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InternvitError
+        return kind(f"{where}{error.strerror or error}", "a command's --debug shows where")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "CPUAllocator" in str(error)):
         text = str(error).splitlines() or ["no more is to be had"]
         return InternvitError(

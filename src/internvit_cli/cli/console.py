@@ -69,13 +69,17 @@ def _write(stream: TextIO, line: str, end: str = "\n") -> None:
         stream.write(line + end)
         stream.flush()
     except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _drop(stream)
         if stream is sys.stdout and error.errno not in NOBODY_READS:
             raise InternvitError(
                 f"cannot write to standard output: {error.strerror}", "all else is done: run the command again for it"
             ) from error
+
+
+def _drop(stream: TextIO) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def knows_its_size(stream: TextIO) -> bool:

@@ -88,9 +88,24 @@ def _use_file(context: typer.Context, path: str | None) -> str | None:
     if path is not None:
         command = str(context.info_name)
         values = _values_for(command, read_config(path), path)
-        by_option = {_name_of(parameter): parameter.name for parameter in context.command.params}
-        context.default_map = {by_option[option]: value for option, value in values.items()}
+        by_option = {_name_of(parameter): parameter for parameter in context.command.params}
+        for option, value in values.items():
+            _check_kind(option, value, by_option[option], path)
+        context.default_map = {by_option[option].name: value for option, value in values.items()}
     return path
+
+
+def _check_kind(option: str, value: Any, parameter: Any, path: str) -> None:
+    """Refuse what the command line could not say: true for a number, a list for a single word."""
+    if isinstance(value, list) != bool(parameter.multiple or parameter.nargs != 1):
+        wanted = "a single value" if isinstance(value, list) else "a list"
+    elif isinstance(value, bool) and not parameter.is_flag:
+        wanted = "a number or a text"
+    else:
+        return
+    raise UsageError(
+        f"--config {one_line(path)}: {option} = {_as_toml(value)}, where {wanted} belongs", "see docs/cli.md"
+    )
 
 
 def _own_options(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from internvit_cli.config import Preprocess, Status, StoreDtype, Tokens
-from internvit_cli.errors import InternvitError, OutputError
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, decode_values
+from internvit_cli.errors import InternvitError, OutputError, UsageError
+from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, decode_values
 from internvit_cli.tiling import ONE_TILE, Grid, covered_box
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from internvit_cli.config import Recipe
 
 COLUMN_MAJOR = "v1"
+FEATURE_NAMES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 
 
 class SkippedImageError(InternvitError):
@@ -208,6 +209,8 @@ class ImageFeatures:
         if name == TILE_POOLED:
             tensor = as_tensor(self._tile_rows(name, start, stop), StoreDtype.FLOAT32.value)
         else:
+            if name != "tokens" and name not in TOKEN_DATASETS:
+                raise UsageError(f"an image has no {name!r}", f"it may have {', '.join(('tokens', *FEATURE_NAMES))}")
             kind = self._kind if name == "tokens" else Tokens(name.removesuffix("_tokens"))
             dtype = StoreDtype(self.recipe.store_dtype)
             if dtype.is_scaled:

@@ -24,10 +24,21 @@ NEXT_MANIFEST = "manifest.next.json"
 SKIPPED = "skipped.jsonl"
 SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")
 SHARD_FILE = re.compile(
-    r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_tokens)\.npy)(\.tmp)?"
+    r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_(?:tokens|scales))\.npy)(\.tmp)?"
 )
 """The names of our files and no others: a folder of `shard-00000.tar` is somebody else's."""
 REMEDY = "restore it, or start anew with --overwrite"
+
+
+def named_path(path: str) -> str:
+    """A path as a user names it, without slashes at its end.
+
+    Raises:
+        UsageError: it is empty, as a variable of a script is that was never set.
+    """
+    if not path:
+        raise UsageError("an output without a name", "is the variable that should hold it set?")
+    return path.rstrip("/") or "/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,7 @@ class Output:
         Raises:
             UsageError: the name and the format contradict each other.
         """
-        name = path.rstrip("/") or "/"
+        name = named_path(path)
         self.is_file = name.endswith(SINGLE_FILE_SUFFIXES)
         # Whatever a run makes beside its output, its lock above all, has to be found by any other name of the output.
         is_alias = os.path.islink(name) or os.path.basename(name) in (".", "..")

@@ -18,6 +18,7 @@ from internvit_cli.errors import UsageError
 from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
 from internvit_cli.storage.layout import stored_recipe
 from internvit_cli.storage.near_keys import near_keys
+from internvit_cli.storage.output import named_path
 from internvit_cli.storage.places import find_places
 from internvit_cli.storage.row_index import PooledVectors, RowIndex
 from internvit_cli.storage.shard import OpenShard
@@ -264,7 +265,7 @@ def open_features(path: str | os.PathLike[str]) -> Features:
     >>> open_features("feats.h5")
     <4 images of 'feats.h5'>
     """
-    name = os.fspath(path).rstrip("/") or "/"
+    name = named_path(os.fspath(path))
     return Features(name, RowIndex([OpenShard(shard) for shard in find_shards(name)]))
 
 

@@ -6,9 +6,11 @@ file that vouches for both (`whitened.json`) and names the contents of the outpu
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -138,7 +140,7 @@ def _save(base: str, graph: Any, space: Space, digest: str) -> None:
         os.makedirs(os.path.dirname(base), exist_ok=True)
         if os.path.exists(f"{base}.json"):
             os.unlink(f"{base}.json")
-        graph.save(f"{base}.usearch.tmp")
+        _save_graph(graph, f"{base}.usearch.tmp")
         with open(f"{base}.npz.tmp", "wb") as file:
             arrays = {} if space.mean is None else {"mean": space.mean, "matrix": space.matrix}
             np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -146,6 +148,16 @@ def _save(base: str, graph: Any, space: Space, digest: str) -> None:
         rename_durably(f"{base}.{suffix}.tmp", f"{base}.{suffix}")
     facts = {"version": INDEX_VERSION, "contents": digest, "bytes": _sizes(base)} | space.facts()
     write_file(f"{base}.json", json.dumps(facts, indent=1).encode() + b"\n")
+
+
+def _save_graph(graph: Any, path: str) -> None:
+    """Write a graph; usearch raises a RuntimeError whatever the disk says."""
+    try:
+        graph.save(path)
+    except RuntimeError as error:
+        free, needed = shutil.disk_usage(os.path.dirname(path)).free, int(graph.serialized_length)
+        os.unlink(path)
+        raise OSError(errno.ENOSPC if free < needed else errno.EIO, str(error)) from error
 
 
 def _stored_space(base: str, digest: str) -> Space | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ import numpy as np
 
 from internvit_cli.config import Preprocess, TokenMapKind, Tokens
 from internvit_cli.draw.figure import Panel, figure
-from internvit_cli.errors import InternvitError, UsageError, one_line
+from internvit_cli.errors import InternvitError, NoSpaceError, UsageError, one_line
+from internvit_cli.storage.durable import NO_SPACE_ERRNOS
 from internvit_cli.storage.reader import Features, SkippedImageError, open_features
 from internvit_cli.use.maps import Fitted, TokenMap, fit, likeness, likeness_scale, spread, tile_pattern
 from internvit_cli.use.panels import Canvas, mark_outliers, mark_point, outlier_caption
@@ -135,7 +137,7 @@ class _Drawing:
         if self._fitted is not None:
             panels += self._token_panels(image, canvas, self._fitted, facts)
         notes = [f"{image.key}: {photograph.problem}"] if photograph.problem else []
-        if self._fitted is None:
+        if Tokens(image.recipe.tokens) is Tokens.NONE:
             notes.append(f"{options.path} holds no tokens: only the tiles are drawn (extract with --tokens visual)")
         sheet = figure(image.key, _facts_line(image, self._model), panels)
         return Shown(image.key, tuple(panels), sheet, facts, tuple(notes))
@@ -249,9 +251,11 @@ def save_png(image: Image.Image, path: str) -> None:
         image.save(temporary, "PNG", optimize=False)
         os.replace(temporary, path)
     except OSError as error:
-        raise InternvitError(
-            f"cannot write {path}: {error.strerror or error}", "choose another folder with -o"
-        ) from error
+        kind = NoSpaceError if error.errno in NO_SPACE_ERRNOS else InternvitError
+        raise kind(f"cannot write {path}: {error.strerror or error}", "choose another folder with -o") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def _choose_maps(options: ShowOptions, images: list[ImageFeatures]) -> list[TokenMapKind]:
