@@ -238,7 +238,7 @@ def uninterrupted(many_pictures: Path, tmp_path_factory: pytest.TempPathFactory)
     return output
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.15, 0.4, 0.9])
+@pytest.mark.parametrize("delay", [0.15, 0.9, *(pytest.param(delay, marks=pytest.mark.sweep) for delay in (0.0, 0.4))])
 def test_kill_9_in_the_middle_and_the_same_command_give_the_file_of_an_uninterrupted_run(
     many_pictures: Path, uninterrupted: Path, tmp_path: Path, delay: float
 ) -> None:
