@@ -172,8 +172,7 @@ def test_what_another_run_made_pending_again_gets_no_final_name(
     monkeypatch.setattr(ShardWriter, "append_run_log", interfere)
     result = extract(tmp_path / "pictures", *options)
     assert result.returncode == 1 and "another run writes to" in result.stderr
-    with pytest.raises(OutputError):
-        open_features(tmp_path / kind)
+    assert not Output(str(tmp_path / kind)).finished()
     monkeypatch.undo()
     assert extract(tmp_path / "pictures", *options).returncode == 0
     assert internvit("verify", tmp_path / kind).returncode == 0
@@ -524,3 +523,13 @@ def test_an_output_without_a_name_is_a_usage_error_and_never_the_root(
     extra = ["--key", "a"] if command == "search" else []
     assert run([command, "", *extra]) == 2
     assert "without a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["h5 folder", "npy folder"])
+def test_a_folder_whose_first_shard_is_being_filled_can_be_looked_at(tmp_path: Path, kind: str) -> None:
+    output = Output(str(tmp_path / "feats"), KINDS[kind])
+    output.prepare()
+    helpers.fill_partial(output, make_shard(3))
+    for path in (tmp_path / "feats", output.partial_path(0)):
+        assert run(["info", str(path), "--json"]) == 0
+        assert len(open_features(path)) == 3

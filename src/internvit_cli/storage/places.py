@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
+from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.interface import ShardFormat, backend_of
 from internvit_cli.storage.layout import PARTIAL
-from internvit_cli.storage.output import MANIFEST, ManifestEntry, Output, load_shard, read_manifest
+from internvit_cli.storage.output import MANIFEST, SHARD_FILE, ManifestEntry, Output, load_shard, read_manifest
 
 if TYPE_CHECKING:
     from internvit_cli.storage.output import FinishedShard
@@ -35,7 +36,7 @@ class ShardPlace(NamedTuple):
 
 
 def find_places(path: str) -> list[ShardPlace]:
-    """The shards at a path: finished ones, or the partial file itself; their files are not looked at yet.
+    """The shards at a path: finished ones, or what is being filled where nothing is finished; not looked at yet.
 
     Raises:
         OutputError: there are none.
@@ -46,6 +47,8 @@ def find_places(path: str) -> list[ShardPlace]:
             f"the run that makes it has not finished: open {partial}" if os.path.exists(partial) else "check the path"
         )
         raise OutputError(f"{path} is not there", hint)
+    if path.endswith(PARTIAL) and SHARD_FILE.fullmatch(os.path.basename(path)):
+        return [_place_of_unfinished(path)]
     output = Output(path.removesuffix(PARTIAL))
     if output.is_file:
         return [ShardPlace(path, output.backend)]
@@ -54,13 +57,23 @@ def find_places(path: str) -> list[ShardPlace]:
             f"{path} is not a feature file",
             "feature files end in .h5 or .hdf5; feature folders are opened by their folder",
         )
-    places = places_in(Output(path).path)
+    places = places_in(Output(path).path) or _unfinished_in(path)
     if not places:
         raise OutputError(
             f"{path} has no finished shard ({MANIFEST} names none)",
             "is it a feature folder, and has its run finished?",
         )
     return places
+
+
+def _unfinished_in(folder: str) -> list[ShardPlace]:
+    """The first shard of a folder, which is being filled; empty where there is none."""
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if SHARD_FILE.fullmatch(name)]
+    return [_place_of_unfinished(path) for path in paths if path.endswith(PARTIAL)][:1]
+
+
+def _place_of_unfinished(path: str) -> ShardPlace:
+    return ShardPlace(path, backend_of(Format.H5 if path.endswith(f".h5{PARTIAL}") else Format.NPY))
 
 
 def places_in(folder: str) -> list[ShardPlace]:
