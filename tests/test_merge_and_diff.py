@@ -168,6 +168,19 @@ def test_images_that_another_output_has_encoded_are_not_left_out(tmp_path: Path)
     assert len(open_features(tmp_path / "c.h5").done) == 3
 
 
+def test_figures_that_one_output_could_not_measure_are_those_of_another_and_go_with_the_tokens(tmp_path: Path) -> None:
+    for name, figures in (("a", {"tiles": 0}), ("b", {"tiles": 3, "lowest_cosine": 0.99}), ("c", {"tiles": 5})):
+        shard = helpers.make_shard(helpers.make_table([(1, 1, 0)], [name.encode()]), store_dtype=StoreDtype.INT8)
+        shard.attributes["store_error"] = json.dumps(figures)
+        helpers.make_output(tmp_path / f"{name}.h5", shard)
+    ok("merge", *(tmp_path / f"{name}.h5" for name in "abc"), "-o", tmp_path / "m.h5")
+    assert json.loads(plain(tmp_path / "m.h5").attributes["store_error"]) == {"tiles": 3, "lowest_cosine": 0.99}
+    ok("export", tmp_path / "m.h5", tmp_path / "v.h5", "--no-tokens")
+    assert "store_error" not in plain(tmp_path / "v.h5").attributes
+    for name in ("m.h5", "v.h5"):
+        ok("verify", tmp_path / name)
+
+
 def test_outputs_of_two_recipes_are_refused_with_the_differing_field(tmp_path: Path) -> None:
     simple(tmp_path / "a.h5", [b"a.jpg"])
     simple(tmp_path / "b.h5", [b"b.jpg"], max_tiles=6)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.accuracy import COMPUTE_ERROR, STORE_ERROR, is_measured, measured_attributes
 from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
@@ -161,11 +162,22 @@ class Selection:
         """The root attributes for a shard whose first image is at a position, but for `index_digest`."""
         attributes = dict(self.shards[int(self.shard_of[position])].attributes)
         attributes.pop("index_digest", None)
+        recipe = self.recipe
         if self.drops_tokens:
-            recipe = replace(self.recipe, tokens=Tokens.NONE.value)
+            recipe = replace(recipe, tokens=Tokens.NONE.value)
             attributes |= {"recipe": recipe.to_json(), "recipe_digest": recipe.digest}
+        due = measured_attributes(recipe)
+        for name in (COMPUTE_ERROR, STORE_ERROR):
+            figures = attributes.pop(name, None)
+            if figures is not None and name in due:
+                attributes[name] = self._measured(name, figures)
         attributes["sources"] = sources_to_json(self.sources)
         return {name: attributes.pop(name) for name in ATTRIBUTE_ORDER if name in attributes} | attributes
+
+    def _measured(self, name: str, own: str) -> str:
+        """A shard's own figures, or where it had no tile to measure, the first that another has."""
+        others = [shard.attributes[name] for shard in self.shards if name in shard.attributes]
+        return next((figures for figures in (own, *others) if is_measured(figures)), own)
 
     @cached_property
     def messages(self) -> dict[str, str]:
