@@ -107,6 +107,22 @@ def test_only_what_is_asked_for_is_written_and_an_unknown_key_suggests_close_one
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        (b"\xef\xbb\xbfa.jpg\r\n\nsub/folder/b.png", []),
+        (b"a.jpg\0sub/folder/b.png\0", ["-0"]),
+    ],
+)
+def test_keys_come_on_standard_input_too_with_a_mark_of_utf8_or_ended_by_nul(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes, more: list[str]
+) -> None:
+    make(tmp_path / "a.h5")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    ok("export", tmp_path / "a.h5", tmp_path / "b.h5", "--keys-from", "-", *more)
+    assert list(open_features(tmp_path / "b.h5")) == ["a.jpg", "sub/folder/b.png"]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_without_tokens_vectors_are_all_that_is_written(tmp_path: Path, target: str) -> None:
     make(tmp_path / "a.h5", exchange.mixed_shard(tile_pooled=True))
