@@ -31,6 +31,7 @@ from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 FLAT = ["parquet", "safetensors", "tar", "csv"]
@@ -104,6 +105,22 @@ def test_only_what_is_asked_for_is_written_and_an_unknown_key_suggests_close_one
     assert "names no image" in fails(
         2, "export", tmp_path / "a.h5", tmp_path / "c.h5", "--keys-from", tmp_path / "keys"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "more"),
+    [
+        (b"\xef\xbb\xbfa.jpg\r\n\nsub/folder/b.png", []),
+        (b"a.jpg\0sub/folder/b.png\0", ["-0"]),
+    ],
+)
+def test_keys_come_on_standard_input_too_with_a_mark_of_utf8_or_ended_by_nul(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes, more: list[str]
+) -> None:
+    make(tmp_path / "a.h5")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    ok("export", tmp_path / "a.h5", tmp_path / "b.h5", "--keys-from", "-", *more)
+    assert list(open_features(tmp_path / "b.h5")) == ["a.jpg", "sub/folder/b.png"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -578,6 +595,89 @@ def test_killed_before_or_after_any_rename_the_name_stands_for_the_old_or_the_ne
             break
     assert outcomes == {1, 6}
     assert number > 3
+
+
+def killed_at_each_rename(*arguments: object) -> Iterator[int]:
+    """Run a command again and again, killed before its first rename, then before its second, and so on to the end."""
+    for number in range(1, 100):
+        run = exchange.python(DIES_AT_A_RENAME, number, "before", *arguments)
+        yield number
+        if run.returncode == 0:
+            return
+        assert run.returncode == -signal.SIGKILL, run.stderr
+
+
+def test_a_list_of_skipped_images_never_stands_beside_features_that_it_is_not_of(tmp_path: Path) -> None:
+    new = tmp_path / "new.h5"
+    for seed, name in enumerate(("old.h5", "a.h5")):
+        make(tmp_path / name, seed=seed)
+    log = tmp_path / "old.h5.skipped.jsonl"
+    log.write_text(log.read_text().replace("is truncated", "has holes"))
+    vectors = {name: plain(tmp_path / name).arrays["pooled"].tobytes() for name in ("old.h5", "a.h5")}
+    found = set()
+    for _ in killed_at_each_rename("export", tmp_path / "a.h5", new, "--overwrite", "-q"):
+        present = plain(new).arrays["pooled"].tobytes() if new.exists() else None
+        own = next((name for name in vectors if vectors[name] == present), "")
+        listed = tmp_path / "new.h5.skipped.jsonl"
+        if listed.exists():
+            assert listed.read_text() == (tmp_path / f"{own}.skipped.jsonl").read_text()
+        found.add((own, listed.exists()))
+        ok("export", tmp_path / "old.h5", new, "--overwrite")
+    assert ("a.h5", True) in found
+    assert ("a.h5", False) in found
+
+
+def test_a_list_of_a_series_never_names_tars_of_two_results(tmp_path: Path) -> None:
+    for seed, name in enumerate(("old.h5", "a.h5")):
+        make(tmp_path / name, seed=seed)
+    series = [tmp_path / "s.tar", "--shard-size", "1kB", "--overwrite", "-q"]
+    whole = []
+    for name in ("old.h5", "a.h5"):
+        ok("export", tmp_path / name, *series)
+        whole.append({path.name: path.read_bytes() for path in tmp_path.glob("s*.tar")})
+        assert len(whole[-1]) > 2
+    lists = []
+    for _ in killed_at_each_rename("export", tmp_path / "a.h5", *series):
+        lists.append((tmp_path / "s.json").exists())
+        if lists[-1]:
+            assert {path.name: path.read_bytes() for path in tmp_path.glob("s*.tar")} in whole
+        ok("export", tmp_path / "old.h5", *series)
+    assert lists.count(False) > 2
+    assert lists[-1]
+
+
+def test_a_folder_of_that_name_that_no_export_made_is_left_alone(tmp_path: Path) -> None:
+    make(tmp_path / "a.h5")
+    folder = tmp_path / "b.h5.exporting"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("precious")
+    for more in ([], ["--overwrite"]):
+        said = fails(2, "export", tmp_path / "a.h5", tmp_path / "b.h5", *more)
+        assert "b.h5.exporting is in the way" in said
+    assert (folder / "mine.txt").read_text() == "precious"
+    (folder / "mine.txt").unlink()
+    ok("export", tmp_path / "a.h5", tmp_path / "b.h5")  # an empty one is what a crash may leave
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("beside", "arguments"), [("b.h5.skipped.jsonl", ["b.h5"]), ("b.json", ["b.tar", "--shard-size", "1kB"])]
+)
+def test_files_beside_a_result_that_would_be_replaced_are_refused_before_it_is_there(
+    tmp_path: Path, beside: str, arguments: list[str]
+) -> None:
+    make(tmp_path / "a.h5")
+    (tmp_path / beside).write_text("precious")
+    before = names_in(tmp_path)
+    command = ["export", tmp_path / "a.h5", tmp_path / arguments[0], *arguments[1:]]
+    assert f"{beside} is there already" in fails(2, *command)
+    assert (tmp_path / beside).read_text() == "precious"
+    assert names_in(tmp_path) == before
+    ok(*command, "--overwrite")
+    assert (tmp_path / beside).read_text() != "precious"
+    (tmp_path / beside).unlink()
+    (tmp_path / beside).mkdir()
+    assert "is a folder" in fails(2, *command, "--overwrite")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

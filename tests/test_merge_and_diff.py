@@ -27,13 +27,20 @@ if TYPE_CHECKING:
 VANISHED = Skipped(Status.VANISHED, "FileNotFoundError", "it is gone")
 
 
-def simple(path: Path, keys: list[bytes], seed: int = 0, skips: tuple[int, ...] = (), **options: object) -> None:
+def simple(
+    path: Path,
+    keys: list[bytes],
+    seed: int = 0,
+    skips: tuple[int, ...] = (),
+    why: Skipped = VANISHED,
+    **options: object,
+) -> None:
     """An output of one-tile images, some of them skipped."""
     shard = helpers.make_shard(helpers.make_table([(1, 1, 0)] * len(keys), keys), **options)
     output = Output(str(path))
     output.prepare()
-    helpers.fill_partial(output, shard, dict.fromkeys(skips, VANISHED), seed)
-    SkipLog(output.skipped_path).append((keys[row], VANISHED) for row in skips)
+    helpers.fill_partial(output, shard, dict.fromkeys(skips, why), seed)
+    SkipLog(output.skipped_path).append((keys[row], why) for row in skips)
     helpers.publish(output, shard)
 
 
@@ -122,13 +129,56 @@ def test_an_image_that_one_output_skipped_and_another_has_is_done(tmp_path: Path
     ok("verify", tmp_path / "c.h5")
 
 
+@pytest.mark.parametrize(("prefer", "reason"), [("first", "truncated"), ("last", "not_an_image")])
+def test_an_image_that_both_skipped_has_the_one_reason_of_the_row_that_counts(
+    tmp_path: Path, prefer: str, reason: str
+) -> None:
+    simple(tmp_path / "a.h5", [b"k.jpg", b"bad.jpg"], skips=(1,), why=exchange.TRUNCATED)
+    simple(tmp_path / "b.h5", [b"bad.jpg", b"l.jpg"], skips=(0,), why=exchange.NOT_AN_IMAGE)
+    ok("merge", tmp_path / "a.h5", tmp_path / "b.h5", "-o", tmp_path / "c.h5", "--prefer", prefer)
+    assert open_features(tmp_path / "c.h5")["bad.jpg"].status.word == reason
+    skips = read_skip_log(str(tmp_path / "c.h5.skipped.jsonl"))
+    assert [(entry["key"], entry["reason"]) for entry in skips] == [("bad.jpg", reason)]
+
+
+def test_an_output_merged_with_itself_has_one_line_a_skipped_image_and_a_folder_that_could_not_be_read(
+    tmp_path: Path,
+) -> None:
+    simple(tmp_path / "a.h5", [b"k.jpg", b"bad.jpg"], skips=(1,))
+    SkipLog(str(tmp_path / "a.h5.skipped.jsonl")).append([(b"closed/", exchange.NOT_AN_IMAGE), (b"bad.jpg", VANISHED)])
+    ok("merge", tmp_path / "a.h5", tmp_path / "a.h5", "-o", tmp_path / "c.h5")
+    keys = [entry["key"] for entry in read_skip_log(str(tmp_path / "c.h5.skipped.jsonl"))]
+    assert sorted(keys) == ["bad.jpg", "closed/"]
+
+
 def test_of_unfinished_outputs_what_is_committed_is_merged(tmp_path: Path) -> None:
-    exchange.make_partial(tmp_path / "a.h5", helpers.make_shard(helpers.make_table([(1, 1, 0)] * 3)), [0, 2])
+    exchange.make_partial(tmp_path / "a.h5", helpers.make_shard(helpers.make_table([(1, 1, 0)] * 4)), [0, 2])
     simple(tmp_path / "b.h5", [b"0001.jpg"])
     result = ok("merge", tmp_path / "a.h5.partial", tmp_path / "b.h5", "-o", tmp_path / "c.h5")
     assert "1 images are left out" in result.stderr
     assert sorted(open_features(tmp_path / "c.h5").done) == ["0000.jpg", "0001.jpg", "0002.jpg"]
     ok("verify", tmp_path / "c.h5")
+
+
+def test_images_that_another_output_has_encoded_are_not_left_out(tmp_path: Path) -> None:
+    exchange.make_partial(tmp_path / "a.h5", helpers.make_shard(helpers.make_table([(1, 1, 0)] * 3)), [0])
+    simple(tmp_path / "b.h5", [b"0001.jpg", b"0002.jpg"])
+    result = ok("merge", tmp_path / "a.h5.partial", tmp_path / "b.h5", "-o", tmp_path / "c.h5")
+    assert "left out" not in result.stderr
+    assert len(open_features(tmp_path / "c.h5").done) == 3
+
+
+def test_figures_that_one_output_could_not_measure_are_those_of_another_and_go_with_the_tokens(tmp_path: Path) -> None:
+    for name, figures in (("a", {"tiles": 0}), ("b", {"tiles": 3, "lowest_cosine": 0.99}), ("c", {"tiles": 5})):
+        shard = helpers.make_shard(helpers.make_table([(1, 1, 0)], [name.encode()]), store_dtype=StoreDtype.INT8)
+        shard.attributes["store_error"] = json.dumps(figures)
+        helpers.make_output(tmp_path / f"{name}.h5", shard)
+    ok("merge", *(tmp_path / f"{name}.h5" for name in "abc"), "-o", tmp_path / "m.h5")
+    assert json.loads(plain(tmp_path / "m.h5").attributes["store_error"]) == {"tiles": 3, "lowest_cosine": 0.99}
+    ok("export", tmp_path / "m.h5", tmp_path / "v.h5", "--no-tokens")
+    assert "store_error" not in plain(tmp_path / "v.h5").attributes
+    for name in ("m.h5", "v.h5"):
+        ok("verify", tmp_path / name)
 
 
 def test_outputs_of_two_recipes_are_refused_with_the_differing_field(tmp_path: Path) -> None:

@@ -118,6 +118,11 @@ def from_attributes(attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: json.loads(attributes[name]) for name in (COMPUTE_ERROR, STORE_ERROR) if name in attributes}
 
 
+def is_measured(attribute: str) -> bool:
+    """Whether an attribute has figures: there was a tile to measure."""
+    return bool(json.loads(attribute).get("tiles"))
+
+
 def _text(error: ComputeError | StoreError | None) -> str:
     figures = asdict(error) if error is not None else {"tiles": 0}
     # JSON has no NaN.

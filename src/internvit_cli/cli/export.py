@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from codecs import BOM_UTF8
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -41,8 +44,9 @@ def export_command(
         typer.Option("-k", "--key", help="Only this image; may be repeated.", autocompletion=complete_keys),
     ] = None,
     keys_from: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Only the images of a list, one key a line.")
+        str | None, typer.Option(metavar="FILE", help="Only the images of a list, one key a line; - is standard input.")
     ] = None,
+    null: Annotated[bool, typer.Option("-0", "--null", help="Keys of a list end in NUL.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW when the new one is complete.")] = False,
     no_lock: Annotated[bool, typer.Option("--no-lock", help="For filesystems without locks.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -59,7 +63,7 @@ def export_command(
     from internvit_cli.exchange.export import ExportOptions, WriteOptions, export
 
     write = WriteOptions(new, target, shard_bytes, overwrite=overwrite, lock=not no_lock, widen=widen)
-    keys = (*(key or ()), *(read_keys(keys_from) if keys_from is not None else ()))
+    keys = (*(key or ()), *(read_keys(keys_from, null_separated=null) if keys_from is not None else ()))
     if keys_from is not None and not keys:
         raise UsageError(f"--keys-from {one_line(keys_from)}: it names no image", "write one key a line")
     options = ExportOptions(path, write, keys, tokens=not no_tokens)
@@ -67,17 +71,23 @@ def export_command(
         return run_stoppable(lambda stop: export(options, stop, bar.progress), as_json=json, quiet=quiet)
 
 
-def read_keys(path: str) -> list[str]:
-    """The keys of a list, one a line.
+def read_keys(path: str, *, null_separated: bool) -> list[str]:
+    """The keys of a list, one a line or ended by NUL; of lines a mark of UTF-8 in front is no part.
 
     Raises:
         UsageError: it cannot be read.
     """
+    from internvit_cli.sources.discover import STANDARD_INPUT
+    from internvit_cli.sources.lists import read_list
+
     try:
-        with open(path, "rb") as file:
-            return [os.fsdecode(line) for line in file.read().splitlines() if line]
+        with nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb") as file:
+            keys = list(read_list(file, null_separated))
     except OSError as error:
         raise UsageError(f"--keys-from {one_line(path)}: {error.strerror}", "check the path") from error
+    if keys and not null_separated:
+        keys[0] = keys[0].removeprefix(BOM_UTF8)
+    return [os.fsdecode(key) for key in keys if key]
 
 
 def run_stoppable(work: Callable[[StopRequest], Written], *, as_json: bool, quiet: bool) -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 STAGING = ".exporting"
 """What the name of the folder ends in that holds a result while it is made."""
+MARKER = "internvit" + STAGING
+"""The empty file by which that folder is known as ours; no result may have such a name."""
 REPLACED = "replaced"
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
@@ -48,6 +50,7 @@ class Destination:
         self.path = os.path.realpath(place.path) if is_alias else os.path.abspath(place.path)
         self.is_folder = place.is_folder
         self.folder = self.path + STAGING
+        self._skip_list = [f"{self.path}.{SKIPPED}"] if place.target.is_feature_file and not place.is_folder else []
         self._lock = lock
         self._overwrite = overwrite
         self._check_parent()
@@ -74,31 +77,38 @@ class Destination:
 
         Raises:
             LockedError: another run holds it.
+            UsageError: something else has the folder's name.
         """
         with exclusive(self.path, enabled=self._lock):
             self._check_present()
-            remove(self.folder)  # what a run that was killed left
+            self._remove_folder()  # what a run that was killed left
             with disk_errors(self.folder):
                 os.mkdir(self.folder)
+                with open(self.staged(MARKER), "xb"):
+                    pass
+            sync_path(self.folder)  # before there is anything else in it
             try:
                 yield
             finally:
-                remove(self.folder)
+                self._remove_folder()
 
-    def publish(self, names: Sequence[str], obsolete: Sequence[str] = ()) -> None:
-        """Give the finished and synced files their names, one after another; the last one makes them a result.
+    def publish(self, names: Sequence[str], obsolete: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> None:
+        """Give the finished and synced files their names, one after another.
 
         Args:
             names: of what was made.
             obsolete: paths that belonged to what is replaced.
+            withdrawn: paths that speak for what is replaced, and must not for anything else: they go first.
         """
+        for path in withdrawn:
+            self._remove_durably(path)
         for name in names:
             if os.path.isdir(self.final(name)) and os.listdir(self.final(name)):
                 self._exchange(name)
             else:
                 rename_durably(self.staged(name), self.final(name))
         for path in obsolete:
-            remove(path)
+            self._remove_durably(path)
 
     def refuse_present(self, path: str) -> None:
         """Refuse a file that is there, unless it may be replaced.
@@ -108,6 +118,16 @@ class Destination:
         """
         if os.path.lexists(path) and not self._overwrite:
             raise UsageError(f"{path} is there already", "choose another name, or replace it with --overwrite")
+
+    def refuse_beside(self, path: str) -> None:
+        """Refuse what has the name of another file that belongs to the result, unless it may be replaced.
+
+        Raises:
+            UsageError: it is there, or is a folder.
+        """
+        self.refuse_present(path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            raise UsageError(f"{path} is a folder, and would be replaced by a file", "choose another name")
 
     # ------------------------------------------------------------------------------------------------------- refusals
 
@@ -125,7 +145,9 @@ class Destination:
                 raise UsageError(f"{inner} lies inside {outer}", "choose a name outside")
 
     def _check_present(self) -> None:
-        self.refuse_present(self.path + PARTIAL)
+        self._refuse_foreign_folder()
+        for path in (self.path + PARTIAL, *self._skip_list):
+            self.refuse_beside(path)
         if not os.path.lexists(self.path):
             return
         mode = os.stat(self.path).st_mode
@@ -158,6 +180,34 @@ class Destination:
             raise
         except OutputError:
             return
+
+    def _refuse_foreign_folder(self) -> None:
+        """Never remove another's folder. An empty one may be ours: it was made just before a crash."""
+        if not os.path.lexists(self.folder):
+            return
+        if os.path.isdir(self.folder) and not os.path.islink(self.folder):
+            names = os.listdir(self.folder)
+            if MARKER in names or not names:
+                return
+        raise UsageError(
+            f"{self.folder} is in the way, and was not made by an export", "move it away, or choose another name"
+        )
+
+    def _remove_folder(self) -> None:
+        """Remove the folder to work in, the marker last: what a crash leaves of it stays known as ours."""
+        if not os.path.isdir(self.folder):
+            return
+        for name in os.listdir(self.folder):
+            if name != MARKER:
+                remove(self.staged(name))
+        remove(self.staged(MARKER))
+        os.rmdir(self.folder)
+
+    def _remove_durably(self, path: str) -> None:
+        if os.path.lexists(path):
+            with disk_errors(path):
+                remove(path)
+            sync_path(os.path.dirname(path))
 
     def _exchange(self, name: str) -> None:
         """Put a folder in the place of another, in one step where the system has one."""

@@ -143,7 +143,7 @@ def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callab
             writer.close()
         stop.is_working = True
         nbytes, files = _size(job.destination, made)
-        job.destination.publish(made.names, made.obsolete)
+        job.destination.publish(made.names, made.obsolete, made.withdrawn)
     return Written(
         sources=job.sources,
         output=job.place.path,

@@ -117,9 +117,13 @@ class FeatureFileWriter:
         if not self._output.is_file:
             return Made([name])
         skipped = f"{name}.{SKIPPED}"
-        beside = [self._destination.final(f"{name}{PARTIAL}")]
-        beside += [] if lines else [self._destination.final(skipped)]
-        return Made([skipped, name] if lines else [name], beside)
+        # A list never stands beside features that it is not of: the old one goes first, the new one comes last. Killed
+        # in between, features have no reasons; they never have those of others.
+        return Made(
+            [name, skipped] if lines else [name],
+            obsolete=[self._destination.final(f"{name}{PARTIAL}")],
+            withdrawn=[self._destination.final(skipped)],
+        )
 
     def close(self) -> None:
         """Let the files go."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.accuracy import COMPUTE_ERROR, STORE_ERROR, is_measured, measured_attributes
 from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
@@ -81,9 +82,13 @@ class StoredOutput:
         return recipes.pop()
 
     @property
-    def pending(self) -> int:
-        """Images that were planned and are not encoded yet."""
-        return sum(int((shard.table.status == Status.PENDING).sum()) for shard in self.shards)
+    def pending_keys(self) -> set[bytes]:
+        """Keys of images that were planned and are not encoded yet."""
+        return {
+            shard.table.keys[row]
+            for shard in self.shards
+            for row in np.flatnonzero(shard.table.status == Status.PENDING).tolist()
+        }
 
     def live_places(self) -> dict[bytes, int]:
         """By key the place of its committed row that counts: the shard's number and the row as one integer."""
@@ -113,7 +118,7 @@ class Selection:
     skips: tuple[dict[str, Any], ...]
     """Lines of the lists of skipped images: those of its images, and of folders that could not be read."""
     pending: int
-    """Images of the outputs that are left out, for they are not encoded yet."""
+    """Images of the outputs that are left out, for none of them has encoded them yet."""
     drops_tokens: bool = False
     """Whether tokens are left out of what is written."""
 
@@ -157,11 +162,22 @@ class Selection:
         """The root attributes for a shard whose first image is at a position, but for `index_digest`."""
         attributes = dict(self.shards[int(self.shard_of[position])].attributes)
         attributes.pop("index_digest", None)
+        recipe = self.recipe
         if self.drops_tokens:
-            recipe = replace(self.recipe, tokens=Tokens.NONE.value)
+            recipe = replace(recipe, tokens=Tokens.NONE.value)
             attributes |= {"recipe": recipe.to_json(), "recipe_digest": recipe.digest}
+        due = measured_attributes(recipe)
+        for name in (COMPUTE_ERROR, STORE_ERROR):
+            figures = attributes.pop(name, None)
+            if figures is not None and name in due:
+                attributes[name] = self._measured(name, figures)
         attributes["sources"] = sources_to_json(self.sources)
         return {name: attributes.pop(name) for name in ATTRIBUTE_ORDER if name in attributes} | attributes
+
+    def _measured(self, name: str, own: str) -> str:
+        """A shard's own figures, or where it had no tile to measure, the first that another has."""
+        others = [shard.attributes[name] for shard in self.shards if name in shard.attributes]
+        return next((figures for figures in (own, *others) if is_measured(figures)), own)
 
     @cached_property
     def messages(self) -> dict[str, str]:
@@ -224,6 +240,7 @@ def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> Selection:
         table = shards[number].table.take(row_of[shard_of == number])
         tables.append(table.with_sources(_renumbered(shards[number], sources)[table.source]))
     whole = concatenate(tables)
+    output_of = np.repeat(np.arange(len(outputs)), [len(output.found) for output in outputs])[shard_of]
     return Selection(
         found=tuple(shard for output in outputs for shard in output.found),
         shard_of=shard_of,
@@ -232,8 +249,8 @@ def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> Selection:
         sources=sources,
         recipe=outputs[-1].recipe,
         shape=stored_shape(shards, outputs[-1].recipe),
-        skips=_kept_skips(outputs, whole),
-        pending=sum(output.pending for output in outputs),
+        skips=_kept_skips(outputs, whole, output_of),
+        pending=len(set().union(*(output.pending_keys for output in outputs)).difference(whole.keys)),
     )
 
 
@@ -289,14 +306,25 @@ def _renumbered(shard: OpenShard, sources: list[Source]) -> NDArray[Any]:
     return np.array(numbers or [0], np.uint32)
 
 
-def _kept_skips(outputs: Sequence[StoredOutput], table: ImageTable) -> tuple[dict[str, Any], ...]:
-    """Lines on images that are skipped in the table, and on what never had a row."""
-    entries = [entry for output in outputs for entry in output.skips]
-    listed = {os.fsencode(entry["key"]) for entry in entries}
+def _kept_skips(
+    outputs: Sequence[StoredOutput], table: ImageTable, output_of: NDArray[Any]
+) -> tuple[dict[str, Any], ...]:
+    """One line an image that is skipped in the table, and one on each thing that never had a row.
+
+    Args:
+        outputs: whose lists are read.
+        table: the images.
+        output_of: number of the output that each image's row is of, [n] int64. Its list is the one that says why: the
+            same image may have been skipped elsewhere for another reason.
+    """
+    latest = [{os.fsencode(entry["key"]): entry for entry in output.skips} for output in outputs]
+    listed = set().union(*latest)
     with_rows = {key for output in outputs for shard in output.shards for key in listed.intersection(shard.table.keys)}
-    skipped = {table.keys[row] for row in np.flatnonzero(table.status > Status.DONE).tolist()}
-    dropped = {os.fsdecode(key) for key in with_rows - skipped}
-    return tuple(entry for entry in entries if entry["key"] not in dropped)
+    owners = {table.keys[row]: int(output_of[row]) for row in np.flatnonzero(table.status > Status.DONE).tolist()}
+    kept: dict[bytes, dict[str, Any]] = {}
+    for number, entries in enumerate(latest):
+        kept |= {key: entry for key, entry in entries.items() if key not in with_rows or owners.get(key) == number}
+    return tuple(kept.values())
 
 
 def _message(entry: dict[str, Any]) -> str:

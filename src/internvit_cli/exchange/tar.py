@@ -116,7 +116,9 @@ class TarWriter:
         names.append(f"{self._stem}.json")
         write_file(self._destination.staged(names[-1]), json.dumps(listed, indent=1).encode() + b"\n")
         kept = {self._destination.final(name) for name in names}
-        return Made(names, [path for path in self._present if path not in kept], notes)
+        # Without its list an old series is incomplete; with it, new tars among the old ones would pass for one series.
+        withdrawn = [path for path in self._present if path.endswith(".json")]
+        return Made(names, [path for path in self._present if path not in kept], withdrawn, notes)
 
     def close(self) -> None:
         """Let the file go."""
@@ -133,7 +135,7 @@ class TarWriter:
         ]
         paths = [os.path.join(folder, name) for name in sorted(names)]
         for path in paths:
-            self._destination.refuse_present(path)
+            self._destination.refuse_beside(path)
         return paths
 
     def _is_bits(self, name: str) -> bool:

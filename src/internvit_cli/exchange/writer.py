@@ -45,9 +45,11 @@ class Made:
     """A result that is complete, and not yet published."""
 
     names: Sequence[str]
-    """In the order in which they get their names; the last one makes them a result."""
+    """In the order in which they get their names."""
     obsolete: Sequence[str] = ()
     """Paths that belonged to what they replace."""
+    withdrawn: Sequence[str] = ()
+    """Paths that speak for what they replace, and go before anything gets its name."""
     notes: Sequence[str] = field(default=())
     """What the target could not hold as it was."""
 
