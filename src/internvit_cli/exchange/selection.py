@@ -15,7 +15,7 @@ from internvit_cli.errors import OutputError
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
 from internvit_cli.storage.layout import PARTIAL, POOLED, FeatureShape, stored_recipe
 from internvit_cli.storage.near_keys import near_keys
-from internvit_cli.storage.output import FinishedShard, Output
+from internvit_cli.storage.output import FinishedShard, Output, named_path
 from internvit_cli.storage.reader import OpenShard, UnknownKeyError, find_shards
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.table import ImageTable, concatenate
@@ -59,7 +59,7 @@ class StoredOutput:
         Raises:
             OutputError: there is nothing there, or it is damaged, or of a newer version.
         """
-        name = path.rstrip("/") or "/"
+        name = named_path(path)
         output = Output(name.removesuffix(PARTIAL))
         found = _folder_shards(output) if os.path.isdir(name) else []
         return cls(name, tuple(found or find_shards(name)), tuple(read_skip_log(output.skipped_path)))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from internvit_cli.config import Format
 from internvit_cli.errors import UsageError
+from internvit_cli.storage.output import named_path
 
 
 class Target(str, Enum):
@@ -61,7 +62,7 @@ def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> Plac
     Raises:
         UsageError: they contradict each other, or no format of ours has such a name.
     """
-    name = path.rstrip("/") or "/"
+    name = named_path(path)
     suffix = os.path.splitext(name)[1].lower()
     known = TARGET_OF_SUFFIX.get(suffix)
     if known is not None and wanted not in (None, known):
