@@ -12,8 +12,8 @@ import numpy as np
 from internvit_cli.accuracy import from_attributes
 from internvit_cli.config import StoreDtype, Tokens
 from internvit_cli.errors import OutputError
+from internvit_cli.options import named_path
 from internvit_cli.storage.layout import FEATURE_DATASETS, stored_recipe
-from internvit_cli.storage.output import named_path
 from internvit_cli.storage.places import ShardPlace, find_places
 from internvit_cli.table import count_statuses
 

@@ -125,3 +125,14 @@ def parse_color(text: str) -> tuple[int, int, int]:
     if not all(0 <= part <= 255 for part in (red, green, blue)):
         raise UsageError(f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'")
     return red, green, blue
+
+
+def named_path(path: str) -> str:
+    """A path as a user names it, without slashes at its end.
+
+    Raises:
+        UsageError: it is empty, as a variable of a script is that was never set.
+    """
+    if not path:
+        raise UsageError("an output without a name", "is the variable that should hold it set?")
+    return path.rstrip("/") or "/"

@@ -15,11 +15,12 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.errors import OutputError
+from internvit_cli.options import named_path
 from internvit_cli.picture_check import PictureState, look_at_pictures
 from internvit_cli.reconcile import stored_sources
 from internvit_cli.storage.checksums import CommittedRows, ReplacedError
 from internvit_cli.storage.layout import PARTIAL, stored_recipe
-from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output, named_path
+from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output
 from internvit_cli.storage.places import ShardPlace, places_in
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.storage.soundness import UNREADABLE, attribute_problems, dataset_problems, table_problems

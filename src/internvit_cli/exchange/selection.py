@@ -12,10 +12,11 @@ import numpy as np
 from internvit_cli.accuracy import COMPUTE_ERROR, STORE_ERROR, is_measured, measured_attributes
 from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
 from internvit_cli.errors import OutputError
+from internvit_cli.options import named_path
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
 from internvit_cli.storage.layout import PARTIAL, POOLED, FeatureShape, stored_recipe
 from internvit_cli.storage.near_keys import near_keys
-from internvit_cli.storage.output import FinishedShard, Output, named_path
+from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.reader import OpenShard, UnknownKeyError, find_shards
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.table import ImageTable, concatenate

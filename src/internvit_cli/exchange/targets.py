@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from internvit_cli.config import Format
 from internvit_cli.errors import UsageError
-from internvit_cli.storage.output import named_path
+from internvit_cli.options import named_path
 
 
 class Target(str, Enum):

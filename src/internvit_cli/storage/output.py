@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError, UsageError, one_line
+from internvit_cli.options import named_path
 from internvit_cli.storage.durable import remove, rename_durably, write_file
 from internvit_cli.storage.interface import ShardFormat, backend_of
 from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, PARTIAL, ForeignFileError, StoredShard
@@ -28,17 +29,6 @@ SHARD_FILE = re.compile(
 )
 """The names of our files and no others: a folder of `shard-00000.tar` is somebody else's."""
 REMEDY = "restore it, or start anew with --overwrite"
-
-
-def named_path(path: str) -> str:
-    """A path as a user names it, without slashes at its end.
-
-    Raises:
-        UsageError: it is empty, as a variable of a script is that was never set.
-    """
-    if not path:
-        raise UsageError("an output without a name", "is the variable that should hold it set?")
-    return path.rstrip("/") or "/"
 
 
 @dataclass(frozen=True, slots=True)

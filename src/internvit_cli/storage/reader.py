@@ -15,10 +15,10 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.errors import UsageError
+from internvit_cli.options import named_path
 from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
 from internvit_cli.storage.layout import stored_recipe
 from internvit_cli.storage.near_keys import near_keys
-from internvit_cli.storage.output import named_path
 from internvit_cli.storage.places import find_places
 from internvit_cli.storage.row_index import PooledVectors, RowIndex
 from internvit_cli.storage.shard import OpenShard
