@@ -13,13 +13,11 @@ product of 8192^3, errors against float32, the time to the first batch, and how 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import statistics
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,11 +29,8 @@ from internvit_cli.encoder import Encoder
 from internvit_cli.encoder_devices import find_device
 from internvit_cli.encoder_options import EncoderOptions
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
-from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
+from internvit_cli.model.stand_in import stand_in_checkpoint
 from internvit_cli.workers import usable_cpus
-
-if TYPE_CHECKING:
-    from internvit_cli.model.card import ModelCard
 
 SHAPES = {"300m": "300m", "6b": "6b", "tiny": TINY_RANDOM}
 LARGEST_GRAPHED = 8
@@ -44,26 +39,6 @@ COMPARED_TILES = 8
 """Tiles whose tokens are compared with those in float32."""
 
 Encode = "Callable[[np.ndarray], np.ndarray]"
-
-
-def random_checkpoint(card: ModelCard, blocks: int) -> Checkpoint:
-    """Random bfloat16 weights in memory, small enough that hidden states stay of order one; all blocks share theirs.
-
-    As in published checkpoints, float32 holds them exactly.
-    """
-    generator = np.random.default_rng(0)
-    arrays: dict[str, np.ndarray] = {}
-    weights = {}
-    for name, shape in expected_shapes(card.vision, blocks, None).items():
-        kind = name.partition(".layers.")[2].partition(".")[2] or name
-        if kind not in arrays:
-            array = generator.standard_normal(shape, np.float32)
-            array *= 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
-            if "norm" in kind and kind.endswith("weight"):
-                array += 1
-            arrays[kind] = torch.from_numpy(array).bfloat16().view(torch.uint16).numpy()
-        weights[name] = Weight("BF16", shape, (arrays[kind],))
-    return Checkpoint(card, blocks, weights)
 
 
 def ours(encoder: Encoder, tiles: np.ndarray) -> np.ndarray:
@@ -102,7 +77,7 @@ class Bench:
         card = describe_model(SHAPES[arguments.shape], allow_catalog=True)
         self.card = replace(card, name=f"{arguments.shape} shape")
         self.blocks = card.resolve_layer() if arguments.blocks is None else arguments.blocks
-        self.checkpoint = random_checkpoint(self.card, self.blocks)
+        self.checkpoint = stand_in_checkpoint(self.card, layer=self.blocks)
         self.dtypes = [ComputeDtype(dtype) for dtype in arguments.dtype]
         self.ceiling: float | None = None
         """Tiles a second if all work ran at the speed of a large matrix product; None on a CPU."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import InternVLVisionConfig, InternVLVisionModel
+from transformers import InternVLVisionModel
 
 from internvit_cli.model.card import IMAGENET_MEAN, IMAGENET_STD
-from internvit_cli.model.loading import read_tensor
-from internvit_cli.model.native import NATIVE_NAMES
+from internvit_cli.model.native import native_config, native_state
 from internvit_cli.model.vit import pixel_unshuffle
 
 if TYPE_CHECKING:
@@ -22,21 +21,8 @@ class Transformers:
     """What people run today: the native class, whole batches, all cores for each operation."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, threads: int) -> None:
-        vision = checkpoint.card.vision
-        config = InternVLVisionConfig(
-            hidden_size=vision.hidden_size,
-            num_hidden_layers=checkpoint.blocks,
-            num_attention_heads=vision.num_heads,
-            intermediate_size=vision.mlp_size,
-            image_size=[vision.image_size] * 2,
-            attention_bias=vision.qkv_bias,
-            use_qk_norm=vision.qk_norm,
-            norm_type=vision.norm,
-            layer_norm_eps=vision.eps,
-            attn_implementation="sdpa",
-        )
         with torch.device("meta"):
-            self.model = InternVLVisionModel(config)
+            self.model = InternVLVisionModel(native_config(checkpoint, attn_implementation="sdpa"))
         self.model.load_state_dict(native_state(checkpoint, device, dtype), assign=True)
         self.model.eval().requires_grad_(False)
         self.threads = threads
@@ -80,18 +66,3 @@ class Graphed:
         self._tiles[: len(tiles)].copy_(torch.from_numpy(tiles))
         self._graph.replay()
         return self._tokens[: len(tiles)].cpu().numpy()
-
-
-def native_state(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights under transformers' names."""
-    state = {}
-    for name in checkpoint.weights:
-        tensor = read_tensor(checkpoint, name, device, dtype)
-        for ours, theirs in NATIVE_NAMES.items():
-            name = name.replace(ours, theirs)  # noqa: PLW2901
-        if ".qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                state[name.replace(".qkv.", f".{letter}_proj.")] = part.clone()
-        else:
-            state[name] = tensor
-    return state

@@ -17,7 +17,6 @@ from PIL import Image
 from internvit_cli import Extractor, accuracy, open_features
 from internvit_cli.accuracy import ATTRIBUTE_CHARACTERS, Accuracy, AccuracyError, ComputeError, StoreError
 from internvit_cli.cli.app import run
-from internvit_cli.config import StoreDtype
 from internvit_cli.model.kernels.plain import quantise_tokens
 from internvit_cli.storage.layout import decode_values
 
@@ -262,11 +261,6 @@ def test_figures_always_fit_their_attribute(tiles: int, figures: list[float]) ->
 
     (text,) = accuracy.to_attributes(Coarse(), Accuracy(ComputeError(tiles, *figures))).values()  # type: ignore[arg-type]
     assert len(text) == ATTRIBUTE_CHARACTERS
-
-
-@pytest.mark.parametrize("dtype", StoreDtype)
-def test_only_types_with_scales_have_scales(dtype: StoreDtype) -> None:
-    assert dtype.is_scaled is (dtype.value in SCALED)
 
 
 # --------------------------------------------------------------------------------------------------- other formats

@@ -30,6 +30,7 @@ ROWS = [
     {"filling", "sampling"},
     {"engine"},
     {"device_process"},
+    {"dispatch"},
     {"devices"},
     {"verdict", "agreement"},
     {"picture_check", "reextract"},

@@ -19,7 +19,7 @@ from internvit_cli.headers import Header
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.stand_in import stand_in_checkpoint
 from internvit_cli.observer import SILENT, Observer
-from internvit_cli.recipes import encoder_options
+from internvit_cli.recipes import encoder_options_of_run
 from internvit_cli.storage.durable import disk_errors, free_bytes, reserve, sync_data, write_all
 from internvit_cli.storing import CHECKPOINT_BYTES
 from internvit_cli.tiling import Grid, decoded_tile_count
@@ -155,7 +155,7 @@ def _encoder_rates(options: ExtractOptions, survey: Survey, how: BenchOptions, d
     from internvit_cli.encoder import Encoder
 
     checkpoint = _weights(survey)
-    base = encoder_options(options, survey.recipe, survey.card, device)
+    base = encoder_options_of_run(options.run, survey.recipe, device)
     for dtype in how.dtypes:
         wanted = replace(base, dtype=dtype if dtype is not ComputeDtype.AUTO else options.run.dtype)
         for batch in _batches(options, how, device):
@@ -219,7 +219,7 @@ def _decode_rate(
     most = max(decoded_tile_count(job.grid, rule) for job in jobs)
     engine = EngineOptions(
         rule=rule,
-        encoder=encoder_options(options, survey.recipe, survey.card, devices[0]),
+        encoder=encoder_options_of_run(options.run, survey.recipe, devices[0]),
         devices=devices[:1],
         workers=run.workers,
         decode_timeout=run.decode_timeout,

@@ -232,8 +232,8 @@ def _check_device(options: EncoderOptions, device: torch.device) -> None:
         raise UsageError(f"--compile on {device}: it is for CUDA", "leave it out")
 
 
-def _feature_spec(options: EncoderOptions) -> FeatureSpec:
-    """What is kept of a tile."""
+def feature_spec(options: EncoderOptions) -> FeatureSpec:
+    """What is kept of a tile under these options."""
     return FeatureSpec(
         tokens=options.tokens,
         pool=options.pool,
@@ -249,7 +249,7 @@ def _load_model(checkpoint: Checkpoint, options: EncoderOptions, device: torch.d
     try:
         model = FeatureModel.load(
             checkpoint,
-            _feature_spec(options),
+            feature_spec(options),
             device=device,
             dtype=TORCH_DTYPE[options.dtype],
             fused=options.fused and not options.compile,

@@ -12,17 +12,16 @@ import numpy as np
 from internvit_cli.accounting import Account, Totals, summarize
 from internvit_cli.accuracy import Accuracy, measured_attributes, to_attributes
 from internvit_cli.config import ComputeDtype, Status
-from internvit_cli.decode.decoder import DecodeJob
+from internvit_cli.decode.decoder import decode_jobs
 from internvit_cli.devices import find_devices, start_engine
 from internvit_cli.engine import Engine, EngineOptions, ShardJob, Workload
 from internvit_cli.errors import OutputError, StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillRules, unusable
-from internvit_cli.headers import Header
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.preview import find_images
-from internvit_cli.recipes import ModelInUse, encoder_options, feature_shape, pixel_rule, stored_name
+from internvit_cli.recipes import ModelInUse, encoder_options_of_run, feature_shape, pixel_rule, stored_name
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Summary, run_log_entry
 from internvit_cli.sampling import SAMPLE_IMAGES
@@ -35,11 +34,10 @@ from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.recheck import Recheck, contradictory_rows
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 from internvit_cli.storage.takeover import take_over
-from internvit_cli.tiling import Grid
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -243,7 +241,7 @@ class _Extraction:
         devices = find_devices(run.devices)
         recorded = (self._existing.attributes or {}).get("batch_tiles", 0)
         encoder = replace(
-            encoder_options(self._options, recipe, self._model.card, devices[0]),
+            encoder_options_of_run(run, recipe, devices[0]),
             dtype=ComputeDtype(recipe.compute_dtype) if self._model.dtype_is_known else run.dtype,
             recorded_batch_tiles=int(recorded) or None,
         )
@@ -275,7 +273,7 @@ class _Extraction:
         rows = np.flatnonzero(plan.table.status == Status.PENDING)[:SAMPLE_IMAGES]
         if self._engine is not None and len(rows):
             most_tiles = int(self._decoded_tiles(plan.table, plan.table.status).max())
-            jobs = list(_decode_jobs(plan.table, rows, self._listing.sources))
+            jobs = list(decode_jobs(plan.table, rows, self._listing.sources))
             accuracy = self._engine.measure(jobs, Workload(len(plan.table), most_tiles), self._stop)
         accuracy.check()
         if accuracy.words:
@@ -349,7 +347,7 @@ class _Extraction:
         job = ShardJob(
             workload=workload,
             keys=table.keys,
-            jobs=_decode_jobs(table, rows, sources),
+            jobs=decode_jobs(table, rows, sources),
             first_tile=table.tile_offset,
             writer=writer,
             skip_log=self._skip_log,
@@ -392,11 +390,3 @@ class _Extraction:
             if stored.status(key) is not None:
                 found.setdefault(stored.shard_name(key), []).append(os.fsdecode(key))
         return found
-
-
-def _decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:
-    for row in rows.tolist():
-        key = table.keys[row]
-        header = Header(*(int(getattr(table, name)[row]) for name in Header._fields))
-        grid = Grid(int(table.columns[row]), int(table.rows[row]))
-        yield DecodeJob(row, sources[int(table.source[row])].path(key), header, grid)

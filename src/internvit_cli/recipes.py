@@ -6,7 +6,17 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from internvit_cli.config import ComputeDtype, PixelRule, Preprocess, Recipe, TilingRule, Tokens
+from internvit_cli.config import (
+    ComputeDtype,
+    OnOverflow,
+    PixelRule,
+    Pool,
+    Preprocess,
+    Recipe,
+    StoreDtype,
+    TilingRule,
+    Tokens,
+)
 from internvit_cli.encoder_options import EncoderOptions
 from internvit_cli.errors import OtherRecipeError, OutputError
 from internvit_cli.model.card import ModelCard, feature_shapes
@@ -15,7 +25,7 @@ from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.storage.layout import FeatureShape, stored_recipe
 
 if TYPE_CHECKING:
-    from internvit_cli.options import ExtractOptions
+    from internvit_cli.options import ExtractOptions, RunOptions
 
 LONGEST_DTYPE = "bfloat16"
 OPTION_OF_FIELD = {
@@ -206,22 +216,32 @@ def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> F
     )
 
 
-def encoder_options(options: ExtractOptions, recipe: Recipe, card: ModelCard, device: str) -> EncoderOptions:
-    """How the encoder of a run is loaded on a device; the type is what was asked for, maybe AUTO."""
+def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> EncoderOptions:
+    """How an encoder has to run to give a recipe's values.
+
+    Args:
+        recipe: with its compute type settled.
+        device: auto, cpu, cuda, cuda:N or mps.
+        batch_tiles: tiles in a batch; None lets the encoder choose.
+    """
     return EncoderOptions(
         device=device,
-        dtype=options.run.dtype,
-        batch_tiles=options.run.batch_tiles,
-        tokens=options.store.tokens,
-        pool=options.store.pool,
+        dtype=ComputeDtype(recipe.compute_dtype),
+        batch_tiles=batch_tiles,
+        tokens=Tokens(recipe.tokens),
+        pool=Pool(recipe.pool),
         tile_size=recipe.tile_size,
         layer=recipe.layer,
-        token_order=card.token_order,
-        store_dtype=options.store.store_dtype,
-        on_overflow=options.store.on_overflow,
-        threads=options.run.threads,
-        compile=options.run.compile,
+        token_order="v1" if recipe.token_order == "v1" else "v2",  # noqa: S105  (an order, not a secret)
+        store_dtype=StoreDtype(recipe.store_dtype),
+        on_overflow=OnOverflow(recipe.on_overflow),
     )
+
+
+def encoder_options_of_run(run: RunOptions, recipe: Recipe, device: str) -> EncoderOptions:
+    """The same for a run on a device; the type is what was asked for, maybe AUTO."""
+    how = encoder_options(recipe, device, run.batch_tiles)
+    return replace(how, dtype=run.dtype, threads=run.threads, compile=run.compile)
 
 
 def planned_dtype(options: ExtractOptions, stored: Recipe | None) -> str | None:

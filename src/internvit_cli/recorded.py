@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
-from internvit_cli.encoder_options import EncoderOptions
+from internvit_cli.config import Tokens
 from internvit_cli.errors import InternvitError, ModelError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
@@ -45,25 +44,3 @@ def open_recorded(recipe: Recipe, attributes: Mapping[str, Any], model: str | No
             "name the right ones with --model",
         )
     return checkpoint
-
-
-def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> EncoderOptions:
-    """How an encoder has to run to give a recipe's values.
-
-    Args:
-        recipe: with its compute type settled.
-        device: auto, cpu, cuda, cuda:N or mps.
-        batch_tiles: tiles in a batch; None lets the encoder choose.
-    """
-    return EncoderOptions(
-        device=device,
-        dtype=ComputeDtype(recipe.compute_dtype),
-        batch_tiles=batch_tiles,
-        tokens=Tokens(recipe.tokens),
-        pool=Pool(recipe.pool),
-        tile_size=recipe.tile_size,
-        layer=recipe.layer,
-        token_order="v1" if recipe.token_order == "v1" else "v2",  # noqa: S105  (an order, not a secret)
-        store_dtype=StoreDtype(recipe.store_dtype),
-        on_overflow=OnOverflow(recipe.on_overflow),
-    )

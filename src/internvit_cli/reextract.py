@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from internvit_cli.agreement import Differences, compare, tolerance
-from internvit_cli.config import DEFAULT_MAX_PIXELS, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import DEFAULT_MAX_PIXELS, OnOverflow, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import InternvitError
 from internvit_cli.headers import Header
-from internvit_cli.recipes import pixel_rule
-from internvit_cli.recorded import encoder_options, open_recorded
+from internvit_cli.recipes import encoder_options, pixel_rule
+from internvit_cli.recorded import open_recorded
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, decode_values
 from internvit_cli.storage.reader import OpenShard
 from internvit_cli.table import modified_ns
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
     from internvit_cli.config import Recipe
     from internvit_cli.model.checkpoint import Checkpoint
-    from internvit_cli.model.features import FeatureSpec
     from internvit_cli.verdict import Row, VerifyObserver, VerifyOptions
 
 DECODE_SECONDS = 60.0
@@ -277,10 +276,12 @@ class _Native:
     check = "reference"
 
     def __init__(self, model: _Model) -> None:
+        from internvit_cli.encoder import feature_spec
         from internvit_cli.encoder_devices import find_device
         from internvit_cli.model.native import NativeModel
 
-        self._model = NativeModel(model.checkpoint, _spec(model.recipe), find_device(model.device))
+        spec = feature_spec(encoder_options(model.recipe, model.device, None))
+        self._model = NativeModel(model.checkpoint, spec, find_device(model.device))
         self._limit = _largest(model.recipe)
         self.name = f"transformers' InternVLVisionModel in float32 on {self._model.device}"
 
@@ -292,19 +293,6 @@ class _Native:
 
     def close(self) -> None:
         """Nothing to end."""
-
-
-def _spec(recipe: Recipe) -> FeatureSpec:
-    from internvit_cli.model.features import FeatureSpec
-
-    return FeatureSpec(
-        tokens=Tokens(recipe.tokens),
-        pool=Pool(recipe.pool),
-        tile_size=recipe.tile_size,
-        token_order=recipe.token_order,
-        store_dtype=StoreDtype(recipe.store_dtype),
-        on_overflow=OnOverflow(recipe.on_overflow),
-    )
 
 
 def _largest(recipe: Recipe) -> float:

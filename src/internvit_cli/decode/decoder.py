@@ -11,15 +11,17 @@ from internvit_cli.allocator import keep_freed_memory
 from internvit_cli.config import PixelRule, Skipped, Status
 from internvit_cli.decode.pictures import Decoded, decode_tiles
 from internvit_cli.decode.slots import Slots, SlotShape
+from internvit_cli.headers import Header
+from internvit_cli.tiling import Grid
 from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
-    from internvit_cli.headers import Header
-    from internvit_cli.tiling import Grid
+    from internvit_cli.sources.interface import Source
+    from internvit_cli.table import ImageTable
 
 PIXELS_IN_FLIGHT = 256_000_000
 """Source pixels that the workers of a run may have in hand together: decoded pictures are what memory goes to."""
@@ -36,6 +38,21 @@ class DecodeJob(NamedTuple):
     header: Header
     """As planned; the file must still be that one."""
     grid: Grid
+
+
+def decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:
+    """What there is to decode of some images of a table.
+
+    Args:
+        table: of the shard.
+        rows: of the images, [k] int64.
+        sources: what its `source` column counts.
+    """
+    for row in rows.tolist():
+        key = table.keys[row]
+        header = Header(*(int(getattr(table, name)[row]) for name in Header._fields))
+        grid = Grid(int(table.columns[row]), int(table.rows[row]))
+        yield DecodeJob(row, sources[int(table.source[row])].path(key), header, grid)
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,10 +92,21 @@ def native_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     Raises:
         ModelError: a weights file can't be read.
     """
-    from transformers import InternVLVisionConfig, InternVLVisionModel
+    from transformers import InternVLVisionModel
+
+    model: nn.Module = InternVLVisionModel(native_config(checkpoint))
+    model = model.to(device)
+    # No bias, no parameter: strict loading leaves nothing at its random start.
+    model.load_state_dict(native_state(checkpoint, device), strict=True)
+    return model.eval().requires_grad_(False)
+
+
+def native_config(checkpoint: Checkpoint, **changes: Any) -> Any:
+    """What transformers' InternVLVisionConfig says of a checkpoint's tower; `changes` are passed on."""
+    from transformers import InternVLVisionConfig
 
     vision = checkpoint.card.vision
-    config = InternVLVisionConfig(
+    return InternVLVisionConfig(
         hidden_size=vision.hidden_size,
         num_hidden_layers=checkpoint.blocks,
         num_attention_heads=vision.num_heads,
@@ -105,12 +116,8 @@ def native_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
         use_qk_norm=vision.qk_norm,
         norm_type=vision.norm,
         layer_norm_eps=vision.eps,
+        **changes,
     )
-    model: nn.Module = InternVLVisionModel(config)
-    model = model.to(device)
-    # No bias, no parameter: strict loading leaves nothing at its random start.
-    model.load_state_dict(dict(_native_state(checkpoint, device)), strict=True)
-    return model.eval().requires_grad_(False)
 
 
 def native_projector(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
@@ -137,16 +144,23 @@ def pixel_shuffle(patches: Tensor, order: str) -> Tensor:
     return x.reshape(B, N // 4, 4 * C)
 
 
-def _native_state(checkpoint: Checkpoint, device: torch.device) -> Any:
+def native_state(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The tower's weights under transformers' names, q, k and v apart.
+
+    Raises:
+        ModelError: a weights file can't be read.
+    """
+    state: dict[str, Tensor] = {}
     for name in checkpoint.weights:
         if name.startswith("mlp1."):
             continue
-        tensor = read_tensor(checkpoint, name, device, torch.float32)
+        tensor = read_tensor(checkpoint, name, device, dtype)
         native = name
         for ours, theirs in NATIVE_NAMES.items():
             native = native.replace(ours, theirs)
         if ".qkv." in native:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                yield native.replace(".qkv.", f".{letter}_proj."), part
+                state[native.replace(".qkv.", f".{letter}_proj.")] = part
         else:
-            yield native, tensor
+            state[native] = tensor
+    return state

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def stand_in_checkpoint(card: ModelCard, *, layer: int, projector: bool = False) -> Checkpoint:
-    """Random bfloat16 weights, small enough that hidden states stay of order one.
+    """Random bfloat16 weights, small enough that hidden states stay of order one; all blocks share theirs.
 
     Args:
         card: the model.
@@ -23,16 +23,23 @@ def stand_in_checkpoint(card: ModelCard, *, layer: int, projector: bool = False)
     """
     random = np.random.default_rng(0)
     shapes = expected_shapes(card.vision, layer, card.projector_size if projector else None)
-    return Checkpoint(card, layer, {name: _weight(name, shape, random) for name, shape in shapes.items()})
+    kinds: dict[str, Weight] = {}
+    weights = {}
+    for name, shape in shapes.items():
+        kind = name.partition(".layers.")[2].partition(".")[2] or name
+        if kind not in kinds:
+            kinds[kind] = _weight(kind, shape, random)
+        weights[name] = kinds[kind]
+    return Checkpoint(card, layer, weights)
 
 
-def _weight(name: str, shape: tuple[int, ...], random: np.random.Generator) -> Weight:
+def _weight(kind: str, shape: tuple[int, ...], random: np.random.Generator) -> Weight:
     scale = 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
     # A repeated pattern will do: drawing six billion numbers would take minutes.
     pattern = (random.standard_normal(min(math.prod(shape), 1 << 20), np.float32) * np.float32(scale)).astype(
         np.float32
     )
-    if ".norm" in name and name.endswith("weight"):
+    if "norm" in kind and kind.endswith("weight"):
         pattern += 1
     bits = (pattern.view(np.uint32) >> 16).astype("<u2")
     return Weight("BF16", shape, (np.resize(bits, shape),))

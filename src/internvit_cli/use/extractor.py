@@ -20,8 +20,8 @@ from PIL import Image
 from internvit_cli.config import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, Skipped, Status, Tokens
 from internvit_cli.decode.direct import Tiled, tile_file, tile_picture
 from internvit_cli.errors import UsageError
-from internvit_cli.recipes import ModelInUse, pixel_rule
-from internvit_cli.recorded import encoder_options, open_recorded
+from internvit_cli.recipes import ModelInUse, encoder_options, encoder_options_of_run, pixel_rule
+from internvit_cli.recorded import open_recorded
 from internvit_cli.storage.layout import POOLED, TILE_POOLED
 from internvit_cli.storage.reader import Features, open_features
 from internvit_cli.use.in_memory import Named, absolute, done_image, skipped_image
@@ -80,7 +80,7 @@ class Extractor:
         wanted = extract_options(model, options)
         in_use = ModelInUse(wanted, None)
         recipe, run = in_use.recipe, wanted.run
-        how = replace(encoder_options(recipe, run.devices[0], run.batch_tiles), dtype=run.dtype, threads=run.threads)
+        how = encoder_options_of_run(run, recipe, run.devices[0])
         self._start(in_use.checkpoint, recipe, how, wanted.pictures.max_pixels)
 
     @classmethod
