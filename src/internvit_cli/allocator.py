@@ -14,8 +14,8 @@ LARGEST_KEPT_BLOCK = 1 << 25
 def keep_freed_memory() -> None:
     """Have freed memory stay with this process, where the C library is glibc.
 
-    By itself it gives large blocks back, and gets them anew, cleared page by page: for every operation of every tile, a
-    third of the time of a small model in bfloat16; for every picture, a fifteenth of the time of decoding it.
+    By itself it gives large blocks back, and gets them anew, cleared page by page, for every operation of every tile
+    and for every picture. `benchmarks/allocator.py` measures what that costs.
     """
     with contextlib.suppress(AttributeError, OSError):  # other C libraries have no such function
         libc = ctypes.CDLL(None)

@@ -1,6 +1,6 @@
 """Sizes of ordinary JPEG and WebP files from a few of their bytes.
 
-Most pictures are such files, and opening one with EXIF takes Pillow ten to twenty times as long. Whatever is unusual in
+Most pictures are such files, and opening one with EXIF makes Pillow parse all of it. Whatever is unusual in
 any way is None here: then Pillow decides, whose word is what counts.
 """
 
