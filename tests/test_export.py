@@ -571,7 +571,7 @@ main(sys.argv[3:])
 """
 
 
-@pytest.mark.parametrize("target", ["new.h5", "new"])
+@pytest.mark.parametrize("target", ["new.h5", pytest.param("new", marks=pytest.mark.sweep)])
 def test_killed_before_or_after_any_rename_the_name_stands_for_the_old_or_the_new_result(
     tmp_path: Path, target: str
 ) -> None:

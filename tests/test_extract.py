@@ -258,7 +258,9 @@ def test_kill_9_in_the_middle_and_the_same_command_give_the_file_of_an_uninterru
     assert_same_content(output, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.sweep) for s in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_commits_what_is_encoded_and_the_same_command_goes_on(
     many_pictures: Path, uninterrupted: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

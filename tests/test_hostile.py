@@ -68,7 +68,7 @@ def assert_accounted(run: Run) -> None:
     assert run.megabytes < MOST_MEGABYTES
 
 
-@pytest.fixture(params=["root", "unprivileged"])
+@pytest.fixture(params=["root", pytest.param("unprivileged", marks=pytest.mark.sweep)])
 def unprivileged(request: pytest.FixtureRequest, tmp_path: Path) -> bool:
     if request.param == "root":
         return False
