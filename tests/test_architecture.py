@@ -12,7 +12,7 @@ import internvit_cli
 PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
-    {"config", "errors", "observer", "stopping", "accuracy", "allocator"},
+    {"config", "errors", "observer", "stopping", "accuracy", "allocator", "words"},
     {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
     {"headers", "quick_headers"},
