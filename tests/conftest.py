@@ -1,4 +1,4 @@
-"""Fixtures for the material beside the repository: photographs, damaged pictures, reference values."""
+"""Fixtures that several test modules share, and those for the material beside the repository."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+HELPERS = [path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("test_", "conftest"))]
+pytest.register_assert_rewrite(*HELPERS)  # a failed assert in a helper shows its values, as one in a test does
+pytest_plugins = ["report_helpers"]
 
 settings.register_profile("shared machine", deadline=None)  # A slow moment of the machine is no failure.
 settings.load_profile("shared machine")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import storage_helpers as helpers
-from test_extract import Result, internvit
+from run_helpers import Result, internvit
 
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.storage.commit import ShardWriter

@@ -129,6 +129,13 @@ def test_only_the_command_line_prints_or_exits() -> None:
                 assert called not in {"print", "sys.exit", "exit", "quit", "os._exit"}, f"{module} calls {called}"
 
 
+def test_test_modules_do_not_import_each_other() -> None:
+    """What several of them need lives in a module of helpers, so that each can be run, moved and read alone."""
+    for path in Path(__file__).parent.glob("*.py"):
+        shared = {name for name in imported_modules(ast.parse(path.read_text())) if name.startswith("test_")}
+        assert not shared, f"{path.name} imports {shared}"
+
+
 def modules_loaded_by(arguments: list[str]) -> set[str]:
     code = (
         "import sys; from internvit_cli.cli.app import run; code = run(sys.argv[1:]);"

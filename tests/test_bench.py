@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_extract import internvit, make_pictures, state_of
+from run_helpers import internvit, make_pictures, state_of
 
 from internvit_cli.bench import ADVICE, DecodeRate, EncoderRate, predict
 from internvit_cli.cli.bench import parse_batches, parse_dtypes

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import storage_helpers as helpers
+from filling_helpers import SIDE, Encoder, Shard
 from PIL import Image
-from test_extract import command, extract, internvit, make_pictures, summary_of
-from test_filling import SIDE, Encoder, Shard
+from run_helpers import command, extract, internvit, make_pictures, summary_of
 
 from internvit_cli import open_features, workers
 from internvit_cli.config import Format, Status

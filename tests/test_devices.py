@@ -14,7 +14,7 @@ import crash_checks as checks
 import numpy as np
 import pytest
 from crash_checks import KINDS
-from test_extract import Result, command, extract, make_pictures, summary_of, wait_for
+from run_helpers import Result, command, extract, make_pictures, summary_of, wait_for
 
 from internvit_cli import open_features
 from internvit_cli.cli.arguments import parse_devices

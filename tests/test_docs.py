@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from test_extract import extract, make_pictures
+from run_helpers import extract, make_pictures
 
 from internvit_cli import open_features
 from internvit_cli.config import Status

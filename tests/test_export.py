@@ -20,7 +20,7 @@ import storage_helpers as helpers
 from exchange_helpers import fails, make, names_in, ok, plain
 from hypothesis import given
 from hypothesis import strategies as st
-from test_extract import extract, make_pictures, summary_of
+from run_helpers import extract, make_pictures, summary_of
 
 from internvit_cli import open_features
 from internvit_cli.config import Format, Status, StoreDtype, Tokens

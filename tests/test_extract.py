@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
 import shlex
@@ -13,88 +11,31 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from run_helpers import (
+    assert_same_content,
+    command,
+    extract,
+    internvit,
+    make_pictures,
+    state_of,
+    summary_of,
+    wait_for,
+)
 
 from internvit_cli import open_features
-from internvit_cli.cli.app import run
 from internvit_cli.config import Status
-
-
-@dataclass(frozen=True)
-class Result:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "internvit_cli", *map(str, arguments)]
-
-
-def internvit(*arguments: object) -> Result:
-    """Run a command line in this process: the same code as the shell's, without importing torch each time."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        code = run([str(argument) for argument in arguments])
-    return Result(int(code), stdout.getvalue(), stderr.getvalue())
-
-
-def extract(*arguments: object) -> Result:
-    return internvit("extract", "--model", "tiny-random", *arguments)
-
-
-def summary_of(result: Result) -> dict[str, object]:
-    return json.loads(result.stdout)
-
-
-def make_pictures(folder: Path, count: int, seed: int = 0, size: int = 120) -> list[Path]:
-    """Random pictures of many sizes, in two folders, JPEG and PNG in turn."""
-    random = np.random.default_rng(seed)
-    paths = []
-    for number in range(count):
-        width, height = random.integers(30, size, 2)
-        path = folder / f"part{number % 2}" / f"{number:03d}.{'png' if number % 3 else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
-        paths.append(path)
-    return paths
 
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     make_pictures(tmp_path / "pictures", 8)
     return tmp_path / "pictures"
-
-
-def datasets(path: Path) -> dict[str, np.ndarray]:
-    """Every dataset of an HDF5 file but the log of runs, which holds times."""
-    found = {}
-    with h5py.File(path) as file:
-        file.visititems(lambda name, item: found.update({name: item[...]}) if isinstance(item, h5py.Dataset) else None)
-    found.pop("run_log")
-    return found
-
-
-def assert_same_content(left: Path, right: Path) -> None:
-    ours, theirs = datasets(left), datasets(right)
-    assert ours.keys() == theirs.keys()
-    for name, values in ours.items():
-        np.testing.assert_array_equal(values, theirs[name], err_msg=name)
-
-
-def state_of(folder: Path) -> dict[str, tuple[int, str]]:
-    """Time of modification and content of every file below a folder."""
-    return {
-        str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 # ------------------------------------------------------------------------------------------------------ the plain case
@@ -215,13 +156,6 @@ def test_a_real_checkpoint_encodes_from_the_command_line(
 
 
 # ------------------------------------------------------------------------------------------------- stopped and resumed
-
-
-def wait_for(path: Path, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_extract import extract, internvit
+from run_helpers import extract, internvit
 
 from internvit_cli import Extractor, Features, InternvitError, SkippedImageError, open_features
 from internvit_cli.config import Status

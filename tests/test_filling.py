@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import storage_helpers as helpers
+from filling_helpers import (
+    CLAMPED,
+    NOT_A_NUMBER,
+    RULE,
+    SIDE,
+    TOO_LARGE,
+    Encoder,
+    Features,
+    Pending,
+    Shard,
+    Stop,
+    features_of,
+)
 from PIL import Image
 
-from internvit_cli.config import Format, PixelRule, Skipped, Status, TilingRule, Tokens
-from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
+from internvit_cli.config import Format, Skipped, Status, Tokens
 from internvit_cli.errors import DeviceError, ExitCode, InternvitError, NoSpaceError
-from internvit_cli.filling import Filled, FillJob, FillRules, fill
-from internvit_cli.headers import Header, read_header
 from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
-from internvit_cli.storing import ShardSink
-from internvit_cli.table import ImageTable
-from internvit_cli.tiling import choose_grid, has_thumbnail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,124 +36,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-SIDE = 28
-RULE = PixelRule(TilingRule(tile_size=SIDE, max_tiles=6))
-TOO_LARGE, NOT_A_NUMBER, CLAMPED = 250, 251, 252
-"""Colours of pictures for which the encoder below gives such values."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """What an encoder returns, see `TileFeatures`."""
-
-    tokens: NDArray[Any] | None
-    pooled: NDArray[Any]
-    fits: NDArray[Any]
-    clamped: int
-    scales: None = None
-
-
-class Encoder:
-    """Features that can be told from the pixels, and verdicts by colour; no model."""
-
-    device_seconds = 0.0
-    halved = False
-
-    def __init__(self, batch_tiles: int, fail_after: int | None = None) -> None:
-        self.batch_tiles = batch_tiles
-        self.sizes: list[int] = []
-        self._fail_after = fail_after
-
-    def submit(self, tiles: Sequence[NDArray[Any]]) -> Any:
-        self.sizes.append(len(tiles))
-        assert len(tiles) <= self.batch_tiles
-        if self._fail_after is not None and len(self.sizes) > self._fail_after:
-            raise DeviceError("out of memory", "smaller")
-        return Pending(features_of(np.stack(tiles)))
-
-
-@dataclass(frozen=True)
-class Pending:
-    features: Features
-
-    def result(self) -> Features:
-        return self.features
-
-
-def features_of(tiles: NDArray[Any]) -> Features:
-    red = tiles[:, 0, 0, 0]
-    pooled = tiles.reshape(len(tiles), -1)[:, : helpers.POOLED_WIDTH * 97 : 97].astype(np.float32)
-    size = helpers.TOKENS_PER_TILE * helpers.CHANNELS
-    tokens = tiles.reshape(len(tiles), -1)[:, : size * 89 : 89].astype(np.float16)
-    fits = np.select([red == TOO_LARGE, red == NOT_A_NUMBER], [1, 2], 0).astype(np.uint8)
-    tokens = tokens.reshape(len(tiles), helpers.TOKENS_PER_TILE, helpers.CHANNELS)
-    return Features(tokens, pooled, fits, int((red == CLAMPED).sum()))
-
-
-@dataclass
-class Stop:
-    signal: int = 0
-
-
-class Shard:
-    """Pictures, the shard that is to hold their features, and a decoder of one worker, which keeps their order."""
-
-    def __init__(self, paths: Sequence[Path], output: Output, *, tile_pooled: bool = False) -> None:
-        self.paths = paths
-        self.output = output
-        headers = [read_header(os.fsencode(path), RULE) for path in paths]
-        self.headers = [header for header in headers if isinstance(header, Header)]
-        assert len(self.headers) == len(paths)
-        grids = [choose_grid(header.width, header.height, RULE.tiling) for header in self.headers]
-        self.jobs = [
-            DecodeJob(row, os.fsencode(paths[row]), self.headers[row], grids[row]) for row in range(len(paths))
-        ]
-        columns: dict[str, Any] = {
-            name: np.array([getattr(header, name) for header in self.headers]) for name in Header._fields
-        }
-        columns |= {
-            "source": np.zeros(len(paths)),
-            "columns": np.array([grid.columns for grid in grids]),
-            "rows": np.array([grid.rows for grid in grids]),
-            "thumbnail": np.array([has_thumbnail(grid, thumbnail=True) for grid in grids]),
-        }
-        keys = [os.fsencode(path.name) for path in paths]
-        self.new = helpers.make_shard(
-            ImageTable.build(keys, np.zeros(len(paths), np.uint8), columns), tile_pooled=tile_pooled
-        )
-        output.prepare()
-        create_shard(output.backend, output.partial_path(0), self.new)
-
-    def fill(
-        self,
-        encoder: Encoder,
-        *,
-        stop: Stop | None = None,
-        on_progress: Callable[[Any], None] = lambda _: None,
-        strict: bool = False,
-        is_begun: bool = False,
-        pool_all_tiles: bool = False,
-    ) -> Filled:
-        """Fill what is pending, as one run does."""
-        table = self.output.partial().stored.table
-        writer = ShardWriter(self.output.backend, self.output.partial_path(0), table)
-        rows = np.flatnonzero(writer.status == Status.PENDING).tolist()
-        is_begun = is_begun or bool((writer.status == Status.DONE).any())
-        rules = FillRules(pool_all_tiles, self.new.features.tile_pooled, is_begun, strict)
-        sink = ShardSink(writer, SkipLog(self.output.skipped_path), table.keys)
-        job = FillJob(table.keys, [self.jobs[row] for row in rows], sink, rules)
-        decoder = Decoder(DecodeOptions(RULE, 7, 1, 30, 4 << 30))
-        with contextlib.closing(decoder), contextlib.closing(writer):
-            return fill(job, decoder, encoder, stop or Stop(), on_progress)  # type: ignore[arg-type]
-
-    @property
-    def status(self) -> list[int]:
-        """On the disk."""
-        return self.output.partial().stored.table.status.tolist()
-
-    def publish(self) -> helpers.PlainShard:
-        helpers.publish(self.output, self.new)
-        return helpers.read_plainly(self.output.final_path(0))
+    from internvit_cli.decode.decoder import DecodeJob
 
 
 @pytest.fixture

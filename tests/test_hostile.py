@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image, features
-from test_extract import command, datasets
+from run_helpers import command, datasets
 
 from internvit_cli import open_features
 from internvit_cli.config import Status

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_extract import extract, internvit, make_pictures, state_of, summary_of
+from run_helpers import extract, internvit, make_pictures, state_of, summary_of
 
 from internvit_cli import open_features
 from internvit_cli.config import Status

@@ -6,13 +6,12 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import crash_checks as checks
 import pytest
 from crash_checks import KINDS
-from test_extract import command, make_pictures
+from run_helpers import bounds, command, finish, make_pictures
 
 PICTURES = 30
 KILLS = 30
@@ -38,11 +37,6 @@ def drive(pictures: Path, folder: Path, kind: str) -> list[str]:
     ]
 
 
-def finish(arguments: list[str], code: int = 0) -> None:
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert run.returncode == code, run.stderr
-
-
 def kill_after(arguments: list[str], seconds: float) -> bool:
     """Run, and kill after a time; returns whether there was anything left to kill."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -51,18 +45,6 @@ def kill_after(arguments: list[str], seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         process.kill()
     return process.wait() == -9
-
-
-def bounds(arguments: list[str], output: Path) -> tuple[float, float]:
-    """Seconds from the start of an uninterrupted run until it touches its output, and until it ends."""
-    started = time.monotonic()
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    begun = 0.0
-    while process.poll() is None:
-        if not begun and any(output.parent.iterdir()):
-            begun = time.monotonic() - started
-        time.sleep(0.005)
-    return begun, time.monotonic() - started
 
 
 @pytest.fixture(scope="module")

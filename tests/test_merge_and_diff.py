@@ -13,7 +13,7 @@ import storage_helpers as helpers
 from exchange_helpers import fails, make, names_in, ok, plain
 from hypothesis import given
 from hypothesis import strategies as st
-from test_extract import datasets, extract, internvit, make_pictures, summary_of
+from run_helpers import datasets, extract, internvit, make_pictures, summary_of
 
 from internvit_cli import open_features
 from internvit_cli.config import Skipped, Status, StoreDtype, Tokens

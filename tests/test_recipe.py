@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
+from run_helpers import internvit, make_pictures, state_of
 from safetensors.numpy import load_file, save_file
-from test_extract import internvit, make_pictures, state_of
 
 from internvit_cli import config, open_features
 from internvit_cli.config import Recipe

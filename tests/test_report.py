@@ -22,7 +22,8 @@ import storage_helpers as helpers
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_extract import extract, internvit
+from report_helpers import FLOAT32
+from run_helpers import extract, internvit
 
 from internvit_cli import open_features
 from internvit_cli.config import Projection, Skipped, Status, Tokens
@@ -36,57 +37,6 @@ from internvit_cli.workers import WorkerSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-FLOAT32 = ("--dtype", "float32", "--device", "cpu")
-PHOTO = "040_imageio_768x512.png"
-HOSTILE = (
-    b"<script>alert(1).png",
-    b"<!--<script>.png",
-    b"<img src=x onerror=alert(1)>.png",
-    b"line\nbreak.png",
-    b"not-utf8-\xff.png",
-    "\u2028 and \u202e turned.png".encode(),
-    b"$script $data ${x}.png",
-    b"quotes\"'`&amp;.png",
-)
-
-
-@pytest.fixture(scope="module")
-def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Photographs, some twice, beside names that would like to be markup."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for number, name in enumerate(sorted(os.listdir(photos))[:12]):
-        if not name.endswith(".tsv"):
-            (folder / f"part-{number % 3}").mkdir(exist_ok=True)
-            picture = Image.open(photos / name).convert("RGB")
-            picture.thumbnail((300, 300))
-            picture.save(folder / f"part-{number % 3}" / f"{name}.jpg", quality=95)
-    photo = Image.open(photos / PHOTO).convert("RGB")
-    photo.save(folder / "large.png")
-    photo.resize((384, 256)).save(folder / "half.jpg")
-    shutil.copy(folder / "half.jpg", folder / "same bytes.jpg")
-    (folder / "</script><script>").mkdir(parents=True)  # two folders, and a key that holds the end of a script
-    for number, name in enumerate(HOSTILE):
-        photo.rotate(20 * number).resize((96, 64 + number)).save(os.path.join(os.fsencode(folder), name), "PNG")
-    photo.resize((80, 60)).save(folder / "</script><script>" / "deep.png")
-    (folder / "bad.jpg").write_text("no picture")
-    (folder / "cut.png").write_bytes((folder / "large.png").read_bytes()[:5000])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def stored(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("out") / "feats.h5"
-    assert extract(folder, "-o", output, "--max-tiles", 4, *FLOAT32).returncode == 3
-    return output
-
-
-@pytest.fixture(scope="module")
-def page(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    result = internvit("report", stored, "-o", path, "--samples", 6)
-    assert result.returncode == 0, result.stderr
-    return path
 
 
 class Scripts(HTMLParser):
@@ -132,8 +82,8 @@ def report(output: Path, tmp_path: Path, *arguments: object) -> tuple[dict, dict
 # ------------------------------------------------------------------------------------------------ what the page says
 
 
-def test_the_page_says_of_the_output_what_is_in_it(stored, page):
-    data, features = data_of(page), open_features(stored)
+def test_the_page_says_of_the_output_what_is_in_it(report_output, report_page):
+    data, features = data_of(report_page), open_features(report_output)
     done = features.done
     assert data["summary"]["images"] == {"done": len(done), "not_an_image": 1, "truncated": 1}
     assert len(data["images"]["keys"]) == len(done) and "large.png" in data["images"]["keys"]
@@ -147,38 +97,38 @@ def test_the_page_says_of_the_output_what_is_in_it(stored, page):
     assert data["notes"] == []
 
 
-def test_skipped_images_answer_with_their_reason(page):
-    skipped = data_of(page)["skipped"]
+def test_skipped_images_answer_with_their_reason(report_page):
+    skipped = data_of(report_page)["skipped"]
     assert skipped["total"] == 2 and skipped["reasons"] == {"not_an_image": 1, "truncated": 1}
     rows = {row["key"]: row for row in skipped["rows"]}
     assert rows["bad.jpg"]["reason"] == "not_an_image" and "no picture format" in rows["bad.jpg"]["message"]
     assert rows["cut.png"]["reason"] == "truncated" and rows["cut.png"]["message"]
-    assert not set(rows) & set(data_of(page)["images"]["keys"])
+    assert not set(rows) & set(data_of(report_page)["images"]["keys"])
 
 
-def test_the_throughput_is_that_of_the_runs_that_wrote_rows(stored, page):
-    (run,) = data_of(page)["runs"]
-    done = open_features(stored).done
+def test_the_throughput_is_that_of_the_runs_that_wrote_rows(report_output, report_page):
+    (run,) = data_of(report_page)["runs"]
+    done = open_features(report_output).done
     assert run["images"] == len(done) and run["tiles"] == sum(image.tiles for image in done.values())
     assert run["seconds"] > 0 and run["device"] == "cpu" and run["bottleneck"].endswith(".")
 
 
-def test_a_log_of_runs_that_somebody_has_edited_is_shown_as_far_as_it_makes_sense(stored, tmp_path, monkeypatch):
+def test_a_log_of_runs_that_somebody_has_edited_is_shown_as_far_as_it_makes_sense(report_output, tmp_path, monkeypatch):
     runs = [{"images": "many", "seconds": float("nan"), "host": 5, "device": "c\x1bpu"}, {"images": -1, "tiles": True}]
-    real = Output(str(stored)).finished()[0].backend
+    real = Output(str(report_output)).finished()[0].backend
     monkeypatch.setattr(real, "run_log", lambda path: runs)
-    assert report(stored, tmp_path)[1]["runs"] == [{"device": "c\\x1bpu"}, {}]
+    assert report(report_output, tmp_path)[1]["runs"] == [{"device": "c\\x1bpu"}, {}]
 
 
-def test_neighbours_and_duplicates_are_those_of_the_commands(stored, page):
-    data = data_of(page)
+def test_neighbours_and_duplicates_are_those_of_the_commands(report_output, report_page):
+    data = data_of(report_page)
     keys = data["images"]["keys"]
     row = next(row for row in data["neighbours"]["rows"] if keys[row["image"]].isascii())
-    searched = internvit("search", stored, "--key", keys[row["image"]], "-n", 8, "--json")
+    searched = internvit("search", report_output, "--key", keys[row["image"]], "-n", 8, "--json")
     hits = json.loads(searched.stdout)["queries"][0]["hits"]
     assert [cosine for _, cosine in row["hits"]] == pytest.approx([hit["similarity"] for hit in hits], abs=1e-3)
     assert len(data["neighbours"]["rows"]) == 6
-    told = json.loads(internvit("duplicates", stored, "--json").stdout)
+    told = json.loads(internvit("duplicates", report_output, "--json").stdout)
     found = data["duplicates"]
     assert {keys[place] for group in found["identical"] for place in group} == {"half.jpg", "same bytes.jpg"}
     similar = [[keys[place] for place, _ in group] for group in found["similar"]]
@@ -187,8 +137,8 @@ def test_neighbours_and_duplicates_are_those_of_the_commands(stored, page):
     assert ["large.png", "half.jpg"] in [group[:2] for group in similar] and found["redundant"] == told["redundant"]
 
 
-def test_token_maps_have_a_pixel_for_every_token_and_lie_over_their_photograph(stored, page):
-    data, features = data_of(page), open_features(stored)
+def test_token_maps_have_a_pixel_for_every_token_and_lie_over_their_photograph(report_output, report_page):
+    data, features = data_of(report_page), open_features(report_output)
     maps = data["token_maps"]["maps"]
     assert len(maps) == 6
     for entry in maps:
@@ -204,16 +154,16 @@ def test_token_maps_have_a_pixel_for_every_token_and_lie_over_their_photograph(s
         assert entry["box"] == [0, 0, 1, 1] and not entry["problem"]
 
 
-def test_the_same_command_shows_the_same_images_and_another_seed_others(stored, tmp_path):
-    one, again = report(stored, tmp_path, "--samples", 3)[1], report(stored, tmp_path, "--samples", 3)[1]
-    other = report(stored, tmp_path, "--samples", 3, "--seed", 5)[1]
+def test_the_same_command_shows_the_same_images_and_another_seed_others(report_output, tmp_path):
+    one, again = report(report_output, tmp_path, "--samples", 3)[1], report(report_output, tmp_path, "--samples", 3)[1]
+    other = report(report_output, tmp_path, "--samples", 3, "--seed", 5)[1]
     assert one | {"made": ""} == again | {"made": ""}
     sampled = [[row["image"] for row in data["neighbours"]["rows"]] for data in (one, other)]
     assert sampled[0] != sampled[1]
 
 
-def test_the_map_is_bounded_and_keeps_what_other_parts_of_the_page_show(stored, tmp_path):
-    told, data = report(stored, tmp_path, "--points", 1, "--samples", 2)
+def test_the_map_is_bounded_and_keeps_what_other_parts_of_the_page_show(report_output, tmp_path):
+    told, data = report(report_output, tmp_path, "--points", 1, "--samples", 2)
     named = {place for row in data["neighbours"]["rows"] for place in (row["image"], *(hit for hit, _ in row["hits"]))}
     named |= {place for group in data["duplicates"]["identical"] for place in group}
     assert max(named) < len(data["images"]["keys"]) == told["points"] < data["map"]["of"]
@@ -249,15 +199,15 @@ def test_a_vector_that_is_not_finite_is_an_error_that_names_verify():
     assert "verify" in caught.value.hint
 
 
-def test_umap_that_is_not_installed_is_said_before_any_work(stored, tmp_path, monkeypatch):
+def test_umap_that_is_not_installed_is_said_before_any_work(report_output, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
-    result = internvit("report", stored, "-o", tmp_path / "page.html", "--map", "umap")
+    result = internvit("report", report_output, "-o", tmp_path / "page.html", "--map", "umap")
     assert result.returncode == 1 and "internvit-cli[umap]" in result.stderr and "umap-learn" in result.stderr
     assert not os.listdir(tmp_path)
 
 
 @pytest.mark.sweep
-def test_umap_lays_images_of_one_kind_together(stored, tmp_path):
+def test_umap_lays_images_of_one_kind_together(report_output, tmp_path):
     pytest.importorskip("umap", reason="umap-learn is not installed (extra [umap])")
     centres = 5 * np.eye(3, 30, dtype=np.float32)
     vectors = np.repeat(centres, 20, axis=0) + 0.1 * np.random.default_rng(0).standard_normal((60, 30), np.float32)
@@ -267,15 +217,15 @@ def test_umap_lays_images_of_one_kind_together(stored, tmp_path):
     assert min(np.linalg.norm(middles[a] - middles[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > spread
     with pytest.raises(UsageError, match="umap with 3 images"):
         plane.lay_out(vectors, np.arange(3), Projection.UMAP, 0)
-    told, data = report(stored, tmp_path, "--map", "umap")
+    told, data = report(report_output, tmp_path, "--map", "umap")
     assert told["map"] == data["map"]["projection"] == "umap" and data["map"]["explained"] == []
 
 
 # --------------------------------------------------------------------------------------------------- small pictures
 
 
-def test_thumbnails_are_small_jpegs_and_no_more_than_were_asked_for(stored, tmp_path):
-    told, data = report(stored, tmp_path, "--thumbnails", 5, "--thumbnail-size", 40, "--samples", 2)
+def test_thumbnails_are_small_jpegs_and_no_more_than_were_asked_for(report_output, tmp_path):
+    told, data = report(report_output, tmp_path, "--thumbnails", 5, "--thumbnail-size", 40, "--samples", 2)
     small = data["thumbnails"]["pictures"]
     assert told["thumbnails"] == len(small) == 5 and not data["thumbnails"]["problems"]
     assert {row["image"] for row in data["neighbours"]["rows"]} <= set(map(int, small)), (
@@ -284,12 +234,12 @@ def test_thumbnails_are_small_jpegs_and_no_more_than_were_asked_for(stored, tmp_
     for picture in small.values():
         image = Image.open(io.BytesIO(base64.b64decode(picture)))
         assert image.format == "JPEG" and max(image.size) == 40
-    assert report(stored, tmp_path, "--thumbnails", 0, "--samples", 0)[0]["thumbnails"] == 0
+    assert report(report_output, tmp_path, "--thumbnails", 0, "--samples", 0)[0]["thumbnails"] == 0
 
 
-def test_pictures_that_are_gone_or_changed_have_no_thumbnail_and_say_why(folder, tmp_path):
+def test_pictures_that_are_gone_or_changed_have_no_thumbnail_and_say_why(report_pictures, tmp_path):
     moved = tmp_path / "pictures"
-    shutil.copytree(folder / "part-0", moved)
+    shutil.copytree(report_pictures / "part-0", moved)
     names = sorted(os.listdir(moved))
     assert extract(moved, "-o", tmp_path / "feats.h5", "--max-tiles", 1, *FLOAT32).returncode == 0
     (moved / names[0]).unlink()
@@ -318,10 +268,10 @@ def deadly():
     return shrink
 
 
-def test_a_picture_that_kills_its_worker_costs_its_own_thumbnail(stored, monkeypatch):
+def test_a_picture_that_kills_its_worker_costs_its_own_thumbnail(report_output, monkeypatch):
     spec = WorkerSpec("test_report:deadly")
     monkeypatch.setattr(pictures, "WorkerSpec", lambda handler, memory_bytes: spec)
-    images = list(open_features(stored).done.values())
+    images = list(open_features(report_output).done.values())
     found = pictures.shrink([pictures.Wanted(image, 50) for image in images], workers=2)
     for image, small in zip(images, found, strict=True):
         assert bool(small.jpeg) == (image.key != "half.jpg")
@@ -332,11 +282,11 @@ def test_a_picture_that_kills_its_worker_costs_its_own_thumbnail(stored, monkeyp
 # ------------------------------------------------------------------------------------------------------- safety
 
 
-def test_names_that_would_be_markup_stay_data(stored, page):
-    text = page.read_text()
+def test_names_that_would_be_markup_stay_data(report_output, report_page):
+    text = report_page.read_text()
     parsed = Scripts(text)
     assert len(parsed.of("script")) == 2 and "img" not in parsed.tags
-    data = data_of(page)
+    data = data_of(report_page)
     keys = data["images"]["keys"]
     assert "</script><script>/deep.png" in keys and "<img src=x onerror=alert(1)>.png" in keys
     assert "line\\nbreak.png" in keys and "not-utf8-\\udcff.png" in keys and "\\u2028 and \\u202e turned.png" in keys
@@ -358,8 +308,8 @@ def test_numbers_that_json_has_not_are_refused_rather_than_written():
         as_script_data({"x": float("nan")})
 
 
-def test_the_page_needs_nothing_but_itself_and_its_policy_lets_nothing_else_run(page):
-    parsed = Scripts(page.read_text())
+def test_the_page_needs_nothing_but_itself_and_its_policy_lets_nothing_else_run(report_page):
+    parsed = Scripts(report_page.read_text())
     ((policy, _),) = [entry for entry in parsed.of("meta") if entry[0].get("http-equiv")]
     rules = dict(rule.split(" ", 1) for rule in policy["content"].split("; "))
     assert rules["default-src"] == "'none'" and rules["img-src"] == "data:"
@@ -378,8 +328,8 @@ def test_the_page_needs_nothing_but_itself_and_its_policy_lets_nothing_else_run(
 # ------------------------------------------------------------------------------------------------ kinds of outputs
 
 
-def test_a_folder_of_shards_an_unfinished_file_and_one_without_tokens_have_their_page(folder, tmp_path):
-    part = folder / "part-1"
+def test_a_folder_of_shards_an_unfinished_file_and_one_without_tokens_have_their_page(report_pictures, tmp_path):
+    part = report_pictures / "part-1"
     assert extract(part, "-o", tmp_path / "feats", "--tokens", "none", *FLOAT32).returncode == 0
     told, data = report(tmp_path / "feats", tmp_path)
     assert told["token_maps"] == 0 and data["token_maps"] == {"maps": [], "explained": [], "stores_tokens": False}
@@ -410,22 +360,22 @@ def test_outputs_of_next_to_nothing_have_their_page(tmp_path, done, tokens):
     assert len(data["token_maps"]["maps"]) == (done if tokens is Tokens.VISUAL else 0)
 
 
-def test_only_the_tokens_of_the_sample_are_read(stored, tmp_path, monkeypatch):
+def test_only_the_tokens_of_the_sample_are_read(report_output, tmp_path, monkeypatch):
     read, real = [], OpenShard.rows
     monkeypatch.setattr(
         OpenShard, "rows", lambda self, name, start, stop: read.append((name, start)) or real(self, name, start, stop)
     )
-    write_report(ReportOptions(str(stored), str(tmp_path / "page.html"), samples=3))
+    write_report(ReportOptions(str(report_output), str(tmp_path / "page.html"), samples=3))
     assert len({start for name, start in read if name == "visual_tokens"}) == 3
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def test_the_command_names_its_file_and_says_nothing_when_quiet(stored, tmp_path):
-    loud = internvit("report", stored, "-o", tmp_path / "a.html", "--samples", 1, "--thumbnails", 1)
+def test_the_command_names_its_file_and_says_nothing_when_quiet(report_output, tmp_path):
+    loud = internvit("report", report_output, "-o", tmp_path / "a.html", "--samples", 1, "--thumbnails", 1)
     assert loud.stdout.startswith(f"{tmp_path}/a.html: ") and "1 token maps" in loud.stdout
-    quiet = internvit("report", stored, "-o", tmp_path / "a.html", "-q", "--samples", 0, "--thumbnails", 0)
+    quiet = internvit("report", report_output, "-o", tmp_path / "a.html", "-q", "--samples", 0, "--thumbnails", 0)
     assert quiet.returncode == 0 and quiet.stdout == quiet.stderr == ""
     assert os.listdir(tmp_path) == ["a.html"], "no temporary file is left"
 
@@ -438,9 +388,9 @@ def test_the_command_names_its_file_and_says_nothing_when_quiet(stored, tmp_path
         ("nowhere/page.html", 1, "does not exist"),
     ],
 )
-def test_a_place_where_no_page_can_be_is_refused_before_any_work(stored, tmp_path, output, code, words):
+def test_a_place_where_no_page_can_be_is_refused_before_any_work(report_output, tmp_path, output, code, words):
     (tmp_path / "folder.html").mkdir()
-    result = internvit("report", stored, "-o", tmp_path / output)
+    result = internvit("report", report_output, "-o", tmp_path / output)
     assert result.returncode == code and words in result.stderr + result.stdout and "hint: " in result.stderr
     assert os.listdir(tmp_path) == ["folder.html"]
 
@@ -454,21 +404,23 @@ def test_an_error_leaves_the_page_of_an_earlier_run_as_it_was(tmp_path):
     assert (tmp_path / "page.html").read_text() == "earlier"
 
 
-def test_a_full_disk_costs_neither_the_earlier_page_nor_more_room(stored, tmp_path, monkeypatch):
+def test_a_full_disk_costs_neither_the_earlier_page_nor_more_room(report_output, tmp_path, monkeypatch):
     (tmp_path / "page.html").write_text("earlier")
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    result = internvit("report", stored, "-o", tmp_path / "page.html", "--samples", 0, "--thumbnails", 0)
+    result = internvit("report", report_output, "-o", tmp_path / "page.html", "--samples", 0, "--thumbnails", 0)
     assert result.returncode == 6 and "no room" in result.stderr
     assert os.listdir(tmp_path) == ["page.html"] and (tmp_path / "page.html").read_text() == "earlier"
 
 
-def test_reporting_needs_no_torch(stored, tmp_path):
+def test_reporting_needs_no_torch(report_output, tmp_path):
     code = (
         "import sys; from internvit_cli.cli.app import run; assert run(sys.argv[1:]) == 0;"
         "assert 'torch' not in sys.modules and 'umap' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, "report", str(stored), "-o", str(tmp_path / "page.html")], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, "report", str(report_output), "-o", str(tmp_path / "page.html")], check=True
+    )

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import storage_helpers as helpers
 from browser import Browser, Page, why_no_browser
-from test_extract import internvit
-from test_report import folder, page, stored  # noqa: F401 - fixtures
+from run_helpers import internvit
 
 from internvit_cli.config import Skipped, Status, Tokens
 
@@ -34,10 +33,10 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def shown(browser: Browser, page: Path) -> Iterator[Page]:  # noqa: F811
+def shown(browser: Browser, report_page: Path) -> Iterator[Page]:
     """The page of photographs and hostile names; whatever a test does in it, nothing may complain."""
     tab = browser.page()
-    tab.open(page)
+    tab.open(report_page)
     yield tab
     assert not tab.complaints
     tab.close()
@@ -86,9 +85,9 @@ def painted(tab: Page) -> int:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_the_page_fits_every_width_in_light_and_dark(browser, page, width, dark):  # noqa: F811
+def test_the_page_fits_every_width_in_light_and_dark(browser, report_page, width, dark):
     tab = browser.page(width, 844, dark=dark)
-    tab.open(page)
+    tab.open(report_page)
     assert not tab.complaints
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     beyond = """[...document.querySelectorAll('main *')].filter((one) => {
@@ -104,10 +103,10 @@ def test_the_page_fits_every_width_in_light_and_dark(browser, page, width, dark)
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_all_text_has_the_contrast_that_people_need(browser, page, dark):  # noqa: F811
+def test_all_text_has_the_contrast_that_people_need(browser, report_page, dark):
     """At least 4.5 to 1, as WCAG asks for text of this size."""
     tab = browser.page(dark=dark)
-    tab.open(page)
+    tab.open(report_page)
     lowest = tab.evaluate("""(() => {
         const light = (color) => {
             const parts = color.match(/[\\d.]+/g).slice(0, 3).map((part) => part / 255)

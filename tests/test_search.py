@@ -17,7 +17,7 @@ import storage_helpers as helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
-from test_extract import extract, internvit
+from run_helpers import extract, internvit
 
 from internvit_cli import open_features
 from internvit_cli.config import Tokens

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_extract import extract, internvit, make_pictures, summary_of
+from run_helpers import extract, internvit, make_pictures, summary_of
 
 from internvit_cli.cli.app import COMMANDS
 from internvit_cli.cli.settings import _known, variable_of

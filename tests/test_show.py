@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_extract import extract, internvit
+from run_helpers import extract, internvit
 
 from internvit_cli import open_features
 from internvit_cli.config import Preprocess, TokenMapKind

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import crash_checks as checks
 import pytest
 from crash_checks import KINDS
-from test_extract import command, extract, make_pictures, wait_for
-from test_kills import bounds, finish
+from run_helpers import bounds, command, extract, finish, make_pictures, wait_for
 
 from internvit_cli import open_features
 from internvit_cli.config import Status

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import storage_helpers as helpers
-from test_extract import Result, command, extract, internvit, make_pictures, summary_of, wait_for
+from run_helpers import Result, command, extract, internvit, make_pictures, summary_of, wait_for
 
 from internvit_cli.cli.app import run
 from internvit_cli.config import Format, Status

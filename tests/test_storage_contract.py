@@ -15,9 +15,10 @@ import h5py
 import numpy as np
 import pytest
 import storage_helpers as helpers
+from damage_helpers import assert_found_or_harmless, damage, probe
 
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
-from internvit_cli.errors import InternvitError, OutputError, UsageError
+from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.storage.commit import ShardWriter
 from internvit_cli.storage.interface import backend_of
 from internvit_cli.storage.layout import ALIGNMENT, RUN_LOG_BYTES, ForeignFileError
@@ -610,49 +611,6 @@ def test_a_changed_attribute_is_noticed(tmp_path, shard_format):
         open_features(tmp_path / "feats")
 
 
-def probe(path: Path | str) -> list[Any]:
-    """Everything that can be read of an output."""
-    features = open_features(path)
-    seen: list[Any] = [features.attributes, list(features)]
-    for image in features.values():
-        seen.append((image.key, image.width, image.height, image.grid, image.has_thumbnail))
-        if image.status is Status.DONE:
-            seen.append((image.key, image.pooled.shape, image.visual_tokens.shape))
-    features.pooled_matrix()
-    for shard in Output(str(path)).finished():
-        digests, checksums = shard.backend.commit_records(shard.path)
-        assert (len(digests), len(checksums)) == (len(shard.stored.table),) * 2
-        shard.backend.run_log(shard.path)
-    return seen
-
-
-def damage(rng: np.random.Generator, data: bytearray, positions: np.ndarray) -> bytes:
-    """One flipped bit, one other byte, or a file that is too short."""
-    at = int(rng.choice(positions))
-    match int(rng.integers(0, 4)):
-        case 0:
-            return bytes(data[:at])
-        case 1:
-            data[at] = int(rng.integers(0, 256))
-        case _:
-            data[at] ^= 1 << int(rng.integers(0, 8))
-    return bytes(data)
-
-
-def assert_found_or_harmless(before: list[Any], path: Path) -> bool:
-    """Reading a damaged output says so, with a hint, or gives the same index; returns whether it said so."""
-    try:
-        seen = probe(path)
-    except InternvitError as error:
-        assert error.hint
-        return True
-    # Statuses, digests and CRCs are for `verify` to check: an image may have become a skipped one.
-    kept = [item for item in before if item in seen]
-    assert seen == kept
-    assert seen[:2] == before[:2]
-    return False
-
-
 @pytest.mark.parametrize(
     "name", [MANIFEST, "shard-00000.json", "shard-00000.images.jsonl", "shard-00000.pooled.npy"], ids=lambda n: n
 )
@@ -755,11 +713,10 @@ def test_an_output_that_is_damaged_can_be_replaced(tmp_path, kind, damaged):
 HDF5_DAMAGE = """
 import os, sys, faulthandler
 import numpy as np
-import storage_helpers as helpers
-import test_storage_contract as contract
+import damage_helpers
 path, seeds = sys.argv[1], int(sys.argv[2])
 whole = open(path, "rb").read()
-before = contract.probe(path)
+before = damage_helpers.probe(path)
 positions = np.flatnonzero(np.frombuffer(whole, np.uint8))
 for seed in range(seeds):
     child = os.fork()
@@ -767,8 +724,8 @@ for seed in range(seeds):
         try:
             damaged = f"{path}.{seed}.h5"
             with open(damaged, "wb") as file:
-                file.write(contract.damage(np.random.default_rng(seed), bytearray(whole), positions))
-            said = contract.assert_found_or_harmless(before, damaged)
+                file.write(damage_helpers.damage(np.random.default_rng(seed), bytearray(whole), positions))
+            said = damage_helpers.assert_found_or_harmless(before, damaged)
             os.unlink(damaged)
             os._exit(10 + said)
         except BaseException:

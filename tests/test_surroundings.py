@@ -9,7 +9,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from test_extract import internvit, state_of
+from run_helpers import internvit, state_of
 
 from internvit_cli import doctor
 from internvit_cli.model.catalog import KNOWN_MODELS

@@ -17,8 +17,8 @@ import pytest
 import torch
 from model_helpers import FAMILIES, LAYOUTS, REFERENCE, needs_reference
 from PIL import Image
+from run_helpers import Result, extract, internvit, make_pictures, state_of
 from storage_helpers import AWKWARD_KEYS, fill_partial, make_output, make_shard, make_table, publish, random_image
-from test_extract import Result, extract, internvit, make_pictures, state_of
 
 from internvit_cli.agreement import Tolerance, compare
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
