@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from internvit_cli.config import ComputeDtype
+from internvit_cli.config import ComputeDtype, TokenOrder
 from internvit_cli.encoder import Encoder
 from internvit_cli.model import features
 from internvit_cli.model.kernels import fp8, plain
@@ -192,7 +192,7 @@ def _operations(bench: Bench, kind: torch.dtype) -> dict[str, tuple[Callable, fl
     x, y, wide, qkv = some(B, 1 + N, C), some(B, 1 + N, C), some(B, 1 + N, M), some(B, 1 + N, 3 * C)
     qk = (nn.RMSNorm(C, vision.eps).to(x), nn.RMSNorm(C, vision.eps).to(x)) if vision.qk_norm else None
     tiles = torch.randint(0, 256, (B, *[bench.card.tile_size] * 2, 3), device=bench.device, dtype=torch.uint8)
-    plan = StorePlan(N // 4, 4 * C, torch.float16, "v2", clamp=False, infinite_from=65520.0, mean=True)
+    plan = StorePlan(N // 4, 4 * C, torch.float16, TokenOrder.V2, clamp=False, infinite_from=65520.0, mean=True)
     found: dict[str, tuple[Callable, float, str]] = {
         "patches": (lambda k: k.patches(tiles, k.patch_columns, torch.bfloat16), B * N * 588 * 3.0, "GB/s"),
         "embed": (lambda k: k.embed(x[:, 1:].contiguous(), x[0], norm), rows * C * (8.0 + small), "GB/s"),

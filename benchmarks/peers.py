@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import InternVLVisionModel
 
+from internvit_cli.config import TokenOrder
 from internvit_cli.model.card import IMAGENET_MEAN, IMAGENET_STD
 from internvit_cli.model.native import native_config, native_state
 from internvit_cli.model.vit import pixel_unshuffle
@@ -42,7 +43,7 @@ class Transformers:
         pixels = ((pixels - self.mean) / self.std).to(self.dtype)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             hidden = self.model(pixel_values=pixels).last_hidden_state
-        return pixel_unshuffle(hidden[:, 1:], "v2").half()
+        return pixel_unshuffle(hidden[:, 1:], TokenOrder.V2).half()
 
 
 class Graphed:

@@ -26,7 +26,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
+from internvit_cli.config import (
+    ComputeDtype,
+    OnOverflow,
+    Pool,
+    Preprocess,
+    Recipe,
+    Status,
+    StoreDtype,
+    TokenOrder,
+    Tokens,
+)
 from internvit_cli.storage.commit import create_shard
 from internvit_cli.storage.layout import DIGEST, FORMAT, FORMAT_VERSION, POOLED, STATUS, FeatureShape, NewShard
 from internvit_cli.storage.output import Output
@@ -51,11 +61,25 @@ def make_output(path: Path, images: int, width: int, *, structureless: bool) -> 
     columns["columns"][:] = columns["rows"][:] = columns["orientation"][:] = 1
     table = ImageTable.build([b"%08d.jpg" % row for row in range(images)], np.zeros(images, np.uint8), columns)
     recipe = Recipe(
-        weights_digest="0" * 64, layer=24, tile_size=448, min_tiles=1, max_tiles=12, thumbnail=True, preprocess="tiles",
-        exif=True, background=None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), tokens="none",
-        token_order="v2", pool="mean", tile_pooled=False, compute_dtype="bfloat16", store_dtype="float16",
-        on_overflow="skip",
-    )  # fmt: skip
+        weights_digest="0" * 64,
+        layer=24,
+        tile_size=448,
+        min_tiles=1,
+        max_tiles=12,
+        thumbnail=True,
+        preprocess=Preprocess.TILES,
+        exif=True,
+        background=None,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        tokens=Tokens.NONE,
+        token_order=TokenOrder.V2,
+        pool=Pool.MEAN,
+        tile_pooled=False,
+        compute_dtype=ComputeDtype.BFLOAT16,
+        store_dtype=StoreDtype.FLOAT16,
+        on_overflow=OnOverflow.SKIP,
+    )
     attributes = {
         "format": FORMAT, "format_version": FORMAT_VERSION, "recipe": recipe.to_json(), "recipe_digest": recipe.digest,
         "sources": json.dumps([{"root": "/nowhere", "name": ""}]), "created_by": "benchmark", "model": "none",
@@ -220,7 +244,7 @@ def quality(arguments: argparse.Namespace) -> None:
             yield upright
             yield from (change(upright) for change in CHANGES.values())
 
-    with Extractor(arguments.model, tokens="none", dtype="float32") as extractor:
+    with Extractor(arguments.model, tokens=Tokens.NONE, dtype="float32") as extractor:
         vectors = np.stack([image.pooled for image in extractor.stream(pictures())])
     vectors = vectors.reshape(len(files), 1 + len(CHANGES), -1)
     scenes = np.array([TWINS.get(path.name, path.name) for path in files])

@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from internvit_cli.config import Format, Recipe, StoreDtype, Tokens
+from internvit_cli.config import (
+    ComputeDtype,
+    Format,
+    OnOverflow,
+    Pool,
+    Preprocess,
+    Recipe,
+    StoreDtype,
+    TokenOrder,
+    Tokens,
+)
 from internvit_cli.storage.commit import ImageRows, ShardWriter, create_shard
 from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
 from internvit_cli.storage.output import Output
@@ -38,11 +48,25 @@ TILES = (1, 3, 5, 7, 13)
 
 def make_recipe(tokens: Tokens) -> Recipe:
     return Recipe(
-        weights_digest="0" * 64, layer=24, tile_size=448, min_tiles=1, max_tiles=12, thumbnail=True, preprocess="tiles",
-        exif=True, background=None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), tokens=tokens.value,
-        token_order="v2", pool="mean", tile_pooled=False, compute_dtype="bfloat16", store_dtype="float16",
-        on_overflow="skip",
-    )  # fmt: skip
+        weights_digest="0" * 64,
+        layer=24,
+        tile_size=448,
+        min_tiles=1,
+        max_tiles=12,
+        thumbnail=True,
+        preprocess=Preprocess.TILES,
+        exif=True,
+        background=None,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        tokens=tokens,
+        token_order=TokenOrder.V2,
+        pool=Pool.MEAN,
+        tile_pooled=False,
+        compute_dtype=ComputeDtype.BFLOAT16,
+        store_dtype=StoreDtype.FLOAT16,
+        on_overflow=OnOverflow.SKIP,
+    )
 
 
 def make_shard(nbytes: int, tokens: Tokens) -> NewShard:

@@ -19,7 +19,7 @@ from model_helpers import open_all, random_tiles, tiny_card
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from internvit_cli.config import OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.kernels import fp8, plain
 from internvit_cli.model.kernels.choice import plain_for, tried
@@ -189,7 +189,12 @@ def store(setting: Setting) -> None:
     from internvit_cli.model.kernels import triton_tiles
 
     infinite_from = {torch.float16: 65520.0, torch.bfloat16: 3.3953e38, torch.float32: float("inf")}
-    for (n, width), order in (((36, 96), "v1"), ((36, 96), "v2"), ((35, 16), None), ((4, 1040), "v2")):
+    for (n, width), order in (
+        ((36, 96), TokenOrder.V1),
+        ((36, 96), TokenOrder.V2),
+        ((35, 16), None),
+        ((4, 1040), TokenOrder.V2),
+    ):
         hidden = setting.random(3, 1 + n, width, scale=100.0)
         hidden[1, 2, 3], hidden[2, 3, 4], hidden[2, 1, 1] = float("nan"), 70000.0, float("-inf")
         if setting.dtype is torch.float16:
@@ -233,7 +238,9 @@ def every_probe_passes(setting: Setting) -> None:
 
     vision = tiny_card().vision
     for changes in ({}, {"norm": "rms_norm", "qk_norm": True}):
-        case = Case(replace(vision, **changes), 4, StorePlan(4, 256, torch.float16, "v2", False, 65520.0, mean=True))
+        case = Case(
+            replace(vision, **changes), 4, StorePlan(4, 256, torch.float16, TokenOrder.V2, False, 65520.0, mean=True)
+        )
         table = triton_kernels(setting.dtype, plain.attend_fused)
         tries = probes(case, setting.device, setting.dtype)
         assert tried(table, plain_for(setting.device, setting.dtype), tries).name == "triton"
@@ -248,7 +255,7 @@ def whole_encoder(setting: Setting) -> None:
         table = replace(table, attention=partial(triton_kernels.attention, attend=plain.attend_fused))
     tiles = torch.stack([torch.from_numpy(tile) for tile in random_tiles(3)]).to(setting.device)
     for tokens, pool in ((Tokens.VISUAL, Pool.CLS_MEAN), (Tokens.PATCH, Pool.MEAN), (Tokens.NONE, Pool.CLS)):
-        spec = FeatureSpec(tokens, pool, 56, "v1", StoreDtype.FLOAT32, OnOverflow.SKIP)
+        spec = FeatureSpec(tokens, pool, 56, TokenOrder.V1, StoreDtype.FLOAT32, OnOverflow.SKIP)
         results = [
             feature_model(spec, setting, kernels)(tiles)
             for kernels in (table, plain_for(setting.device, setting.dtype))

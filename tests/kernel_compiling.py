@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from internvit_cli.config import TokenOrder
 from internvit_cli.model.catalog import KNOWN_MODELS
 from internvit_cli.model.kernels import fp8, triton_attention, triton_norms, triton_tiles
 from internvit_cli.model.kernels.interface import StorePlan
@@ -85,7 +86,7 @@ def calls(model: str, dtype: torch.dtype, capability: int = 90) -> dict[str, Cal
     N, C, M = vision.grid**2, vision.hidden_size, vision.mlp_size
     norm = (torch.nn.RMSNorm if vision.norm == "rms_norm" else torch.nn.LayerNorm)(C, vision.eps).to(base)
     in_fp8 = dtype is fp8.FP8
-    plan = StorePlan(N // 4, 4 * C, torch.float16, "v2", clamp=False, infinite_from=65520.0, mean=True)
+    plan = StorePlan(N // 4, 4 * C, torch.float16, TokenOrder.V2, clamp=False, infinite_from=65520.0, mean=True)
 
     def some(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=base)
@@ -102,7 +103,9 @@ def calls(model: str, dtype: torch.dtype, capability: int = 90) -> dict[str, Cal
             torch.zeros(1, 14 * vision.grid, 14 * vision.grid, 3, dtype=torch.uint8), 592, base
         ),
         "store": lambda: triton_tiles.store(some(2, 1 + N, C)[:, 1:], plan),
-        "store_clamped": lambda: triton_tiles.store(some(2, 1 + N, C)[:, 1:], replace(plan, clamp=True, order="v1")),
+        "store_clamped": lambda: triton_tiles.store(
+            some(2, 1 + N, C)[:, 1:], replace(plan, clamp=True, order=TokenOrder.V1)
+        ),
     }
     if in_fp8:
         found["quantise"] = lambda: triton_norms.quantise(some(1, 1 + N, C))

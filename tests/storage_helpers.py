@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from internvit_cli.config import Format, Recipe, Skipped, Status, StoreDtype, Tokens
+from internvit_cli.config import (
+    ComputeDtype,
+    Format,
+    OnOverflow,
+    Pool,
+    Preprocess,
+    Recipe,
+    Skipped,
+    Status,
+    StoreDtype,
+    TokenOrder,
+    Tokens,
+)
 from internvit_cli.reconcile import sources_to_json
 from internvit_cli.sources import Source
 from internvit_cli.storage.commit import ImageRows, ShardWriter, create_shard
@@ -43,18 +55,18 @@ RECIPE = Recipe(
     min_tiles=1,
     max_tiles=12,
     thumbnail=True,
-    preprocess="tiles",
+    preprocess=Preprocess.TILES,
     exif=True,
     background=None,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    tokens="visual",
-    token_order="v2",
-    pool="mean",
+    tokens=Tokens.VISUAL,
+    token_order=TokenOrder.V2,
+    pool=Pool.MEAN,
     tile_pooled=False,
-    compute_dtype="float32",
-    store_dtype="float16",
-    on_overflow="skip",
+    compute_dtype=ComputeDtype.FLOAT32,
+    store_dtype=StoreDtype.FLOAT16,
+    on_overflow=OnOverflow.SKIP,
 )
 
 
@@ -84,7 +96,7 @@ def make_shard(
     **recipe_changes: Any,
 ) -> NewShard:
     recipe = dataclasses.replace(
-        RECIPE, tokens=tokens.value, store_dtype=store_dtype.value, tile_pooled=tile_pooled, **recipe_changes
+        RECIPE, tokens=tokens, store_dtype=store_dtype, tile_pooled=tile_pooled, **recipe_changes
     )
     attributes = {
         "format": FORMAT,

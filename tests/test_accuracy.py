@@ -17,6 +17,7 @@ from PIL import Image
 from internvit_cli import Extractor, accuracy, open_features
 from internvit_cli.accuracy import ATTRIBUTE_CHARACTERS, Accuracy, AccuracyError, ComputeError, StoreError
 from internvit_cli.cli.app import run
+from internvit_cli.config import StoreDtype
 from internvit_cli.model.kernels.plain import quantise_tokens
 from internvit_cli.storage.layout import decode_values
 
@@ -55,7 +56,7 @@ def verify(output: Path) -> int:
 )
 def test_no_value_is_further_from_what_is_stored_than_half_a_step(tokens: np.ndarray, dtype: str) -> None:
     stored, scales = quantise_tokens(torch.from_numpy(tokens), TORCH_TYPE[dtype])
-    read_back = decode_values(stored.numpy(), dtype, scales.numpy()).astype(np.float64)
+    read_back = decode_values(stored.numpy(), StoreDtype(dtype), scales.numpy()).astype(np.float64)
     error, largest = np.abs(read_back - tokens), np.abs(tokens).max(axis=-1, keepdims=True).astype(np.float64)
     slack = 1e-6 * largest + 1e-37
     if dtype == "int8":
@@ -67,13 +68,15 @@ def test_no_value_is_further_from_what_is_stored_than_half_a_step(tokens: np.nda
 @pytest.mark.parametrize("dtype", SCALED)
 def test_a_token_of_zeros_is_read_back_as_zeros(dtype: str) -> None:
     stored, scales = quantise_tokens(torch.zeros(2, 4), TORCH_TYPE[dtype])
-    assert (decode_values(stored.numpy(), dtype, scales.numpy()) == 0).all()
+    assert (decode_values(stored.numpy(), StoreDtype(dtype), scales.numpy()) == 0).all()
 
 
 def test_the_numbers_behind_the_codes_of_fp8_are_those_of_torch() -> None:
     codes = np.arange(256, dtype=np.uint8)
     expected = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
-    np.testing.assert_array_equal(decode_values(codes[:, None], "fp8", np.ones(256, np.float32))[:, 0], expected)
+    np.testing.assert_array_equal(
+        decode_values(codes[:, None], StoreDtype.FP8, np.ones(256, np.float32))[:, 0], expected
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the outputs

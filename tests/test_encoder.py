@@ -19,7 +19,7 @@ from model_helpers import (
 
 from internvit_cli import encoder_devices
 from internvit_cli.accuracy import LOWEST_TOKEN_COSINE
-from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.encoder import TORCH_DTYPE, Encoder, TileFeatures
 from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
 from internvit_cli.encoder_devices import fastest_dtype, find_device
@@ -93,7 +93,7 @@ def test_on_a_cpu_features_do_not_depend_on_the_number_of_threads():
     assert np.array_equal(one.pooled, three.pooled)
 
 
-@pytest.mark.parametrize("order", ["v1", "v2"])
+@pytest.mark.parametrize("order", [TokenOrder.V1, TokenOrder.V2])
 def test_visual_tokens_are_the_unshuffled_hidden_state(hidden, order):
     tiles, states = hidden
     features = encode(tiles, store_dtype=StoreDtype.FLOAT32, token_order=order)
@@ -126,7 +126,7 @@ def test_tokens_with_a_scale_are_multiples_of_it(hidden, store):
     assert features.tokens.dtype == np.dtype(store.numpy_name) and features.scales.shape == exact.shape[:2]
     steps = 127 if store is StoreDtype.INT8 else 448
     np.testing.assert_allclose(features.scales, np.abs(exact).max(axis=-1) / steps, rtol=1e-6)
-    read_back = decode_values(features.tokens, store.value, features.scales)
+    read_back = decode_values(features.tokens, store, features.scales)
     assert relative_error(read_back, exact) < 0.04
 
 
@@ -269,7 +269,7 @@ class ForgetfulLauncher(Launcher):
 
 
 def batch_runner(holds, batch_tiles) -> BatchRunner:
-    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, TokenOrder.V2, StoreDtype.FLOAT16)
     model = FeatureModel.load(tiny_checkpoint(), spec, device=CPU, dtype=torch.float32)
     return BatchRunner(ForgetfulLauncher(model, holds), batch_tiles)
 
@@ -409,7 +409,7 @@ def test_compiling_for_a_cpu_is_a_usage_error():
 
 def test_the_error_of_a_type_is_measured_against_bfloat16_and_float32():
     checkpoint = tiny_checkpoint()
-    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, TokenOrder.V2, StoreDtype.FLOAT16)
     model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=torch.bfloat16)
     error = measure_computing(checkpoint, model, random_tiles(5))
     assert error.tiles == 5
@@ -422,7 +422,7 @@ def test_the_error_of_a_type_is_measured_against_bfloat16_and_float32():
 @pytest.mark.parametrize("pool", Pool)
 def test_the_error_of_fp8_is_larger_and_its_verdict_is_the_lowest_token(pool):
     checkpoint = tiny_checkpoint()
-    spec = FeatureSpec(Tokens.NONE, pool, 56, "v2", StoreDtype.FLOAT16)
+    spec = FeatureSpec(Tokens.NONE, pool, 56, TokenOrder.V2, StoreDtype.FLOAT16)
     model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
     error = measure_computing(checkpoint, model, random_tiles(5))
     assert 0.99 < error.lowest_cosine_bfloat16 < error.mean_cosine_bfloat16 < 1 - 1e-6
@@ -517,7 +517,7 @@ def test_on_cuda_fp8_is_close_to_bfloat16_and_says_how_close():
         error = encoder.accuracy(tiles).compute
         assert encoder.submit(tiles).result().fits.tolist() == [0] * 8
     assert 0.99 < error.lowest_cosine_bfloat16 < 1
-    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", StoreDtype.FLOAT16)
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, TokenOrder.V2, StoreDtype.FLOAT16)
     checkpoint = tiny_checkpoint()
     model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
     emulated = measure_computing(checkpoint, model, tiles)

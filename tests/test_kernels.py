@@ -18,7 +18,7 @@ from model_helpers import random_tiles, relative_error, tiny_card
 from torch import nn
 from torch.nn import functional as F
 
-from internvit_cli.config import OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import DeviceError
 from internvit_cli.model.catalog import KNOWN_MODELS
 from internvit_cli.model.features import FeatureSpec
@@ -30,7 +30,7 @@ from internvit_cli.model.kernels.probes import Case, probes
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda:0")
-PLAN = StorePlan(4, 256, torch.float16, "v2", clamp=False, infinite_from=65520.0, mean=True)
+PLAN = StorePlan(4, 256, torch.float16, TokenOrder.V2, clamp=False, infinite_from=65520.0, mean=True)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ON_CUDA = {
@@ -238,7 +238,7 @@ def test_the_operations_in_fp8_are_the_plain_ones_rounded_once():
 
 @pytest.mark.parametrize("tokens", [Tokens.VISUAL, Tokens.NONE])
 def test_the_network_in_fp8_is_close_to_the_same_in_bfloat16(tokens):
-    spec = FeatureSpec(tokens, Pool.CLS, 56, "v2", StoreDtype.FLOAT32, OnOverflow.SKIP)
+    spec = FeatureSpec(tokens, Pool.CLS, 56, TokenOrder.V2, StoreDtype.FLOAT32, OnOverflow.SKIP)
     tiles = torch.stack([torch.from_numpy(tile) for tile in random_tiles(4)])
     results = []
     for dtype in (torch.bfloat16, fp8.FP8):

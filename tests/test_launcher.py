@@ -10,7 +10,7 @@ import torch
 from model_helpers import open_all, random_tiles, tiny_card
 
 from internvit_cli import encoder_cuda
-from internvit_cli.config import Pool, StoreDtype, Tokens
+from internvit_cli.config import Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.encoder_batches import BatchRunner
 from internvit_cli.encoder_cuda import IN_FLIGHT, LARGEST_GRAPH, CudaLauncher
 from internvit_cli.model.features import FeatureModel, FeatureSpec
@@ -76,7 +76,7 @@ def make_graph(launcher, tiles):
 
 
 def runner(batch, store_dtype=StoreDtype.FLOAT16) -> BatchRunner:
-    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, "v2", store_dtype)
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, TokenOrder.V2, store_dtype)
     return BatchRunner(
         CudaLauncher(FeatureModel.load(open_all(tiny_card()), spec, device=CPU, dtype=torch.float32), CPU), batch
     )
@@ -130,7 +130,7 @@ def test_a_slow_batch_is_timed_once_after_its_warm_up(monkeypatch):
 def test_tokens_with_scales_come_back_with_them(batch):
     tiles = random_tiles(9)
     features = [runner(batch, StoreDtype.INT8).submit(tiles).result(), runner(9).submit(tiles).result()]
-    read = decode_values(features[0].tokens, "int8", features[0].scales)
+    read = decode_values(features[0].tokens, StoreDtype.INT8, features[0].scales)
     assert features[0].scales.shape == read.shape[:2]
     steps = np.abs(features[1].tokens.astype(np.float32)).max(axis=-1, keepdims=True) / 127
     assert (np.abs(read - features[1].tokens) <= steps).all()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from run_helpers import datasets, extract, internvit, make_pictures, summary_of
 
 from internvit_cli import open_features
-from internvit_cli.config import Skipped, Status, StoreDtype, Tokens
+from internvit_cli.config import Skipped, Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.exchange.likeness import Kernels, cosines
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
@@ -278,7 +278,7 @@ def test_tokens_of_other_tiles_or_shapes_are_not_compared_and_that_is_said(tmp_p
     helpers.make_output(tmp_path / "b.h5", helpers.make_shard(helpers.make_table([(1, 1, 0), (1, 2, 1)])))
     helpers.make_output(tmp_path / "c.h5", helpers.make_shard(table, Tokens.PATCH))
     helpers.make_output(tmp_path / "d.h5", helpers.make_shard(table, Tokens.NONE))
-    helpers.make_output(tmp_path / "e.h5", helpers.make_shard(table, token_order="v1"))
+    helpers.make_output(tmp_path / "e.h5", helpers.make_shard(table, token_order=TokenOrder.V1))
     found = difference(tmp_path / "a.h5", tmp_path / "b.h5")
     assert found["tokens"]["images"] == 1
     assert "tokens of 1 images are not compared: their tiles differ" in found["notes"]

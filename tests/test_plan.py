@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from array import array
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,15 +20,25 @@ from PIL import Image
 from internvit_cli import plan as plan_module
 from internvit_cli.cli.arguments import parse_batch_size, parse_color, parse_layer, parse_size
 from internvit_cli.cli.extract import parse_allowed
-from internvit_cli.config import PixelRule, Recipe, Skipped, Status, StoreDtype, TilingRule, Tokens
-from internvit_cli.errors import ExitCode, OtherRecipeError, UsageError
+from internvit_cli.config import (
+    ComputeDtype,
+    PixelRule,
+    Recipe,
+    RecipeError,
+    Skipped,
+    Status,
+    StoreDtype,
+    TilingRule,
+    Tokens,
+)
+from internvit_cli.errors import ExitCode, OtherRecipeError, OutputError, UsageError
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.recipes import check_same
 from internvit_cli.report import Counts, Stages, Summary
 from internvit_cli.sharding import split_table
 from internvit_cli.sources import DiscoverOptions, Source, discover
 from internvit_cli.sources.interface import Listing
-from internvit_cli.storage.layout import FeatureShape
+from internvit_cli.storage.layout import FeatureShape, stored_recipe
 from internvit_cli.table import COLUMN_DTYPES, ImageTable, concatenate, count_statuses
 from internvit_cli.tiling import choose_grid, tile_count
 from internvit_cli.workers import WorkerSpec
@@ -131,6 +143,8 @@ def test_cuts_do_not_depend_on_what_follows(table, shape, limit, data):
 def changed(value: Any) -> Any:
     """Another value of the same type."""
     match value:
+        case Enum():
+            return next(member for member in type(value) if member not in (value, ComputeDtype.AUTO))
         case bool():
             return not value
         case int():
@@ -161,9 +175,52 @@ def test_equal_recipes_differ_in_nothing():
 
 
 @given(st.text(max_size=200) | st.from_regex(r'\{("\w+":\d,)*"layer":1\}', fullmatch=True))
-def test_what_is_no_recipe_is_a_value_error(text):
-    with pytest.raises(ValueError):
+def test_what_is_no_recipe_is_an_error_of_its_own(text):
+    with pytest.raises(RecipeError):
         Recipe.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("store_dtype", "int4"),
+        ("tokens", "hidden"),
+        ("tokens", ["visual"]),
+        ("pool", None),
+        ("compute_dtype", "auto"),
+        ("token_order", "v3"),
+        ("layer", "24"),
+        ("layer", 24.0),
+        ("layer", -1),
+        ("tile_size", 1 << 40),
+        ("exif", 1),
+        ("mean", [0.5, 0.5]),
+        ("mean", [10**400, 0, 0]),
+        ("std", [float("nan"), 1, 1]),
+        ("background", [0, 0, "red"]),
+        ("weights_digest", 7),
+        ("rotation", "none"),
+    ],
+)
+def test_a_value_that_this_version_does_not_know_is_named_with_the_version_that_wrote_it(name, value):
+    text = json.dumps(json.loads(helpers.RECIPE.to_json()) | {name: value})
+    with pytest.raises(OutputError) as caught:
+        stored_recipe({"recipe": text, "created_by": "internvit 9.1"}, "feats.h5")
+    assert name in caught.value.message
+    assert "feats.h5" in caught.value.message
+    assert "internvit 9.1 wrote it" in caught.value.message
+
+
+def test_a_recipe_that_lacks_a_field_is_damaged():
+    stored = json.loads(helpers.RECIPE.to_json())
+    del stored["pool"]
+    with pytest.raises(OutputError, match="lacks the field 'pool'"):
+        stored_recipe({"recipe": json.dumps(stored)}, "feats.h5")
+
+
+def test_the_digest_of_a_recipe_stays_what_earlier_versions_computed():
+    """It decides whether a stored file is continued."""
+    assert helpers.RECIPE.digest == "4369c66c09a764516f56c9fe1ae4545bb89811f576c0d56e23a5500d3606ac2b"
 
 
 # ---------------------------------------------------------------------------------------------------------- planning

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from internvit_cli import SkippedImageError, UnknownKeyError, open_features
-from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
+from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import InternvitError, OutputError
 from internvit_cli.storage.image import stitch
 from internvit_cli.storage.layout import index_digest
@@ -206,7 +206,7 @@ def test_stitching_puts_every_token_where_it_lies_on_the_picture(columns, rows, 
 
 
 @KINDS
-@pytest.mark.parametrize("order", ["v1", "v2"])
+@pytest.mark.parametrize("order", [TokenOrder.V1, TokenOrder.V2])
 @pytest.mark.parametrize("dtype", list(StoreDtype), ids=lambda d: d.value)
 def test_maps_are_in_picture_order_without_the_thumbnail(tmp_path, kind, order, dtype):
     features = open_features(make(tmp_path, kind, store_dtype=dtype, token_order=order))
@@ -255,7 +255,7 @@ def test_tiles_of_a_file_without_tokens_have_none(tmp_path, kind):
 
 
 @KINDS
-@pytest.mark.parametrize("order", ["v1", "v2"])
+@pytest.mark.parametrize("order", [TokenOrder.V1, TokenOrder.V2])
 @pytest.mark.parametrize("dtype", list(StoreDtype), ids=lambda d: d.value)
 def test_tensors_hold_the_same_values_in_the_stored_type(tmp_path, kind, order, dtype):
     import torch

@@ -17,7 +17,7 @@ import pytest
 import storage_helpers as helpers
 from damage_helpers import assert_found_or_harmless, damage, probe
 
-from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
+from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.storage.commit import ShardWriter
 from internvit_cli.storage.interface import backend_of
@@ -277,7 +277,7 @@ def test_an_unfinished_image_has_no_features(tmp_path, kind):
 @pytest.mark.parametrize("tokens", [Tokens.VISUAL, Tokens.PROJECTED, Tokens.PATCH], ids=lambda t: t.value)
 def test_the_reader_undoes_the_older_token_order(tmp_path, shard_format, tokens):
     """Older checkpoints unshuffle column by column; a reader sees rows of tokens, and patch tokens as they are."""
-    shard = helpers.make_shard(helpers.make_table([(2, 2, 1)]), tokens=tokens, token_order="v1")
+    shard = helpers.make_shard(helpers.make_table([(2, 2, 1)]), tokens=tokens, token_order=TokenOrder.V1)
     written = helpers.make_output(tmp_path / "feats", shard, shard_format)
     stored = np.concatenate(written[0].tokens)  # four tokens: (0,0) (1,0) (0,1) (1,1) as (row, column)
     expected = stored if tokens is Tokens.PATCH else stored[:, [0, 2, 1, 3]]

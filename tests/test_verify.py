@@ -21,7 +21,7 @@ from run_helpers import Result, extract, internvit, make_pictures, state_of
 from storage_helpers import AWKWARD_KEYS, fill_partial, make_output, make_shard, make_table, publish, random_image
 
 from internvit_cli.agreement import Tolerance, compare
-from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
+from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.model.native import pixel_shuffle
 from internvit_cli.model.vit import pixel_unshuffle
 from internvit_cli.storage import checksums
@@ -589,23 +589,23 @@ def test_missing_and_other_weights_are_said_plainly(extracted: Path, copied: Pat
 
 def test_the_official_shuffle_and_ours_agree_in_both_orders() -> None:
     patches = torch.randn(2, 64, 3, generator=torch.Generator().manual_seed(0))
-    for order in ("v1", "v2"):
+    for order in (TokenOrder.V1, TokenOrder.V2):
         assert torch.equal(pixel_shuffle(patches, order), pixel_unshuffle(patches, order))
 
 
 def test_differences_are_told_apart() -> None:
     stored = np.array([[[1.0, 0.0], [0.0, 2.0]]], np.float32)
-    assert compare(stored, stored, "float32").is_within(Tolerance(0.0, 1.0 - 1e-12))
-    turned = compare(stored, stored[:, ::-1], "float32")
+    assert compare(stored, stored, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0 - 1e-12))
+    turned = compare(stored, stored[:, ::-1], StoreDtype.FLOAT32)
     assert (turned.bit_equal, turned.largest, turned.relative, turned.cosine) == (0, 2.0, 1.0, 0.0)
     for odd in (np.nan, np.inf):
-        assert not compare(stored, np.full_like(stored, odd), "float32").is_within(Tolerance(1.0, -1.0))
-        assert not compare(np.full_like(stored, odd), stored, "float32").is_within(Tolerance(1.0, -1.0))
+        assert not compare(stored, np.full_like(stored, odd), StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
+        assert not compare(np.full_like(stored, odd), stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
     zeros = np.zeros_like(stored)
-    assert compare(zeros, zeros, "float32").is_within(Tolerance(0.0, 1.0))
-    assert not compare(zeros, stored, "float32").is_within(Tolerance(1.0, 0.5))
+    assert compare(zeros, zeros, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0))
+    assert not compare(zeros, stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, 0.5))
     bits = np.array([[0x3F80, 0x4000]], np.uint16)
-    assert compare(bits, np.array([[1.0, 2.0]], np.float32), "bfloat16").largest == 0.0
+    assert compare(bits, np.array([[1.0, 2.0]], np.float32), StoreDtype.BFLOAT16).largest == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------- the command line

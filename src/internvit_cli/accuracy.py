@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from internvit_cli.config import ComputeDtype, StoreDtype, Tokens
+from internvit_cli.config import ComputeDtype, Tokens
 from internvit_cli.errors import InternvitError
 
 if TYPE_CHECKING:
@@ -102,8 +102,8 @@ class Accuracy:
 
 def measured_attributes(recipe: Recipe) -> list[str]:
     """Which attributes an output of a recipe has."""
-    computes_coarsely = recipe.compute_dtype == ComputeDtype.FP8.value
-    stores_coarsely = recipe.tokens != Tokens.NONE.value and StoreDtype(recipe.store_dtype).is_scaled
+    computes_coarsely = recipe.compute_dtype is ComputeDtype.FP8
+    stores_coarsely = recipe.tokens is not Tokens.NONE and recipe.store_dtype.is_scaled
     return [name for name, is_due in ((COMPUTE_ERROR, computes_coarsely), (STORE_ERROR, stores_coarsely)) if is_due]
 
 

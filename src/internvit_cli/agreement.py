@@ -45,8 +45,8 @@ largest value, and the cosine what becomes of a token of ten thousand values who
 
 def tolerance(recipe: Recipe) -> Tolerance:
     """What an encoding anew may differ by from rows of a recipe."""
-    compute = COMPUTE_TOLERANCE[ComputeDtype(recipe.compute_dtype)]
-    store = STORE_TOLERANCE[StoreDtype(recipe.store_dtype)]
+    compute = COMPUTE_TOLERANCE[recipe.compute_dtype]
+    store = STORE_TOLERANCE[recipe.store_dtype]
     return Tolerance(compute.relative + store.relative, compute.cosine + store.cosine - 1)
 
 
@@ -84,7 +84,7 @@ class Differences:
         )
 
 
-def compare(stored: NDArray[Any], anew: NDArray[Any], dtype: str) -> Differences:
+def compare(stored: NDArray[Any], anew: NDArray[Any], dtype: StoreDtype) -> Differences:
     """The figures of one dataset of one image, tile by tile.
 
     Args:
@@ -96,7 +96,7 @@ def compare(stored: NDArray[Any], anew: NDArray[Any], dtype: str) -> Differences
     largest, cosine, scale = 0.0, 1.0, 0.0
     for one, other in zip(stored, anew, strict=True):
         x = _as_float(one, dtype)
-        y = _as_float(other, dtype if other.dtype == stored.dtype else StoreDtype.FLOAT32.value)
+        y = _as_float(other, dtype if other.dtype == stored.dtype else StoreDtype.FLOAT32)
         # What is not a number differs as much as can be.
         largest = max(largest, float(np.nan_to_num(np.abs(x - y), nan=np.inf, posinf=np.inf).max()))
         scale = max(scale, float(np.abs(x, where=np.isfinite(x), out=np.zeros_like(x)).max()))
@@ -105,7 +105,7 @@ def compare(stored: NDArray[Any], anew: NDArray[Any], dtype: str) -> Differences
     return Differences(int(same), largest, relative, cosine)
 
 
-def _as_float(values: NDArray[Any], dtype: str) -> NDArray[Any]:
+def _as_float(values: NDArray[Any], dtype: StoreDtype) -> NDArray[Any]:
     """Vectors [k,C] float64 of stored or new values."""
     floats: NDArray[Any] = decode_values(values, dtype).astype(np.float64)
     return floats.reshape(-1, values.shape[-1])

@@ -165,7 +165,7 @@ def _encoder_rates(options: ExtractOptions, survey: Survey, how: BenchOptions, d
 
 def _weights(survey: Survey) -> Checkpoint:
     """Those of a folder; of a model on the hub made-up ones, for speed does not depend on them."""
-    is_projected = survey.recipe.tokens == Tokens.PROJECTED.value
+    is_projected = survey.recipe.tokens is Tokens.PROJECTED
     open_checkpoint = Checkpoint.open if survey.card.origin in LOCAL_ORIGINS else stand_in_checkpoint
     return open_checkpoint(survey.card, layer=survey.recipe.layer, projector=is_projected)
 

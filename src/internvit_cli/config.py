@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum, IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PATCH_SIZE = 14
 """Side of the ViT's square patch, pixels."""
@@ -44,6 +48,15 @@ class Pool(str, Enum):
     MEAN = "mean"
     CLS = "cls"
     CLS_MEAN = "cls+mean"
+
+
+class TokenOrder(str, Enum):
+    """The order of a tile's visual tokens."""
+
+    V1 = "v1"
+    """Column by column, as older checkpoints were trained."""
+    V2 = "v2"
+    """Row by row."""
 
 
 class Preprocess(str, Enum):
@@ -187,6 +200,22 @@ class PixelRule:
     max_pixels: int = DEFAULT_MAX_PIXELS
 
 
+class RecipeError(ValueError):
+    """A text is no recipe; the message completes the sentence "the recipe of FILE ..."."""
+
+
+class UnknownRecipeError(RecipeError):
+    """A recipe has a field or a value that this version does not know: a newer version wrote it."""
+
+
+def later_field(default: Any) -> Any:
+    """Declare a field that recipes of earlier files do not have.
+
+    It is left out of the text while it has its default, so those files keep their digest.
+    """
+    return field(default=default, metadata={"omit_default": True})
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """Everything that decides a stored value, and nothing else: the key of resume."""
@@ -198,40 +227,50 @@ class Recipe:
     min_tiles: int
     max_tiles: int
     thumbnail: bool
-    preprocess: str
+    preprocess: Preprocess
     exif: bool
     background: tuple[int, int, int] | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    tokens: str
-    token_order: str
-    """Order of visual tokens: v2 row by row, v1 column by column (older checkpoints)."""
-    pool: str
+    tokens: Tokens
+    token_order: TokenOrder
+    pool: Pool
     tile_pooled: bool
-    compute_dtype: str
-    store_dtype: str
-    on_overflow: str
+    compute_dtype: ComputeDtype
+    """Never AUTO in a stored recipe."""
+    store_dtype: StoreDtype
+    on_overflow: OnOverflow
     numerics_version: int = NUMERICS_VERSION
 
     def to_json(self) -> str:
-        """The canonical text that is stored and hashed."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """Return the canonical text that is stored and hashed."""
+        values = asdict(self)
+        for known in fields(self):
+            if known.metadata.get("omit_default") and values[known.name] == known.default:
+                del values[known.name]
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """The recipe of a stored file.
+        """Parse the recipe of a stored file.
 
         Raises:
-            ValueError: the text is not a recipe of this version.
+            RecipeError: the text is not a recipe, or one of a newer version.
         """
-        stored: Any = json.loads(text)
-        known = {field.name for field in fields(cls)}
-        if not isinstance(stored, dict) or set(stored) != known:
-            raise ValueError("not a recipe of this version")
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()
-        }
-        return cls(**values)
+        try:
+            stored: Any = json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RecipeError("is not valid JSON") from error
+        if not isinstance(stored, dict):
+            raise RecipeError("is not a JSON object")
+        known = {recipe_field.name: recipe_field for recipe_field in fields(cls)}
+        for name in stored:
+            if name not in known:
+                raise UnknownRecipeError(f"has the field {name!r}")
+        for name, recipe_field in known.items():
+            if name not in stored and recipe_field.default is MISSING:
+                raise RecipeError(f"lacks the field {name!r}")
+        return cls(**{name: _read_field(name, str(known[name].type), value) for name, value in stored.items()})
 
     @property
     def digest(self) -> str:
@@ -240,4 +279,73 @@ class Recipe:
 
     def differences(self, other: Recipe) -> list[str]:
         """Names of the fields in which two recipes differ, in declaration order."""
-        return [field.name for field in fields(self) if getattr(self, field.name) != getattr(other, field.name)]
+        return [known.name for known in fields(self) if getattr(self, known.name) != getattr(other, known.name)]
+
+
+def _read_field(name: str, kind: str, value: Any) -> Any:
+    try:
+        return _FIELD_READERS[kind](value)
+    except (ValueError, TypeError, OverflowError):
+        raise UnknownRecipeError(f"has {name} {json.dumps(value)[:80]}") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _count(value: Any) -> int:
+    """A whole number that is small enough to be one of tiles, pixels or layers."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError
+    if not 0 <= value < 1 << 31:
+        raise ValueError
+    return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def _three(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read_three(value: Any) -> Any:
+        if not isinstance(value, list):
+            raise TypeError
+        first, second, third = map(read, value)
+        return first, second, third
+
+    return read_three
+
+
+def _computed(value: Any) -> ComputeDtype:
+    if value == ComputeDtype.AUTO:
+        raise ValueError
+    return ComputeDtype(value)
+
+
+_FIELD_READERS: dict[str, Callable[[Any], Any]] = {
+    "str": _text,
+    "bool": _truth,
+    "int": _count,
+    "tuple[float, float, float]": _three(_number),
+    "tuple[int, int, int] | None": lambda value: None if value is None else _three(_count)(value),
+    "Preprocess": Preprocess,
+    "Tokens": Tokens,
+    "TokenOrder": TokenOrder,
+    "Pool": Pool,
+    "ComputeDtype": _computed,
+    "StoreDtype": StoreDtype,
+    "OnOverflow": OnOverflow,
+}
+"""How the stored value of a field is read and checked, by the field's type."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class EncoderOptions:
     """Side of a tile, pixels."""
     layer: int | None = None
     """How many blocks run, from `ModelCard.resolve_layer`; None is what the checkpoint was opened for."""
-    token_order: Literal["v1", "v2"] = "v2"  # noqa: S105  (an order, not a secret)
+    token_order: TokenOrder = TokenOrder.V2
     store_dtype: StoreDtype = StoreDtype.FLOAT16
     on_overflow: OnOverflow = OnOverflow.SKIP
     threads: int | None = None

@@ -11,7 +11,7 @@ import numpy as np
 
 from internvit_cli.accounting import Account, Totals, summarize
 from internvit_cli.accuracy import Accuracy, measured_attributes, to_attributes
-from internvit_cli.config import ComputeDtype, Status
+from internvit_cli.config import Status
 from internvit_cli.decode.decoder import decode_jobs
 from internvit_cli.devices import find_devices, start_engine
 from internvit_cli.engine import Engine, EngineOptions, ShardJob, Workload
@@ -242,7 +242,7 @@ class _Extraction:
         recorded = (self._existing.attributes or {}).get("batch_tiles", 0)
         encoder = replace(
             encoder_options_of_run(run, recipe, devices[0]),
-            dtype=ComputeDtype(recipe.compute_dtype) if self._model.dtype_is_known else run.dtype,
+            dtype=recipe.compute_dtype if self._model.dtype_is_known else run.dtype,
             recorded_batch_tiles=int(recorded) or None,
         )
         engine_options = EngineOptions(
@@ -254,7 +254,7 @@ class _Extraction:
             worker_memory=run.worker_memory,
         )
         self._engine = engine = start_engine(self._model.checkpoint, engine_options, workload)
-        self._model.recipe = replace(recipe, compute_dtype=engine.dtype.value)
+        self._model.recipe = replace(recipe, compute_dtype=engine.dtype)
         label = f"{self._model.card.name} in {engine.dtype.value} on {engine.device_name}"
         self._observer.ready(f"{label}, {engine.batch_tiles} tiles a batch, {engine.kernels}")
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import (
     ComputeDtype,
-    OnOverflow,
     PixelRule,
-    Pool,
     Preprocess,
     Recipe,
-    StoreDtype,
     TilingRule,
+    TokenOrder,
     Tokens,
 )
 from internvit_cli.encoder_options import EncoderOptions
@@ -27,7 +26,7 @@ from internvit_cli.storage.layout import FeatureShape, stored_recipe
 if TYPE_CHECKING:
     from internvit_cli.options import ExtractOptions, RunOptions
 
-LONGEST_DTYPE = "bfloat16"
+LONGEST_DTYPE = ComputeDtype.BFLOAT16
 OPTION_OF_FIELD = {
     "weights_digest": "--model",
     "exif": "--exif",
@@ -50,7 +49,7 @@ class ModelFacts:
     """The model's own, pixels."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    token_order: str
+    token_order: TokenOrder
 
     @classmethod
     def of_card(cls, card: ModelCard, blocks: int, weights_digest: str) -> ModelFacts:
@@ -157,7 +156,7 @@ def _recorded_recipe(options: ExtractOptions, stored: dict[str, Any] | None) -> 
         raise
 
 
-def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: str) -> Recipe:
+def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: ComputeDtype) -> Recipe:
     """The recipe of a run that computes in `dtype`."""
     pictures, store = options.pictures, options.store
     single_view = pictures.preprocess is not Preprocess.TILES
@@ -169,30 +168,29 @@ def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: str) -> Recip
         min_tiles=1 if single_view else pictures.min_tiles,
         max_tiles=1 if single_view else pictures.max_tiles,
         thumbnail=not single_view and pictures.thumbnail,
-        preprocess=pictures.preprocess.value,
+        preprocess=pictures.preprocess,
         exif=pictures.exif,
         background=pictures.background,
         mean=facts.mean,
         std=facts.std,
-        tokens=store.tokens.value,
+        tokens=store.tokens,
         token_order=facts.token_order,
-        pool=store.pool.value,
+        pool=store.pool,
         tile_pooled=store.tile_pooled,
         compute_dtype=dtype,
-        store_dtype=store.store_dtype.value,
-        on_overflow=store.on_overflow.value,
+        store_dtype=store.store_dtype,
+        on_overflow=store.on_overflow,
     )
 
 
 def pixel_rule(recipe: Recipe, max_pixels: int) -> PixelRule:
     """How pictures become tiles under a recipe."""
-    preprocess = Preprocess(recipe.preprocess)
     return PixelRule(
-        tiling=TilingRule(recipe.tile_size, recipe.min_tiles, recipe.max_tiles, recipe.thumbnail, preprocess),
+        tiling=TilingRule(recipe.tile_size, recipe.min_tiles, recipe.max_tiles, recipe.thumbnail, recipe.preprocess),
         exif=recipe.exif,
         background=recipe.background,
         # Without tokens the other tiles matter only when the image's vector is their mean.
-        global_view_only=recipe.tokens == Tokens.NONE.value
+        global_view_only=recipe.tokens is Tokens.NONE
         and not recipe.tile_pooled
         and recipe.thumbnail | (recipe.max_tiles == 1),
         max_pixels=max_pixels,
@@ -226,15 +224,15 @@ def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> Enc
     """
     return EncoderOptions(
         device=device,
-        dtype=ComputeDtype(recipe.compute_dtype),
+        dtype=recipe.compute_dtype,
         batch_tiles=batch_tiles,
-        tokens=Tokens(recipe.tokens),
-        pool=Pool(recipe.pool),
+        tokens=recipe.tokens,
+        pool=recipe.pool,
         tile_size=recipe.tile_size,
         layer=recipe.layer,
-        token_order="v1" if recipe.token_order == "v1" else "v2",  # noqa: S105  (an order, not a secret)
-        store_dtype=StoreDtype(recipe.store_dtype),
-        on_overflow=OnOverflow(recipe.on_overflow),
+        token_order=recipe.token_order,
+        store_dtype=recipe.store_dtype,
+        on_overflow=recipe.on_overflow,
     )
 
 
@@ -244,11 +242,11 @@ def encoder_options_of_run(run: RunOptions, recipe: Recipe, device: str) -> Enco
     return replace(how, dtype=run.dtype, threads=run.threads, compile=run.compile)
 
 
-def planned_dtype(options: ExtractOptions, stored: Recipe | None) -> str | None:
+def planned_dtype(options: ExtractOptions, stored: Recipe | None) -> ComputeDtype | None:
     """The compute type that was asked for, or else that of the output; None while it is still to be measured."""
     if options.run.dtype is not ComputeDtype.AUTO:
-        return str(options.run.dtype.value)
-    return str(stored.compute_dtype) if stored else None
+        return options.run.dtype
+    return stored.compute_dtype if stored else None
 
 
 def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
@@ -260,8 +258,9 @@ def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
     different = wanted.differences(stored)
     if not different:
         return
-    now, then = asdict(wanted), asdict(stored)
-    listed = "; ".join(f"{name} was {_short(then[name])}, is now {_short(now[name])}" for name in different)
+    listed = "; ".join(
+        f"{name} was {_short(getattr(stored, name))}, is now {_short(getattr(wanted, name))}" for name in different
+    )
     options = [
         OPTION_OF_FIELD.get(name, "--" + name.replace("_", "-"))
         for name in different
@@ -274,5 +273,5 @@ def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = str(value.value if isinstance(value, Enum) else value)
     return text[:12] + "..." if len(text) > 40 else text

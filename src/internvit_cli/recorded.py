@@ -33,7 +33,7 @@ def open_recorded(recipe: Recipe, attributes: Mapping[str, Any], model: str | No
         card = describe_model(name, revision=revision)
         # What the run took from the model's JSON files, which may have changed since, is in the recipe.
         card = replace(card, mean=recipe.mean, std=recipe.std)
-        checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=recipe.tokens == Tokens.PROJECTED.value)
+        checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=recipe.tokens is Tokens.PROJECTED)
         digest = checkpoint.digest()
     except InternvitError as error:
         raise ModelError(f"the weights cannot be had: {error.message}", "name their folder with --model") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from internvit_cli.agreement import Differences, compare, tolerance
-from internvit_cli.config import DEFAULT_MAX_PIXELS, OnOverflow, StoreDtype, Tokens
+from internvit_cli.config import DEFAULT_MAX_PIXELS, OnOverflow, StoreDtype
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import InternvitError
 from internvit_cli.headers import Header
@@ -297,7 +297,7 @@ class _Native:
 
 def _largest(recipe: Recipe) -> float:
     """The largest value that a token can have."""
-    if recipe.on_overflow == OnOverflow.CLAMP.value and recipe.store_dtype == StoreDtype.FLOAT16.value:
+    if recipe.on_overflow is OnOverflow.CLAMP and recipe.store_dtype is StoreDtype.FLOAT16:
         return float(np.finfo(np.float16).max)
     return float("inf")
 
@@ -308,16 +308,16 @@ def _differences(row: Row, recipe: Recipe, tokens: NDArray[Any] | None, vectors:
     start, stop = (int(offset) for offset in row.shard.table.tile_offset[row.number : row.number + 2])
     # Without a thumbnail the image's vector is the mean over its tiles'.
     pooled = vectors[-1] if recipe.thumbnail else vectors.mean(axis=0, dtype=np.float32)
-    pairs = [(shard.rows(POOLED, row.number, row.number + 1), pooled[None], StoreDtype.FLOAT32.value)]
+    pairs = [(shard.rows(POOLED, row.number, row.number + 1), pooled[None], StoreDtype.FLOAT32)]
     if tokens is not None:
         name = next(name for name in TOKEN_DATASETS if name in shard.extents)
-        stored, dtype = shard.rows(name, start, stop), StoreDtype(recipe.store_dtype)
+        stored, dtype = shard.rows(name, start, stop), recipe.store_dtype
         if dtype.is_scaled:  # compared as the numbers that they are
-            scales = shard.rows(Tokens(recipe.tokens).scales_dataset, start, stop)
-            stored, dtype = decode_values(stored, dtype.value, scales), StoreDtype.FLOAT32
-        pairs.append((stored, tokens, dtype.value))
+            scales = shard.rows(recipe.tokens.scales_dataset, start, stop)
+            stored, dtype = decode_values(stored, dtype, scales), StoreDtype.FLOAT32
+        pairs.append((stored, tokens, dtype))
     if recipe.tile_pooled:
-        pairs.append((shard.rows(TILE_POOLED, start, stop), vectors, StoreDtype.FLOAT32.value))
+        pairs.append((shard.rows(TILE_POOLED, start, stop), vectors, StoreDtype.FLOAT32))
     figures = [compare(stored, anew, dtype) for stored, anew, dtype in pairs]
     total = reduce(Differences.worst, figures)
     return replace(total, bit_equal=int(total.bit_equal == len(figures)))

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-def as_tensor(stored: NDArray[Any], dtype: str) -> torch.Tensor:
+def as_tensor(stored: NDArray[Any], dtype: StoreDtype) -> torch.Tensor:
     """The same values as a tensor that shares the array's memory; bfloat16 bits become torch.bfloat16.
 
     Args:
         stored: as it lies on the disk, writable.
-        dtype: the stored type, such as `bfloat16`.
+        dtype: the stored type.
     """
     tensor = torch.from_numpy(stored)
-    return tensor.view(torch.bfloat16) if dtype == StoreDtype.BFLOAT16.value else tensor
+    return tensor.view(torch.bfloat16) if dtype is StoreDtype.BFLOAT16 else tensor

@@ -92,4 +92,4 @@ def stored_type(selection: Selection, name: str, spec: DatasetSpec) -> str:
 
 def widened(array: NDArray[Any]) -> NDArray[Any]:
     """Bits of bfloat16 as float32, exactly."""
-    return decode_values(array, StoreDtype.BFLOAT16.value).astype("<f4", copy=False)
+    return decode_values(array, StoreDtype.BFLOAT16).astype("<f4", copy=False)

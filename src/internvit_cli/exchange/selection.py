@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.accuracy import COMPUTE_ERROR, STORE_ERROR, is_measured, measured_attributes
-from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
+from internvit_cli.config import Recipe, Status, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
@@ -165,7 +165,7 @@ class Selection:
         attributes.pop("index_digest", None)
         recipe = self.recipe
         if self.drops_tokens:
-            recipe = replace(recipe, tokens=Tokens.NONE.value)
+            recipe = replace(recipe, tokens=Tokens.NONE)
             attributes |= {"recipe": recipe.to_json(), "recipe_digest": recipe.digest}
         due = measured_attributes(recipe)
         for name in (COMPUTE_ERROR, STORE_ERROR):
@@ -267,14 +267,14 @@ def select_all(path: str) -> Selection:
 
 def stored_shape(shards: Sequence[OpenShard], recipe: Recipe) -> FeatureShape:
     """Sizes of what shards of a recipe hold, from the datasets themselves."""
-    tokens = Tokens(recipe.tokens)
+    tokens = recipe.tokens
     per_tile, channels = (1, 1) if tokens is Tokens.NONE else _row_shape(shards, tokens.dataset)
     return FeatureShape(
         tokens=tokens,
         tokens_per_tile=per_tile,
         channels=channels,
         pooled_width=_row_shape(shards, POOLED)[0],
-        store_dtype=StoreDtype(recipe.store_dtype),
+        store_dtype=recipe.store_dtype,
         tile_pooled=recipe.tile_pooled,
     )
 

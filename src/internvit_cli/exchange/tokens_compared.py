@@ -119,5 +119,5 @@ def _values(selection: Selection, position: int, start: int, stop: int) -> NDArr
         return shard.rows(name, first + start, first + stop)
 
     scales = rows(shape.tokens.scales_dataset) if shape.store_dtype.is_scaled else None
-    values = decode_values(rows(shape.tokens.dataset), shape.store_dtype.value, scales)
+    values = decode_values(rows(shape.tokens.dataset), shape.store_dtype, scales)
     return values.reshape(-1, values.shape[2])

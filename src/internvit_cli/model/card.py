@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from internvit_cli.config import PATCH_SIZE, Pool, Tokens
+from internvit_cli.config import PATCH_SIZE, Pool, TokenOrder, Tokens
 from internvit_cli.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ class ModelCard:
     std: tuple[float, float, float]
     select_layer: int | None
     """The checkpoint's own choice as an index into hidden_states; None when it makes none."""
-    token_order: Literal["v1", "v2"]
+    token_order: TokenOrder
     """Order of visual tokens: v2 row by row, v1 column by column (older chat checkpoints)."""
     projector_size: int | None
     """Size of a projected token; None when the checkpoint has no projector."""
@@ -324,7 +324,7 @@ def card_from_json(
         mean=mean,
         std=std,
         select_layer=_select_layer(config, "vision_feature_layer" if native else "select_layer"),
-        token_order=_token_order(config) if chat else "v2",
+        token_order=_token_order(config) if chat else TokenOrder.V2,
         projector_size=_llm_size(config, "llm_config" if chat else "text_config") if whole else None,
         tile_size=_tile_size(config, vision) if chat else vision.image_size,
     )
@@ -358,13 +358,12 @@ def _select_layer(config: Mapping[str, Any], key: str) -> int | None:
     return value
 
 
-def _token_order(config: Mapping[str, Any]) -> Literal["v1", "v2"]:
+def _token_order(config: Mapping[str, Any]) -> TokenOrder:
     value = config.get("ps_version", "v1")  # the chat code's default when the key is absent
-    if value == "v1":
-        return "v1"
-    if value == "v2":
-        return "v2"
-    raise ModelError(f"config.json: ps_version is {value!r}, neither 'v1' nor 'v2'")
+    try:
+        return TokenOrder(value)
+    except ValueError as error:
+        raise ModelError(f"config.json: ps_version is {value!r}, neither 'v1' nor 'v2'") from error
 
 
 def _llm_size(config: Mapping[str, Any], key: str) -> int:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from internvit_cli.config import DEFAULT_MODEL
+from internvit_cli.config import DEFAULT_MODEL, TokenOrder
 from internvit_cli.errors import InternvitError, ModelError, UsageError
 from internvit_cli.model.card import IMAGENET_MEAN, IMAGENET_STD, ModelCard, VisionConfig, card_from_json
 from internvit_cli.model.hub import HubUnavailableError, fetch, resolve_commit
@@ -127,7 +127,7 @@ def _known_card(name: str, vision: VisionConfig, origin: Any) -> ModelCard:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         select_layer=None,
-        token_order="v2",  # noqa: S106  (an order, not a secret)
+        token_order=TokenOrder.V2,
         projector_size=None,
         tile_size=vision.image_size,
     )

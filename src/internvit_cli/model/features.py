@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from internvit_cli.config import PATCH_SIZE, OnOverflow, Pool, StoreDtype, Tokens
+from internvit_cli.config import PATCH_SIZE, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.model.card import FeatureShapes, feature_shapes
 from internvit_cli.model.kernels.choice import base_dtype, kernels_for
 from internvit_cli.model.kernels.interface import Kernels, StorePlan
@@ -54,7 +54,7 @@ class FeatureSpec:
     tokens: Tokens
     pool: Pool
     tile_size: int
-    token_order: str
+    token_order: TokenOrder
     store_dtype: StoreDtype
     on_overflow: OnOverflow = OnOverflow.SKIP
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from internvit_cli.config import Pool, Tokens
+from internvit_cli.config import Pool, TokenOrder, Tokens
 from internvit_cli.model.loading import read_tensor
 from internvit_cli.workers import usable_cpus
 
@@ -133,13 +133,13 @@ def native_projector(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
     return projector.eval().requires_grad_(False)
 
 
-def pixel_shuffle(patches: Tensor, order: str) -> Tensor:
+def pixel_shuffle(patches: Tensor, order: TokenOrder) -> Tensor:
     """Patch tokens [B,N,C] -> visual tokens [B,N/4,4C], step by step as in OpenGVLab's modeling_internvl_chat.py."""
     B, N, C = patches.shape  # noqa: N806 - as in vit.py
     side = math.isqrt(N)
     x = patches.reshape(B, side, side // 2, 2 * C).permute(0, 2, 1, 3).contiguous()
     x = x.view(B, side // 2, side // 2, 4 * C)
-    if order == "v2":
+    if order is TokenOrder.V2:
         x = x.permute(0, 2, 1, 3).contiguous()
     return x.reshape(B, N // 4, 4 * C)
 

@@ -10,26 +10,28 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from internvit_cli.config import TokenOrder
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def unshuffle_view(patch_tokens: Tensor, order: str) -> Tensor:
+def unshuffle_view(patch_tokens: Tensor, order: TokenOrder) -> Tensor:
     """Patch tokens of square tiles [B,N,C] as a view [B,h/2,w/2,2,2,C]: each 2 x 2 neighbourhood together.
 
     Args:
         patch_tokens: row by row, without the class token; N is the square of an even number.
-        order: v2 has the neighbourhoods row by row; v1 column by column, as older chat checkpoints were trained.
+        order: of the neighbourhoods.
     """
     B, N, C = patch_tokens.shape
     side = math.isqrt(N)
-    if order not in {"v1", "v2"} or side * side != N or side % 2:
-        raise ValueError(f"no {order} unshuffle of {N} patches")
+    if side * side != N or side % 2:
+        raise ValueError(f"{N} patches have no pixel unshuffle: {N} is not the square of an even number")
     x = patch_tokens.reshape(B, side // 2, 2, side // 2, 2, C)  # [B,h/2,2,w/2,2,C], a view
-    rows, columns = (1, 3) if order == "v2" else (3, 1)
+    rows, columns = (1, 3) if order is TokenOrder.V2 else (3, 1)
     return x.permute(0, rows, columns, 2, 4, 5)
 
 
-def pixel_unshuffle(patch_tokens: Tensor, order: str) -> Tensor:
+def pixel_unshuffle(patch_tokens: Tensor, order: TokenOrder) -> Tensor:
     """Patch tokens [B,N,C] -> visual tokens [B,N/4,4C]; within one: (row 0, column 0), (0,1), (1,0), (1,1)."""
     return unshuffle_view(patch_tokens, order).flatten(3).flatten(1, 2)

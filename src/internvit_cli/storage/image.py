@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from internvit_cli.config import Preprocess, Status, StoreDtype, Tokens
+from internvit_cli.config import Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import InternvitError, OutputError, UsageError
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, decode_values
 from internvit_cli.tiling import ONE_TILE, Grid, covered_box
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from internvit_cli.config import Recipe
 
-COLUMN_MAJOR = "v1"
 FEATURE_NAMES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 
 
@@ -149,7 +148,7 @@ class ImageFeatures:
         All of it, but for `--preprocess clip`, which crops the middle.
         """
         recipe = self.recipe
-        return covered_box(self.width, self.height, Preprocess(recipe.preprocess), recipe.tile_size)
+        return covered_box(self.width, self.height, recipe.preprocess, recipe.tile_size)
 
     def token_map(self) -> NDArray[Any]:
         """The tokens where they lie on the picture: the tiles' grids put together, the thumbnail left out.
@@ -204,38 +203,38 @@ class ImageFeatures:
         from internvit_cli.tensors import as_tensor
 
         if name == POOLED:
-            return as_tensor(self.pooled, StoreDtype.FLOAT32.value)
+            return as_tensor(self.pooled, StoreDtype.FLOAT32)
         start, stop = (0, self.tiles) if tile is None else (tile, tile + 1)
         if name == TILE_POOLED:
-            tensor = as_tensor(self._tile_rows(name, start, stop), StoreDtype.FLOAT32.value)
+            tensor = as_tensor(self._tile_rows(name, start, stop), StoreDtype.FLOAT32)
         else:
             if name != "tokens" and name not in TOKEN_DATASETS:
                 raise UsageError(f"an image has no {name!r}", f"it may have {', '.join(('tokens', *FEATURE_NAMES))}")
             kind = self._kind if name == "tokens" else Tokens(name.removesuffix("_tokens"))
-            dtype = StoreDtype(self.recipe.store_dtype)
+            dtype = self.recipe.store_dtype
             if dtype.is_scaled:
-                tensor = as_tensor(self._tokens(kind, start, stop), StoreDtype.FLOAT32.value)
+                tensor = as_tensor(self._tokens(kind, start, stop), StoreDtype.FLOAT32)
             else:
-                tensor = as_tensor(self._of_tokens(kind, kind.dataset, start, stop), dtype.value)
+                tensor = as_tensor(self._of_tokens(kind, kind.dataset, start, stop), dtype)
         return tensor if tile is None else tensor[0]
 
     # ------------------------------------------------------------------------------------------------------- the rows
 
     @property
     def _kind(self) -> Tokens:
-        return Tokens(self._store.recipe.tokens)
+        return self._store.recipe.tokens
 
     def _tokens(self, kind: Tokens, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         stop = self.tiles if stop is None else stop
-        dtype = StoreDtype(self.recipe.store_dtype)
+        dtype = self.recipe.store_dtype
         stored = self._of_tokens(kind, kind.dataset, start, stop)
         scales = self._of_tokens(kind, kind.scales_dataset, start, stop) if dtype.is_scaled else None
-        return decode_values(stored, dtype.value, scales)
+        return decode_values(stored, dtype, scales)
 
     def _of_tokens(self, kind: Tokens, name: str, start: int, stop: int) -> NDArray[Any]:
         """What is stored of each token, [tiles, T, ...], row by row."""
         values = self._tile_rows(name, start, stop)
-        if kind is not Tokens.PATCH and self.recipe.token_order == COLUMN_MAJOR:
+        if kind is not Tokens.PATCH and self.recipe.token_order is TokenOrder.V1:
             side = math.isqrt(values.shape[1])
             by_column = values.reshape(-1, side, side, *values.shape[2:])
             values = by_column.swapaxes(1, 2).reshape(values.shape)

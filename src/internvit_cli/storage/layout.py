@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.config import Recipe, Status, StoreDtype, Tokens
+from internvit_cli.config import Recipe, RecipeError, Status, StoreDtype, Tokens, UnknownRecipeError
 from internvit_cli.errors import OutputError, one_line
 from internvit_cli.sources.interface import Source
 
@@ -229,12 +229,20 @@ def stored_recipe(attributes: dict[str, Any], path: str) -> Recipe:
     Raises:
         OutputError: there is none that this version understands.
     """
+    if "recipe" not in attributes:
+        raise OutputError(f"{path} has no recipe", "restore it, or start anew with --overwrite")
     try:
         return Recipe.from_json(attributes["recipe"])
-    except (KeyError, ValueError, TypeError) as error:
+    except UnknownRecipeError as error:
+        from internvit_cli import __version__  # package metadata, read only to say this
+
         raise OutputError(
-            f"{path} has no recipe that this version understands", "restore it, or start anew with --overwrite"
+            f"the recipe of {path} {error}, which version {__version__} does not know; "
+            f"{one_line(str(attributes.get('created_by', 'an unnamed program')))} wrote it",
+            "install the version of internvit that wrote it, or a newer one",
         ) from error
+    except RecipeError as error:
+        raise OutputError(f"the recipe of {path} {error}", "restore it, or start anew with --overwrite") from error
 
 
 def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
@@ -250,7 +258,7 @@ def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
         raise OutputError(f"the sources of {path} are damaged", "restore it, or start anew with --overwrite") from error
 
 
-def decode_values(stored: NDArray[Any], dtype: str, scales: NDArray[Any] | None = None) -> NDArray[Any]:
+def decode_values(stored: NDArray[Any], dtype: StoreDtype, scales: NDArray[Any] | None = None) -> NDArray[Any]:
     """Stored token values as numpy has them: bfloat16, int8 and fp8 become float32; others stay as they are.
 
     Args:
@@ -259,10 +267,10 @@ def decode_values(stored: NDArray[Any], dtype: str, scales: NDArray[Any] | None 
         scales: [...] float32, of the types that have them.
     """
     if scales is not None:
-        values = _e4m3_values()[stored] if dtype == StoreDtype.FP8.value else stored.astype(np.float32)
+        values = _e4m3_values()[stored] if dtype is StoreDtype.FP8 else stored.astype(np.float32)
         scaled: NDArray[Any] = np.multiply(values, scales[..., None], out=values)
         return scaled
-    if dtype != StoreDtype.BFLOAT16.value:
+    if dtype is not StoreDtype.BFLOAT16:
         return stored
     widened: NDArray[Any] = (stored.astype(np.uint32) << 16).view(np.float32)
     return widened

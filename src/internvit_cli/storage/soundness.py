@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import h5py
 import numpy as np
 
-from internvit_cli.config import PATCH_SIZE, Status, StoreDtype, Tokens
+from internvit_cli.config import PATCH_SIZE, Status, Tokens
 from internvit_cli.storage import hdf5
 from internvit_cli.storage.layout import (
     CRC32,
@@ -51,11 +51,11 @@ def expected_datasets(recipe: Recipe, images: int, tiles: int) -> dict[str, Expe
         RUN_LOG: Expected((RUN_LOG_BYTES,), 1, "|u1"),
         POOLED: Expected((images,), 2, "<f4"),
     }
-    tokens = Tokens(recipe.tokens)
+    tokens = recipe.tokens
     if tokens is not Tokens.NONE:
         patches = (recipe.tile_size // PATCH_SIZE) ** 2
         count = patches if tokens is Tokens.PATCH else patches // 4
-        dtype = StoreDtype(recipe.store_dtype)
+        dtype = recipe.store_dtype
         found[tokens.dataset] = Expected((tiles, count), 3, dtype.numpy_name)
         if dtype.is_scaled:
             found[tokens.scales_dataset] = Expected((tiles, count), 2, "<f4")
@@ -129,4 +129,4 @@ def _type_problems(path: str, recipe: Recipe) -> Iterator[str]:
             if dataset.id.get_type() != plain:
                 yield f"{name} has an odd type: {dataset.dtype.str}"
             elif name in TOKEN_DATASETS and dataset.attrs.get("dtype") != recipe.store_dtype:
-                yield f"{name} says that its type is {dataset.attrs.get('dtype')!r}, not {recipe.store_dtype!r}"
+                yield f"{name} says that its type is {dataset.attrs.get('dtype')!r}, not {recipe.store_dtype.value!r}"

@@ -111,7 +111,7 @@ class Extractor:
         opened = features if isinstance(features, Features) else open_features(features)
         recipe, attributes = opened.recipe, opened.attributes
         if tokens is not None:
-            recipe = replace(recipe, tokens=choice("tokens", Tokens, tokens).value)
+            recipe = replace(recipe, tokens=choice("tokens", Tokens, tokens))
         checkpoint = open_recorded(recipe, attributes, model)
         self = cls.__new__(cls)
         batch_tiles = int(attributes.get("batch_tiles", 0)) or None
@@ -120,7 +120,7 @@ class Extractor:
 
     def _start(self, checkpoint: Checkpoint, recipe: Recipe, how: EncoderOptions, max_pixels: int) -> None:
         self._encoder = _load(checkpoint, how)
-        self.recipe = replace(recipe, compute_dtype=self._encoder.dtype.value)
+        self.recipe = replace(recipe, compute_dtype=self._encoder.dtype)
         """What decides its values; that of a feature file made with the same options is equal."""
         self.device_name = self._encoder.device_name
         self._rule = pixel_rule(recipe, max_pixels)
@@ -177,7 +177,8 @@ class Extractor:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Extractor in {self.recipe.compute_dtype} on {self.device_name}, {self.recipe.tokens} tokens>"
+        dtype, tokens = self.recipe.compute_dtype.value, self.recipe.tokens.value
+        return f"<Extractor in {dtype} on {self.device_name}, {tokens} tokens>"
 
     def _decode(self, number: int, image: Picture) -> _Pending:
         if isinstance(image, (str, bytes, os.PathLike)):
@@ -205,9 +206,9 @@ class Extractor:
         pooled = vectors[-1] if self.recipe.thumbnail else vectors.mean(axis=0, dtype=np.float32)
         arrays = {POOLED: pooled[None]}
         if tokens := [part.tokens for part in pending.parts if part.tokens is not None]:
-            arrays[Tokens(self.recipe.tokens).dataset] = np.concatenate(tokens)
+            arrays[self.recipe.tokens.dataset] = np.concatenate(tokens)
         if scales := [part.scales for part in pending.parts if part.scales is not None]:
-            arrays[Tokens(self.recipe.tokens).scales_dataset] = np.concatenate(scales)
+            arrays[self.recipe.tokens.scales_dataset] = np.concatenate(scales)
         if self.recipe.tile_pooled:
             arrays[TILE_POOLED] = vectors
         return done_image(pending.named, self.recipe, pending.tiled, arrays)

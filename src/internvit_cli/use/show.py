@@ -137,7 +137,7 @@ class _Drawing:
         if self._fitted is not None:
             panels += self._token_panels(image, canvas, self._fitted, facts)
         notes = [f"{image.key}: {photograph.problem}"] if photograph.problem else []
-        if Tokens(image.recipe.tokens) is Tokens.NONE:
+        if image.recipe.tokens is Tokens.NONE:
             notes.append(f"{options.path} holds no tokens: only the tiles are drawn (extract with --tokens visual)")
         sheet = figure(image.key, _facts_line(image, self._model), panels)
         return Shown(image.key, tuple(panels), sheet, facts, tuple(notes))
@@ -260,7 +260,7 @@ def save_png(image: Image.Image, path: str) -> None:
 
 def _choose_maps(options: ShowOptions, images: list[ImageFeatures]) -> list[TokenMapKind]:
     """The maps to draw: those asked for, or all that there are."""
-    kind = Tokens(images[0].recipe.tokens)
+    kind = images[0].recipe.tokens
     wanted = list(options.maps) or [
         one for one in TokenMapKind if one is not TokenMapKind.LIKENESS or options.point is not None
     ]
@@ -298,7 +298,7 @@ def _length_panel(canvas: Canvas, fitted: Fitted, tokens: TokenMap, facts: dict[
 
 
 def _tile_captions(image: ImageFeatures) -> tuple[str, ...]:
-    if image.recipe.preprocess == Preprocess.CLIP.value:
+    if image.recipe.preprocess is Preprocess.CLIP:
         return ("one tile: the middle of the picture",)
     if image.tiles == 1:
         return ("one tile: the whole picture",)
@@ -308,5 +308,5 @@ def _tile_captions(image: ImageFeatures) -> tuple[str, ...]:
 
 def _facts_line(image: ImageFeatures, model: str) -> str:
     turned = f", turned by EXIF {image.orientation}" if image.orientation > 1 else ""
-    tokens = "" if image.recipe.tokens == Tokens.NONE.value else f"; {image.recipe.tokens} tokens"
+    tokens = "" if image.recipe.tokens is Tokens.NONE else f"; {image.recipe.tokens.value} tokens"
     return f"{image.width} x {image.height} px{turned}{tokens}; {model}"

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from internvit_cli.config import TokenOrder
+
 Norm = nn.LayerNorm | nn.RMSNorm
 """Over the last axis, computed in float32 and rounded once."""
 
@@ -77,7 +79,7 @@ class StorePlan:
     token_size: int
     """Values of each."""
     dtype: torch.dtype
-    order: str | None
+    order: TokenOrder | None
     """Pixel unshuffle on the way: v1 or v2; None leaves tokens as they are."""
     clamp: bool
     """Limit values to what `dtype` holds, and count those that it would round to infinity."""

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from internvit_cli.config import PATCH_SIZE
+from internvit_cli.config import PATCH_SIZE, TokenOrder
 from internvit_cli.model.kernels.interface import Stored, StorePlan
 from internvit_cli.model.kernels.plain import PATCH_VALUES
 
@@ -28,7 +28,7 @@ STORE_ROWS = 32
 """Rows of one program of `store`; their sums and extremes are joined afterwards, always in the same order."""
 _STEP = 4
 _STORE_BLOCK = 512
-_ORDERS = {None: 0, "v1": 1, "v2": 2}
+_ORDERS = {None: 0, TokenOrder.V1: 1, TokenOrder.V2: 2}
 
 
 @triton.jit

@@ -249,7 +249,7 @@ class _Parts:
             }
             for number, drawn, photograph in zip(self.chosen.sample, self.maps.maps, self.photographs, strict=False)
         ]
-        stores_tokens = len(self.done) > 0 and self.done.recipe.tokens != Tokens.NONE.value
+        stores_tokens = len(self.done) > 0 and self.done.recipe.tokens is not Tokens.NONE
         return {"maps": maps, "explained": self.maps.explained, "stores_tokens": stores_tokens}
 
     def _neighbours(self) -> dict[str, Any]:

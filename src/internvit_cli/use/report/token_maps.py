@@ -43,7 +43,7 @@ def draw_token_maps(images: Sequence[ImageFeatures], on_progress: Callable[[int]
         images: that have features; without tokens there are no maps.
         on_progress: called with the number of images that are drawn.
     """
-    if not images or images[0].recipe.tokens == Tokens.NONE.value:
+    if not images or images[0].recipe.tokens is Tokens.NONE:
         return TokenMaps((), ())
     fitted = fit((TokenMap.of(image.token_map()) for image in images), len(images))
     maps = []
