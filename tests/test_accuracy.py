@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 import pytest
+import storage_helpers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from PIL import Image
 from internvit_cli import Extractor, accuracy, open_features
 from internvit_cli.accuracy import ATTRIBUTE_CHARACTERS, Accuracy, AccuracyError, ComputeError, StoreError
 from internvit_cli.cli.app import run
-from internvit_cli.config import StoreDtype
+from internvit_cli.config import ComputeDtype, StoreDtype, Tokens
 from internvit_cli.model.kernels.plain import quantise_tokens
 from internvit_cli.storage.layout import decode_values
 
@@ -249,20 +251,16 @@ def test_figures_that_are_not_numbers_are_refused_and_still_are_json() -> None:
     with pytest.raises(AccuracyError):
         found.check()
 
-    class Coarse:
-        compute_dtype, store_dtype, tokens = "fp8", "int8", "visual"
-
-    texts = accuracy.to_attributes(Coarse(), found)  # type: ignore[arg-type]
+    recipe = replace(storage_helpers.RECIPE, compute_dtype=ComputeDtype.FP8, store_dtype=StoreDtype.INT8)
+    texts = accuracy.to_attributes(recipe, found)
     assert json.loads(texts["store_error"])["lowest_cosine"] is None
     assert {len(text) for text in texts.values()} == {ATTRIBUTE_CHARACTERS}
 
 
 @given(st.integers(1, 16), st.lists(st.floats(-1, 1), min_size=5, max_size=5))
 def test_figures_always_fit_their_attribute(tiles: int, figures: list[float]) -> None:
-    class Coarse:
-        compute_dtype, store_dtype, tokens = "fp8", "float16", "none"
-
-    (text,) = accuracy.to_attributes(Coarse(), Accuracy(ComputeError(tiles, *figures))).values()  # type: ignore[arg-type]
+    recipe = replace(storage_helpers.RECIPE, compute_dtype=ComputeDtype.FP8, tokens=Tokens.NONE)
+    (text,) = accuracy.to_attributes(recipe, Accuracy(ComputeError(tiles, *figures))).values()
     assert len(text) == ATTRIBUTE_CHARACTERS
 
 

@@ -23,7 +23,14 @@ DEFAULT_MAX_PIXELS = 178_956_970
 """Pillow's own error limit: twice its warning limit of 1 GiB of RGBA."""
 
 
-class Tokens(str, Enum):
+class Choice(str, Enum):
+    """A word among several, which prints as itself."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class Tokens(Choice):
     """Which tokens of every tile are stored."""
 
     VISUAL = "visual"
@@ -42,7 +49,7 @@ class Tokens(str, Enum):
         return f"{self.value}_scales"
 
 
-class Pool(str, Enum):
+class Pool(Choice):
     """How a tile's hidden states become one vector."""
 
     MEAN = "mean"
@@ -50,7 +57,7 @@ class Pool(str, Enum):
     CLS_MEAN = "cls+mean"
 
 
-class TokenOrder(str, Enum):
+class TokenOrder(Choice):
     """The order of a tile's visual tokens."""
 
     V1 = "v1"
@@ -59,7 +66,7 @@ class TokenOrder(str, Enum):
     """Row by row."""
 
 
-class Preprocess(str, Enum):
+class Preprocess(Choice):
     """How a picture becomes tiles."""
 
     TILES = "tiles"
@@ -67,7 +74,7 @@ class Preprocess(str, Enum):
     CLIP = "clip"
 
 
-class StoreDtype(str, Enum):
+class StoreDtype(Choice):
     """The type of stored tokens; bfloat16 is stored as its uint16 bits, fp8 (e4m3) as its uint8 bits."""
 
     FLOAT16 = "float16"
@@ -87,14 +94,14 @@ class StoreDtype(str, Enum):
         return self in (StoreDtype.INT8, StoreDtype.FP8)
 
 
-class Format(str, Enum):
+class Format(Choice):
     """How a shard lies on disk."""
 
     H5 = "h5"
     NPY = "npy"
 
 
-class ComputeDtype(str, Enum):
+class ComputeDtype(Choice):
     """The type the encoder computes in."""
 
     AUTO = "auto"
@@ -105,14 +112,14 @@ class ComputeDtype(str, Enum):
     """Linear layers in e4m3 with a scale for every row, all else in bfloat16."""
 
 
-class OnOverflow(str, Enum):
+class OnOverflow(Choice):
     """What to do with a value that the stored type cannot hold."""
 
     SKIP = "skip"
     CLAMP = "clamp"
 
 
-class TokenMapKind(str, Enum):
+class TokenMapKind(Choice):
     """What `show` draws of an image."""
 
     TILES = "tiles"
@@ -122,7 +129,7 @@ class TokenMapKind(str, Enum):
     THUMBNAIL = "thumbnail"
 
 
-class Graphics(str, Enum):
+class Graphics(Choice):
     """How a terminal takes pictures."""
 
     KITTY = "kitty"
@@ -131,7 +138,7 @@ class Graphics(str, Enum):
     BLOCKS = "blocks"
 
 
-class Projection(str, Enum):
+class Projection(Choice):
     """How `report` lays images out in a plane."""
 
     PCA = "pca"

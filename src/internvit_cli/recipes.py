@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import (
@@ -273,5 +272,5 @@ def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
 
 
 def _short(value: Any) -> str:
-    text = str(value.value if isinstance(value, Enum) else value)
+    text = str(value)
     return text[:12] + "..." if len(text) > 40 else text

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from internvit_cli.config import Status
+from internvit_cli.config import Choice, Status
 from internvit_cli.errors import OtherRecipeError, OutputError, StoppedError, UsageError, one_line
 from internvit_cli.exchange.destination import Destination
 from internvit_cli.exchange.export import Job, WriteOptions, Written, check_options, write
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from internvit_cli.stopping import StopRequest
 
 
-class Prefer(str, Enum):
+class Prefer(Choice):
     """Which of two rows of one key counts, where the pictures differ."""
 
     FIRST = "first"

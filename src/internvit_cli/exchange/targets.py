@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from enum import Enum
 from typing import NamedTuple
 
-from internvit_cli.config import Format
+from internvit_cli.config import Choice, Format
 from internvit_cli.errors import UsageError
 from internvit_cli.options import named_path
 
 
-class Target(str, Enum):
+class Target(Choice):
     """A format to export to."""
 
     H5 = "h5"
