@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import json
+import mmap
+import os
 import shutil
+import tempfile
+import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from run_helpers import extract, internvit
 
 from internvit_cli import Extractor, Features, InternvitError, SkippedImageError, open_features
 from internvit_cli.config import Status
-from internvit_cli.errors import ModelError, UsageError
+from internvit_cli.decode import direct
+from internvit_cli.errors import ClosedError, ModelError, UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
     from internvit_cli.storage.image import ImageFeatures
 
@@ -92,6 +101,260 @@ def test_pictures_of_every_kind_give_the_bits_of_the_command_line(folder, stored
         assert ours.digest == (theirs.digest if source != "pillow" else bytes(32))
 
 
+ENCODED = {
+    "bytes": lambda data, path: data,
+    "numpy's bytes": lambda data, path: np.bytes_(data),
+    "bytearray": lambda data, path: bytearray(data),
+    "memoryview": lambda data, path: memoryview(data),
+    "memoryview with gaps": lambda data, path: memoryview(np.repeat(np.frombuffer(data, np.uint8), 2))[::2],
+    "BytesIO": lambda data, path: io.BytesIO(data),
+    "BytesIO at its end": lambda data, path: written(data, io.BytesIO()),
+    "file": lambda data, path: path.open("rb"),
+    "file that was read": lambda data, path: read_on(path.open("rb")),
+    "file without buffer": lambda data, path: path.open("rb", buffering=0),
+    "file by its descriptor": lambda data, path: os.fdopen(os.open(path, os.O_RDONLY), "rb"),
+    "temporary file": lambda data, path: written(data, tempfile.TemporaryFile()),  # noqa: SIM115
+    "named temporary file": lambda data, path: written(data, tempfile.NamedTemporaryFile()),  # noqa: SIM115
+    "member of an archive": lambda data, path: zipped(data).open("inside/picture"),
+    "mapped file": lambda data, path: mapped(path),
+    "stream that cannot be sought": lambda data, path: Pipe(data),
+    "dict with bytes": lambda data, path: {"bytes": data, "path": "name in a table.jpg"},
+    "dict with bytes alone": lambda data, path: {"bytes": data},
+    "dict with bytes and no path": lambda data, path: {"bytes": bytearray(data), "path": None},
+    "dict with a path": lambda data, path: {"bytes": None, "path": str(path)},
+    "dict with a path alone": lambda data, path: {"path": path},
+    "str": lambda data, path: str(path),
+    "numpy's str": lambda data, path: np.str_(path),
+    "os.PathLike": lambda data, path: path,
+    "os.DirEntry": lambda data, path: next(entry for entry in os.scandir(path.parent) if entry.name == path.name),
+}
+"""The same file in every form in which a program may hold it."""
+
+
+def written(data, file):
+    file.write(data)
+    return file
+
+
+def mapped(path):
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def read_on(file):
+    file.read(7)
+    return file
+
+
+def zipped(data):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("inside/picture", data)
+    return zipfile.ZipFile(packed)
+
+
+class Pipe:
+    """As what a network gives: it can be read once."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def read(self) -> bytes:
+        data, self._data = self._data, b""
+        return data
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Extractor]:
+    """What tells pictures apart, at little cost."""
+    with Extractor("tiny-random", tokens="none", max_tiles=1, **CPU) as extractor:
+        yield extractor
+
+
+@pytest.mark.parametrize("form", ENCODED)
+def test_a_file_in_any_form_gives_what_its_path_gives(folder, small, form):
+    """Turned by EXIF, so that orientation counts; alone, and among others."""
+    path = folder / "turned6.png"
+    expected, data = small(path), path.read_bytes()
+    one, (first, again) = small(ENCODED[form](data, path)), small([ENCODED[form](data, path) for _ in range(2)])
+    for image in (one, first, again):
+        assert_same(image, expected)
+        assert image.digest == expected.digest
+        assert image.path in {None, str(path)} or form == "named temporary file"
+
+
+def test_pictures_are_called_by_the_name_they_come_with_and_have_a_path_while_it_is_theirs(folder, small, tmp_path):
+    path = folder / "grey.png"
+    data = path.read_bytes()
+    moved = tmp_path / "moved.png"
+    shutil.copy(path, moved)
+    with path.open("rb") as file, moved.open("rb") as gone, zipped(data).open("inside/picture") as member:
+        moved.unlink()
+        moved.write_bytes(b"another file by now")
+        images = small([file, gone, member, {"bytes": data, "path": "a.png"}, {"bytes": None, "path": str(path)}, data])
+        assert not file.closed and not gone.closed, "whoever opened a file closes it"
+    assert [(image.key, image.path) for image in images] == [
+        (str(path), str(path)),
+        (str(moved), None),
+        ("inside/picture", None),
+        ("a.png", None),
+        (str(path), str(path)),
+        ("5", None),
+    ]
+    assert all(image.is_done for image in images)
+
+
+def test_where_there_are_no_files_in_memory_bytes_are_decoded_all_the_same(folder, small, monkeypatch):
+    data = (folder / "turned6.png").read_bytes()
+    expected = small(data)
+    monkeypatch.delattr(os, "memfd_create")
+    assert_same(small(data), expected)
+
+
+def test_no_room_for_bytes_in_memory_skips_the_picture(folder, small, monkeypatch):
+    def refuse(name: str) -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(direct.os, "memfd_create", refuse)
+    assert small(b"any").status is Status.TOO_LARGE
+
+
+def test_pictures_may_come_in_any_iterable(folder, small):
+    paths = [str(folder / name) for name in ("grey.png", "alpha.png")]
+    expected = [image.pooled.tobytes() for image in small(paths)]
+    data = [Path(path).read_bytes() for path in paths]
+    stack = np.stack([np.asarray(Image.open(paths[0]))[:, :, None]] * 2)
+    for many in (tuple(paths), iter(paths), dict.fromkeys(paths).keys(), np.array(paths), np.array(data, object), data):
+        assert [image.pooled.tobytes() for image in small(many)] == expected
+    assert [image.pooled.tobytes() for image in small(stack)] == [expected[0]] * 2
+    assert small([]) == small(()) == small(np.empty((0, 8, 8, 3), np.uint8)) == []
+
+
+class Unreadable:
+    def __init__(self, what: Any) -> None:
+        self._what = what
+
+    def read(self) -> Any:
+        if isinstance(self._what, BaseException):
+            raise self._what
+        return self._what
+
+
+def test_a_file_that_fails_while_it_is_read_is_a_picture_that_cannot_be_used(small):
+    for error, word in ((OSError(errno.EIO, "Input/output error"), "unreadable"), (EOFError("cut"), "truncated")):
+        assert small(Unreadable(error)).status.word == word
+    assert [image.status.word for image in small([b"", io.BytesIO(b"GIF89a"), b"imgs/lund.jpg"])] == [
+        *("not_an_image", "not_an_image", "not_an_image")
+    ]
+
+
+NO_PICTURES = {
+    "a number": (lambda: 3, "an object of type int"),
+    "None": (lambda: None, "None"),
+    "an object": (object, "an object of type object"),
+    "a row of a table": (lambda: {"image": b"", "label": 1}, "its keys: image, label"),
+    "a dict of nothing": (lambda: {"bytes": None, "path": None}, 'neither "bytes" nor "path"'),
+    "a dict whose bytes are text": (lambda: {"bytes": "abc"}, '"bytes" is an object of type str'),
+    "a dict whose path is a number": (lambda: {"bytes": b"", "path": 3}, '"path" is an object of type int'),
+    "a URL": (lambda: "https://example.org/a.jpg", "a URL"),
+    "a data URL": (lambda: "data:image/png;base64,AAAA", "a URL"),
+    "bytes that were made a str": (lambda: "\x89PNG\0\0", "a path with a NUL"),
+    "text": (lambda: io.StringIO("abc"), "opened as text"),
+    "a file opened as text": (lambda: Path(__file__).open(), "opened as text"),  # noqa: SIM115
+    "a file for writing": (lambda: Path(os.devnull).open("wb"), "cannot be read"),  # noqa: SIM115
+    "a closed file": (lambda: closed(io.BytesIO(b"abc")), "a file that was closed"),
+    "a file that gives text": (lambda: Unreadable("abc"), r"read\(\) returns an object of type str"),
+    "a closed Pillow image": (lambda: closed(Image.new("RGB", (9, 9))), "a Pillow image that was closed"),
+    "floats": (lambda: np.zeros((9, 9, 3), np.float32), r"a float32 array \[9, 9, 3\]"),
+    "channels first": (lambda: np.zeros((3, 9, 9), np.uint8), r"a uint8 array \[3, 9, 9\]"),
+    "a row of pixels": (lambda: np.zeros(9, np.uint8), r"a uint8 array \[9\]"),
+    "a tensor": (lambda: torch.zeros(9, 9, 3, dtype=torch.uint8), r"torch.Tensor \[9, 9, 3\]"),
+}
+"""What somebody may give by mistake, and how it is called."""
+
+
+def closed(thing):
+    thing.close()
+    return thing
+
+
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_what_is_no_picture_is_an_error_that_says_what_it_is_and_what_is_accepted(small, name):
+    make, words = NO_PICTURES[name]
+    with pytest.raises(UsageError, match=words) as caught:
+        small(make())
+    assert caught.value.message.startswith("image 0 is ")
+    assert caught.value.hint
+    with pytest.raises(UsageError, match=words):
+        small([make()])
+
+
+def test_many_of_what_are_no_pictures_are_an_error_about_the_first_of_them(folder, small):
+    good = folder / "grey.png"
+    for wrong in ([good, ["a.png"]], [good, {7}], [good, 7], iter([good, torch.zeros(9, 9, 3, dtype=torch.uint8)])):
+        with pytest.raises(UsageError, match="image 1 is an object of type") as caught:
+            small(wrong)
+        assert "Pillow image" in caught.value.hint
+    with pytest.raises(UsageError, match=r"image 0 is an object of type torch.Tensor \[9, 9, 3\]"):
+        small(torch.zeros(2, 9, 9, 3, dtype=torch.uint8))
+    with pytest.raises(UsageError, match=r"image 0 is a uint8 array \[1, 9, 9, 3\]"):
+        small(np.zeros((1, 1, 9, 9, 3), np.uint8))
+
+
+def test_features_are_no_picture_and_are_not_read_to_say_so(small, stored):
+    for wrong, words in ((stored, "Features that has neither"), (stored[0], "ImageFeatures")):
+        with pytest.raises(UsageError, match=words) as caught:
+            small(wrong)
+        assert len(caught.value.message) < 300
+
+
+def test_one_picture_is_no_stream(folder, small):
+    for one in (str(folder / "grey.png"), b"abc", {"path": "a.png"}, 3):
+        with pytest.raises(UsageError, match="no stream"):
+            small.stream(one)
+
+
+def test_a_closed_extractor_says_so(folder, stored):
+    extractor = Extractor("tiny-random", tokens="none", max_tiles=1, **CPU)
+    begun = extractor.stream([folder / "grey.png"] * 50)
+    first = next(begun)
+    extractor.close()
+    extractor.close()
+    assert first.pooled.shape == (64,), "what it gave is the caller's"
+    for use in (
+        lambda: extractor(folder / "grey.png"),
+        lambda: extractor([]),
+        lambda: extractor.stream([]),
+        lambda: list(begun),
+        extractor.__enter__,
+    ):
+        with pytest.raises(ClosedError, match="was closed") as caught:
+            use()
+        assert isinstance(caught.value, InternvitError) and caught.value.hint
+    assert "closed" in repr(extractor)
+    with Extractor.like(stored, device="cpu") as again:
+        pass
+    with pytest.raises(ClosedError):
+        again(folder / "grey.png")
+
+
+def test_results_are_described_in_a_line_without_their_values(tmp_path):
+    with Extractor("tiny-random", tile_pooled=True, store_dtype="bfloat16", max_tiles=2, **CPU) as extractor:
+        image, missing = extractor([Image.new("RGB", (200, 100)), tmp_path / "missing.jpg"])
+        assert "bfloat16" not in repr(extractor) and "float32 on" in repr(extractor)
+    assert repr(image) == (
+        "<ImageFeatures '0': done, 200 x 100 pixels, 2 x 1 tiles and a thumbnail, "
+        "pooled [64] float32, visual_tokens [3, 256, 256] bfloat16, tile_pooled [3, 64] float32>"
+    )
+    assert repr(missing) == f"<ImageFeatures '{tmp_path / 'missing.jpg'}': vanished (No such file or directory)>"
+    tiles = [repr(tile) for tile in image.iter_tiles()]
+    assert tiles[1].startswith("<Tile 1 of ") and tiles[1].endswith(
+        ": column 1, row 0, tokens [256, 256] float32, pooled [64] float32>"
+    )
+    assert "the thumbnail" in tiles[2]
+    assert image != missing and len({image, image, missing}) == 2, "images can be compared, whatever arrays they hold"
+
+
 def test_arrays_are_pictures_too(folder, stored):
     with Extractor.like(stored, device="cpu") as extractor:
         rgb = np.asarray(Image.open(folder / PHOTOS[2]))
@@ -103,10 +366,6 @@ def test_arrays_are_pictures_too(folder, stored):
             assert_same(image, stored[key])
         stack = np.stack([rgb, rgb])
         assert [image.tiles for image in extractor(stack)] == [images[0].tiles] * 2
-        for wrong in (rgb.astype(np.float32), rgb[0, 0], np.zeros((4, 4, 7), np.uint8), 3, None):
-            with pytest.raises(UsageError, match="image 0") as caught:
-                extractor([wrong])
-            assert caught.value.hint
 
 
 def test_one_picture_gives_one_image_and_a_list_gives_a_list(folder, stored):
@@ -212,9 +471,36 @@ def test_options_that_mean_nothing_are_refused():
         ({"min_tiles": 13}, UsageError),
         ({"device": "toaster"}, UsageError),
         ({"token": "patch"}, TypeError),
+        ({"max_tiles": "6"}, UsageError),
+        ({"max_tiles": 2.5}, UsageError),
+        ({"max_tiles": True}, UsageError),
+        ({"tile_size": 0}, UsageError),
+        ({"max_pixels": -1}, UsageError),
+        ({"threads": 0}, UsageError),
+        ({"batch_tiles": "many"}, UsageError),
+        ({"layer": "last"}, UsageError),
+        ({"thumbnail": "no"}, UsageError),
+        ({"exif": None}, UsageError),
+        ({"background": (1, 2)}, UsageError),
+        ({"background": (0, 0, 256)}, UsageError),
+        ({"background": 3}, UsageError),
+        ({"device": 0}, UsageError),
+        ({"revision": 3}, UsageError),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=next(iter(wrong)).replace("_", ".")) as caught:
             Extractor("tiny-random", **wrong)
+        assert error is TypeError or caught.value.hint
+
+
+def test_options_may_be_numpys_numbers_lists_and_paths(reference):
+    model = reference / "300m-standalone"
+    options = {"max_tiles": np.int64(6), "background": [255, 0, 0], "layer": np.int8(-2)}
+    with Extractor(model, **options, **CPU) as one, Extractor(str(model), **options, **CPU) as other:
+        assert one.recipe == other.recipe
+        assert json.loads(one.recipe.to_json())["max_tiles"] == 6 and one.recipe.background == (255, 0, 0)
+    for make in (lambda: Extractor(3, **CPU), lambda: Extractor.like(3), lambda: open_features(b"feats.h5")):
+        with pytest.raises(UsageError, match="an object of type"):
+            make()
 
 
 def test_the_number_of_threads_of_the_program_stays_what_it_was():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import pickle
 import subprocess
@@ -18,9 +19,10 @@ import storage_helpers as helpers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvit_cli import SkippedImageError, UnknownKeyError, open_features
+import internvit_cli
+from internvit_cli import FeatureDataset, SkippedImageError, UnknownKeyError, open_features
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder, Tokens
-from internvit_cli.errors import InternvitError, OutputError
+from internvit_cli.errors import ClosedError, InternvitError, OutputError
 from internvit_cli.storage.image import stitch
 from internvit_cli.storage.layout import index_digest
 from internvit_cli.storage.near_keys import near_keys
@@ -350,6 +352,74 @@ def test_reading_needs_no_torch(tmp_path):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
+# ---------------------------------------------------------------------------------------------- closing, and in a line
+
+
+@KINDS
+def test_closed_features_say_so_and_their_keys_and_facts_stay(tmp_path, kind):
+    with open_features(make(tmp_path, kind)) as features:
+        image, vectors = features["c.jpg"], features.vectors()
+        before, mapped = vectors[:], image.pooled
+        view = features[1:3]
+    for use in (
+        lambda: features["c.jpg"],
+        lambda: features[0],
+        lambda: view[0],
+        lambda: list(features.values()),
+        lambda: list(features.iter_tiles()),
+        features.pooled_matrix,
+        lambda: features.get("c.jpg"),
+        lambda: vectors[:],
+        lambda: image.pooled,
+        image.to_torch,
+        image.token_map,
+        lambda: FeatureDataset(features)[0],
+    ):
+        with pytest.raises(ClosedError, match="were closed") as caught:
+            use()
+        assert isinstance(caught.value, InternvitError) and caught.value.hint
+    features.close()
+    assert len(features) == 6 and "c.jpg" in features and features.column("width")[2] == 302
+    assert np.array_equal(before[4], mapped), "what was read stays"
+    with open_features(features.path) as again:
+        assert np.array_equal(again["c.jpg"].pooled, mapped)
+
+
+@KINDS
+def test_features_images_tiles_and_vectors_are_described_in_a_line_without_their_values(tmp_path, kind):
+    path = make(tmp_path, kind, {1: TRUNCATED}, store_dtype=StoreDtype.BFLOAT16)
+    features = open_features(path)
+    arrays = "pooled [5, 5] float32, visual_tokens [16, 4, 6] bfloat16, tile_pooled [16, 5] float32"
+    assert repr(features) == f"<Features of '{path}': 6 images, 5 done, 16 tiles, {arrays}>"
+    assert repr(features[4:5]).startswith(f"<Features of '{path}': 1 image, 4 tiles, pooled [1, 5] float32, ")
+    assert repr(features[2]) == (
+        "<ImageFeatures 'b/cat.jpg': done, 302 x 200 pixels, 3 x 2 tiles and a thumbnail, "
+        "pooled [5] float32, visual_tokens [7, 4, 6] bfloat16, tile_pooled [7, 5] float32>"
+    )
+    assert repr(features[1]) == "<ImageFeatures 'a/dog.jpg': truncated>"
+    *_, last = features[2].iter_tiles()
+    assert repr(last) == "<Tile 6 of 'b/cat.jpg': the thumbnail, tokens [4, 6] float32, pooled [5] float32>"
+    assert repr(features.vectors()) == "<PooledVectors [5, 5] float32>"
+    assert repr(FeatureDataset(path, skip=True)) == (
+        f"<FeatureDataset of '{path}': 5 images, each with tokens, pooled, tile_pooled>"
+    )
+    assert "16 tiles, each with tokens, tile_pooled>" in repr(FeatureDataset(path, by="tile", skip=True))
+
+
+def test_a_status_comes_with_the_package_and_prints_as_its_word(tmp_path):
+    status = open_features(make(tmp_path, "file", {1: TRUNCATED}))["a/dog.jpg"].status
+    assert status is internvit_cli.Status.TRUNCATED
+    assert f"{status}" == str(status) == "truncated" and f"{status:02d}" == "03" and json.dumps(status) == "3"
+
+
+def test_what_is_gone_can_still_be_described(tmp_path):
+    features = open_features(make(tmp_path, "file"))
+    image = features["c.jpg"]
+    (tmp_path / "feats.h5").unlink()
+    for gone in (features, image):
+        assert "cannot be read" in repr(gone) and "Traceback" not in repr(gone)
 
 
 @pytest.mark.sweep

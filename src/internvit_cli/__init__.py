@@ -16,7 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvit_cli.errors import InternvitError
+    from internvit_cli.config import Status
+    from internvit_cli.errors import ClosedError, InternvitError
     from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
     from internvit_cli.storage.reader import Features, UnknownKeyError, open_features
     from internvit_cli.use.dataset import FeatureDataset, collate_nested, collate_padded
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "ClosedError",
     "Extractor",
     "FeatureDataset",
     "Features",
     "ImageFeatures",
     "InternvitError",
     "SkippedImageError",
+    "Status",
     "Tile",
     "UnknownKeyError",
     "__version__",
@@ -40,7 +43,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "internvit_cli.errors": ("InternvitError",),
+    "internvit_cli.config": ("Status",),
+    "internvit_cli.errors": ("ClosedError", "InternvitError"),
     "internvit_cli.storage.image": ("ImageFeatures", "SkippedImageError", "Tile"),
     "internvit_cli.storage.reader": ("Features", "UnknownKeyError", "open_features"),
     "internvit_cli.use.dataset": ("FeatureDataset", "collate_nested", "collate_padded"),

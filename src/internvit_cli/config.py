@@ -169,6 +169,12 @@ class Status(IntEnum):
         """The reason in the words of the reports, such as `not_an_image`."""
         return self.name.lower()
 
+    def __str__(self) -> str:
+        return self.word
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), spec) if spec else str(self)  # what IntEnum does here differs between versions
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:

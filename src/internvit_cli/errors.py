@@ -50,6 +50,10 @@ class OutputError(InternvitError):
     """An output that cannot be written, or a file that is not a sound feature file."""
 
 
+class ClosedError(InternvitError, ValueError):
+    """Something that was closed is used; a ValueError too, as for files."""
+
+
 class StoppedError(InternvitError):
     """A signal ended the run before there was anything to commit."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 from internvit_cli.config import (
@@ -17,6 +18,7 @@ from internvit_cli.config import (
 )
 from internvit_cli.errors import UsageError
 from internvit_cli.sources.interface import DiscoverOptions
+from internvit_cli.words import described
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +129,15 @@ def parse_color(text: str) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def named_path(path: str) -> str:
+def named_path(path: str | os.PathLike[str]) -> str:
     """A path as a user names it, without slashes at its end.
 
     Raises:
-        UsageError: it is empty, as a variable of a script is that was never set.
+        UsageError: it is empty, as a variable of a script is that was never set, or no path.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UsageError(f"the path of features is {described(path)}", "give a str or os.PathLike")
+    path = os.fsdecode(path)
     if not path:
         raise UsageError("an output without a name", "is the variable that should hold it set?")
     return path.rstrip("/") or "/"

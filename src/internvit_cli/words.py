@@ -1,6 +1,8 @@
-"""Numbers in sentences."""
+"""Numbers and foreign things in sentences."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -17,3 +19,19 @@ def counted(count: int, noun: str, plural: str = "") -> str:
 def counted_of(done: int, total: int, noun: str, plural: str = "") -> str:
     """Return a part of a count with its noun, such as `0 of 1 image` or `3 of 12,345 images`."""
     return f"{done:,} of {counted(total, noun, plural)}"
+
+
+def described(thing: Any) -> str:
+    """Return what something is by its type and size, without its values: for messages about what cannot be used.
+
+    >>> described("a.png"), described(None)
+    ('an object of type str', 'None')
+    """
+    if thing is None:
+        return "None"
+    kind = type(thing)
+    name = kind.__name__ if kind.__module__ in {"builtins", "numpy"} else f"{kind.__module__}.{kind.__qualname__}"
+    shape = getattr(thing, "shape", None)
+    if not isinstance(shape, tuple):
+        return f"an object of type {name}"
+    return f"a {thing.dtype} array {list(shape)}" if name == "ndarray" else f"an object of type {name} {list(shape)}"

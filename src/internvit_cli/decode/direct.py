@@ -6,8 +6,10 @@ hostile picture could take along.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -52,6 +54,34 @@ def tile_file(path: bytes, rule: PixelRule) -> Tiled | Skipped:
     if not isinstance(decoded, Decoded):
         return decoded
     return _tiled((header.width, header.height, header.orientation), rule, tiles, decoded.digest)
+
+
+def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> Tiled | Skipped:
+    """Decode the bytes of a file into tiles, or say why there are none; one thread of a process at a time.
+
+    They are decoded as a file, so neither limits nor orientation, pixels or digest can differ from those of a file on
+    disk that holds them.
+    """
+    try:
+        file, path = _empty_file()
+        with file:
+            file.write(data.tobytes() if isinstance(data, memoryview) else data)
+            file.flush()
+            return tile_file(path, rule)
+    except OSError as error:  # no room for a copy
+        return classify(error)
+
+
+def _empty_file() -> tuple[IO[bytes], bytes]:
+    """A file that vanishes when it is closed, in memory where the system has such files; and its path."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("picture")
+        path = b"/proc/self/fd/%d" % descriptor
+        if os.path.exists(path):
+            return os.fdopen(descriptor, "wb"), path
+        os.close(descriptor)
+    file = tempfile.NamedTemporaryFile()  # noqa: SIM115 -- the caller closes it
+    return cast("IO[bytes]", file), os.fsencode(file.name)
 
 
 def tile_picture(image: Image.Image, rule: PixelRule) -> Tiled | Skipped:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.config import Recipe
 
+SCALES = "_scales"
 FEATURE_NAMES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 
 
@@ -42,6 +43,10 @@ class RowStore(Protocol):
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows of one dataset as stored, [stop - start, ...], the caller's own."""
+        ...
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one row of a dataset."""
         ...
 
     def picture(self, row: int) -> bytes | None:
@@ -78,6 +83,14 @@ class ImageFeatures:
     _first_tile: int
     reason: str = ""
     """Why an image that was just encoded has no features, in words; files keep theirs in their list of skipped ones."""
+
+    def __repr__(self) -> str:
+        what = f"<{type(self).__name__} {self.key!r}: {self.status}"
+        if not self.is_done:
+            return f"{what} ({self.reason})>" if self.reason else f"{what}>"
+        tiles = f"{self.grid.columns} x {self.grid.rows} tiles" + self.has_thumbnail * " and a thumbnail"
+        size = f"{self.width} x {self.height} pixels"
+        return f"{what}, {size}, {tiles}, {described_arrays(self._store, self.tiles)}>"
 
     @property
     def tiles(self) -> int:
@@ -267,6 +280,13 @@ class Tile:
     pooled: NDArray[Any] | None
     """[d] float32; None without `--tile-pooled`."""
 
+    def __repr__(self) -> str:
+        place = self.place
+        where = "the thumbnail" if place is None else f"column {place[0]}, row {place[1]}"
+        arrays = {"tokens": self.tokens, "pooled": self.pooled}
+        shapes = [f"{name} {list(array.shape)} {array.dtype}" for name, array in arrays.items() if array is not None]
+        return f"<{type(self).__name__} {self.number} of {self.image.key!r}: {', '.join([where, *shapes])}>"
+
     @property
     def is_thumbnail(self) -> bool:
         """Whether it is the whole picture."""
@@ -277,6 +297,23 @@ class Tile:
         """(column, row) in the grid; None for the thumbnail."""
         row, column = divmod(self.number, self.image.grid.columns)
         return None if self.is_thumbnail else (column, row)
+
+
+def described_arrays(store: RowStore, tiles: int, images: int | None = None) -> str:
+    """The arrays of one image, or of so many images, with their shapes and stored types, in words.
+
+    A description must not fail: where a file cannot be read any more, it says that instead.
+    """
+    try:
+        shapes = {name: store.row_shape(name) for name in store.stored if not name.endswith(SCALES)}
+        dtype = store.recipe.store_dtype.value
+    except (InternvitError, ValueError) as error:
+        return f"arrays that cannot be read: {error}"
+    words = []
+    for name, row in shapes.items():
+        first = [tiles] if name != POOLED else [] if images is None else [images]
+        words.append(f"{name} {[*first, *row]} {dtype if 'tokens' in name else 'float32'}")
+    return ", ".join(words)
 
 
 def stitch(tokens: NDArray[Any], grid: Grid) -> NDArray[Any]:

@@ -16,16 +16,18 @@ import numpy as np
 from internvit_cli.config import Status
 from internvit_cli.errors import UsageError
 from internvit_cli.options import named_path
-from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
+from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile, described_arrays
 from internvit_cli.storage.layout import stored_recipe
 from internvit_cli.storage.near_keys import near_keys
 from internvit_cli.storage.places import find_places
 from internvit_cli.storage.row_index import PooledVectors, RowIndex
 from internvit_cli.storage.shard import OpenShard
 from internvit_cli.table import COLUMN_DTYPES
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
     from internvit_cli.config import Recipe
     from internvit_cli.storage.output import FinishedShard
@@ -82,7 +84,29 @@ class Features(Mapping[str, ImageFeatures]):
         return isinstance(key, str) and self._find(key) is not None
 
     def __repr__(self) -> str:
-        return f"<{len(self):,} images of {self.path!r}>"
+        done = self.column("status") == Status.DONE
+        tiles = self.column("columns").astype(np.int64) * self.column("rows") + self.column("thumbnail")
+        images, encoded = len(self), int(done.sum())
+        facts = [counted(images, "image")]
+        if encoded < images:
+            facts.append(f"{encoded:,} done")
+        facts.append(counted(int(tiles[done].sum()), "tile"))
+        if self.shards:
+            facts.append(described_arrays(self.shards[-1], int(tiles[done].sum()), encoded))
+        return f"<{type(self).__name__} of {self.path!r}: {', '.join(facts)}>"
+
+    def close(self) -> None:
+        """Refuse to read features from now on, of this view and of all others of the same file.
+
+        Nothing has to be closed: between reads no file is open. Keys and facts stay.
+        """
+        self._index.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @overload
     def __getitem__(self, wanted: str | int) -> ImageFeatures: ...
@@ -263,9 +287,9 @@ def open_features(path: str | os.PathLike[str]) -> Features:
         OutputError: there is nothing there, or it is damaged, or of a newer format.
 
     >>> open_features("feats.h5")
-    <4 images of 'feats.h5'>
+    <Features of 'feats.h5': 4 images, 34 tiles, pooled [4, 64] float32, visual_tokens [34, 256, 256] float16>
     """
-    name = named_path(os.fspath(path))
+    name = named_path(path)
     return Features(name, RowIndex([OpenShard(shard) for shard in find_shards(name)]))
 
 

@@ -42,6 +42,11 @@ class RowIndex:
         """The image at a position."""
         return self.shards[int(self.shard_of[position])].image(int(self.row_of[position]))
 
+    def close(self) -> None:
+        """Refuse to read rows from now on."""
+        for shard in self.shards:
+            shard.close()
+
     def find(self, key: bytes) -> int | None:
         """The position of a key; None when no image has it."""
         if self._found is None:
@@ -93,6 +98,9 @@ class PooledVectors:
     def __len__(self) -> int:
         return len(self._positions)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {list(self.shape)} {self.dtype}>"
+
     @property
     def keys(self) -> list[str]:
         """The images' keys, [n]."""
@@ -129,6 +137,7 @@ class PooledVectors:
             yield start, self[start : start + size]
 
     def _rows(self, shard: int, rows: NDArray[Any]) -> NDArray[Any]:
+        self._index.shards[shard].require_open()
         if shard not in self._mapped:
             self._mapped[shard] = self._index.shards[shard].mapped(POOLED)
         first, last = int(rows[0]), int(rows[-1])

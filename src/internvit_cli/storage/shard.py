@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.config import Recipe, Status
-from internvit_cli.errors import OutputError
+from internvit_cli.errors import ClosedError, OutputError
 from internvit_cli.storage.durable import read_exactly
 from internvit_cli.storage.image import ImageFeatures
 from internvit_cli.storage.layout import FEATURE_DATASETS, Extent, recorded_sources, stored_recipe
@@ -31,6 +31,7 @@ class OpenShard:
         self.table = shard.stored.table
         self.attributes = shard.stored.attributes
         self.superseded_keys = shard.superseded_keys
+        self._is_closed = False
 
     @property
     def path(self) -> str:
@@ -72,6 +73,19 @@ class OpenShard:
         """CRC-32 of every image's rows, [n] uint32."""
         return self._found.backend.commit_records(self._found.path)[1]
 
+    def close(self) -> None:
+        """Refuse to read from now on; between reads nothing is open anyway."""
+        self._is_closed = True
+
+    def require_open(self) -> None:
+        """Raise ClosedError after `close`."""
+        if self._is_closed:
+            raise ClosedError(f"the features of {self.path} were closed", "open them again, or read before closing")
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one row of a dataset."""
+        return self.extents[name].spec.shape[1:]
+
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows of one dataset as stored, [stop - start, ...]."""
         extent = self.extents[name]
@@ -111,6 +125,7 @@ class OpenShard:
 
     def image(self, row: int) -> ImageFeatures:
         """One row, by number."""
+        self.require_open()
         table = self.table
         return ImageFeatures(
             key=os.fsdecode(table.keys[row]),
@@ -130,7 +145,9 @@ class OpenShard:
 
         Raises:
             OutputError: a later run has replaced the file: this index says nothing of the new one's rows.
+            ClosedError: after `close`.
         """
+        self.require_open()
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -22,6 +22,7 @@ from internvit_cli.errors import UsageError
 from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
 from internvit_cli.storage.reader import Features, open_features
 from internvit_cli.storage.shard import replaced
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,6 +99,10 @@ class FeatureDataset(Dataset[Sample]):
                 raise replaced(self._path)
             self._features = opened.at(self._positions)
         return self._features
+
+    def __repr__(self) -> str:
+        what = counted(len(self), "tile" if self._by_tile else "image")
+        return f"<{type(self).__name__} of {self._path!r}: {what}, each with {', '.join(self._arrays)}>"
 
     def __len__(self) -> int:
         return int(self._first_tile[-1]) if self._by_tile else len(self._first_tile) - 1

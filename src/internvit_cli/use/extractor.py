@@ -9,25 +9,24 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import numpy as np
-from PIL import Image
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, Skipped, Status, Tokens
-from internvit_cli.decode.direct import Tiled, tile_file, tile_picture
-from internvit_cli.errors import UsageError
+from internvit_cli.errors import ClosedError, UsageError
 from internvit_cli.recipes import ModelInUse, encoder_options, encoder_options_of_run, pixel_rule
 from internvit_cli.recorded import open_recorded
 from internvit_cli.storage.layout import POOLED, TILE_POOLED
 from internvit_cli.storage.reader import Features, open_features
-from internvit_cli.use.in_memory import Named, absolute, done_image, skipped_image
-from internvit_cli.use.settings import ExtractorOptions, choice, extract_options
+from internvit_cli.use.given import ACCEPTED, is_picture, tile_given
+from internvit_cli.use.in_memory import Named, done_image, skipped_image
+from internvit_cli.use.settings import ExtractorOptions, choice, extract_options, model_name
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Iterator
     from types import TracebackType
 
@@ -35,13 +34,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
     from internvit_cli.config import Recipe
+    from internvit_cli.decode.direct import Tiled
     from internvit_cli.encoder import Encoder, PendingBatch, TileFeatures
     from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.storage.image import ImageFeatures
-
-Picture: TypeAlias = "str | bytes | os.PathLike[Any] | Image.Image | NDArray[Any]"
-"""A path, a Pillow image in any mode, or a uint8 array [height, width] or [height, width, 1 to 4 channels]."""
+    from internvit_cli.use.given import Picture
 
 BATCHES_IN_FLIGHT = 2
 """One that the device works on and one that waits, so that the device never does."""
@@ -65,7 +63,7 @@ class Extractor:
         (96, 64, 64)
     """
 
-    def __init__(self, model: str = DEFAULT_MODEL, **options: Unpack[ExtractorOptions]) -> None:
+    def __init__(self, model: str | os.PathLike[str] = DEFAULT_MODEL, **options: Unpack[ExtractorOptions]) -> None:
         """Load a model.
 
         Args:
@@ -89,7 +87,7 @@ class Extractor:
         features: Features | str | os.PathLike[str],
         *,
         tokens: Tokens | str | None = None,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         device: str = "auto",
     ) -> Self:
         """An extractor that goes on where a feature file left off: its recipe, its weights.
@@ -112,17 +110,19 @@ class Extractor:
         recipe, attributes = opened.recipe, opened.attributes
         if tokens is not None:
             recipe = replace(recipe, tokens=choice("tokens", Tokens, tokens))
-        checkpoint = open_recorded(recipe, attributes, model)
+        checkpoint = open_recorded(recipe, attributes, None if model is None else model_name(model))
         self = cls.__new__(cls)
         batch_tiles = int(attributes.get("batch_tiles", 0)) or None
         self._start(checkpoint, recipe, encoder_options(recipe, device, batch_tiles), DEFAULT_MAX_PIXELS)
         return self
 
     def _start(self, checkpoint: Checkpoint, recipe: Recipe, how: EncoderOptions, max_pixels: int) -> None:
-        self._encoder = _load(checkpoint, how)
-        self.recipe = replace(recipe, compute_dtype=self._encoder.dtype)
+        encoder = _load(checkpoint, how)
+        self._encoder: Encoder | None = encoder
+        """None once it was closed."""
+        self.recipe = replace(recipe, compute_dtype=encoder.dtype)
         """What decides its values; that of a feature file made with the same options is equal."""
-        self.device_name = self._encoder.device_name
+        self.device_name = encoder.device_name
         self._rule = pixel_rule(recipe, max_pixels)
 
     @overload
@@ -132,43 +132,73 @@ class Extractor:
     def __call__(self, images: Picture | Iterable[Picture]) -> ImageFeatures | list[ImageFeatures]:
         """Encode one picture, or many, whose tiles share batches.
 
+        Args:
+            images: one picture or an iterable of them. A picture is a path (str or os.PathLike), the bytes of a file
+                (bytes, bytearray, memoryview), a file opened in binary mode (BytesIO too), a dict with "bytes" or
+                "path" as Hugging Face's datasets keep pictures, a Pillow image in any mode, or a uint8 array
+                [height, width] or [height, width, 1 to 4 channels].
+
         Returns:
             For each picture, in order, its features. One that cannot be used is there too, with a status other than
             done and its reason; asking it for features raises SkippedImageError.
 
         Raises:
             UsageError: something that is no picture.
+            ClosedError: the extractor was closed.
             DeviceError: the device ran out of memory.
         """
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4:
+        if is_picture(images):
             return next(self.stream([cast("Picture", images)]))
-        return list(self.stream(images))
+        return list(self.stream(cast("Iterable[Picture]", images)))
 
     def stream(self, images: Iterable[Picture]) -> Iterator[ImageFeatures]:
         """Encode pictures as they come, a few ahead of what is taken; memory does not grow with their number.
 
+        Args:
+            images: as for a call.
+
+        Raises:
+            UsageError: something that is no picture, when its turn comes.
+            ClosedError: the extractor was closed.
+
         >>> with Extractor("tiny-random", tokens="none", device="cpu") as extractor:
         ...     for image in extractor.stream(["imgs/lund.jpg", "missing.jpg"]):
-        ...         print(image.key, image.status.word)
+        ...         print(image.key, image.status)
         imgs/lund.jpg done
         missing.jpg vanished
         """
-        flow = _Flow(self._encoder)
+        self._open_encoder()
+        if is_picture(images):
+            raise UsageError("one picture is no stream of them", f"give an iterable of pictures; {ACCEPTED}")
+        return self._stream(images)
+
+    def _stream(self, images: Iterable[Picture]) -> Iterator[ImageFeatures]:
+        flow = _Flow(self._open_encoder())
         waiting: deque[_Pending] = deque()
         for number, image in enumerate(images):
-            waiting.append(self._decode(number, image))
+            self._open_encoder()
+            waiting.append(_Pending(*tile_given(number, image, self._rule)))
             flow.take(waiting[-1])
             while waiting and waiting[0].is_encoded:
                 yield self._finish(waiting.popleft())
+        self._open_encoder()
         flow.finish()
         while waiting:
             yield self._finish(waiting.popleft())
 
     def close(self) -> None:
-        """Give up threads and memory."""
-        self._encoder.close()
+        """Give up threads and memory; closing again does nothing."""
+        encoder, self._encoder = self._encoder, None
+        if encoder is not None:
+            encoder.close()
+
+    def _open_encoder(self) -> Encoder:
+        if self._encoder is None:
+            raise ClosedError("the Extractor was closed", "make a new one, or encode inside its `with` block")
+        return self._encoder
 
     def __enter__(self) -> Self:
+        self._open_encoder()
         return self
 
     def __exit__(
@@ -177,22 +207,9 @@ class Extractor:
         self.close()
 
     def __repr__(self) -> str:
+        closed = "closed " if self._encoder is None else ""
         dtype, tokens = self.recipe.compute_dtype.value, self.recipe.tokens.value
-        return f"<Extractor in {dtype} on {self.device_name}, {tokens} tokens>"
-
-    def _decode(self, number: int, image: Picture) -> _Pending:
-        if isinstance(image, (str, bytes, os.PathLike)):
-            path = absolute(image)
-            return _Pending(Named(os.fsdecode(image), path), tile_file(path, self._rule))
-        if isinstance(image, np.ndarray):
-            return _Pending(Named(str(number), None), tile_picture(_from_array(number, image), self._rule))
-        if not isinstance(image, Image.Image):
-            raise UsageError(
-                f"image {number} is {type(image).__name__}", "give paths, Pillow images, or uint8 arrays [h, w, 3]"
-            )
-        name = getattr(image, "filename", "")
-        named = Named(os.fsdecode(name), absolute(name)) if name else Named(str(number), None)
-        return _Pending(named, tile_picture(image, self._rule))
+        return f"<{closed}Extractor in {dtype} on {self.device_name}, {tokens} tokens>"
 
     def _finish(self, pending: _Pending) -> ImageFeatures:
         """The features of a picture whose tiles are encoded."""
@@ -284,13 +301,3 @@ def _load(checkpoint: Checkpoint, how: EncoderOptions) -> Encoder:
         return Encoder.load(checkpoint, how)
     finally:
         torch.set_num_threads(threads)  # a program of its own keeps the setting of its own
-
-
-def _from_array(number: int, array: NDArray[Any]) -> Image.Image:
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in {2, 3, 4})):
-        raise UsageError(
-            f"image {number} is {array.dtype} {array.shape}", "arrays are uint8, [height, width] or [height, width, 3]"
-        )
-    return Image.fromarray(np.ascontiguousarray(array))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from internvit_cli.decode.direct import Tiled
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # arrays have no one answer to ==
 class RowsInMemory:
     """The rows of one image."""
 
@@ -32,6 +32,10 @@ class RowsInMemory:
     def stored(self) -> tuple[str, ...]:
         """The datasets that there are."""
         return tuple(self.arrays)
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one row of a dataset."""
+        return self.arrays[name].shape[1:]
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows of one dataset, copied."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from numbers import Integral
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, Preprocess, StoreDtype, Tokens
-from internvit_cli.errors import UsageError
+from internvit_cli.errors import UsageError, one_line
 from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions, parse_color
+from internvit_cli.words import described
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,6 +62,7 @@ class ExtractorOptions(TypedDict, total=False):
     """Encoder threads on a CPU; None is one a core."""
 
 
+AT_LEAST_1 = {"tile_size", "min_tiles", "max_tiles", "max_pixels", "batch_tiles", "threads"}
 CHOICES: Mapping[str, type[Enum]] = {
     "preprocess": Preprocess,
     "tokens": Tokens,
@@ -67,16 +73,17 @@ CHOICES: Mapping[str, type[Enum]] = {
 }
 
 
-def extract_options(model: str, options: Mapping[str, Any]) -> ExtractOptions:
+def extract_options(model: str | os.PathLike[str], options: Mapping[str, Any]) -> ExtractOptions:
     """What an extraction with these keyword arguments would be asked for.
 
     Raises:
         TypeError: an option that there is not.
-        UsageError: a value that there is not, or options that contradict each other.
+        UsageError: a value that there is not, of another type or out of range, or options that contradict each other.
     """
     if unknown := [name for name in options if name not in ExtractorOptions.__annotations__]:
         raise TypeError(f"an Extractor has no option {unknown[0]!r}; {', '.join(ExtractorOptions.__annotations__)}")
-    values = {name: _value(name, value) for name, value in options.items()}
+    hints = get_type_hints(ExtractorOptions)
+    values = {name: _value(name, value, hints[name]) for name, value in options.items()}
     if "device" in values:
         values["devices"] = (values.pop("device"),)
 
@@ -85,17 +92,69 @@ def extract_options(model: str, options: Mapping[str, Any]) -> ExtractOptions:
 
     return ExtractOptions(
         sources=(),
-        model=ModelOptions(name=model, **of(ModelOptions)),
+        model=ModelOptions(name=model_name(model), **of(ModelOptions)),
         pictures=PictureOptions(**of(PictureOptions)),
         store=StoreOptions(output="", **of(StoreOptions)),
         run=RunOptions(**of(RunOptions)),
     )
 
 
-def _value(name: str, value: Any) -> Any:
-    if name == "background" and isinstance(value, str):
+def model_name(model: str | os.PathLike[str]) -> str:
+    """The name or path of a model as text.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise UsageError(f"model is {described(model)}", "give a hub id, an alias, or the path of a directory")
+    return os.fsdecode(model)
+
+
+def _value(name: str, value: Any, hint: Any) -> Any:
+    if name in CHOICES:
+        return choice(name, CHOICES[name], value)
+    if not _fits(value, hint):
+        raise UsageError(f"{name}={one_line(repr(value), 60)} is of the wrong type", f"{name} takes {_named(hint)}")
+    if name == "background" and value is not None:
+        return _color(value)
+    if name in AT_LEAST_1 and value is not None and value < 1:
+        raise UsageError(f"{name}={value!r} is below 1", "give a positive number, or leave it out")
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an option's type; numpy's integers are ints, and bools are not."""
+    kind = get_origin(hint) or hint
+    if kind in {Union, UnionType}:
+        return any(_fits(value, one) for one in get_args(hint))
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if kind in {tuple, list, Sequence}:
+        items = [one for one in get_args(hint) if one is not ...]
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False
+        if kind is tuple and ... not in get_args(hint):
+            return len(value) == len(items) and all(map(_fits, value, items))
+        return all(_fits(item, items[0]) for item in value)
+    return isinstance(value, kind)
+
+
+def _named(hint: Any) -> str:
+    """A type in words, such as `int or None`."""
+    if get_origin(hint) in {Union, UnionType}:
+        return " or ".join(_named(one) for one in get_args(hint))
+    if hint is NoneType:
+        return "None"
+    return str(hint) if get_origin(hint) else hint.__name__
+
+
+def _color(value: str | Sequence[int]) -> tuple[int, int, int]:
+    if isinstance(value, str):
         return parse_color(value)
-    return choice(name, CHOICES[name], value) if name in CHOICES else value
+    red, green, blue = (int(part) for part in value)
+    if not all(0 <= part <= 255 for part in (red, green, blue)):
+        raise UsageError(f"background={value!r} is no colour", "red, green and blue are 0 to 255")
+    return red, green, blue
 
 
 def choice(name: str, kind: type[Choice], value: Choice | str) -> Choice:
