@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from shared_folder import SHARED
 
-HELPERS = [path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith(("test_", "conftest"))]
+HELPERS = [
+    path.stem
+    for path in Path(__file__).parent.glob("*.py")
+    if not path.stem.startswith(("test_", "conftest", "shared_"))
+]
 pytest.register_assert_rewrite(*HELPERS)  # a failed assert in a helper shows its values, as one in a test does
 pytest_plugins = ["report_helpers"]
 
 settings.register_profile("shared machine", deadline=None)  # A slow moment of the machine is no failure.
 settings.load_profile("shared machine")
-
-SHARED = Path(os.environ.get("INTERNVIT_SHARED") or Path(__file__).resolve().parents[1].parent / "shared")
 
 
 def _folder(name: str) -> Path:

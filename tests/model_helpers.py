@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from shared_folder import SHARED
 
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
@@ -18,7 +17,6 @@ from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
 if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard
 
-SHARED = Path(os.environ.get("INTERNVIT_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 REFERENCE = SHARED / "reference"
 LAYOUTS = ("standalone", "chat", "hf")
 FAMILIES = ("300m", "6b")

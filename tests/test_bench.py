@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from run_helpers import internvit, make_pictures, state_of
 
 from internvit_cli.bench import ADVICE, DecodeRate, EncoderRate, predict
-from internvit_cli.cli.bench import parse_batches, parse_dtypes
+from internvit_cli.cli.bench import batch_list, dtype_list
+from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import ComputeDtype
-from internvit_cli.errors import UsageError
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
@@ -117,13 +117,13 @@ def test_on_a_cpu_encoder_and_workers_share_the_cores(images: int, tiles: int, e
 
 
 @pytest.mark.parametrize("text", ["", "0", "a", "1,", "1,-2", "99999999"])
-def test_what_is_no_list_of_batches_is_a_usage_error(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_batches(text)
+def test_what_is_no_list_of_batches_is_refused(text: str) -> None:
+    with pytest.raises(UnusableWordError):
+        batch_list(text)
 
 
 def test_lists_of_batches_and_types() -> None:
-    assert parse_batches("1,64") == (1, 64) and parse_batches(None) is None
-    assert parse_dtypes("float32,bfloat16") == (ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16)
-    with pytest.raises(UsageError):
-        parse_dtypes("float8")
+    assert batch_list("1,64") == (1, 64)
+    assert dtype_list("float32,bf16") == (ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16)
+    with pytest.raises(UnusableWordError):
+        dtype_list("float8")

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from internvit_cli.cli.app import COMMANDS, USAGE_ERROR, app
-from internvit_cli.cli.settings import _known, variable_of
+from internvit_cli.cli.app import COMMANDS, app
+from internvit_cli.cli.declarations import REGISTERED
+from internvit_cli.cli.settings import variable_of
+from internvit_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -54,7 +56,7 @@ def test_every_option_of_a_command_is_on_the_page_with_its_variable_and_its_key(
     make_cli: ModuleType, command: str
 ) -> None:
     rows = [line for line in make_cli.page().splitlines() if line.startswith("| `-")]
-    for key in _known[command]:
+    for key in REGISTERED[command].by_key:
         assert any(row.endswith(f"| `{variable_of(key)}`, `{key}` |") for row in rows), key
 
 
@@ -87,7 +89,7 @@ def parse(arguments: list[str]) -> Any:
     """Parse as the command would, and run nothing.
 
     Raises:
-        USAGE_ERROR: it would refuse them.
+        UsageError: it would refuse them.
     """
     import typer
 
@@ -97,7 +99,10 @@ def parse(arguments: list[str]) -> Any:
         assert name in {"--help", "--version", "--install-completion", "--show-completion"}, name
         return None
     assert name in group.commands, f"there is no command {name}"
-    return group.commands[name].make_context(name, rest)
+    try:
+        return group.commands[name].make_context(name, rest)
+    except typer.Exit:  # --help, --print-config
+        return None
 
 
 LINES = [(page.name, line) for page in PAGES for line in command_lines(page)]
@@ -107,7 +112,7 @@ LINES = [(page.name, line) for page in PAGES for line in command_lines(page)]
 def test_a_command_line_in_the_documentation_is_one_that_the_command_takes(
     page: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("internvit_cli.cli.settings.read_config", lambda _: {})  # the files that pages speak of
+    monkeypatch.setattr("internvit_cli.cli.settings.read_config", lambda *_: {})  # the files that pages speak of
     arguments = arguments_of(line)
     for key in [key for key in os.environ if key.startswith("INTERNVIT_")]:
         pytest.fail(f"{key} is set and would decide what is parsed")
@@ -116,7 +121,7 @@ def test_a_command_line_in_the_documentation_is_one_that_the_command_takes(
 
 def test_a_command_line_that_the_command_does_not_take_is_noticed() -> None:
     for line in ("internvit extract x --token none", "internvit info", "internvit extract x --tokens nome"):
-        with pytest.raises(USAGE_ERROR):
+        with pytest.raises(UsageError):
             parse(arguments_of(line))
     with pytest.raises(AssertionError):
         parse(arguments_of("flock x internvit extrat y"))

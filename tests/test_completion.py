@@ -47,8 +47,8 @@ def test_the_beginning_of_an_option_is_completed_in_bash() -> None:
 
 
 def test_the_beginning_of_an_option_is_completed_in_zsh_and_fish_with_its_help() -> None:
-    assert '"--dtype":"Type the encoder computes in."' in complete("internvit extract --dt", "zsh")[0]
-    assert complete("internvit extract --dt", "fish") == ["--dtype\tType the encoder computes in."]
+    assert '"--dtype":"Compute in this type."' in complete("internvit extract --dt", "zsh")[0]
+    assert complete("internvit extract --dt", "fish") == ["--dtype\tCompute in this type."]
 
 
 def test_commands_and_words_of_options_are_completed() -> None:

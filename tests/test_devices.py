@@ -17,7 +17,8 @@ from crash_checks import KINDS
 from run_helpers import Result, command, extract, make_pictures, summary_of, wait_for
 
 from internvit_cli import open_features
-from internvit_cli.cli.arguments import parse_devices
+from internvit_cli.cli.arguments import chosen_devices, device_list
+from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Status
 from internvit_cli.errors import UsageError
 
@@ -196,14 +197,17 @@ def test_taken_over_and_incremental_rows_work_with_several_devices(pictures: Pat
     ],
 )
 def test_devices_are_named_by_numbers_or_names(device: str | None, devices: str | None, names: tuple[str, ...]) -> None:
-    assert parse_devices(device, devices) == names
+    assert chosen_devices(device, devices and device_list(devices)) == names
 
 
-@pytest.mark.parametrize(
-    ("device", "devices"),
-    [("cpu", "cpu,cpu"), (None, ""), (None, "0,"), (None, "0,0"), (None, "all,0"), (None, "0," * 70)],
-)
-def test_what_is_no_list_of_devices_is_a_usage_error(device: str | None, devices: str) -> None:
+@pytest.mark.parametrize("devices", ["", "0,", "0,0", "all,0", "0," * 70])
+def test_what_is_no_list_of_devices_is_refused_with_a_hint(devices: str) -> None:
+    with pytest.raises(UnusableWordError) as caught:
+        device_list(devices)
+    assert caught.value.hint
+
+
+def test_one_device_and_several_contradict_each_other() -> None:
     with pytest.raises(UsageError) as caught:
-        parse_devices(device, devices)
+        chosen_devices("cpu", ("cpu", "cpu"))
     assert caught.value.hint

@@ -197,7 +197,7 @@ def test_merges_that_make_no_sense_are_usage_errors(tmp_path: Path) -> None:
     assert "nothing to merge" in fails(2, "merge", both[0], "-o", tmp_path / "c.h5")
     assert "is what is read" in fails(2, "merge", *both, "-o", tmp_path / "b.h5", "--overwrite")
     assert "no output" in fails(2, "merge", *both)
-    assert "neither first nor last" in fails(2, "merge", *both, "-o", tmp_path / "c.h5", "--prefer", "newest")
+    assert "not one of first, last" in fails(2, "merge", *both, "-o", tmp_path / "c.h5", "--prefer", "newest")
 
 
 def test_a_damaged_row_of_one_output_ends_a_merge(tmp_path: Path) -> None:

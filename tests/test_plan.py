@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from internvit_cli import plan as plan_module
-from internvit_cli.cli.arguments import parse_batch_size, parse_color, parse_layer, parse_size
-from internvit_cli.cli.extract import parse_allowed
+from internvit_cli.cli.declarations import REGISTERED
+from internvit_cli.cli.values import UnusableWordError, value_of
 from internvit_cli.config import (
     ComputeDtype,
     PixelRule,
@@ -31,7 +31,7 @@ from internvit_cli.config import (
     TilingRule,
     Tokens,
 )
-from internvit_cli.errors import ExitCode, OtherRecipeError, OutputError, UsageError
+from internvit_cli.errors import ExitCode, OtherRecipeError, OutputError
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.recipes import check_same
 from internvit_cli.report import Counts, Stages, Summary
@@ -44,7 +44,6 @@ from internvit_cli.tiling import choose_grid, tile_count
 from internvit_cli.workers import WorkerSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 # ----------------------------------------------------------------------------------------------------------- tables
@@ -378,18 +377,23 @@ def test_the_sentence_on_the_bottleneck_names_the_busiest_stage(wall, decode, de
 awkward = st.text(max_size=30) | st.from_regex(r"[-+]?\d{0,5000}\.?\d{0,20}[a-zA-Z%]{0,3}", fullmatch=True)
 
 
-def value_or_usage_error(parse: Callable[[str], Any], text: str) -> Any:
-    """What a word means; None for a usage error, which has a hint."""
+def parse(option: str, text: str) -> Any:
+    """What a word means for an option of extract."""
+    return value_of(REGISTERED["extract"].by_key[option], text)
+
+
+def value_if_any(option: str, text: str) -> Any:
+    """What a word means; None where it means nothing, and then it is said what is expected."""
     try:
-        return parse(text)
-    except UsageError as error:
-        assert error.hint
+        return parse(option, text)
+    except UnusableWordError as error:
+        assert error.expected
         return None
 
 
 @given(awkward | st.sampled_from(["1" * 400 + "G", "9e99", "0", "-1", "\u0661k", "1KiB", " 5 MB "]))
-def test_a_size_is_a_number_of_bytes_or_a_usage_error(text):
-    size = value_or_usage_error(lambda word: parse_size("--shard-size", word, least=1), text)
+def test_a_size_is_a_number_of_bytes_or_refused(text):
+    size = value_if_any("shard-size", text)
     assert size is None or (isinstance(size, int) and 1 <= size < 1 << 63)
 
 
@@ -398,18 +402,18 @@ def test_a_size_is_a_number_of_bytes_or_a_usage_error(text):
     [("1", 1), ("1k", 1024), ("4GiB", 4 << 30), ("500M", 500 << 20), ("1.5g", 3 << 29), ("2 TB", 2 << 40), ("7b", 7)],
 )
 def test_sizes_have_binary_units(text, size):
-    assert parse_size("--shard-size", text, least=1) == size
+    assert parse("shard-size", text) == size
 
 
 @given(awkward | st.sampled_from(["auto", "-4", "1_0", "9" * 5000, "nan", "inf", "1.0"]))
-def test_a_layer_is_an_index_or_a_usage_error(text):
-    layer = value_or_usage_error(parse_layer, text)
+def test_a_layer_is_an_index_or_refused(text):
+    layer = value_if_any("layer", text)
     assert layer is None or isinstance(layer, int)
 
 
 @given(awkward | st.sampled_from(["auto", "1", "65536", "65537", "0", "1" * 5000, "²", "٣"]))
-def test_a_batch_is_a_number_of_tiles_or_a_usage_error(text):
-    tiles = value_or_usage_error(parse_batch_size, text)
+def test_a_batch_is_a_number_of_tiles_or_refused(text):
+    tiles = value_if_any("batch-size", text)
     assert tiles is None or 1 <= tiles <= 65536
 
 
@@ -419,24 +423,24 @@ def test_a_batch_is_a_number_of_tiles_or_a_usage_error(text):
     | st.from_regex(r"(rgb|hsl|hsv|rgba)\(\d{0,9}%?,\d{0,90}%?,\d{0,9}%?\)", fullmatch=True)
     | st.sampled_from(["white", "rgb(999,0,0)", "rgb(300%,0%,0%)", "#fff", "#ffffff80", "hsl(0,100%,50%)"])
 )
-def test_a_colour_is_three_bytes_or_a_usage_error(text):
-    colour = value_or_usage_error(parse_color, text)
+def test_a_colour_is_three_bytes_or_refused(text):
+    colour = value_if_any("background", text)
     assert colour is None or (len(colour) == 3 and all(0 <= part <= 255 for part in colour))
 
 
 def test_colours_have_names_and_values():
-    assert parse_color("white") == (255, 255, 255)
-    assert parse_color("#ff8000") == (255, 128, 0)
-    assert parse_color("rgb(1, 2, 3)") == (1, 2, 3)
+    assert parse("background", "white") == (255, 255, 255)
+    assert parse("background", "#ff8000") == (255, 128, 0)
+    assert parse("background", "rgb(1, 2, 3)") == (1, 2, 3)
     for text in ("rgb(999,0,0)", "", "no colour", "rgb(1,2)"):
-        with pytest.raises(UsageError):
-            parse_color(text)
+        with pytest.raises(UnusableWordError):
+            parse("background", text)
 
 
 @given(awkward | st.sampled_from(["nan%", "inf%", "-inf%", "nan", "1e3", "100%", "100.1%", "%", "9" * 5000, "-0"]))
-def test_allowed_skips_are_a_number_a_percentage_or_a_usage_error(text):
+def test_allowed_skips_are_a_number_a_percentage_or_refused(text):
     """And whatever it is, a limit can be computed from it."""
-    parsed = value_or_usage_error(parse_allowed, text)
+    parsed = value_if_any("allow-skipped", text)
     if parsed is not None:
         value, is_percentage = parsed
         assert value >= 0
@@ -445,8 +449,8 @@ def test_allowed_skips_are_a_number_a_percentage_or_a_usage_error(text):
 
 
 def test_allowed_skips_as_they_are_written():
-    assert parse_allowed("10") == (10, False)
-    assert parse_allowed("2.5%") == (2.5, True)
+    assert parse("allow-skipped", "10") == (10, False)
+    assert parse("allow-skipped", "2.5%") == (2.5, True)
     for text in ("nan%", "101%", "-1", "1.5", "ten", ""):
-        with pytest.raises(UsageError):
-            parse_allowed(text)
+        with pytest.raises(UnusableWordError):
+            parse("allow-skipped", text)

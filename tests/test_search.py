@@ -341,7 +341,7 @@ def test_a_table_tells_rank_similarity_and_key(stored_photos):
         (("--key", "021_exif.jpg"), 2, "has no image"),
         (("missing.jpg",), 1, "not one picture"),
         (("--key", TWINS[0][0], "--sheet", "x.txt"), 2, "not a PNG"),
-        (("--key", TWINS[0][0], "-n", "0"), 2, "-n"),
+        (("--key", TWINS[0][0], "-n", "0"), 2, "--count is '0'"),
     ],
 )
 def test_what_cannot_be_searched_for_is_said_with_a_way_out(stored_photos, arguments, code, words):

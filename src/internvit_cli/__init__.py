@@ -16,10 +16,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from internvit_cli.config import Status
-    from internvit_cli.errors import ClosedError, InternvitError
+    from internvit_cli.config import Recipe, Status
+    from internvit_cli.errors import ClosedError, InternvitError, OutputError, UsageError
     from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
     from internvit_cli.storage.reader import Features, UnknownKeyError, open_features
+    from internvit_cli.tiling import Grid
     from internvit_cli.use.dataset import FeatureDataset, collate_nested, collate_padded
     from internvit_cli.use.extractor import Extractor
 
@@ -30,12 +31,16 @@ __all__ = [
     "Extractor",
     "FeatureDataset",
     "Features",
+    "Grid",
     "ImageFeatures",
     "InternvitError",
+    "OutputError",
+    "Recipe",
     "SkippedImageError",
     "Status",
     "Tile",
     "UnknownKeyError",
+    "UsageError",
     "__version__",
     "collate_nested",
     "collate_padded",
@@ -43,10 +48,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "internvit_cli.config": ("Status",),
-    "internvit_cli.errors": ("ClosedError", "InternvitError"),
+    "internvit_cli.config": ("Recipe", "Status"),
+    "internvit_cli.errors": ("ClosedError", "InternvitError", "OutputError", "UsageError"),
     "internvit_cli.storage.image": ("ImageFeatures", "SkippedImageError", "Tile"),
     "internvit_cli.storage.reader": ("Features", "UnknownKeyError", "open_features"),
+    "internvit_cli.tiling": ("Grid",),
     "internvit_cli.use.dataset": ("FeatureDataset", "collate_nested", "collate_padded"),
     "internvit_cli.use.extractor": ("Extractor",),
 }

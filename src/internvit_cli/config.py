@@ -7,10 +7,12 @@ import json
 import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+AnyEnum = TypeVar("AnyEnum", bound=Enum)
 
 PATCH_SIZE = 14
 """Side of the ViT's square patch, pixels."""
@@ -28,6 +30,24 @@ class Choice(str, Enum):
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+DTYPE_ALIASES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "single": "float32",
+    "float": "float32",
+}
+"""Other names of types; what is stored always has the name that numpy and PyTorch use."""
+
+
+def member_named(kind: type[AnyEnum], word: object) -> AnyEnum | None:
+    """The member of a choice that a word means, whatever its case, or a type of PyTorch; None when there is none."""
+    name = str(word.value if isinstance(word, Enum) else word).lower().removeprefix("torch.")
+    by_name = {str(member.value).lower(): member for member in kind}
+    return by_name.get(name) or by_name.get(DTYPE_ALIASES.get(name, ""))
 
 
 class Tokens(Choice):
@@ -146,7 +166,11 @@ class Projection(Choice):
 
 
 class Status(IntEnum):
-    """What became of an image; the numbers are part of the file format and never change."""
+    """What became of an image; the numbers are part of the file format and never change.
+
+    >>> Status.DONE, str(Status.TOO_LARGE), int(Status.TOO_LARGE)
+    (Status.DONE, 'too_large', 4)
+    """
 
     PENDING = 0
     DONE = 1
@@ -168,6 +192,9 @@ class Status(IntEnum):
     def word(self) -> str:
         """The reason in the words of the reports, such as `not_an_image`."""
         return self.name.lower()
+
+    def __repr__(self) -> str:
+        return f"Status.{self.name}"
 
     def __str__(self) -> str:
         return self.word

@@ -115,18 +115,16 @@ class ExtractOptions:
         return bool(self.sources) or self.discover.files_from is not None
 
 
-def parse_color(text: str) -> tuple[int, int, int]:
-    """Red, green and blue from a name or a hexadecimal colour."""
+def color_named(text: str) -> tuple[int, int, int] | None:
+    """Red, green and blue of a color's name or hexadecimal value; None when it is none."""
     from PIL import ImageColor
 
     try:
         red, green, blue, *_ = ImageColor.getrgb(text)
     except ValueError:
-        red = green = blue = -1
-    # Pillow takes rgb(999, 0, 0) for a colour.
-    if not all(0 <= part <= 255 for part in (red, green, blue)):
-        raise UsageError(f"--background {text}: not a colour", "give a name or a value such as white or '#ffffff'")
-    return red, green, blue
+        return None
+    # Pillow takes rgb(999, 0, 0) for a color.
+    return (red, green, blue) if all(0 <= part <= 255 for part in (red, green, blue)) else None
 
 
 def named_path(path: str | os.PathLike[str]) -> str:

@@ -1,8 +1,11 @@
-"""Numbers and foreign things in sentences."""
+"""Numbers and foreign things in sentences, and the nearest of some words."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:
@@ -35,3 +38,16 @@ def described(thing: Any) -> str:
     if not isinstance(shape, tuple):
         return f"an object of type {name}"
     return f"a {thing.dtype} array {list(shape)}" if name == "ndarray" else f"an object of type {name} {list(shape)}"
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """Return a hint that names the nearest of some words, such as `did you mean visual?`; empty when none is near.
+
+    >>> did_you_mean("visal", ["visual", "patch"])
+    'did you mean visual?'
+    """
+    import difflib
+
+    by_lower = {one.lower(): one for one in words}
+    near = difflib.get_close_matches(word.lower(), by_lower, 1)
+    return f"did you mean {by_lower[near[0]]}?" if near else ""

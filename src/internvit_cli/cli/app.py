@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +18,7 @@ from internvit_cli.cli import (
     export,
     extract,
     info,
+    ls,
     merge,
     models,
     plan,
@@ -27,28 +27,28 @@ from internvit_cli.cli import (
     show,
     verify,
 )
+from internvit_cli.cli.command import ROOT_OPTIONS, TYPERS_OWN, USAGE_ERROR, Call, Group, add_command
 from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json
-from internvit_cli.cli.settings import configurable
+from internvit_cli.cli.declarations import as_typer_function
+from internvit_cli.cli.settings import is_on
 from internvit_cli.errors import ExitCode, InternvitError, NoSpaceError, UsageError
-
-EXIT_CODES = """Exit codes: 0 done, 1 cannot run, 2 usage, 3 finished with skipped images, 4 no images found,
-5 the output has another recipe, 6 not enough disk space, 75 the output is in use,
-130/143/138 stopped by a signal (run the same command to continue)."""
 
 app = typer.Typer(
     name="internvit",
-    help="Folders of pictures in, InternViT features on disk.",
-    epilog=EXIT_CODES,
-    no_args_is_help=True,
+    help="Turn folders of pictures into InternViT features on disk.",
+    cls=Group,
     add_completion=True,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.callback(cls=Group, add_help_option=False)(
+    as_typer_function("root", [option for option in ROOT_OPTIONS if option.name not in TYPERS_OWN], "")
 )
 COMMANDS: dict[str, Callable[..., int]] = {
     "extract": extract.extract_command,
     "plan": plan.plan_command,
     "bench": bench.bench_command,
     "info": info.info_command,
+    "ls": ls.ls_command,
     "verify": verify.verify_command,
     "show": show.show_command,
     "search": search.search_command,
@@ -61,30 +61,39 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "doctor": doctor.doctor_command,
 }
 """In the order of `internvit --help`."""
+_ANY_EXTRACTION = ("output", "files_from", "model", "max_tiles", "tokens", "store_dtype")
+ESSENTIAL = {
+    "extract": (
+        *_ANY_EXTRACTION,
+        "pool",
+        "device",
+        "dtype",
+        "workers",
+        "overwrite",
+        "prune",
+        "retry_skipped",
+        "dry_run",
+        "json",
+    ),
+    "plan": (*_ANY_EXTRACTION, "thumbnail", "preprocess", "tile_pooled", "shard_format", "bench", "json", "quiet"),
+    "bench": (
+        *_ANY_EXTRACTION,
+        "device",
+        "dtype",
+        "batch_size",
+        "workers",
+        "seconds",
+        "batch_sizes",
+        "dtypes",
+        "json",
+        "quiet",
+    ),
+}
+"""The options that the short help of a command lists, for commands that have more than it shows."""
+REQUIRED = {"extract": ("sources", "output"), "plan": ("sources",), "merge": ("output",), "show": ("keys",)}
+"""What must be given though it has a default: the command itself says what to give."""
 for _name, _command in COMMANDS.items():
-    app.command(_name)(configurable(_name, _command))
-
-YES = {"1", "true", "t", "yes", "y", "on"}
-"""What turns a flag on from the environment."""
-USAGE_ERROR: Any = typer.BadParameter.__base__
-"""Typer's base of all complaints about the command line; where it lives differs between versions."""
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from internvit_cli import __version__
-
-        typer.echo(f"internvit {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Folders of pictures in, InternViT features on disk."""
+    add_command(app, _name, _command, essential=ESSENTIAL.get(_name, ()), required=REQUIRED.get(_name, ()))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -112,24 +121,22 @@ def _has_working_directory() -> bool:
 
 def run(arguments: list[str]) -> int:
     """Run a command line; returns the exit code."""
-    as_json = "--json" in arguments or os.environ.get("INTERNVIT_JSON", "").lower() in YES
+    call = Call(as_json="--json" in arguments or is_on("json", {}), debug="--debug" in arguments)
     try:
-        return app(arguments, prog_name="internvit", standalone_mode=False) or ExitCode.DONE
+        return app(arguments, prog_name="internvit", standalone_mode=False, obj=call) or ExitCode.DONE
     except InternvitError as error:
-        if "--debug" in arguments:
+        if call.debug:
             raise
-        return fail(error, as_json=as_json)
+        return fail(error, as_json=call.as_json)
     except USAGE_ERROR as error:
-        return _fail_usage(error, as_json=as_json)
+        return fail(UsageError(error.format_message(), "internvit --help"), as_json=call.as_json)
     except typer.Abort:
         return ExitCode.SIGINT
-    except SystemExit:  # of rich: whoever read the help has seen enough of it
-        return ExitCode.DONE
     except Exception as error:
-        known = None if "--debug" in arguments else _of_the_system(error)
+        known = None if call.debug else _of_the_system(error)
         if known is not None:
-            return fail(known, as_json=as_json)
-        if as_json:
+            return fail(known, as_json=call.as_json)
+        if call.as_json:
             print_json({"exit_code": 1, "error": f"{type(error).__name__}: {error}", "hint": "this is a bug"})
         raise
 
@@ -146,12 +153,3 @@ def _of_the_system(error: Exception) -> InternvitError | None:
             f"not enough memory: {text[0]}", "lower --batch-size, --workers, --tile-size or --max-tiles"
         )
     return None
-
-
-def _fail_usage(error: Any, *, as_json: bool) -> int:
-    """Say what is wrong with a command line in our own two lines."""
-    if not error.format_message():
-        return ExitCode.USAGE  # no command was given, and Typer has shown the help
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "internvit"
-    return fail(UsageError(error.format_message(), f"{command} --help"), as_json=as_json)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 from collections.abc import Callable
 from typing import Annotated, Any, Optional
 
 import typer
 
+from internvit_cli.cli.values import AUTO, UnusableWordError, or_auto, size
 from internvit_cli.config import (
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
@@ -28,144 +28,317 @@ from internvit_cli.options import (
     PictureOptions,
     RunOptions,
     StoreOptions,
-    parse_color,
+    color_named,
 )
 from internvit_cli.sources.interface import DiscoverOptions
 
 MODEL, PICTURES, STORE, RUN, SOURCES = "Model", "Pictures", "What is stored", "How it runs", "Sources"
-BINARY_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
 LEAST_WORKER_MEMORY = 512 << 20
-MOST_BYTES = 1 << 63
 MOST_DEVICES = 64
+MOST_TILES = 65536
+"""Of a batch."""
+
+
+def relocation(word: str) -> tuple[bytes, bytes]:
+    """Old and new absolute path of a tree that moved."""
+    old, _, new = word.partition("=")
+    if not old or not new:
+        raise UnusableWordError("OLD=NEW", "give both folders, such as --relocate /mnt/a=/mnt/b")
+    return os.fsencode(os.path.abspath(old)), os.fsencode(os.path.abspath(new))
+
+
+def device_list(word: str) -> tuple[str, ...]:
+    """Names of devices; numbers are CUDA devices."""
+    names = tuple(f"cuda:{name}" if name.isascii() and name.isdigit() else name for name in word.split(","))
+    if len(names) > MOST_DEVICES or not all(names) or ("all" in names and len(names) > 1):
+        raise UnusableWordError("a list of devices", "give all, or a list such as 0,1 or cpu,cpu")
+    if repeated := {name for name in names if names.count(name) > 1} - {"cpu"}:
+        raise UnusableWordError("a list of different devices", f"name {min(repeated)} once")
+    return names
+
+
+def color(word: str) -> tuple[int, int, int]:
+    """Red, green and blue."""
+    found = color_named(word)
+    if found is None:
+        raise UnusableWordError("a color", "give a name or a value, such as white or '#ffffff'")
+    return found
 
 
 def build_options(
     sources: Annotated[
         Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
-        typer.Argument(help="Folders, files, globs, NAME=DIR, or - for a list on standard input.", show_default=False),
+        typer.Argument(
+            help="Folders, files, globs, or NAME=DIR to prefix the keys of DIR with NAME/; - reads a list from "
+            "standard input."
+        ),
     ] = None,
     output: Annotated[
-        str, typer.Option("-o", "--output", help="feats.h5 for one file, feats/ for shards.", show_default=False)
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="Write the features to OUT: one file if the name ends in .h5, otherwise a folder of shards.",
+        ),
     ] = "",
     files_from: Annotated[
-        str | None, typer.Option(help="A file with one path a line; - is standard input.", rich_help_panel=SOURCES)
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Read the paths of pictures from FILE, one per line; - is standard input.",
+            rich_help_panel=SOURCES,
+        ),
     ] = None,
     null: Annotated[
-        bool, typer.Option("-0", "--null", help="Paths of lists end in NUL.", rich_help_panel=SOURCES)
+        bool, typer.Option("-0", "--null", help="Expect NUL after each path of a list.", rich_help_panel=SOURCES)
     ] = False,
     root: Annotated[
-        str | None, typer.Option(help="What keys of files and lists are relative to.", rich_help_panel=SOURCES)
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Make the keys of files and lists relative to DIR.",
+            show_default="the folder of a file; the working directory for lists",
+            rich_help_panel=SOURCES,
+        ),
     ] = None,
     follow_links: Annotated[
         bool,
-        typer.Option("--follow-links", help="Follow links out of a source, and to folders.", rich_help_panel=SOURCES),
+        typer.Option(
+            "--follow-links", help="Follow links that leave a source, and links to folders.", rich_help_panel=SOURCES
+        ),
     ] = False,
     model: Annotated[
         str,
         typer.Option(
-            "-m", "--model", help="Hub id, alias (300m, 6b), directory, or tiny-random.", rich_help_panel=MODEL
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="Encode with this model: a Hugging Face id, an alias (300m, 6b), a folder, or tiny-random, which has "
+            "random weights and serves to try the tool.",
+            rich_help_panel=MODEL,
         ),
     ] = DEFAULT_MODEL,
     revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit on the hub.", rich_help_panel=MODEL)
+        str | None,
+        typer.Option(
+            metavar="REVISION", help="Use this branch, tag or commit of the model on the hub.", rich_help_panel=MODEL
+        ),
     ] = None,
     layer: Annotated[
-        str, typer.Option(help="Hidden state to take: auto, or an index such as -4.", rich_help_panel=MODEL)
-    ] = "auto",
+        int | None,
+        typer.Option(
+            metavar="INDEX",
+            help="Take features from this hidden state, such as -4; auto is the choice of the checkpoint.",
+            parser=or_auto(int, "a whole number"),
+            show_default=AUTO,
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     tile_size: Annotated[
         int | None,
-        typer.Option(min=14, max=4480, help="Side of a tile, pixels. (default: the model's)", rich_help_panel=PICTURES),
+        typer.Option(
+            min=14,
+            max=4480,
+            metavar="PIXELS",
+            help="Cut square tiles with this side.",
+            show_default="that of the model",
+            rich_help_panel=PICTURES,
+        ),
     ] = None,
     min_tiles: Annotated[
-        int, typer.Option(min=1, max=1000, help="Fewest tiles of a grid.", rich_help_panel=PICTURES)
+        int,
+        typer.Option(
+            min=1, max=1000, help="Cut at least N tiles per picture, besides the thumbnail.", rich_help_panel=PICTURES
+        ),
     ] = 1,
     max_tiles: Annotated[
-        int, typer.Option(min=1, max=1000, help="Most tiles of a grid.", rich_help_panel=PICTURES)
+        int,
+        typer.Option(
+            min=1, max=1000, help="Cut at most N tiles per picture, besides the thumbnail.", rich_help_panel=PICTURES
+        ),
     ] = 12,
     thumbnail: Annotated[
-        bool, typer.Option(help="Add the whole picture as a last tile.", rich_help_panel=PICTURES)
+        bool,
+        typer.Option(help="Add the whole picture as one more tile where there are several.", rich_help_panel=PICTURES),
     ] = True,
     preprocess: Annotated[
-        Preprocess, typer.Option(help="Tiles, one squashed view, or CLIP's centre crop.", rich_help_panel=PICTURES)
+        Preprocess,
+        typer.Option(
+            metavar="HOW",
+            help="Cut the picture into tiles, squash it into one tile, or crop its center as CLIP does.",
+            rich_help_panel=PICTURES,
+        ),
     ] = Preprocess.TILES,
-    exif: Annotated[bool, typer.Option(help="Turn pictures upright by their EXIF.", rich_help_panel=PICTURES)] = True,
+    exif: Annotated[
+        bool, typer.Option(help="Turn pictures upright as their EXIF orientation says.", rich_help_panel=PICTURES)
+    ] = True,
     background: Annotated[
-        str | None,
-        typer.Option(metavar="COLOR", help="Compose transparency over it first.", rich_help_panel=PICTURES),
+        tuple[int, int, int] | None,
+        typer.Option(
+            metavar="COLOR",
+            help="Compose transparent pictures over this color, such as white or '#ffffff'.",
+            parser=color,
+            show_default="alpha is dropped",
+            rich_help_panel=PICTURES,
+        ),
     ] = None,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Skip pictures with more.", rich_help_panel=PICTURES)
+        int, typer.Option(min=1, help="Skip pictures with more than N pixels.", rich_help_panel=PICTURES)
     ] = DEFAULT_MAX_PIXELS,
-    tokens: Annotated[Tokens, typer.Option(help="Which tokens of each tile.", rich_help_panel=STORE)] = Tokens.VISUAL,
-    pool: Annotated[Pool, typer.Option(help="How the picture's vector is made.", rich_help_panel=STORE)] = Pool.MEAN,
+    tokens: Annotated[
+        Tokens,
+        typer.Option(
+            metavar="KIND",
+            help="Store 256 visual or 1,024 patch tokens per tile, tokens projected for the language model, or none.",
+            rich_help_panel=STORE,
+        ),
+    ] = Tokens.VISUAL,
+    pool: Annotated[
+        Pool,
+        typer.Option(
+            metavar="HOW",
+            help="Make the vector of a picture from the mean of its tokens, the CLS token, or both.",
+            rich_help_panel=STORE,
+        ),
+    ] = Pool.MEAN,
     tile_pooled: Annotated[
         bool, typer.Option("--tile-pooled", help="Store a vector of every tile too.", rich_help_panel=STORE)
     ] = False,
     store_dtype: Annotated[
-        StoreDtype, typer.Option(help="Type of stored tokens.", rich_help_panel=STORE)
+        StoreDtype, typer.Option(metavar="TYPE", help="Store tokens in this type.", rich_help_panel=STORE)
     ] = StoreDtype.FLOAT16,
     on_overflow: Annotated[
-        OnOverflow, typer.Option(help="A value too large for that type.", rich_help_panel=STORE)
+        OnOverflow,
+        typer.Option(
+            metavar="ACTION",
+            help="Skip a picture with a value that is too large for --store-dtype, or clamp the value.",
+            rich_help_panel=STORE,
+        ),
     ] = OnOverflow.SKIP,
     shard_format: Annotated[
         Format | None,
-        typer.Option("--format", help="Of the shards of a folder. (default: npy)", rich_help_panel=STORE),
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="Write the shards of a folder in this format.",
+            show_default=Format.NPY.value,
+            rich_help_panel=STORE,
+        ),
     ] = None,
     shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Most bytes of a shard.", rich_help_panel=STORE)
-    ] = "4GiB",
+        int,
+        typer.Option(
+            metavar="SIZE",
+            help="Limit the shards of a folder to this size.",
+            parser=size(least=1),
+            show_default="4GiB",
+            rich_help_panel=STORE,
+        ),
+    ] = 4 << 30,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps. (default: auto)", rich_help_panel=RUN)
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Compute on this device: auto, cpu, cuda, cuda:N or mps.",
+            show_default=AUTO,
+            rich_help_panel=RUN,
+        ),
     ] = None,
     devices: Annotated[
-        str | None,
-        typer.Option(metavar="LIST", help="Several at once: all cards, or such as 0,1.", rich_help_panel=RUN),
+        tuple[str, ...] | None,
+        typer.Option(
+            metavar="LIST",
+            help="Compute on several devices: all, for every GPU, or a list such as 0,1.",
+            parser=device_list,
+            rich_help_panel=RUN,
+        ),
     ] = None,
     dtype: Annotated[
-        ComputeDtype, typer.Option(help="Type the encoder computes in.", rich_help_panel=RUN)
+        ComputeDtype, typer.Option(metavar="TYPE", help="Compute in this type.", rich_help_panel=RUN)
     ] = ComputeDtype.AUTO,
     batch_size: Annotated[
-        str, typer.Option(metavar="TILES", help="Tiles a batch: auto measures.", rich_help_panel=RUN)
-    ] = "auto",
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Encode N tiles at once; auto measures which number is fastest.",
+            parser=or_auto(int, "a number of tiles", least=1, most=MOST_TILES),
+            show_default=AUTO,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=512, help="Decode processes. (default: by cores)", rich_help_panel=RUN)
+        int | None,
+        typer.Option(
+            min=1,
+            max=512,
+            help="Decode pictures in N processes.",
+            show_default="from the number of cores",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option(min=1, max=512, help="Encoder threads on a CPU. (default: one a core)", rich_help_panel=RUN),
+        typer.Option(
+            min=1, max=512, help="Encode with N threads on a CPU.", show_default="one per core", rich_help_panel=RUN
+        ),
     ] = None,
     compile_model: Annotated[
         bool,
-        typer.Option("--compile", help="CUDA: torch.compile instead of our kernels; slow start.", rich_help_panel=RUN),
+        typer.Option(
+            "--compile",
+            help="On CUDA, use torch.compile instead of internvit's own kernels; it takes minutes to start.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     decode_timeout: Annotated[
         float,
         typer.Option(
-            min=0.1, max=86_400, metavar="SECONDS", help="Skip a picture that takes longer.", rich_help_panel=RUN
+            min=0.1,
+            max=86_400,
+            metavar="SECONDS",
+            help="Skip a picture that takes longer to decode.",
+            rich_help_panel=RUN,
         ),
     ] = 30.0,
     worker_memory: Annotated[
-        str, typer.Option(metavar="SIZE", help="Most memory of a decode process.", rich_help_panel=RUN)
-    ] = "4GiB",
+        int,
+        typer.Option(
+            metavar="SIZE",
+            help="Limit the memory of each decode process; a picture that needs more is skipped.",
+            parser=size(least=LEAST_WORKER_MEMORY),
+            show_default="4GiB",
+            rich_help_panel=RUN,
+        ),
+    ] = 4 << 30,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output of another recipe.", rich_help_panel=RUN)
+        bool,
+        typer.Option("--overwrite", help="Replace an output that was made with another recipe.", rich_help_panel=RUN),
     ] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Drop the rows of deleted pictures.", rich_help_panel=RUN)
+        bool, typer.Option("--prune", help="Drop the rows of pictures that were deleted.", rich_help_panel=RUN)
     ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", help="Let --prune drop more than half of the rows.", rich_help_panel=RUN)
     ] = False,
     retry_skipped: Annotated[
-        bool, typer.Option("--retry-skipped", help="Try skipped pictures again.", rich_help_panel=RUN)
+        bool,
+        typer.Option("--retry-skipped", help="Try pictures again that were skipped before.", rich_help_panel=RUN),
     ] = False,
     relocate: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="OLD=NEW", help="A source tree that moved.", rich_help_panel=RUN),
+        Optional[list[tuple[bytes, bytes]]],  # noqa: UP045
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Find the pictures of folder OLD, which was moved, in folder NEW.",
+            parser=relocation,
+            rich_help_panel=RUN,
+        ),
     ] = None,
     no_lock: Annotated[
-        bool, typer.Option("--no-lock", help="For filesystems without locks.", rich_help_panel=RUN)
+        bool,
+        typer.Option(
+            "--no-lock", help="Do not lock the output, on filesystems that have no locks.", rich_help_panel=RUN
+        ),
     ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first picture that cannot be used.", rich_help_panel=RUN)
@@ -179,7 +352,7 @@ def build_options(
     return ExtractOptions(
         sources=tuple(sources or ()),
         discover=DiscoverOptions(files_from=files_from, null_separated=null, root=root, follow_links=follow_links),
-        model=ModelOptions(model, revision, parse_layer(layer)),
+        model=ModelOptions(model, revision, layer),
         pictures=PictureOptions(
             tile_size=tile_size,
             min_tiles=min_tiles,
@@ -187,13 +360,13 @@ def build_options(
             thumbnail=thumbnail,
             preprocess=preprocess,
             exif=exif,
-            background=None if background is None else parse_color(background),
+            background=background,
             max_pixels=max_pixels,
         ),
         store=StoreOptions(
             output=output,
             format=shard_format,
-            shard_bytes=parse_size("--shard-size", shard_size, least=1),
+            shard_bytes=shard_size,
             tokens=tokens,
             pool=pool,
             tile_pooled=tile_pooled,
@@ -203,18 +376,18 @@ def build_options(
             prune=prune,
             yes=yes,
             retry_skipped=retry_skipped,
-            relocations=tuple(parse_relocation(text) for text in relocate or ()),
+            relocations=tuple(relocate or ()),
             lock=not no_lock,
         ),
         run=RunOptions(
-            devices=parse_devices(device, devices),
+            devices=chosen_devices(device, devices),
             dtype=dtype,
-            batch_tiles=parse_batch_size(batch_size),
+            batch_tiles=batch_size,
             workers=workers,
             threads=threads,
             compile=compile_model,
             decode_timeout=decode_timeout,
-            worker_memory=parse_size("--worker-memory", worker_memory, least=LEAST_WORKER_MEMORY),
+            worker_memory=worker_memory,
             strict=strict,
         ),
     )
@@ -242,57 +415,14 @@ def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
     return wrapper
 
 
-def parse_size(option: str, text: str, least: int) -> int:
-    """Bytes from a size such as `4GiB`, `500M` or `1000000`; units are powers of 1024."""
-    match = SIZE.fullmatch(text.strip())
-    size = float(match[1]) * BINARY_UNITS[match[2].lower()] if match else 0
-    if not least <= size < MOST_BYTES:
-        raise UsageError(
-            f"{option} {text}: not a size of at least {least:,} bytes", f"give a size such as {option} 4GiB"
-        )
-    return int(size)
+def chosen_devices(device: str | None, devices: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the devices that --device and --devices ask for.
 
-
-def parse_relocation(text: str) -> tuple[bytes, bytes]:
-    """Old and new absolute path of a tree that moved."""
-    old, _, new = text.partition("=")
-    if not old or not new:
-        raise UsageError(f"--relocate {text}: not OLD=NEW", "give both folders, such as --relocate /mnt/a=/mnt/b")
-    return os.fsencode(os.path.abspath(old)), os.fsencode(os.path.abspath(new))
-
-
-def parse_devices(device: str | None, devices: str | None) -> tuple[str, ...]:
-    """Names of the devices to use: numbers are CUDA devices."""
+    Raises:
+        UsageError: both do.
+    """
     if devices is None:
-        return (device or "auto",)
+        return (device or AUTO,)
     if device is not None:
         raise UsageError("--device and --devices contradict each other", "give --devices alone")
-    names = tuple(f"cuda:{name}" if name.isascii() and name.isdigit() else name for name in devices.split(","))
-    if len(names) > MOST_DEVICES or not all(names) or ("all" in names and len(names) > 1):
-        raise UsageError(f"--devices {devices}: not a list of devices", "give all, or a list such as 0,1 or cpu,cpu")
-    if repeated := {name for name in names if names.count(name) > 1} - {"cpu"}:
-        raise UsageError(f"--devices {devices}: {min(repeated)} is named twice", "name each card once")
-    return names
-
-
-def parse_layer(text: str) -> int | None:
-    """An index into hidden_states, or None for `auto`."""
-    if text == "auto":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(
-            f"--layer {text}: neither auto nor a whole number", "give an index such as --layer -4"
-        ) from None
-
-
-def parse_batch_size(text: str) -> int | None:
-    """Tiles a batch, or None for `auto`."""
-    if text == "auto":
-        return None
-    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= 65536:
-        raise UsageError(
-            f"--batch-size {text}: neither auto nor a number of tiles", "give a number such as --batch-size 64"
-        )
-    return int(text)
+    return devices

@@ -7,40 +7,70 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internvit_cli.cli.arguments import takes_extract_options
+from internvit_cli.cli.arguments import MOST_TILES, takes_extract_options
 from internvit_cli.cli.console import human_bytes, observer, print_json, print_line, say
 from internvit_cli.cli.plan import print_expected, with_output
+from internvit_cli.cli.values import UnusableWordError, member
 from internvit_cli.config import ComputeDtype
-from internvit_cli.errors import ExitCode, UsageError
+from internvit_cli.errors import ExitCode
 from internvit_cli.options import ExtractOptions
 
 if TYPE_CHECKING:
     from internvit_cli.bench import Benchmark
 
 
+def batch_list(word: str) -> tuple[int, ...]:
+    """Numbers of tiles."""
+    parts = word.split(",")
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part[:9]) <= MOST_TILES for part in parts):
+        raise UnusableWordError("a list of numbers of tiles", "give a list such as 1,8,64")
+    return tuple(map(int, parts))
+
+
+def dtype_list(word: str) -> tuple[ComputeDtype, ...]:
+    """Types to compute in."""
+    return tuple(member(ComputeDtype, name) for name in word.split(","))
+
+
 @takes_extract_options
 def bench_command(
     options: ExtractOptions,
-    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="Of each measurement.")] = 3.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, max=600, metavar="SECONDS", help="Take this long for each measurement.")
+    ] = 3.0,
     batch_sizes: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Tiles a batch to measure, such as 1,8,64.")
+        tuple[int, ...] | None,
+        typer.Option(
+            metavar="LIST",
+            help="Measure these batch sizes, in tiles, such as 1,8,64.",
+            parser=batch_list,
+            show_default="powers of two",
+        ),
     ] = None,
     dtypes: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Types to measure, such as bfloat16,float32.")
-    ] = None,
+        tuple[ComputeDtype, ...],
+        typer.Option(
+            metavar="LIST",
+            help="Measure these types, such as bfloat16,float32.",
+            parser=dtype_list,
+            show_default="that of --dtype",
+        ),
+    ] = (ComputeDtype.AUTO,),
     json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Measure encoder, decoding and disk one by one, and predict a run over SOURCES; nothing is kept.
+    """Measure encoder, decoding and disk, and predict a run.
 
-    Takes the options of extract. Without SOURCES only the encoder and the disk are measured; the disk is that of -o,
-    or of this folder. Example: internvit bench ./imgs -o /data/feats.h5
+    The command takes the options of extract, and keeps nothing. Without SOURCES it measures the encoder and the disk
+    alone; the disk is that of -o, or of the working directory.
+
+    Example: internvit bench ./imgs -o /data/feats.h5
     """
     from internvit_cli.bench import BenchOptions, run_benchmark
     from internvit_cli.preview import survey
 
-    how = BenchOptions(seconds, parse_batches(batch_sizes), parse_dtypes(dtypes))
+    how = BenchOptions(seconds, batch_sizes, dtypes)
     options = with_output(options)
     watcher = observer(quiet=quiet)
     found = survey(options, watcher, sys.stdin.buffer)
@@ -70,23 +100,3 @@ def print_benchmark(benchmark: Benchmark) -> None:
         print_expected(benchmark.prediction)
     for note in benchmark.notes:
         say(f"note: {note}")
-
-
-def parse_batches(text: str | None) -> tuple[int, ...] | None:
-    """The value of `--batch-sizes`; None without one."""
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= 65536 for part in parts):
-        raise UsageError(f"--batch-sizes {text}: not a list of numbers of tiles", "give a list such as 1,8,64")
-    return tuple(map(int, parts))
-
-
-def parse_dtypes(text: str | None) -> tuple[ComputeDtype, ...]:
-    """The value of `--dtypes`."""
-    if text is None:
-        return (ComputeDtype.AUTO,)
-    known = {dtype.value: dtype for dtype in ComputeDtype}
-    if unknown := [name for name in text.split(",") if name not in known]:
-        raise UsageError(f"--dtypes {text}: {unknown[0]!r} is no type", f"choose from {', '.join(known)}")
-    return tuple(known[name] for name in text.split(","))

@@ -15,6 +15,8 @@ from internvit_cli.errors import InternvitError
 from internvit_cli.observer import Observer, Progress
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from typing_extensions import Self
 
 PLAIN_SECONDS = 30.0
@@ -59,21 +61,35 @@ def write_raw(text: str) -> None:
     _write(sys.stdout, text, end="")
 
 
-def _write(stream: TextIO, line: str, end: str = "\n") -> None:
-    """Write a line; what cannot be written is dropped, like all that follows, and the work goes on.
+def write_names(text: str) -> bool:
+    """Text with names of files, on stdout as the bytes that they are; returns whether anybody still reads."""
+    buffer = getattr(sys.stdout, "buffer", None)
+    if buffer is None:  # a stream of text alone
+        return _write(sys.stdout, text, end="")
+    return _attempt(sys.stdout, lambda: (buffer.write(os.fsencode(text)), buffer.flush()))
+
+
+def _write(stream: TextIO, line: str, end: str = "\n") -> bool:
+    """Write a line; returns whether anybody still reads."""
+    return _attempt(stream, lambda: (stream.write(line + end), stream.flush()))
+
+
+def _attempt(stream: TextIO, write: Callable[[], object]) -> bool:
+    """Write; what cannot be written is dropped, like all that follows, and the work goes on.
 
     Raises:
         InternvitError: a result is lost though somebody waits for it, such as on a full disk.
     """
     try:
-        stream.write(line + end)
-        stream.flush()
+        write()
     except OSError as error:
         _drop(stream)
         if stream is sys.stdout and error.errno not in NOBODY_READS:
             raise InternvitError(
                 f"cannot write to standard output: {error.strerror}", "all else is done: run the command again for it"
             ) from error
+        return False
+    return True
 
 
 def _drop(stream: TextIO) -> None:

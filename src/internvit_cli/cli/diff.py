@@ -20,19 +20,22 @@ KEYS_SHOWN = 10
 
 def diff_command(
     one: Annotated[str, typer.Argument(metavar="A", help="A feature file, a .partial one, or a folder of shards.")],
-    other: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    other: Annotated[str, typer.Argument(metavar="B", help="A feature file or folder to compare it with.")],
     no_tokens: Annotated[bool, typer.Option("--no-tokens", help="Compare vectors only.")] = False,
-    worst: Annotated[int, typer.Option("-n", "--worst", min=0, max=100_000, help="Least alike images to name.")] = 10,
+    worst: Annotated[
+        int, typer.Option("-n", "--worst", min=0, max=100_000, help="Name the N images that differ most.")
+    ] = 10,
     threshold: Annotated[
-        float | None, typer.Option(metavar="COSINE", min=-1, max=1, help="Exit 1 when a cosine is below.")
+        float | None, typer.Option(metavar="COSINE", min=-1, max=1, help="Exit with 1 if any cosine is below this.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Hold two outputs against each other: recipes, keys, statuses, pictures, and the cosine of every image's rows.
+    """Compare two outputs.
 
-    For two models whose vectors differ in width there is the alignment of the two sets (linear CKA) instead.
+    The command compares recipes, keys, statuses, pictures, and the features of each image by their cosine. For two
+    models whose vectors differ in width it gives the alignment of the two sets (linear CKA) instead.
 
     Example: internvit diff bfloat16.h5 fp8.h5 --threshold 0.999
     """

@@ -12,14 +12,15 @@ from internvit_cli.errors import ExitCode
 
 def doctor_command(
     output: Annotated[
-        str, typer.Option("-o", "--output", metavar="OUT", help="Where features would go: its disk is tried out.")
+        str, typer.Option("-o", "--output", metavar="OUT", help="Try the disk that OUT would be written to.")
     ] = "feats.h5",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Try out what a run needs: versions, memory, worker processes, devices, the output's disk and its locks.
+    """Check whether this machine is ready for a run.
 
-    Exit code 0: all will work; 1: something will not, and its line has a hint.
+    The command tries versions, memory, worker processes, devices, and the disk of the output with its locks. It exits
+    with 1 if something will not work, and says what to do.
     """
     from internvit_cli.doctor import State, examine
 

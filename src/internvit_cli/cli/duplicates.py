@@ -19,22 +19,27 @@ def duplicates_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file or a folder of shards.")],
     threshold: Annotated[
         float | None,
-        typer.Option(metavar="COSINE", help="Least similarity of a pair. (default: 0.9, with --raw 0.999)"),
+        typer.Option(
+            metavar="COSINE", help="Group pairs that are at least this similar.", show_default="0.9; with --raw 0.999"
+        ),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Plain cosines: neither centred nor whitened.")] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="Compare each with each, also above 100,000 images.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Compare raw vectors, neither centered nor whitened.")] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare all pairs, even of more than 100,000 images.")
+    ] = False,
     bytes_only: Annotated[
-        bool, typer.Option("--bytes-only", help="Identical files only; vectors are not read.")
+        bool, typer.Option("--bytes-only", help="Find identical files only, without reading vectors.")
     ] = False,
     sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the groups on one sheet.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Group the images of OUT that are the same file, and those that look the same by their pooled vectors.
+    """Find identical files and pictures that look the same.
 
-    Vectors are centred and whitened: a cosine of 0.9 is a picture saved anew, or made smaller; unlike pictures lie
-    near 0. Groups are linked by pairs: two of one group may be less alike than the threshold.
+    Pooled vectors are compared after centering and whitening: a picture that was saved again or made smaller has a
+    cosine of 0.9 or more, and different pictures are near 0. Groups are linked by pairs, so two images of one group may
+    be less similar than the threshold.
 
     Example: internvit duplicates feats.h5 --sheet same.png
     """

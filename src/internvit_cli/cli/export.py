@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from internvit_cli.cli.arguments import parse_size
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import Bar, human_bytes, human_seconds, print_json, print_line, say
 from internvit_cli.cli.extract import stop_on_signals
+from internvit_cli.cli.values import size
 from internvit_cli.errors import ExitCode, StoppedError, UsageError, one_line
 from internvit_cli.exchange.targets import Target
 
@@ -27,46 +27,74 @@ if TYPE_CHECKING:
 def export_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
     new: Annotated[
-        str, typer.Argument(metavar="NEW", help="feats.h5, .parquet, .safetensors, .tar, .csv, or a folder of shards.")
+        str,
+        typer.Argument(metavar="NEW", help="A .h5, .parquet, .safetensors, .tar or .csv file, or a folder of shards."),
     ],
     target: Annotated[
-        Target | None, typer.Option("--format", help="Of NEW. (default: by its name; npy for a folder)")
+        Target | None,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="Write NEW in this format.",
+            show_default="by the name of NEW; npy for a folder",
+        ),
     ] = None,
     shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most bytes of a shard of a folder (4GiB), or of a .tar.")
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Limit the shards of a folder to this size, or split a .tar.",
+            parser=size(least=1),
+            show_default="4GiB for folders; one .tar",
+        ),
     ] = None,
     no_tokens: Annotated[bool, typer.Option("--no-tokens", help="Write vectors only.")] = False,
     widen: Annotated[
-        bool, typer.Option("--widen", help="bfloat16 as float32 in .parquet and .tar, not as its bits.")
+        bool,
+        typer.Option(
+            "--widen", help="Write bfloat16 as float32 in .parquet and .tar files, instead of its bits as uint16."
+        ),
     ] = False,
     key: Annotated[
         Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
-        typer.Option("-k", "--key", help="Only this image; may be repeated.", autocompletion=complete_keys),
+        typer.Option(
+            "-k",
+            "--key",
+            "--keys",
+            metavar="KEY",
+            help="Write only this image, or the images that a pattern such as '2024/*' matches.",
+            autocompletion=complete_keys,
+        ),
     ] = None,
     keys_from: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Only the images of a list, one key a line; - is standard input.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Write only the images of a list with one key per line; - is standard input."
+        ),
     ] = None,
-    null: Annotated[bool, typer.Option("-0", "--null", help="Keys of a list end in NUL.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW when the new one is complete.")] = False,
-    no_lock: Annotated[bool, typer.Option("--no-lock", help="For filesystems without locks.")] = False,
+    null: Annotated[bool, typer.Option("-0", "--null", help="Expect NUL after each key of a list.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW once the new one is complete.")] = False,
+    no_lock: Annotated[
+        bool, typer.Option("--no-lock", help="Do not lock NEW, on filesystems that have no locks.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Write the features of OUT to NEW in another format, each row held to its CRC on the way.
+    """Write features to another file or format.
 
-    h5 and npy hold everything, and go on as feature files. NEW appears when it is complete, and not before.
+    Every row is checked against its CRC on the way. An .h5 file or a folder of .npy shards holds everything that OUT
+    does, and extract can continue it. NEW appears only when it is complete.
 
     Example: internvit export feats.h5 feats.parquet
     """
-    shard_bytes = None if shard_size is None else parse_size("--shard-size", shard_size, least=1)
     from internvit_cli.exchange.export import ExportOptions, WriteOptions, export
 
-    write = WriteOptions(new, target, shard_bytes, overwrite=overwrite, lock=not no_lock, widen=widen)
-    keys = (*(key or ()), *(read_keys(keys_from, null_separated=null) if keys_from is not None else ()))
+    write = WriteOptions(new, target, shard_size, overwrite=overwrite, lock=not no_lock, widen=widen)
+    keys = tuple(read_keys(keys_from, null_separated=null)) if keys_from is not None else ()
     if keys_from is not None and not keys:
         raise UsageError(f"--keys-from {one_line(keys_from)}: it names no image", "write one key a line")
-    options = ExportOptions(path, write, keys, tokens=not no_tokens)
+    options = ExportOptions(path, write, tuple(key or ()), keys, tokens=not no_tokens)
     with Bar(quiet=quiet) as bar:
         return run_stoppable(lambda stop: export(options, stop, bar.progress), as_json=json, quiet=quiet)
 

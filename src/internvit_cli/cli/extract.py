@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from internvit_cli.cli.arguments import require_sources, takes_extract_options
+from internvit_cli.cli.arguments import RUN, require_sources, takes_extract_options
 from internvit_cli.cli.console import fail, human_bytes, human_seconds, observer, print_json, print_line, say
 from internvit_cli.cli.plan import show_plan
+from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.errors import ExitCode, InternvitError, StoppedError, UsageError
 from internvit_cli.options import ExtractOptions
 from internvit_cli.stopping import StopRequest
@@ -24,26 +25,60 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+class AllowedSkips(NamedTuple):
+    """How many skipped images are no failure."""
+
+    value: float
+    is_percentage: bool
+
+    def of(self, images: int) -> int:
+        """The number, of so many images found."""
+        return int(images * self.value / 100) if self.is_percentage else int(self.value)
+
+
+NONE_ALLOWED = AllowedSkips(0, is_percentage=False)
+
+
+def allowed_skips(word: str) -> AllowedSkips:
+    """A number of images such as `10`, or a percentage such as `1%`."""
+    digits = word.removesuffix("%")
+    try:
+        value = float(digits) if word.endswith("%") else int(digits)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= (100 if word.endswith("%") else sys.maxsize):  # nan is neither
+        raise UnusableWordError("a number or a percentage", "give a value such as 10 or 1%")
+    return AllowedSkips(value, word.endswith("%"))
+
+
 @takes_extract_options
 def extract_command(
     options: ExtractOptions,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     allow_skipped: Annotated[
-        str,
-        typer.Option(metavar="N|N%", help="Exit 0 with up to so many skipped images.", rich_help_panel="How it runs"),
-    ] = "0",
+        AllowedSkips,
+        typer.Option(
+            metavar="N|N%",
+            help="Exit with 0, not 3, if at most this many images are skipped.",
+            parser=allowed_skips,
+            show_default="0",
+            rich_help_panel=RUN,
+        ),
+    ] = NONE_ALLOWED,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Encode the pictures of SOURCES into OUT; the same command continues, and does nothing when all is done.
+    """Encode pictures into features.
+
+    Run the same command again to continue an interrupted run, or to encode pictures that are new or changed. It does
+    nothing when there is nothing to do.
 
     Example: internvit extract ./imgs -o feats.h5
     """
     require_sources(options)
     if not options.store.output:
         raise UsageError("no output given", "add -o feats.h5 for one file, or -o feats/ for shards")
-    allowed = parse_allowed(allow_skipped)
     if dry_run:
         return show_plan(options, as_json=json, quiet=quiet)
     from internvit_cli.pipeline import extract
@@ -57,7 +92,7 @@ def extract_command(
             if json:
                 print_json({"exit_code": 128 + stop.signal, "error": message})
             return 128 + stop.signal
-        return _report(summary, allowed, as_json=json, quiet=quiet)
+        return _report(summary, allow_skipped, as_json=json, quiet=quiet)
 
 
 def _report(summary: Summary, allowed: AllowedSkips, *, as_json: bool, quiet: bool) -> int:
@@ -93,29 +128,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class AllowedSkips(NamedTuple):
-    """How many skipped images are no failure."""
-
-    value: float
-    is_percentage: bool
-
-    def of(self, images: int) -> int:
-        """The number, of so many images found."""
-        return int(images * self.value / 100) if self.is_percentage else int(self.value)
-
-
-def parse_allowed(text: str) -> AllowedSkips:
-    """The value of `--allow-skipped`: `10` or `1%`."""
-    number = text.removesuffix("%")
-    try:
-        value = float(number) if text.endswith("%") else int(number)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= (100 if text.endswith("%") else sys.maxsize):  # nan is neither
-        raise UsageError(f"--allow-skipped {text}: neither a number nor a percentage", "give 10 or 1%")
-    return AllowedSkips(value, text.endswith("%"))
 
 
 def print_summary(summary: Summary) -> None:

@@ -9,21 +9,33 @@ from typing import Annotated, Any
 import typer
 
 from internvit_cli.cli.console import human_bytes, one_line, print_json, print_text
+from internvit_cli.cli.ls import print_images
 
 
 def info_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
+    keys: Annotated[bool, typer.Option("--keys", help="Show the keys of all images too, as ls --long does.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Show what a feature file holds: model, recipe, images, shapes, bytes."""
+    """Show what a feature file or folder holds.
+
+    That is the model, the recipe, images by status, shapes, bytes and the last run. To list and filter keys there is
+    internvit ls.
+
+    Example: internvit info feats.h5
+    """
     from internvit_cli.inspect import describe_output
+    from internvit_cli.listing import Listing, ListOptions
 
     facts = describe_output(path)
+    listing = Listing(ListOptions(path)) if keys else ()
     if json:
+        facts |= {"keys": [image.to_json() for image in listing]} if keys else {}
         print_json(facts | {"exit_code": 0, "error": None})
     else:
         _print_tables(facts)
+        print_images(listing, long=True)
     return 0
 
 

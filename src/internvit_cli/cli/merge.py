@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from internvit_cli.cli.arguments import parse_size
 from internvit_cli.cli.console import Bar
 from internvit_cli.cli.export import run_stoppable
+from internvit_cli.cli.values import one_of, size
 from internvit_cli.config import Format
 from internvit_cli.errors import UsageError
 
@@ -18,43 +18,57 @@ def merge_command(
         list[str], typer.Argument(metavar="OUT...", help="Feature files, .partial ones, or folders of shards.")
     ],
     output: Annotated[
-        str, typer.Option("-o", "--output", help="all.h5 for one file, all/ for shards.", show_default=False)
+        str,
+        typer.Option(
+            "-o", "--output", metavar="NEW", help="Write to NEW: one file if the name ends in .h5, otherwise a folder."
+        ),
     ] = "",
     prefer: Annotated[
         str | None,
-        typer.Option(metavar="first|last", help="Which counts where two have different pictures by one key."),
+        typer.Option(
+            metavar="first|last",
+            help="Take the row of the first or the last output where two have different pictures by one key.",
+            parser=one_of("first", "last"),
+        ),
     ] = None,
     shard_format: Annotated[
-        Format | None, typer.Option("--format", help="Of the shards of a folder. (default: npy)")
+        Format | None,
+        typer.Option(
+            "--format", metavar="FORMAT", help="Write the shards of a folder in this format.", show_default="npy"
+        ),
     ] = None,
     shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Most bytes of a shard of a folder. (default: 4GiB)")
+        int | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Limit the shards of a folder to this size.",
+            parser=size(least=1),
+            show_default="4GiB",
+        ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what is there when the new one is complete.")
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW once the new one is complete.")] = False,
+    no_lock: Annotated[
+        bool, typer.Option("--no-lock", help="Do not lock NEW, on filesystems that have no locks.")
     ] = False,
-    no_lock: Annotated[bool, typer.Option("--no-lock", help="For filesystems without locks.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Put the rows of several outputs of one recipe into one, each row held to its CRC on the way.
+    """Combine outputs of one recipe into one.
 
-    A key that several have counts once: done before skipped, else the last; two pictures by one key are refused.
+    Every row is checked against its CRC on the way. A key that several outputs have is written once: a done row wins
+    over a skipped one, then the last. Two different pictures with one key are an error unless --prefer chooses.
 
     Example: internvit merge monday.h5 tuesday.h5 -o week.h5
     """
     if not output:
         raise UsageError("no output given", "add -o all.h5 for one file, or -o all/ for shards")
-    if prefer not in (None, "first", "last"):
-        raise UsageError(f"--prefer {prefer}: neither first nor last", "say --prefer first or --prefer last")
-    shard_bytes = None if shard_size is None else parse_size("--shard-size", shard_size, least=1)
     from internvit_cli.exchange.export import WriteOptions
     from internvit_cli.exchange.merge import MergeOptions, Prefer, merge
     from internvit_cli.exchange.targets import Target
 
     target = None if shard_format is None else Target(shard_format.value)
-    write = WriteOptions(output, target, shard_bytes, overwrite=overwrite, lock=not no_lock)
+    write = WriteOptions(output, target, shard_size, overwrite=overwrite, lock=not no_lock)
     options = MergeOptions(tuple(paths), write, None if prefer is None else Prefer(prefer))
     with Bar(quiet=quiet) as bar:
         return run_stoppable(lambda stop: merge(options, stop, bar.progress), as_json=json, quiet=quiet)

@@ -18,9 +18,10 @@ def models_command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """List known encoders: names for --model, sizes, what a tile takes, licence, and whether the hub cache has them.
+    """List the models that are known by name.
 
-    Any other InternViT or full InternVL checkpoint works too, by its hub id or as a folder.
+    The table gives sizes, the bytes that a tile takes, and whether the model is in the hub cache. Any other InternViT
+    or InternVL checkpoint works too, by its hub id or as a folder.
     """
     from internvit_cli.model.known import known_models
 

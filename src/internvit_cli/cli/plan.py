@@ -24,15 +24,19 @@ BAR_WIDTH = 40
 def plan_command(
     options: ExtractOptions,
     bench: Annotated[
-        bool, typer.Option("--bench", help="Measure this machine for a moment, and say how long it will take.")
+        bool,
+        typer.Option("--bench", help="Measure this machine for a few seconds, and predict how long the run will take."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Count images, tiles and exact bytes from the pictures' headers; nothing is written.
+    """Show what a run of extract would do, without encoding.
 
-    Without -o the plan is for one HDF5 file in this folder.
+    Images, tiles and exact bytes follow from the headers of the pictures. The command takes the options of extract;
+    without -o it plans one HDF5 file in the working directory.
+
+    Example: internvit plan ./imgs --max-tiles 6
     """
     return show_plan(options, with_bench=bench, as_json=json, quiet=quiet)
 

@@ -20,26 +20,35 @@ MOST_MISSING = 5
 def report_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
     output: Annotated[
-        str, typer.Option("-o", "--output", metavar="FILE.html", help="The page; one that is there is replaced.")
+        str,
+        typer.Option(
+            "-o", "--output", metavar="FILE.html", help="Write the page to FILE.html, and replace it if it exists."
+        ),
     ] = "report.html",
     projection: Annotated[
-        Projection, typer.Option("--map", help="How images are laid out; umap needs the extra [umap].")
+        Projection,
+        typer.Option("--map", metavar="METHOD", help="Lay the images out by this method; umap needs the extra [umap]."),
     ] = Projection.PCA,
-    samples: Annotated[int, typer.Option(min=0, max=200, help="Images with token maps and neighbours.")] = 12,
-    thumbnails: Annotated[int, typer.Option(min=0, max=100_000, help="Images that have a thumbnail.")] = 2000,
-    thumbnail_size: Annotated[int, typer.Option(min=16, max=512, help="Longer side of a thumbnail, pixels.")] = 80,
-    points: Annotated[int, typer.Option(min=1, max=1_000_000, help="Images on the map.")] = 50_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of all that is drawn by chance.")] = 0,
+    samples: Annotated[int, typer.Option(min=0, max=200, help="Show token maps and neighbors of N images.")] = 12,
+    thumbnails: Annotated[int, typer.Option(min=0, max=100_000, help="Show thumbnails of at most N images.")] = 2000,
+    thumbnail_size: Annotated[
+        int, typer.Option(min=16, max=512, metavar="PIXELS", help="Make thumbnails with this longer side.")
+    ] = 80,
+    points: Annotated[int, typer.Option(min=1, max=1_000_000, help="Show at most N images on the map.")] = 50_000,
+    seed: Annotated[int, typer.Option(min=0, help="Draw other random samples.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read pictures. (default: one a processor)")
+        int | None, typer.Option(min=1, help="Read pictures in N processes.", show_default="one per core")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no name of the file.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="Show no progress, and do not print the name of the file.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Write one page about OUT that needs no network: facts, a map of all images, token maps, duplicates, neighbours.
+    """Write one HTML page about an output.
 
-    Pictures are read where they were when they were encoded; those that are gone or changed have no thumbnail.
+    The page shows facts, a map of all images, token maps, duplicates and neighbors, and needs no network. Pictures are
+    read from where they were when they were encoded; those that are missing or changed have no thumbnail.
 
     Example: internvit report feats.h5 -o report.html
     """

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import Bar, fail, print_json, print_line, say
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
 
@@ -17,30 +18,46 @@ def search_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file or a folder of shards.")],
     pictures: Annotated[
         Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
-        typer.Argument(metavar="IMAGE...", help="Pictures to find the like of.", show_default=False),
+        typer.Argument(metavar="IMAGE...", help="Files of pictures to search for."),
     ] = None,
     key: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("-k", "--key", help="An image of OUT to find the like of; may be repeated."),
+        typer.Option(
+            "-k",
+            "--key",
+            "--keys",
+            metavar="KEY",
+            help="Search for this image of OUT, or for the images that a pattern such as '2024/*' matches.",
+            autocompletion=complete_keys,
+        ),
     ] = None,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, max=100_000, help="Hits for each.")] = 10,
-    raw: Annotated[bool, typer.Option("--raw", help="Plain cosines: neither centred nor whitened.")] = False,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=100_000, help="Find N images for each.")] = 10,
+    raw: Annotated[bool, typer.Option("--raw", help="Compare raw vectors, neither centered nor whitened.")] = False,
     index: Annotated[
-        bool, typer.Option("--index", help="Ask an approximate index beside OUT; make it when there is none.")
+        bool, typer.Option("--index", help="Use an approximate index beside OUT, and build it if there is none.")
     ] = False,
     sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw queries and hits on one sheet.")] = None,
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="Where the weights are. (default: what OUT names)")
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="Take the weights from here.",
+            show_default="the model that OUT names",
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Encode pictures on this device: auto, cpu, cuda, cuda:N or mps.")
+    ] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Find the images of OUT that are most like pictures, or like images of its own, by their pooled vectors.
+    """Find the images of an output that are most similar to a picture.
 
-    Pictures are encoded as OUT was, with the same weights. Every vector is compared, centred and whitened: raw
-    InternViT vectors all resemble each other.
+    Pictures are encoded as those of OUT were, with the same weights; --key searches for an image of OUT itself. Pooled
+    vectors are compared after centering and whitening, because raw InternViT vectors are all similar.
 
     Example: internvit search feats.h5 holiday.jpg --sheet found.png
     """

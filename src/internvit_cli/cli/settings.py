@@ -1,4 +1,4 @@
-"""Options from the environment and from a file: command line > INTERNVIT_... > --config FILE > default, for every one.
+"""Where the values of options come from: command line > INTERNVIT_... variable > --config FILE > default.
 
 A file is TOML; its keys are the options' names without the dashes in front. Tables hold what is for one command only:
 
@@ -7,194 +7,391 @@ A file is TOML; its keys are the options' names without the dashes in front. Tab
 
     [extract]
     output = "/data/feats"
+
+Every value keeps the place that it came from, so that an error names what has to be corrected: an option, a variable,
+or a line of a file.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
+import math
+import os
+import re
+import shlex
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, get_args
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from internvit_cli.cli.console import fail, one_line, print_line
+from internvit_cli.cli.console import one_line
+from internvit_cli.cli.declarations import REGISTERED, Command, Parameter, parameters_of
+from internvit_cli.cli.values import TRUE, UnusableWordError, value_of
 from internvit_cli.errors import InternvitError, UsageError
+from internvit_cli.words import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 PREFIX = "INTERNVIT_"
-OWN = ("config", "print_config")
-"""Options that say where others come from, and have no place in a file."""
-
-_known: dict[str, set[str]] = {}
-"""Names of options by command, such as `max-tiles`, for all commands: one file may serve several."""
+CONFIG = f"{PREFIX}CONFIG"
+MANUAL = "see docs/cli.md"
+COMMAND_LINE = "command line"
 
 
-def configurable(name: str, command: Callable[..., int]) -> Callable[..., int]:
-    """Let a command take its options from a file and from the environment too, and say its errors as they want it."""
-    signature = inspect.signature(command, eval_str=True)
-    names = {parameter.name: _option_name(parameter) for parameter in signature.parameters.values()}
-    options = {key: option for key, option in names.items() if option}
-    _known[name] = set(options.values())
-    own = list(inspect.signature(_own_options, eval_str=True).parameters.values())
+class Given(NamedTuple):
+    """What somebody gave for a parameter, and where."""
 
-    def wrapper(context: typer.Context, **values: Any) -> int:
-        values.pop("config")
-        if values.pop("print_config"):
-            _print_config(context, options)
-            return 0
+    words: bool | str | list[str]
+    place: str
+    """As a message begins: `--max-tiles`, `variable INTERNVIT_MAX_TILES`, `c.toml, line 3: max-tiles`."""
+    origin: str
+    """As --print-config tells it: `command line`, `INTERNVIT_MAX_TILES`, `c.toml, line 3`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The values of all parameters of one command."""
+
+    command: Command
+    given: Mapping[str, Given]
+    """By parameter, what does not have its default."""
+    values: Mapping[str, Any]
+    """By parameter, all of them."""
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let `is_on_command_line` speak of these settings, for as long as the command runs."""
+        before = _in_use.set(self)
         try:
-            return command(**values)
-        except InternvitError as error:
-            if values.get("debug"):
-                raise
-            return fail(error, as_json=bool(values.get("json")))
+            yield
+        finally:
+            _in_use.reset(before)
 
-    parameters = [
-        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *(
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-            for parameter in (*signature.parameters.values(), *own)
-        ),
-    ]
-    wrapper.__doc__ = command.__doc__
-    wrapper.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters} | {"return": int}
-    return wrapper
+    def explain(self, error: InternvitError) -> None:
+        """Let the hint of an error about options tell which of them stand elsewhere than on the command line."""
+        for option in self.command.options:
+            given = self.given.get(option.name)
+            if given is None or given.origin == COMMAND_LINE:
+                continue
+            names = [name for name in (*option.spellings, option.negative) if name.startswith("--")]
+            named = next((name for name in names if re.search(rf"{name}(?![\w-])", error.message)), None)
+            if named is not None and given.place not in error.hint:
+                error.hint = f"{error.hint}; {named} is from {given.origin}".removeprefix("; ")
 
 
-def _option_name(parameter: inspect.Parameter) -> str:
-    """The name of a parameter's option in a file, its environment variable set on the way; empty for an argument."""
-    info = next(
-        (part for part in get_args(parameter.annotation)[1:] if isinstance(part, typer.models.OptionInfo)), None
-    )
-    if info is None:
-        return ""
-    declared = (info.default, *(info.param_decls or ()))  # Typer moves the first one to its place later
-    long = [part.partition("/")[0] for part in declared if isinstance(part, str) and part.startswith("--")]
-    name = (long[0] if long else parameter.name).lstrip("-").replace("_", "-")
-    info.envvar, info.show_envvar = variable_of(name), False
-    return name
+_in_use: ContextVar[Settings | None] = ContextVar("settings", default=None)
 
 
-def variable_of(option: str) -> str:
-    """The environment variable of an option, such as INTERNVIT_MAX_TILES."""
-    return PREFIX + option.upper().replace("-", "_")
+def is_on_command_line(parameter: str) -> bool:
+    """Whether a parameter of the command that runs was typed: a variable or a file may speak to other commands too."""
+    settings = _in_use.get()
+    given = settings.given.get(parameter) if settings is not None else None
+    return settings is None or (given is not None and given.origin == COMMAND_LINE)
 
 
-def _use_file(context: typer.Context, path: str | None) -> str | None:
-    """Make a file's values the defaults of the command's options; called before the others are looked at."""
-    if path is not None:
-        command = str(context.info_name)
-        values = _values_for(command, read_config(path), path)
-        by_option = {_name_of(parameter): parameter for parameter in context.command.params}
-        for option, value in values.items():
-            _check_kind(option, value, by_option[option], path)
-        context.default_map = {by_option[option].name: value for option, value in values.items()}
-    return path
-
-
-def _check_kind(option: str, value: Any, parameter: Any, path: str) -> None:
-    """Refuse what the command line could not say: true for a number, a list for a single word."""
-    if isinstance(value, list) != bool(parameter.multiple or parameter.nargs != 1):
-        wanted = "a single value" if isinstance(value, list) else "a list"
-    elif isinstance(value, bool) and not parameter.is_flag:
-        wanted = "a number or a text"
-    else:
-        return
-    raise UsageError(
-        f"--config {one_line(path)}: {option} = {_as_toml(value)}, where {wanted} belongs", "see docs/cli.md"
-    )
-
-
-def _own_options(
+def own_options(
     config: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Take options from a TOML file.",
-            envvar=f"{PREFIX}CONFIG",
-            show_envvar=False,
-            is_eager=True,
-            callback=_use_file,
-        ),
+        typer.Option(metavar="FILE", help="Take options from a TOML file."),
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print all options and where they come from, and do nothing.")
+        bool, typer.Option("--print-config", help="Print all options with the place each comes from, and do nothing.")
     ] = False,
+    help_: Annotated[bool, typer.Option("-h", "--help", help="Show this help.")] = False,
+    help_all: Annotated[bool, typer.Option("--help-all", help="Show the help with all options.")] = False,
 ) -> None:
-    """Options that every command has."""
+    """Options that every command has; none of them but --config has a variable, and none stands in a file."""
 
 
-def read_config(path: str) -> dict[str, Any]:
+OWN = tuple(parameters_of(own_options))
+
+
+def variable_of(key: str) -> str:
+    """The environment variable of an option, such as INTERNVIT_MAX_TILES."""
+    return PREFIX + key.upper().replace("-", "_")
+
+
+def resolve(command: Command, typed: Mapping[str, Any]) -> Settings:
+    """The values of a command's parameters from all places.
+
+    Args:
+        command: whose parameters are wanted.
+        typed: what the command line holds, by parameter; None where it says nothing.
+
+    Raises:
+        UsageError: a value that means nothing; the message names its place.
+    """
+    given = _given(command, typed)
+    values = {}
+    for parameter in command.parameters:
+        if parameter.name in given:
+            values[parameter.name] = _value(parameter, given[parameter.name])
+        elif not parameter.has_default:
+            raise UsageError(f"{parameter.metavar.rstrip('.')} is missing", command.usage(f"internvit {command.name}"))
+        else:
+            values[parameter.name] = parameter.default
+    return Settings(command, given, values)
+
+
+def is_on(key: str, typed: Mapping[str, Any]) -> bool:
+    """Whether a flag is given on the command line or by its variable, whatever is wrong with all others."""
+    return bool(typed.get(key)) or os.environ.get(variable_of(key), "").lower() in TRUE
+
+
+def unknown_variables() -> Iterator[str]:
+    """A sentence on each variable that begins like ours and sets nothing."""
+    known = {variable_of(key) for command in REGISTERED.values() for key in command.by_key} | {CONFIG}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            guess = did_you_mean(name, known)
+            yield f"the variable {one_line(name)} sets nothing: no option has that name" + (guess and f"; {guess}")
+
+
+def print_settings(settings: Settings) -> Iterator[str]:
+    """All options as a file of their own, each with where its value comes from."""
+    command = settings.command
+    yield f"# options of internvit {command.name}; command line > {PREFIX}... > --config FILE > default"
+    for option in sorted(command.options, key=lambda option: option.key):
+        given = settings.given.get(option.name)
+        if given is not None:
+            yield f"{option.key} = {_as_toml(_as_given(option, given))}  # {given.origin}"
+        elif option.default in (None, "") or option.is_list:
+            yield f"# {option.key} is not set" + (f"; default: {option.shown_default}" if option.shown_default else "")
+        else:
+            plain = option.kind in (bool, int, float) and not option.shown_default
+            yield f"{option.key} = {_as_toml(option.default if plain else option.default_text)}  # default"
+
+
+# --------------------------------------------------------------------------------------------------- from all places
+
+
+def _given(command: Command, typed: Mapping[str, Any]) -> dict[str, Given]:
+    """By parameter, what is given at the first place that has it."""
+    given: dict[str, Given] = {}
+    path, place = _config_path(typed)
+    if path is not None:
+        given |= _from_file(command, path, place)
+    given |= _from_environment(command)
+    for parameter in command.parameters:
+        words = typed.get(parameter.name)
+        if words is not None:
+            given[parameter.name] = Given(words, parameter.long, COMMAND_LINE)
+    return given
+
+
+def _value(parameter: Parameter, given: Given) -> Any:
+    """The value that is given.
+
+    Raises:
+        UsageError: the words mean nothing.
+    """
+    words = given.words
+    if isinstance(words, bool):
+        return words
+    word = ""
+    try:
+        if not isinstance(words, str):
+            return [value_of(parameter, word := one) for one in words]
+        return value_of(parameter, word := words)
+    except UnusableWordError as error:
+        hint = error.hint or f"{parameter.long}: {parameter.help}"
+        raise UsageError(f"{given.place} is {one_line(word)!r}, not {error.expected}", hint) from None
+
+
+def _from_environment(command: Command) -> dict[str, Given]:
+    found = {}
+    for option in command.options:
+        variable = variable_of(option.key)
+        text = os.environ.get(variable, "")
+        if text:
+            place = f"variable {variable}"
+            found[option.name] = Given(_split(text, place) if option.is_list else text, place, variable)
+    return found
+
+
+def _split(text: str, place: str) -> list[str]:
+    """The words of a variable for an option that may be repeated, as a shell separates them."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(
+            f"{place} is {one_line(text)!r}: {error}", "separate values by spaces, and quote spaces"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------------------------- from a file
+
+
+def _config_path(typed: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The file that is named, and what names it."""
+    if typed.get("config") is not None:
+        return typed["config"], "--config"
+    return os.environ.get(CONFIG) or None, CONFIG
+
+
+def _from_file(command: Command, path: str, named_by: str) -> dict[str, Given]:
+    """What a file says for one command; its own table wins over what stands before the tables.
+
+    Raises:
+        UsageError: a key that no command has, or a value of another kind than its option's.
+    """
+    config = read_config(path, named_by)
+    lines = LineNumbers(path)
+    found: dict[str, Given] = {}
+    for table, key, value in _entries(config, lines):
+        option = command.by_key.get(key)
+        if option is not None and table in ("", command.name):
+            where = lines.place(table, key)
+            place = f"{where}: {key}"
+            found[option.name] = Given(_words(option, value, place), place, where)
+    return found
+
+
+def _entries(config: Mapping[str, Any], lines: LineNumbers) -> Iterator[tuple[str, str, Any]]:
+    """Table, option and value of all that a file sets, tables last.
+
+    Raises:
+        UsageError: a key that no command has.
+    """
+    tables = {name: values for name, values in config.items() if isinstance(values, dict)}
+    all_keys = {key for command in REGISTERED.values() for key in command.by_key}
+    for key, value in config.items():
+        if key not in tables:
+            yield "", _known(key, all_keys, "", lines), value
+    for name, values in tables.items():
+        _known(name, set(REGISTERED), "", lines, "command")
+        for key, value in values.items():
+            yield name, _known(key, set(REGISTERED[name].by_key), name, lines), value
+
+
+def _known(key: str, known: set[str], table: str, lines: LineNumbers, what: str = "option") -> str:
+    """The key with its dashes."""
+    spelled = key.replace("_", "-") if what == "option" else key
+    if spelled not in known:
+        of = f" of internvit {table}" if table else ""
+        hint = did_you_mean(spelled, known) or "keys are the names of options, such as max-tiles"
+        raise UsageError(f"{lines.place(table, key)}: {one_line(key)} is no {what}{of}", hint)
+    return spelled
+
+
+def _words(option: Parameter, value: Any, place: str) -> bool | str | list[str]:
+    """A value of a file as the command line would have it.
+
+    Raises:
+        UsageError: the command line could not say it: true for a number, a list for a single word.
+    """
+    if isinstance(value, list) != option.is_list:
+        wanted = "a list" if option.is_list else "a single value"
+    elif option.is_flag and isinstance(value, bool):
+        return value
+    elif option.is_list and all(_is_word(one) for one in value):
+        return [str(one) for one in value]
+    elif not option.is_list and _is_word(value):
+        return str(value)
+    else:
+        wanted = "true or false" if option.is_flag else "a number or a text"
+    raise UsageError(f"{place} is {_as_toml(value)}, not {wanted}", MANUAL)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
+def read_config(path: str, named_by: str = "--config") -> dict[str, Any]:
     """The values of a TOML file.
 
     Raises:
         UsageError: it cannot be read, or is not TOML.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    tomllib = _toml()
     try:
         with open(path, "rb") as file:
             values: dict[str, Any] = tomllib.load(file)
             return values
     except OSError as error:
-        raise UsageError(f"--config {one_line(path)}: {error.strerror}", "check the path") from error
+        raise UsageError(f"{named_by} {one_line(path)}: {error.strerror}", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {one_line(path)}: not TOML: {one_line(str(error))}", "see docs/cli.md") from error
+        raise UsageError(f"{named_by} {one_line(path)}: not TOML: {one_line(str(error))}", MANUAL) from error
 
 
-def _values_for(command: str, config: dict[str, Any], path: str) -> dict[str, Any]:
-    """What a file says for one command, by option; its own table wins over what stands before the tables.
-
-    Raises:
-        UsageError: a key that no command has.
-    """
-    everywhere = {_spelled(key): value for key, value in config.items() if not isinstance(value, dict)}
-    tables = {key: value for key, value in config.items() if isinstance(value, dict)}
-    for key in everywhere:
-        _check_key(key, set().union(*_known.values()), path)
-    for table, values in tables.items():
-        _check_key(table, set(_known), path)
-        for key in values:
-            _check_key(_spelled(key), _known[table], path)
-    own = {_spelled(key): value for key, value in tables.get(command, {}).items()}
-    return {key: value for key, value in (everywhere | own).items() if key in _known[command]}
+def _toml() -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib
 
 
-def _check_key(key: str, known: set[str], path: str) -> None:
-    if key not in known:
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"did you mean {close[0]}?" if close else "keys are the names of options, such as max-tiles"
-        raise UsageError(f"--config {one_line(path)}: {one_line(key)!s} is no option", hint)
+class LineNumbers:
+    """On which line of a file a key stands; read when it is first asked for."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._found: dict[tuple[str, ...], int] | None = None
+
+    def place(self, table: str, key: str) -> str:
+        """The file and the line, such as `c.toml, line 3`; the file alone where the line cannot be told."""
+        if self._found is None:
+            self._found = self._read()
+        names = [(table, key), (table, key.replace("-", "_"))] if table else [(key,), (key.replace("-", "_"),)]
+        line = next((self._found[name] for name in names if name in self._found), None)
+        return one_line(self._path) + (f", line {line}" if line else "")
+
+    def _read(self) -> dict[tuple[str, ...], int]:
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                return _lines_of_keys(file.read())
+        except (OSError, UnicodeDecodeError):
+            return {}
 
 
-def _spelled(key: str) -> str:
-    return key.replace("_", "-")
+def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
+    """The line on which each key and table of TOML begins: its statements are parsed one by one, below their header."""
+    toml = _toml()
+    found: dict[tuple[str, ...], int] = {}
+    header, pending, start = "", "", 1
+    for number, line in enumerate(text.splitlines(), 1):
+        start = start if pending else number
+        pending += line + "\n"
+        try:
+            values = toml.loads(header + pending)
+        except toml.TOMLDecodeError:
+            continue  # an array or a text that goes on
+        if line.lstrip().startswith("[") and start == number:
+            header = pending
+        for name, value in values.items():
+            found.setdefault((name,), start)
+            if isinstance(value, dict):
+                for key in value:
+                    found.setdefault((name, key), start)
+        pending = ""
+    return found
 
 
-def _name_of(parameter: Any) -> str:
-    """The name of a parsed command's parameter in a file."""
-    long = next((part for part in parameter.opts if part.startswith("--")), parameter.name)
-    return _spelled(long.lstrip("-"))
+# --------------------------------------------------------------------------------------------------------- to a file
 
 
-def _print_config(context: typer.Context, options: dict[str, str]) -> None:
-    """All options as a file of their own, each with where its value comes from."""
-    print_line(f"# options of internvit {context.info_name}; command line > {PREFIX}... > --config FILE > default")
-    for key, option in sorted(options.items(), key=lambda item: item[1]):
-        source = context.get_parameter_source(key)
-        word = source.name.lower().replace("_map", " file").replace("default file", "file") if source else "default"
-        value = context.params.get(key)
-        print_line(f"# {option} is not set" if value in (None, ()) else f"{option} = {_as_toml(value)}  # {word}")
+def _as_given(option: Parameter, given: Given) -> Any:
+    """What was given as a value of TOML: numbers and flags as such."""
+    words = given.words
+    if not isinstance(words, str):
+        return words
+    if option.is_flag or (option.parser is None and option.kind in (int, float)):
+        return value_of(option, words)
+    return words
 
 
 def _as_toml(value: Any) -> str:
     """A value as TOML: of its basic strings JSON's are a part."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_as_toml, value)) + "]"
-    plain = getattr(value, "value", value)
-    return json.dumps(plain, ensure_ascii=True)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    try:
+        return json.dumps(value, ensure_ascii=True)
+    except TypeError:  # a date
+        return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -10,51 +11,78 @@ import typer
 
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import one_line, print_json, print_line, say, write_raw
+from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Graphics, TokenMapKind
 from internvit_cli.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from internvit_cli.use.show import Shown
+
+
+def pixel(word: str) -> tuple[float, float]:
+    """X and y, such as `320,240`."""
+    try:
+        x, y = (float(part) for part in word.split(","))
+    except ValueError:
+        x = y = math.nan
+    if not (0 <= x < math.inf and 0 <= y < math.inf):
+        raise UnusableWordError("X,Y", "give pixels from the upper left corner, such as 320,240")
+    return x, y
 
 
 def show_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file or a folder of shards.")],
     keys: Annotated[
         Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
-        typer.Argument(metavar="KEY...", help="Images of it.", show_default=False, autocompletion=complete_keys),
+        typer.Argument(
+            metavar="KEY...", help="Keys of images in OUT, or patterns such as '2024/*'.", autocompletion=complete_keys
+        ),
     ] = None,
-    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Where the PNGs go.")] = ".",
+    output: Annotated[str, typer.Option("-o", "--output", metavar="DIR", help="Write the PNGs into DIR.")] = ".",
     maps: Annotated[
         Optional[list[TokenMapKind]],  # noqa: UP045
-        typer.Option("--map", help="Draw this one only; may be repeated. (default: all there are)"),
+        typer.Option("--map", metavar="MAP", help="Draw this map.", show_default="all that the file allows"),
     ] = None,
     point: Annotated[
-        str | None, typer.Option(metavar="X,Y", help="Likeness to this place of the first picture, pixels.")
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="X,Y",
+            help="Color every token by its similarity to the one at this pixel of the first picture.",
+            parser=pixel,
+        ),
     ] = None,
     foreground: Annotated[
-        bool, typer.Option("--foreground", help="Components of the foreground; the rest is dimmed.")
+        bool, typer.Option("--foreground", help="Fit the principal components to the foreground, and dim the rest.")
     ] = False,
     position: Annotated[
-        bool, typer.Option(help="Leave in the tokens what they owe to their place in the tile.")
+        bool, typer.Option(help="Keep the part of each token that depends only on its position in the tile.")
     ] = True,
-    raw: Annotated[bool, typer.Option("--raw", help="Plain cosines, the mean not taken off.")] = False,
-    separate: Annotated[bool, typer.Option("--separate", help="A PNG for every map.")] = False,
-    opacity: Annotated[float, typer.Option(min=0, max=1, help="Of maps over the photograph.")] = 0.75,
-    size: Annotated[int, typer.Option(min=100, max=4000, help="Longer side of a map, pixels.")] = 640,
+    raw: Annotated[bool, typer.Option("--raw", help="Compare tokens without subtracting their mean.")] = False,
+    separate: Annotated[bool, typer.Option("--separate", help="Write one PNG per map.")] = False,
+    opacity: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw maps over the photograph with this opacity.")
+    ] = 0.75,
+    size: Annotated[
+        int, typer.Option(min=100, max=4000, metavar="PIXELS", help="Draw maps with this longer side.")
+    ] = 640,
     terminal: Annotated[bool, typer.Option("--terminal", help="Draw in the terminal too.")] = False,
     graphics: Annotated[
         Optional[Graphics],  # noqa: UP045
-        typer.Option(help="Of --terminal; named outright also where no terminal reads. (default: by terminal)"),
+        typer.Option(
+            metavar="PROTOCOL",
+            help="Draw for --terminal in this way, even if standard output is no terminal.",
+            show_default="detected",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print no names of files.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not print the names of files.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Draw the tokens of images over their photographs, as PNGs: tiles, principal components, lengths, likeness.
+    """Draw the tokens of images over their photographs.
 
-    Components, colours and limits are fitted to all named images together, so that they can be compared.
+    Each image becomes a PNG with its tiles, the principal components of its tokens as colors, the lengths of its
+    tokens, and with --point the similarity to one of them. Components and color scales are fitted to all named images
+    together, so that they can be compared.
 
     Example: internvit show feats.h5 cat.jpg dog.jpg --point 320,240
     """
@@ -66,7 +94,7 @@ def show_command(
         path=path,
         keys=tuple(keys or ()),
         maps=tuple(maps or ()),
-        point=None if point is None else parse_point(point),
+        point=point,
         foreground=foreground,
         position=position,
         raw=raw,
@@ -75,7 +103,8 @@ def show_command(
     )
     chosen = _chosen_graphics(graphics) if terminal else None
     images: list[dict[str, Any]] = []
-    for shown in show(options):
+    figures = show(options)
+    for shown in figures:
         written = _write(shown, output, separate=separate)
         for note in shown.notes:
             say(f"note: {note}")
@@ -85,29 +114,13 @@ def show_command(
             for file in written:
                 print_line(file)
         images.append({"key": shown.key, "files": written, "notes": list(shown.notes)} | shown.facts)
-    skipped = _skipped(options.keys, images)
-    code = ExitCode.SKIPPED if skipped else ExitCode.DONE
-    for key in skipped:
+    code = ExitCode.SKIPPED if figures.skipped else ExitCode.DONE
+    for key in figures.skipped:
         say(f"note: {one_line(key)} has no features and is not drawn")
     if json:
-        print_json({"path": path, "images": images, "skipped": skipped, "exit_code": int(code), "error": None})
+        facts = {"path": path, "images": images, "skipped": list(figures.skipped)}
+        print_json(facts | {"exit_code": int(code), "error": None})
     return int(code)
-
-
-def parse_point(text: str) -> tuple[float, float]:
-    """X and y of `--point 320,240`."""
-    try:
-        x, y = (float(part) for part in text.split(","))
-    except ValueError:
-        x = y = float("nan")
-    if not (x >= 0 and y >= 0):
-        raise UsageError(f"--point {text}: not X,Y", "give pixels from the upper left corner, such as --point 320,240")
-    return x, y
-
-
-def _skipped(keys: Sequence[str], images: Sequence[dict[str, Any]]) -> list[str]:
-    drawn = {image["key"] for image in images}
-    return [key for key in dict.fromkeys(keys) if key not in drawn]
 
 
 def _write(shown: Shown, folder: str, *, separate: bool) -> list[str]:

@@ -29,27 +29,43 @@ KEYS_SHOWN = 10
 
 def verify_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
-    re_extract: Annotated[int, typer.Option(min=0, metavar="N", help="Encode N random images again and compare.")] = 0,
+    re_extract: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Encode N images again, chosen at random, and compare.")
+    ] = 0,
     reference: Annotated[
-        bool, typer.Option("--reference", help="Those also with transformers' own class in float32.")
+        bool, typer.Option("--reference", help="Encode those with the model of transformers too, in float32.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option("-m", "--model", help="Where the weights are. (default: what OUT names)")
+        str | None,
+        typer.Option(
+            "-m",
+            "--model",
+            metavar="MODEL",
+            help="Take the weights from here.",
+            show_default="the model that OUT names",
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Of --re-extract: auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the choice of images.")] = 0,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="Use this device for --re-extract: auto, cpu, cuda, cuda:N or mps.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Choose other images for --re-extract.")] = 0,
     pictures: Annotated[
-        bool, typer.Option(help="Read the pictures that are still there and compare their digests.")
+        bool, typer.Option(help="Compare the pictures that still exist with their recorded digests.")
     ] = True,
-    threads: Annotated[int | None, typer.Option(min=1, max=1024, help="That read. (default: one a core)")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="Read with N threads.", show_default="one per core")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but what is wrong.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only what is wrong.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Check an output: counts, recipe, the CRC of every committed row, digests of the pictures that are still there.
+    """Check that an output still holds what was committed.
 
-    Exit code 0: all is right; 1: something is wrong, and each finding is listed. Nothing is written.
-    With --re-extract a sample is encoded again under the stored recipe, which needs the pictures and the weights.
+    The command checks counts, recipe, the CRC of every row, and the digests of the pictures that still exist. It writes
+    nothing, lists what is wrong, and exits with 1 if there is anything. With --re-extract it encodes a sample again,
+    which needs the pictures and the weights.
+
+    Example: internvit verify feats.h5 --re-extract 10
     """
     if reference and not re_extract:
         raise UsageError("--reference without --re-extract", "say how many images: --re-extract 10")

@@ -45,8 +45,10 @@ class ExportOptions:
 
     source: str
     write: WriteOptions
+    words: tuple[str, ...] = ()
+    """Only the images that these keys and patterns mean."""
     keys: tuple[str, ...] = ()
-    """Only these images."""
+    """And those with these keys, whatever is in them; neither words nor keys: all."""
     tokens: bool = True
     """Write tokens; otherwise vectors only."""
 
@@ -90,8 +92,8 @@ def export(options: ExportOptions, stop: StopRequest, on_progress: Callable[[str
     destination = Destination(place, [options.source], overwrite=options.write.overwrite, lock=options.write.lock)
     try:
         selection = select_all(options.source)
-        if options.keys:
-            selection = selection.take(selection.positions_of(options.keys))
+        if options.words or options.keys:
+            selection = selection.take(selection.positions_of(options.words, options.keys, options.source))
         if not options.tokens:
             selection = selection.without_tokens()
         return write(selection, Job(place, destination, options.write, (options.source,)), stop, on_progress)

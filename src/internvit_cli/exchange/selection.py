@@ -15,14 +15,14 @@ from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
 from internvit_cli.storage.layout import PARTIAL, POOLED, FeatureShape, stored_recipe
-from internvit_cli.storage.near_keys import near_keys
 from internvit_cli.storage.output import FinishedShard, Output
-from internvit_cli.storage.reader import OpenShard, UnknownKeyError, find_shards
+from internvit_cli.storage.reader import OpenShard, find_shards
 from internvit_cli.storage.skipped import read_skip_log
+from internvit_cli.storage.wanted_keys import find_wanted, unknown_key
 from internvit_cli.table import ImageTable, concatenate
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -185,19 +185,25 @@ class Selection:
         """By key of a skipped image, why it was: the exception and its message."""
         return {entry["key"]: _message(entry) for entry in self.skips}
 
-    def positions_of(self, keys: Sequence[str]) -> NDArray[Any]:
+    def positions_of(self, words: Iterable[str], keys: Iterable[str], path: str) -> NDArray[Any]:
         """Where images stand, sorted, [k] int64.
+
+        Args:
+            words: keys and patterns of keys.
+            keys: keys alone, whatever is in them.
+            path: the output, for messages.
 
         Raises:
             UnknownKeyError: there is no such image; the hint names keys like it.
         """
         places = {key: position for position, key in enumerate(self.table.keys)}
+        found = set(find_wanted(words, self.table.keys, places.get, path))
         for key in keys:
-            if os.fsencode(key) not in places:
-                near = near_keys(key, self.table.keys)
-                hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "internvit info tells what there is"
-                raise UnknownKeyError(f"{self.found[0].path} has no image {key!r}", hint)
-        return np.array(sorted({places[os.fsencode(key)] for key in keys}), np.int64)
+            position = places.get(os.fsencode(key))
+            if position is None:
+                raise unknown_key(key, self.table.keys, path)
+            found.add(position)
+        return np.array(sorted(found), np.int64)
 
     def without_tokens(self) -> Selection:
         """The same images, of which only vectors are written."""

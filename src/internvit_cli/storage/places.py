@@ -23,6 +23,11 @@ class ShardPlace(NamedTuple):
     entry: ManifestEntry | None = None
     """None for a single file, which has no manifest, and for what is still being filled."""
 
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether it is still being filled."""
+        return self.path.endswith(PARTIAL)
+
     def load(self) -> FinishedShard:
         """The shard with its index, checked against its digest.
 
@@ -64,6 +69,24 @@ def find_places(path: str) -> list[ShardPlace]:
             "is it a feature folder, and has its run finished?",
         )
     return places
+
+
+def find_all_places(path: str) -> list[ShardPlace]:
+    """The shards at a path, finished ones first, then the one that is being filled, also where there is no other.
+
+    Raises:
+        OutputError: there are none.
+    """
+    output, partial = Output(path.removesuffix(PARTIAL)), path + PARTIAL
+    unfinished = []
+    if os.path.isdir(path):
+        unfinished = _unfinished_in(path)
+    elif output.is_file and os.path.exists(partial):
+        unfinished = [ShardPlace(partial, output.backend)]
+        if not os.path.exists(path):
+            return unfinished
+    places = find_places(path)
+    return places + [place for place in unfinished if place not in places]
 
 
 def _unfinished_in(folder: str) -> list[ShardPlace]:

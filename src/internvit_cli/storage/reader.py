@@ -18,10 +18,10 @@ from internvit_cli.errors import UsageError
 from internvit_cli.options import named_path
 from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile, described_arrays
 from internvit_cli.storage.layout import stored_recipe
-from internvit_cli.storage.near_keys import near_keys
 from internvit_cli.storage.places import find_places
 from internvit_cli.storage.row_index import PooledVectors, RowIndex
 from internvit_cli.storage.shard import OpenShard
+from internvit_cli.storage.wanted_keys import UnknownKeyError, find_wanted, unknown_key
 from internvit_cli.table import COLUMN_DTYPES
 from internvit_cli.words import counted
 
@@ -45,13 +45,6 @@ __all__ = [
 ]
 
 
-class UnknownKeyError(UsageError, KeyError):
-    """A key that no image has; the hint names those it may have meant."""
-
-    def __str__(self) -> str:
-        return f"{self.message}; {self.hint}"
-
-
 class Features(Mapping[str, ImageFeatures]):
     """The images of a feature file or folder, by key, in the order in which they are stored.
 
@@ -64,7 +57,7 @@ class Features(Mapping[str, ImageFeatures]):
     (['lund.jpg', 'portrait.jpg'], ['lund.jpg', 'portrait.jpg'])
     >>> features["stret.jpg"]
     Traceback (most recent call last):
-    internvit_cli.storage.reader.UnknownKeyError: feats.h5 has no image 'stret.jpg'; did you mean 'street.jpg'?
+    internvit_cli.storage.wanted_keys.UnknownKeyError: feats.h5 has no image 'stret.jpg'; did you mean 'street.jpg'?
     """
 
     def __init__(self, path: str, index: RowIndex, positions: NDArray[Any] | None = None) -> None:
@@ -195,6 +188,22 @@ class Features(Mapping[str, ImageFeatures]):
         """A view of the images at some positions among all of the file's."""
         return Features(self.path, self._index, positions)
 
+    def matching(self, *words: str) -> Features:
+        """A view of the images that keys or patterns mean, in the order of the words, and of the keys for a pattern.
+
+        Args:
+            words: keys, or patterns as `internvit ls` takes them: `*` stands for any characters but a slash, `?` for
+                one, `[abc]` for one of some, and `**` for any number of folders.
+
+        Raises:
+            UnknownKeyError: a word that means no image.
+
+        >>> list(open_features("feats.h5").matching("*.jpg", "cobbles.*"))
+        ['lund.jpg', 'portrait.jpg', 'street.jpg', 'cobbles.webp']
+        """
+        found = find_wanted(words, self._keys(), self._place_of, self.path)
+        return self.at(self._all_positions()[np.array(found, np.int64)])
+
     @property
     def done(self) -> Features:
         """A view of the images that have features."""
@@ -238,15 +247,20 @@ class Features(Mapping[str, ImageFeatures]):
         Raises:
             UnknownKeyError: nowhere.
         """
-        found = self._find(key)
+        found = self._place_of(os.fsencode(key))
         if found is None:
             raise self._unknown(key)
-        return found if self._positions is None else int(self._view_places()[found])
+        return found
 
     # ------------------------------------------------------------------------------------------------------- the view
 
     def _all_positions(self) -> NDArray[Any]:
         return np.arange(len(self._index)) if self._positions is None else self._positions
+
+    def _place_of(self, key: bytes) -> int | None:
+        """Where an image stands in this view; None where it is not in it."""
+        found = self._find(os.fsdecode(key))
+        return found if found is None or self._positions is None else int(self._view_places()[found])
 
     def _find(self, key: str) -> int | None:
         position = self._index.find(os.fsencode(key))
@@ -272,9 +286,10 @@ class Features(Mapping[str, ImageFeatures]):
         return array
 
     def _unknown(self, key: str) -> UnknownKeyError:
-        near = near_keys(key, [self._index.key(position) for position in self._all_positions().tolist()])
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "internvit info tells what it holds"
-        return UnknownKeyError(f"{self.path} has no image {key!r}", hint)
+        return unknown_key(key, self._keys(), self.path)
+
+    def _keys(self) -> list[bytes]:
+        return [self._index.key(position) for position in self._all_positions().tolist()]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_places": None}
@@ -291,6 +306,21 @@ def open_features(path: str | os.PathLike[str]) -> Features:
     """
     name = named_path(path)
     return Features(name, RowIndex([OpenShard(shard) for shard in find_shards(name)]))
+
+
+def bounded(features: Features, words: Sequence[str], most: int) -> Features:
+    """The images that keys and patterns mean, unless patterns mean more than is sensible.
+
+    Raises:
+        UsageError: they mean more than `most`, or one of them none.
+    """
+    found = features.matching(*words)
+    if len(found) > max(most, len(words)):
+        raise UsageError(
+            f"{len(found):,} images of {features.path} match, and {most:,} are the most",
+            f"narrow the pattern: internvit ls {features.path} PATTERN lists what it matches",
+        )
+    return found
 
 
 def find_shards(path: str) -> list[FinishedShard]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.errors import ExitCode, OutputError, UsageError
-from internvit_cli.storage.reader import Features, open_features
+from internvit_cli.storage.reader import Features, bounded, open_features
 from internvit_cli.use.near_index import open_index
 from internvit_cli.use.nearest import nearest
 from internvit_cli.use.spaces import RAW, Space, fit_whitening
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from internvit_cli.storage.image import ImageFeatures
     from internvit_cli.storage.row_index import PooledVectors
 
+MOST_QUERIES = 1000
+"""Images that patterns of keys may mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
@@ -31,7 +34,7 @@ class SearchOptions:
     pictures: Sequence[str] = ()
     """Files to find the like of."""
     keys: Sequence[str] = ()
-    """Images of the output to find the like of."""
+    """Keys of images of the output to find the like of, and patterns of keys."""
     count: int = 10
     """Hits for each."""
     raw: bool = False
@@ -120,8 +123,10 @@ def search(
     features = open_features(options.path)
     vectors = features.vectors()
     if not len(vectors):
-        raise OutputError(f"{options.path} has no image with features", "internvit info counts the images by status")
-    stored = [features[key] for key in options.keys]
+        raise OutputError(
+            f"{options.path} has no image with features", f"internvit ls -l {options.path} lists the images by status"
+        )
+    stored = list(bounded(features, options.keys, MOST_QUERIES).values()) if options.keys else []
     encoded = _encode(features, options) if options.pictures else []
     queries = [*encoded, *stored]
     started = time.perf_counter()

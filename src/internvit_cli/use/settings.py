@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import fields
-from enum import Enum
 from numbers import Integral
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypedDict, Union, get_args, get_origin, get_type_hints
 
-from internvit_cli.config import ComputeDtype, OnOverflow, Pool, Preprocess, StoreDtype, Tokens
+from internvit_cli.config import AnyEnum, ComputeDtype, OnOverflow, Pool, Preprocess, StoreDtype, Tokens, member_named
 from internvit_cli.errors import UsageError, one_line
-from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions, parse_color
-from internvit_cli.words import described
+from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions, color_named
+from internvit_cli.words import described, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-Choice = TypeVar("Choice", bound=Enum)
+    from enum import Enum
 
 
 class ExtractorOptions(TypedDict, total=False):
@@ -150,21 +148,27 @@ def _named(hint: Any) -> str:
 
 def _color(value: str | Sequence[int]) -> tuple[int, int, int]:
     if isinstance(value, str):
-        return parse_color(value)
+        color = color_named(value)
+        if color is None:
+            raise UsageError(
+                f"background={value!r} is no color", "give a name or a value, such as 'white' or '#ffffff'"
+            )
+        return color
     red, green, blue = (int(part) for part in value)
     if not all(0 <= part <= 255 for part in (red, green, blue)):
-        raise UsageError(f"background={value!r} is no colour", "red, green and blue are 0 to 255")
+        raise UsageError(f"background={value!r} is no color", "red, green and blue are 0 to 255")
     return red, green, blue
 
 
-def choice(name: str, kind: type[Choice], value: Choice | str) -> Choice:
+def choice(name: str, kind: type[AnyEnum], value: AnyEnum | str) -> AnyEnum:
     """One of a few named values.
 
     Raises:
-        UsageError: another.
+        UsageError: another; the hint names the nearest.
     """
-    try:
-        return kind(value)
-    except ValueError:
-        words = ", ".join(str(member.value) for member in kind)
-        raise UsageError(f"{name} {value!r} is none of {words}", f"choose one of {words}") from None
+    found = member_named(kind, value)
+    if found is None:
+        words = [str(member.value) for member in kind]
+        hint = did_you_mean(str(value), words) or f"choose one of {', '.join(words)}"
+        raise UsageError(f"{name} is {value!r}, not one of {', '.join(words)}", hint)
+    return found

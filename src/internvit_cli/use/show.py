@@ -14,7 +14,7 @@ from internvit_cli.config import Preprocess, TokenMapKind, Tokens
 from internvit_cli.draw.figure import Panel, figure
 from internvit_cli.errors import InternvitError, NoSpaceError, UsageError, one_line
 from internvit_cli.storage.durable import NO_SPACE_ERRNOS
-from internvit_cli.storage.reader import Features, SkippedImageError, open_features
+from internvit_cli.storage.reader import Features, SkippedImageError, bounded, open_features
 from internvit_cli.use.maps import Fitted, TokenMap, fit, likeness, likeness_scale, spread, tile_pattern
 from internvit_cli.use.panels import Canvas, mark_outliers, mark_point, outlier_caption
 from internvit_cli.use.photograph import load_photograph
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from internvit_cli.draw.palette import Scale
     from internvit_cli.storage.image import ImageFeatures
 
+MOST_IMAGES = 100
+"""Images that patterns of keys may mean."""
 PATTERN_TILES = 256
 """Tiles of the whole file that show what tokens owe to their place in the tile."""
 LONGEST_NAME = 200
@@ -40,6 +42,7 @@ class ShowOptions:
 
     path: str
     keys: Sequence[str]
+    """Keys of images, and patterns of keys."""
     maps: Sequence[TokenMapKind] = ()
     """None named: all that there are."""
     point: tuple[float, float] | None = None
@@ -85,7 +88,19 @@ class _Likeness:
     scale: Scale = field(init=False)
 
 
-def show(options: ShowOptions) -> Iterator[Shown]:
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """The figures of the named images, each made when it is asked for."""
+
+    shown: Iterator[Shown]
+    skipped: tuple[str, ...]
+    """Keys of those that have no features, and no figure."""
+
+    def __iter__(self) -> Iterator[Shown]:
+        return self.shown
+
+
+def show(options: ShowOptions) -> Figures:
     """Draw the named images, one after another.
 
     Raises:
@@ -96,14 +111,16 @@ def show(options: ShowOptions) -> Iterator[Shown]:
     if not options.keys:
         first = f", such as {one_line(next(iter(features)))}" if len(features) else ""
         raise UsageError("no keys given", f"name one or more images of {options.path}{first}")
-    images = [features[key] for key in dict.fromkeys(options.keys)]
+    images = list(bounded(features, options.keys, MOST_IMAGES).values())
     done = [image for image in images if image.is_done]
     if not done:
         raise SkippedImageError(
-            f"{images[0].key!r} has no features: {images[0].status.word}", "internvit info counts the images by status"
+            f"{images[0].key!r} has no features: {images[0].status.word}",
+            f"internvit ls -l {options.path} lists the images by status",
         )
     drawing = _Drawing(options, features, done)
-    return (drawing.draw(image) for image in done)
+    skipped = tuple(image.key for image in images if not image.is_done)
+    return Figures((drawing.draw(image) for image in done), skipped)
 
 
 class _Drawing:

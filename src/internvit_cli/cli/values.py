@@ -1,0 +1,129 @@
+"""From words to values. A word that means nothing says what was expected; where it came from, `settings` adds."""
+
+from __future__ import annotations
+
+import math
+import re
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli.config import AnyEnum, member_named
+from internvit_cli.words import did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from internvit_cli.cli.declarations import Parameter
+
+TRUE, FALSE = ("1", "true", "t", "yes", "y", "on"), ("0", "false", "f", "no", "n", "off")
+BINARY_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
+MOST_BYTES = 1 << 63
+AUTO = "auto"
+LONGEST_NUMBER = 40
+"""Characters: Python takes its time over numbers of thousands of digits."""
+
+
+class UnusableWordError(ValueError):
+    """A word that is no value of its option."""
+
+    def __init__(self, expected: str, hint: str = "") -> None:
+        """Say what is wrong with it.
+
+        Args:
+            expected: completes "X is 'abc', not ...", such as "a whole number from 1 to 12".
+            hint: what to give instead, when that is not said yet.
+        """
+        super().__init__(expected)
+        self.expected = expected
+        self.hint = hint
+
+
+def value_of(parameter: Parameter, word: str) -> Any:
+    """The value that a word stands for.
+
+    Raises:
+        UnusableWordError: none.
+    """
+    if parameter.parser is not None:
+        return parameter.parser(word)
+    if parameter.is_flag:
+        return flag(word)
+    if issubclass(parameter.kind, Enum):
+        return member(parameter.kind, word)
+    if parameter.kind is int:
+        return number(word, int, "a whole number", parameter.least, parameter.most)
+    if parameter.kind is float:
+        return number(word, float, "a number", parameter.least, parameter.most)
+    return word
+
+
+def flag(word: str) -> bool:
+    """What a flag's variable says."""
+    if word.lower() in TRUE + FALSE:
+        return word.lower() in TRUE
+    raise UnusableWordError("true or false")
+
+
+def member(kind: type[AnyEnum], word: str) -> AnyEnum:
+    """One of a few named values."""
+    found = member_named(kind, word)
+    if found is None:
+        words = [str(one.value) for one in kind]
+        raise UnusableWordError(f"one of {', '.join(words)}", did_you_mean(word, words))
+    return found
+
+
+def number(word: str, kind: type, name: str, least: float | None = None, most: float | None = None) -> Any:
+    """A number within its limits."""
+    try:
+        value = kind(word) if len(word) <= LONGEST_NUMBER and word.isascii() else math.nan
+    except ValueError:
+        value = math.nan
+    if (math.isinf(value) or not value >= (-math.inf if least is None else least)) or (
+        most is not None and value > most
+    ):
+        raise UnusableWordError(name + limits(least, most))
+    return value
+
+
+def limits(least: float | None, most: float | None) -> str:
+    """The limits of a number in words, with a space in front; empty where there are none."""
+    if most is not None:
+        return f" from {least:,} to {most:,}"
+    return f" of at least {least:,}" if least is not None else ""
+
+
+def or_auto(kind: type, name: str, least: float | None = None, most: float | None = None) -> Callable[[str], Any]:
+    """A parser of numbers that takes `auto` too, which is None."""
+
+    def parse(word: str) -> Any:
+        return None if word == AUTO else number(word, kind, f"auto or {name}", least, most)
+
+    return parse
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """A parser of a word that is one of a few."""
+
+    def parse(word: str) -> str:
+        if word not in words:
+            raise UnusableWordError(f"one of {', '.join(words)}", did_you_mean(word, words))
+        return word
+
+    return parse
+
+
+def size(least: int) -> Callable[[str], int]:
+    """A parser of sizes such as `4GiB`, `500M` or `1000000`, in bytes; units are powers of 1024."""
+
+    def parse(word: str) -> int:
+        match = SIZE.fullmatch(word.strip()) if len(word) <= LONGEST_NUMBER else None
+        bytes_ = float(match[1]) * BINARY_UNITS[match[2].lower()] if match else 0
+        if not least <= bytes_ < MOST_BYTES:
+            raise UnusableWordError(
+                "a size" if least == 1 else f"a size of at least {least >> 20:,}MiB", "give a size such as 4GiB or 500M"
+            )
+        return int(bytes_)
+
+    return parse
