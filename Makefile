@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` tries the tool, `make test` runs all tests.
+# Two commands on a fresh machine: `make demo` tries the tool, `make test` runs the quick tests.
 # Plain torch from PyPI brings several GB of CUDA; take another build with `make demo TORCH=torch==2.13.0`.
 PYTHON ?= python3
 TORCH ?= torch

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
-from run_helpers import extract, make_pictures
+from run_helpers import extract, internvit, make_pictures
 
+import internvit_cli
 from internvit_cli import open_features
 from internvit_cli.config import Status
 
@@ -48,6 +51,52 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         result = extract(folder / "imgs", "-o", folder / name, "--store-dtype", dtype)
         assert result.returncode == 0, result.stderr
     return folder
+
+
+COMMAND = re.compile(r"^internvit (.*?)(?:\s+#.*)?$", re.MULTILINE)
+
+
+def test_every_command_of_the_first_hour_runs_in_its_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights where the page takes the real ones."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    shutil.copytree(ROOT / "examples" / "images", tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INTERNVIT_MODEL", "tiny-random")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    text = (ROOT / "docs" / "first-hour.md").read_text()
+    lines = COMMAND.findall("\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)))
+    assert len(lines) > 12
+    for line in lines:
+        result = internvit(*shlex.split(line.replace("/data/InternViT-300M-448px-V2_5", "tiny-random")))
+        assert result.returncode == 0, f"{line}: {result.stderr}"
+    assert (tmp_path / "pngs" / "street.jpg.show.png").exists() and (tmp_path / "report.html").exists()
+    names: dict[str, Any] = {}
+    for block in python_examples("docs/first-hour.md"):
+        exec(block, names)
+    assert list(names["photographs"]) == ["lund.jpg", "portrait.jpg", "street.jpg"]
+    assert names["matrix"].shape[0] == 4 and names["image"].status is Status.DONE
+
+
+def test_the_messages_and_reasons_that_the_first_hour_explains_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "first-hour.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    messages, reasons = re.findall(r"^\| (?:message|reason) \|.*?\n\n", text, re.DOTALL | re.MULTILINE)
+    for row in messages.splitlines()[2:-1]:
+        for message in re.findall(r"`([^`]+)`", row.split("|")[1]):
+            assert message in source, message
+    explained = set(
+        re.findall(r"`([a-z_]+)`", reasons + text.partition("The other reasons are")[2].partition("\n\n")[0])
+    )
+    assert {status.word for status in Status if status > Status.DONE} <= explained
+
+
+def test_the_readme_says_what_a_status_is_and_how_it_prints(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = python_examples("README.md")
+    monkeypatch.chdir(outputs)
+    names: dict[str, Any] = {}
+    exec(block.replace("holiday/beach.jpg", next(iter(open_features("feats.h5")))), names)
+    assert names["image"].status is internvit_cli.Status.DONE
+    assert (str(Status.DONE), repr(Status.DONE), f"{Status.DONE}") == ("done", "Status.DONE", "done")
 
 
 def test_the_readers_in_the_description_of_the_format_read(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
