@@ -13,6 +13,7 @@ import pytest
 import storage_helpers as helpers
 from hypothesis import given
 from hypothesis import strategies as st
+from run_helpers import internvit
 
 from internvit_cli.config import Format, Skipped, Status
 from internvit_cli.errors import OutputError
@@ -209,3 +210,14 @@ def test_attributes_that_mean_nothing_are_refused(tmp_path: Path, name: str, val
     with pytest.raises(OutputError) as caught:
         describe_output(str(path))
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_no_word_of_the_table_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    helpers.make_output(tmp_path / "feats.h5", helpers.make_shard(helpers.make_table(GRIDS)))
+    shown = internvit("info", tmp_path / "feats.h5").stdout
+    assert helpers.RECIPE.weights_digest in shown.split()
+    assert "1 shard" in shown and "shard(s)" not in shown
+    wide = {line for line in shown.splitlines() if len(line) > columns}
+    assert all(len(line.split()) <= 2 or line.startswith(("file", "weights")) for line in wide), wide

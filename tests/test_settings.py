@@ -251,6 +251,14 @@ def test_an_error_about_several_options_tells_which_of_them_stand_elsewhere(
     assert f"--max-tiles is from {tmp_path}/c.toml, line 1" in complaint(capsys, "--config", tmp_path / "c.toml")
 
 
+def test_an_error_about_a_value_tells_where_it_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("INTERNVIT_MODEL", "/nowhere/at-all")
+    assert run(["plan", __file__]) == 1
+    assert "; /nowhere/at-all is from INTERNVIT_MODEL\n" in capsys.readouterr().err
+
+
 def test_a_misspelt_variable_is_told_and_the_command_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -97,10 +97,10 @@ def _sections(command: Command, every: Sequence[Parameter], groups: Mapping[str,
 
 def _rows(command: Command | None, parameters: Sequence[Parameter], width: int | None = None) -> Iterator[str]:
     width = _name_width(parameters) if width is None else width
-    is_beside = _columns() - width >= LEAST_TEXT
+    is_beside = columns() - width >= LEAST_TEXT
     for parameter in parameters:
         name = _name(parameter)
-        lines = _wrapped(_text(command, parameter), _columns() - (width if is_beside else BELOW))
+        lines = wrapped(_text(command, parameter), columns() - (width if is_beside else BELOW))
         if is_beside and len(name) + 2 <= width:
             yield _bold(name) + " " * (width - len(name)) + lines.pop(0)
         else:
@@ -147,7 +147,8 @@ def _whole(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- the text
 
 
-def _columns() -> int:
+def columns() -> int:
+    """Return the width that text is laid out for."""
     return max(20, min(WIDEST, shutil.get_terminal_size().columns))
 
 
@@ -155,17 +156,18 @@ def _paragraph(text: str) -> list[str]:
     """A paragraph as lines; one whose lines are indented stays as it is."""
     if text.startswith(" "):
         return text.splitlines()
-    return _wrapped(" ".join(text.split()), _columns())
+    return wrapped(" ".join(text.split()), columns())
 
 
 def _hanging(lines: Iterable[str], indent: int) -> Iterator[str]:
     for line in lines:
         yield from textwrap.wrap(
-            line, _columns(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+            line, columns(), subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
         )
 
 
-def _wrapped(text: str, width: int) -> list[str]:
+def wrapped(text: str, width: int) -> list[str]:
+    """Return the lines of a text; a word that is wider than that has a line of its own."""
     lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace(NO_BREAK, " ") for line in lines] or [""]
 

@@ -9,7 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from internvit_cli.cli.console import human_bytes, one_line, print_json, print_text
+from internvit_cli.cli.help import columns, wrapped
 from internvit_cli.cli.ls import print_images
+from internvit_cli.words import counted
+
+WIDER_THAN_ALL = 10_000
+"""Columns: the lines are broken before they are laid out, which rich would do within words."""
 
 
 def info_command(
@@ -40,42 +45,43 @@ def info_command(
 
 
 def _print_tables(facts: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    laid_out = io.StringIO()
-    is_terminal = sys.stdout.isatty() or None  # else as FORCE_COLOR says
-    console = Console(file=laid_out, force_terminal=is_terminal, highlight=False, markup=False, emoji=False)
-    table = Table(box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
     images = ", ".join(f"{count:,} {word}" for word, count in facts["images"].items())
     rows = {
         "file": facts["path"],
         "model": f"{facts['model']} {facts['model_revision']}".strip(),
         "images": f"{facts['total_images']:,}: {images}",
         "tiles": f"{facts['tiles']:,}",
-        "bytes": f"{facts['bytes']:,} ({human_bytes(facts['bytes'])}) in {facts['shards']} shard(s)",
+        "bytes": f"{facts['bytes']:,} ({human_bytes(facts['bytes'])}) in {counted(facts['shards'], 'shard')}",
         "created by": facts["created_by"],
         "recipe": ", ".join(f"{name} {value}" for name, value in facts["recipe"].items() if name != "weights_digest"),
         "weights": facts["recipe"]["weights_digest"],
     }
-    for name, value in rows.items():
-        table.add_row(name, one_line(value))
     for name, dataset in facts["datasets"].items():
-        table.add_row(name, one_line(f"{dataset['shape']} {dataset['dtype']}"))
+        rows[name] = f"{dataset['shape']} {dataset['dtype']}"
     for name, figures in facts["accuracy"].items():
-        words = ", ".join(f"{key} {_short(value)}" for key, value in figures.items())
-        table.add_row(name.replace("_", " "), one_line(words))
+        rows[name.replace("_", " ")] = ", ".join(f"{key} {_short(value)}" for key, value in figures.items())
     if runs := facts["runs"]:
         last = runs[-1]
-        table.add_row(
-            "last run",
-            one_line(f"{last.get('ended')} on {last.get('host')}, {last.get('device')}, {last.get('dtype')}"),
-        )
+        rows["last run"] = f"{last.get('ended')} on {last.get('host')}, {last.get('device')}, {last.get('dtype')}"
+    print_text(_laid_out(rows))
+
+
+def _laid_out(rows: dict[str, str]) -> str:
+    """Names and values in two columns within the width of the terminal; no word is broken, so digests can be copied."""
+    from rich.console import Console
+    from rich.table import Table
+
+    text = io.StringIO()
+    is_terminal = sys.stdout.isatty() or None  # else as FORCE_COLOR says
+    console = Console(
+        file=text, force_terminal=is_terminal, width=WIDER_THAN_ALL, highlight=False, markup=False, emoji=False
+    )
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold")
+    for name, value in rows.items():
+        table.add_row(name, "\n".join(wrapped(one_line(value), columns() - max(map(len, rows)) - 2)))
     console.print(table)
-    print_text(laid_out.getvalue())
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _short(value: object) -> str:

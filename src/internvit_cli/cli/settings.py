@@ -40,6 +40,8 @@ PREFIX = "INTERNVIT_"
 CONFIG = f"{PREFIX}CONFIG"
 MANUAL = "see docs/cli.md"
 COMMAND_LINE = "command line"
+TELLING = 4
+"""Characters of a value that is no accident in a message."""
 
 
 class Given(NamedTuple):
@@ -72,15 +74,17 @@ class Settings:
             _in_use.reset(before)
 
     def explain(self, error: InternvitError) -> None:
-        """Let the hint of an error about options tell which of them stand elsewhere than on the command line."""
+        """Let the hint of an error tell which options or values that it names were not typed, and where they stand."""
         for option in self.command.options:
             given = self.given.get(option.name)
             if given is None or given.origin == COMMAND_LINE:
                 continue
             names = [name for name in (*option.spellings, option.negative) if name.startswith("--")]
-            named = next((name for name in names if re.search(rf"{name}(?![\w-])", error.message)), None)
-            if named is not None and given.place not in error.hint:
-                error.hint = f"{error.hint}; {named} is from {given.origin}".removeprefix("; ")
+            if isinstance(given.words, str) and len(given.words) >= TELLING and not given.words.isdecimal():
+                names.append(given.words)
+            named = next((name for name in names if re.search(rf"{re.escape(name)}(?![\w-])", error.message)), None)
+            if named is not None:
+                error.hint = f"{error.hint}; {one_line(named)} is from {given.origin}".removeprefix("; ")
 
 
 _in_use: ContextVar[Settings | None] = ContextVar("settings", default=None)
