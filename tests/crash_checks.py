@@ -21,6 +21,11 @@ KINDS = {"file": ("feats.h5",), "npy folder": ("feats",), "h5 folder": ("feats",
 """Every kind of output: its name, and the options that it takes."""
 
 
+def shards_of(kind: str, size: str) -> list[str]:
+    """The option that makes a folder have several shards; one file has none."""
+    return [] if kind == "file" else ["--shard-size", size]
+
+
 def make_pictures(folder: Path, names: list[str], seed: int = 0) -> None:
     """Small random pictures of many shapes; one called bad has no header, one called spoiled cannot be decoded."""
     random = np.random.default_rng(seed)

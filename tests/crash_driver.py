@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli import engine, pipeline, plan, storing
+from internvit_cli import engine, pipeline, plan, sharding, storing
 from internvit_cli.cli import app
 from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, FailedImage
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.storage.layout import Extent
     from internvit_cli.storing import FinishedImage
+    from internvit_cli.table import ImageTable
 
 POOLED_WIDTH = 5
 SPOILED = b"spoiled"
@@ -73,6 +74,8 @@ class Behaviour:
     """... after so many pictures."""
     pause: float = 0.0
     """Seconds that a picture takes."""
+    shard_images: int = 0
+    """Images of a shard, however few bytes they are; 0 goes by --shard-size."""
 
 
 def features(digest: bytes, tile: int, tokens: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -275,10 +278,18 @@ def prepare(behaviour: Behaviour) -> None:
         engine.ShardSink = InlineSink  # type: ignore[misc]
     if behaviour.misordered:
         pipeline.ShardWriter = MisorderedWriter  # type: ignore[misc]
+    if behaviour.shard_images:
+        sharding.ShardSize.split = lambda _, table: cut(table, behaviour.shard_images)  # type: ignore[method-assign]
     if behaviour.no_reserve:
         commit.reserve = lambda path: None
     if behaviour.report:
         _report_checkpoints()
+
+
+def cut(table: ImageTable, images: int) -> Iterator[ImageTable]:
+    """A table in parts of so many images."""
+    for start in range(0, len(table), images):
+        yield table.take(np.arange(start, min(start + images, len(table))))
 
 
 def _report_checkpoints() -> None:
@@ -313,6 +324,7 @@ def main() -> None:
     parser.add_argument("--checkpoint-bytes", type=int, default=600)
     parser.add_argument("--fill-disk", default="")
     parser.add_argument("--fill-disk-after", type=int, default=0)
+    parser.add_argument("--shard-images", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.0)
     options = vars(parser.parse_args(own))
     prepare(Behaviour(**options | {"tokens": tuple(options["tokens"])}))

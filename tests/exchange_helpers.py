@@ -69,6 +69,12 @@ def plain(path: Path, number: int = 0) -> helpers.PlainShard:
     return helpers.read_plainly(Output(str(path)).final_path(number))
 
 
+def least_shard_size(*arguments: object) -> str:
+    """The least that `--shard-size` may be, as the command itself says; a shard of that size holds one image."""
+    hint = fails(2, *arguments, "--shard-size", "1").partition("give ")[2]
+    return hint.partition(" ")[0].replace(",", "")
+
+
 def ok(*arguments: object) -> Result:
     """Run a command that has to succeed."""
     result = internvit(*arguments)

@@ -23,6 +23,7 @@ ROWS = [
     {"encoder_options"},
     {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_devices", "encoder_quantisation"},
     {"options", "report"},
+    {"output_names"},
     {"storage"},
     {"reconcile"},
     {"recipes"},
@@ -134,6 +135,26 @@ def test_test_modules_do_not_import_each_other() -> None:
     for path in Path(__file__).parent.glob("*.py"):
         shared = {name for name in imported_modules(ast.parse(path.read_text())) if name.startswith("test_")}
         assert not shared, f"{path.name} imports {shared}"
+
+
+def opens_for_writing(call: ast.Call) -> bool:
+    """Whether a call opens a file by its name to write it."""
+    name = ast.unparse(call.func)
+    words = [ast.unparse(argument) for argument in (*call.args[1:], *(keyword.value for keyword in call.keywords))]
+    if name == "open":
+        return any(set(word.strip("'")) & set("wax+") and len(word) <= 5 for word in words)
+    return name == "os.open" and any("O_RDWR" in word or "O_WRONLY" in word or "O_CREAT" in word for word in words)
+
+
+def test_files_are_made_in_one_place_that_follows_no_link() -> None:
+    own = {"cli.console": "the null device", "doctor": "a file of tempfile's, tried out"}
+    users = {
+        module
+        for module, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and opens_for_writing(node)
+    }
+    assert users - {"storage.durable", "storage.lock"} == set(own)
 
 
 def modules_loaded_by(arguments: list[str]) -> set[str]:

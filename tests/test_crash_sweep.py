@@ -61,8 +61,6 @@ class Case:
             str(self.folder / "pictures"),
             "-o",
             str(self.output(where)),
-            "--shard-size",
-            "3KB",
             *options,
         ]
 
@@ -73,7 +71,7 @@ class Case:
 
 
 def begin_process() -> None:
-    tracing.warm_up(crash_driver.Behaviour(inline=True))
+    tracing.warm_up(crash_driver.Behaviour(inline=True, shard_images=4))
 
 
 @pytest.fixture(scope="module")
@@ -174,4 +172,4 @@ def test_the_sweep_sees_statuses_that_are_written_before_their_rows(scratch: Pat
 
 
 def begin_misordered_process() -> None:
-    tracing.warm_up(crash_driver.Behaviour(inline=True, misordered=True))
+    tracing.warm_up(crash_driver.Behaviour(inline=True, misordered=True, shard_images=4))

@@ -64,12 +64,12 @@ class Scene:
         return where / KINDS[self.kind][0]
 
     def arguments(self, where: Path, *more: str) -> list[str]:
-        options = [*KINDS[self.kind][1:], "--shard-size", "3KB", *more]
+        options = [*KINDS[self.kind][1:], *more]
         return ["extract", str(self.pictures), "-o", str(self.output(where)), *options]
 
 
 def begin_process() -> None:
-    tracing.warm_up(crash_driver.Behaviour(inline=True))
+    tracing.warm_up(crash_driver.Behaviour(inline=True, shard_images=4))
     with tempfile.TemporaryDirectory() as folder:  # what verify and info import
         for name in ("info", "verify"):
             tracing.run_forked(lambda name=name: app.run([name, folder]), Path(folder, "log"))

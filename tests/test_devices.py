@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import crash_checks as checks
 import numpy as np
@@ -22,9 +23,20 @@ from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Status
 from internvit_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 DEVICES = ("--devices", "cpu,cpu")
-SHAPE = ("--dtype", "float32", "--max-tiles", "4", "--shard-size", "6MB")
+SHAPE = ("--dtype", "float32", "--max-tiles", "4")
 PICTURES = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_shards() -> Iterator[None]:
+    """Shards of folders are small; one file has none."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("INTERNVIT_SHARD_SIZE", "6MB")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import storage_helpers as helpers
-from exchange_helpers import fails, make, names_in, ok, plain
+from exchange_helpers import fails, least_shard_size, make, names_in, ok, plain
 from hypothesis import given
 from hypothesis import strategies as st
 from run_helpers import extract, make_pictures, summary_of
@@ -81,8 +81,8 @@ def test_shards_are_cut_anew_and_superseded_rows_stay_behind(tmp_path: Path) -> 
     output.prepare()
     helpers.fill_partial(output, newer, seed=9)
     helpers.publish(output, newer, {"shard-00000": ["0001.jpg"]})
-    size = 5 * 4 + 4 * 6 * 2  # the vector and the only tile of one image
-    ok("export", tmp_path / "old", tmp_path / "new", "--shard-size", str(size), "--format", "h5")
+    export = ("export", tmp_path / "old", tmp_path / "new", "--format", "h5")
+    ok(*export, "--shard-size", least_shard_size(*export))
     old, new = open_features(tmp_path / "old"), open_features(tmp_path / "new")
     assert len(new.shards) == 3
     assert set(new) == set(old)
@@ -314,9 +314,10 @@ def test_every_value_is_in_a_tar_of_samples(tmp_path: Path, options: dict[str, A
 
 def test_a_series_of_tars_holds_each_sample_once_and_its_list_comes_last(tmp_path: Path) -> None:
     make(tmp_path / "a.h5")
-    ok("export", tmp_path / "a.h5", tmp_path / "s.tar", "--shard-size", "300")
+    export = ("export", tmp_path / "a.h5", tmp_path / "s.tar")
+    ok(*export, "--shard-size", least_shard_size(*export))
     listed = json.loads((tmp_path / "s.json").read_text())["shardlist"]
-    assert len(listed) > 2
+    assert len(listed) > 1
     assert sum(shard["nsamples"] for shard in listed) == 6
     assert [shard["filesize"] for shard in listed] == [(tmp_path / shard["url"]).stat().st_size for shard in listed]
     whole = tmp_path / "a.tar"
@@ -454,7 +455,7 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         (2, ["folder/shard-00000.h5", "folder", "--overwrite"], "lies inside"),
         (2, ["a.h5", "full", "--overwrite"], "mine.txt"),
         (2, ["a.h5", "pipe.csv", "--overwrite"], "not a regular file"),
-        (2, ["a.h5", "full.h5/", "--format", "npy"], "names a h5 file"),
+        (2, ["a.h5", "full.h5", "--format", "npy"], "names a h5 file"),
         (2, ["a.h5", "x.npy"], ".npy shards go into a folder"),
         (2, ["a.h5", "x.npz"], "no .npz files"),
         (2, ["a.h5", "x.h5.partial"], "unfinished"),
@@ -630,12 +631,12 @@ def test_a_list_of_skipped_images_never_stands_beside_features_that_it_is_not_of
 def test_a_list_of_a_series_never_names_tars_of_two_results(tmp_path: Path) -> None:
     for seed, name in enumerate(("old.h5", "a.h5")):
         make(tmp_path / name, seed=seed)
-    series = [tmp_path / "s.tar", "--shard-size", "1kB", "--overwrite", "-q"]
+    series = [tmp_path / "s.tar", "--shard-size", "10kB", "--overwrite", "-q"]
     whole = []
     for name in ("old.h5", "a.h5"):
         ok("export", tmp_path / name, *series)
         whole.append({path.name: path.read_bytes() for path in tmp_path.glob("s*.tar")})
-        assert len(whole[-1]) > 2
+        assert len(whole[-1]) > 1
     lists = []
     for _ in killed_at_each_rename("export", tmp_path / "a.h5", *series):
         lists.append((tmp_path / "s.json").exists())
@@ -661,7 +662,7 @@ def test_a_folder_of_that_name_that_no_export_made_is_left_alone(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("beside", "arguments"), [("b.h5.skipped.jsonl", ["b.h5"]), ("b.json", ["b.tar", "--shard-size", "1kB"])]
+    ("beside", "arguments"), [("b.h5.skipped.jsonl", ["b.h5"]), ("b.json", ["b.tar", "--shard-size", "10kB"])]
 )
 def test_files_beside_a_result_that_would_be_replaced_are_refused_before_it_is_there(
     tmp_path: Path, beside: str, arguments: list[str]

@@ -23,17 +23,17 @@ DRIVER = Path(__file__).with_name("crash_driver.py")
 def extract(pictures: Path, folder: Path, kind: str) -> list[str]:
     """The real command; shards are small, so that there are several."""
     name, *options = KINDS[kind]
-    options += [*("--shard-size", "6MB"), *("--dtype", "float32"), *("--max-tiles", "4"), "--quiet"]
+    options += [*checks.shards_of(kind, "6MB"), *("--dtype", "float32"), *("--max-tiles", "4"), "--quiet"]
     return command("extract", pictures, "-o", folder / name, "--model", "tiny-random", *options)
 
 
 def drive(pictures: Path, folder: Path, kind: str) -> list[str]:
     """The same with the crash driver, slowed down so that there is something to kill."""
     name, *options = KINDS[kind]
-    own = ["--pause", "0.004", "--"]
+    own = ["--pause", "0.004", "--shard-images", "4", "--"]
     return [
         *(sys.executable, str(DRIVER), *own),
-        *("extract", str(pictures), "-o", str(folder / name), "--shard-size", "3KB", "--quiet", *options),
+        *("extract", str(pictures), "-o", str(folder / name), "--quiet", *options),
     ]
 
 

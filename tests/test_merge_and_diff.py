@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import storage_helpers as helpers
-from exchange_helpers import fails, make, names_in, ok, plain
+from exchange_helpers import fails, least_shard_size, make, names_in, ok, plain
 from hypothesis import given
 from hypothesis import strategies as st
 from run_helpers import datasets, extract, internvit, make_pictures, summary_of
@@ -56,7 +56,11 @@ def values(path: Path, key: str) -> tuple[bytes, bytes, bytes]:
 def test_merged_outputs_hold_every_row_of_both(tmp_path: Path, target: str) -> None:
     make(tmp_path / "a.h5")
     simple(tmp_path / "b", [b"x.jpg", b"y.jpg"], seed=7)
-    cut = ["--shard-size", "1kB"] if target == "c" else []
+    cut = (
+        ["--shard-size", least_shard_size("merge", tmp_path / "a.h5", tmp_path / "b", "-o", tmp_path / "c")]
+        if target == "c"
+        else []
+    )
     ok("merge", tmp_path / "a.h5", tmp_path / "b", "-o", tmp_path / target, *cut)
     ok("verify", tmp_path / target)
     merged = open_features(tmp_path / target)

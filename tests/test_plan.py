@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import storage_helpers as helpers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,6 +22,7 @@ from internvit_cli.cli.declarations import REGISTERED
 from internvit_cli.cli.values import UnusableWordError, value_of
 from internvit_cli.config import (
     ComputeDtype,
+    Format,
     PixelRule,
     Recipe,
     RecipeError,
@@ -31,20 +32,24 @@ from internvit_cli.config import (
     TilingRule,
     Tokens,
 )
-from internvit_cli.errors import ExitCode, OtherRecipeError, OutputError
+from internvit_cli.errors import ExitCode, OtherRecipeError, OutputError, UsageError
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.recipes import check_same
 from internvit_cli.report import Counts, Stages, Summary
-from internvit_cli.sharding import split_table
+from internvit_cli.sharding import ShardSize
 from internvit_cli.sources import DiscoverOptions, Source, discover
 from internvit_cli.sources.interface import Listing
-from internvit_cli.storage.layout import FeatureShape, stored_recipe
+from internvit_cli.storage import hdf5, npy
+from internvit_cli.storage.interface import backend_of
+from internvit_cli.storage.layout import FeatureShape, NewShard, stored_recipe
 from internvit_cli.table import COLUMN_DTYPES, ImageTable, concatenate, count_statuses
 from internvit_cli.tiling import choose_grid, tile_count
 from internvit_cli.workers import WorkerSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from internvit_cli.storage.interface import ShardFormat
 
 # ----------------------------------------------------------------------------------------------------------- tables
 
@@ -106,34 +111,77 @@ shapes = st.builds(
 )
 
 
-def feature_bytes(table: ImageTable, shape: FeatureShape) -> int:
-    return sum(spec.nbytes for spec in shape.row_datasets(len(table), table.tiles))
+def size_of(table: ImageTable, shape: FeatureShape, backend: ShardFormat) -> int:
+    """Bytes of the shard that a table becomes, with the log of its first start."""
+    attributes = helpers.make_shard(table).attributes
+    return backend.planned_bytes(NewShard(table, shape, attributes)) + backend.LOG_BYTES
 
 
-@given(tables(least=1), shapes, st.integers(1, 5000))
-def test_shards_hold_every_image_once_and_in_order(table, shape, limit):
-    """No image spans two; none is larger than asked for unless it is a single image; none could have taken one more."""
-    shards = list(split_table(table, shape, limit))
+def least_size(shape: FeatureShape, backend: ShardFormat) -> ShardSize:
+    """Shards of the least size that there can be."""
+    attributes = helpers.make_shard(helpers.make_table([(1, 1, 0)])).attributes
+    with pytest.raises(UsageError) as caught:
+        ShardSize.of(1, backend, shape, attributes)
+    least = int(caught.value.hint.removeprefix("give ").partition(" ")[0].replace(",", ""))
+    return ShardSize.of(least, backend, shape, attributes)
+
+
+@pytest.mark.parametrize("shard_format", list(Format), ids=lambda f: f.value)
+@settings(max_examples=30)
+@given(table=tables(least=1), shape=shapes, more=st.integers(0, 20_000))
+def test_shards_hold_every_image_once_in_order_and_are_no_larger_than_asked_for(shard_format, table, shape, more):
+    """No image spans two. All bytes of a shard count; only one with a single image may be larger, by that image."""
+    backend = backend_of(shard_format)
+    size = least_size(shape, backend)
+    size = dataclasses.replace(size, most=size.most + more)
+    shards = list(size.split(table))
     assert_same_table(concatenate(shards), table)
-    for shard, following in zip(shards, [*shards[1:], None], strict=True):
-        assert len(shard) == 1 or feature_bytes(shard, shape) <= limit
-        if following is not None:
-            first = following.take(np.array([0]))
-            assert feature_bytes(shard, shape) + feature_bytes(first, shape) > limit
+    for shard in shards:
+        beyond = size_of(shard, shape, backend) - size.most
+        rows = sum(spec.nbytes for spec in shape.row_datasets(len(shard), shard.tiles))
+        index = int(backend.index_bytes(shard).sum())
+        assert beyond <= 0 or (len(shard) == 1 and beyond <= rows + index)
 
 
-@given(tables(least=2), shapes, st.integers(1, 5000), st.data())
-def test_cuts_do_not_depend_on_what_follows(table, shape, limit, data):
+@given(table=tables(least=3), shape=shapes)
+def test_a_shard_takes_all_images_that_have_room_in_it(table, shape):
+    size = least_size(shape, npy)
+    one = table.take(np.arange(1))
+    images = size_of(table, shape, npy) - size_of(one, shape, npy)
+    assert len(list(dataclasses.replace(size, most=size_of(one, shape, npy) + images + 4096).split(table))) == 1
+
+
+@given(table=tables(least=2), shape=shapes, more=st.integers(0, 5000), data=st.data())
+def test_cuts_do_not_depend_on_what_follows(table, shape, more, data):
     """A run that goes on after its first shards makes the ones that it would have made."""
-    shards = list(split_table(table, shape, limit))
+    size = least_size(shape, npy)
+    size = dataclasses.replace(size, most=size.most + more)
+    shards = list(size.split(table))
     shorter = table.take(np.arange(data.draw(st.integers(1, len(table)))))
-    prefix = list(split_table(shorter, shape, limit))
+    prefix = list(size.split(shorter))
     for ours, theirs in zip(prefix[:-1], shards, strict=False):
         assert_same_table(ours, theirs)
     rest = table.take(np.arange(len(shards[0]), len(table)))
     if len(rest):
-        for ours, theirs in zip(split_table(rest, shape, limit), shards[1:], strict=True):
+        for ours, theirs in zip(size.split(rest), shards[1:], strict=True):
             assert_same_table(ours, theirs)
+
+
+@pytest.mark.parametrize("length", [6, 100, 1000, 2100, 4090, 9000])
+def test_keys_of_any_length_take_no_more_than_they_are_planned_for(length):
+    shape = helpers.make_shard(helpers.make_table([(1, 1, 0)])).features
+    for images in (2, 40):
+        table = helpers.make_table([(1, 1, 0)] * images, [b"%06d" % n + b"k" * (length - 6) for n in range(images)])
+        for backend in (npy, hdf5):
+            size = least_size(shape, backend)
+            rows = sum(spec.nbytes for spec in shape.row_datasets(images, table.tiles))
+            assert size_of(table, shape, backend) <= size.fixed + rows + int(backend.index_bytes(table).sum())
+
+
+@given(table=tables())
+def test_the_index_of_npy_shards_is_as_long_as_planned(table):
+    lines = list(npy._finished_lines(table, np.zeros((len(table), 32), np.uint8), np.zeros(len(table), np.uint32)))
+    assert npy.index_bytes(table).tolist() == [len(line) for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------------------- recipes

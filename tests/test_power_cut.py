@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import crash_checks as checks
 import pytest
-from crash_checks import KINDS
+from crash_checks import KINDS, shards_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +97,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def driver(pictures: Path, disk: Disk, kind: str, *own: str) -> list[str]:
     output, *options = KINDS[kind]
     where = str(disk.mount_point / output)
-    arguments = ["extract", str(pictures), "-o", where, "--shard-size", "20MB", "--quiet", *options]
+    arguments = ["extract", str(pictures), "-o", where, *shards_of(kind, "20MB"), "--quiet", *options]
     return [sys.executable, str(DRIVER), *ROW_SIZE, *CHECKPOINT, *own, "--", *arguments]
 
 

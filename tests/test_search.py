@@ -505,7 +505,7 @@ def test_copies_and_re_encodings_are_grouped_and_nothing_else(stored_copies, mon
 
 def test_shards_memory_limits_and_formats_change_nothing(stored_copies, tmp_path, monkeypatch):
     expected = find_duplicates(DuplicateOptions(str(stored_copies)))
-    options = ("--tokens", "none", "--shard-size", "4KB", *FLOAT32)
+    options = ("--tokens", "none", "--shard-size", "25KB", *FLOAT32)
     assert extract(stored_copies.parent / "pictures", "-o", tmp_path / "feats", *options).returncode == 0
     monkeypatch.setattr(duplicates_module, "IN_MEMORY_BYTES", 100)
     monkeypatch.setattr(pairs, "PRODUCT_ROWS", 9)

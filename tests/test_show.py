@@ -279,7 +279,8 @@ def test_json_is_one_object_with_the_figures_facts(stored, tmp_path):
         ((PHOTO, "--map", "sideways"), 2, "sideways"),
         ((PHOTO, "--terminal"), 2, "no terminal"),
         ((PHOTO, "--terminal", "--json"), 2, "choose one"),
-        ((PHOTO, "-o", "/proc/nowhere"), 1, "cannot write"),
+        ((PHOTO, "-o", "/proc/nowhere"), 2, "lies in /proc"),
+        ((PHOTO, "-o", "x" * 300), 1, "cannot write"),
     ],
 )
 def test_what_cannot_be_done_is_said_with_a_way_out(stored, tmp_path, monkeypatch, arguments, code, words):

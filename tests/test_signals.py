@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import crash_checks as checks
 import pytest
-from crash_checks import KINDS
+from crash_checks import KINDS, shards_of
 from run_helpers import bounds, command, extract, finish, make_pictures, wait_for
 
 from internvit_cli import open_features
@@ -39,7 +39,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(pictures: Path, folder: Path, kind: str) -> list[str]:
     name, *options = KINDS[kind]
-    options += [*("--shard-size", "6MB"), *("--dtype", "float32"), *("--max-tiles", "4"), "--json"]
+    options += [*shards_of(kind, "6MB"), *("--dtype", "float32"), *("--max-tiles", "4"), "--json"]
     return command("extract", pictures, "-o", folder / name, "--model", "tiny-random", *options)
 
 

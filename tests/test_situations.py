@@ -433,6 +433,7 @@ def test_rows_that_an_interrupted_prune_dropped_are_not_counted_as_kept(tmp_path
     make_pictures(pictures / "new", 2, seed=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("internvit_cli.engine.LocalEngine.fill", interrupted)
+        patch.setattr(Output, "withdraw", lambda _: None)  # nobody clears up after a power cut
         assert extract(pictures, "-o", output, "--prune").returncode == 1
     assert (tmp_path / "feats.h5.partial").exists()
     told = summary_of(extract(pictures, "-o", output, "--json"))
@@ -470,6 +471,7 @@ def test_a_finished_run_leaves_nothing_of_one_that_was_cut_short_for_another_for
     make_pictures(pictures, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("internvit_cli.engine.LocalEngine.fill", interrupted)
+        patch.setattr(Output, "withdraw", lambda _: None)  # nobody clears up after a power cut
         assert extract(pictures, "-o", output, "--format", begun).returncode == 1
     assert list(output.glob("*.partial"))
     assert extract(pictures, "-o", output, "--format", finished).returncode == 0
@@ -484,6 +486,7 @@ def test_verify_finds_nothing_wrong_while_an_output_is_being_replaced(tmp_path: 
     assert extract(pictures, "-o", output).returncode == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("internvit_cli.engine.LocalEngine.fill", interrupted)
+        patch.setattr(Output, "withdraw", lambda _: None)  # nobody clears up after a power cut
         assert extract(pictures, "-o", output, "--pool", "cls", "--overwrite").returncode == 1
     verdict = internvit("verify", output, "--json")
     assert verdict.returncode == 0, summary_of(verdict)["findings"]

@@ -321,7 +321,7 @@ def test_a_newer_format_version_is_refused(tmp_path, shard_format):
 
 
 def test_names_and_formats_that_contradict_are_usage_errors(tmp_path):
-    for path, wanted in (("feats.npy", None), ("feats.h5", Format.NPY), ("feats.hdf5", Format.NPY)):
+    for path, wanted in (("feats.h5", Format.NPY), ("feats.H5", Format.NPY), ("feats.hdf5", Format.NPY)):
         with pytest.raises(UsageError):
             Output(str(tmp_path / path), wanted)
 

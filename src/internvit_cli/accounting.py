@@ -35,6 +35,8 @@ class Totals:
     """Values that were clamped to the stored type's range."""
     dropped: int = 0
     """Rows of deleted pictures."""
+    unsynced: str = ""
+    """What is not promised where the output is, for its folder cannot be synced."""
     mistrusted: int = 0
     """Images that are done again because what was recorded of them is damaged."""
 
@@ -96,6 +98,8 @@ def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
     if account.options.model.name == TINY_RANDOM:
         notes.append("tiny-random has random weights: its features try the tool out and mean nothing")
     notes += engine.notes if engine else ()
+    if totals.unsynced:
+        notes.append(totals.unsynced)
     if totals.dropped:
         notes.append(f"{totals.dropped:,} rows of deleted pictures were dropped")
     if totals.mistrusted:

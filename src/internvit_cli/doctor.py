@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli import __version__
 from internvit_cli.decode.slots import Slots, SlotShape
-from internvit_cli.errors import InternvitError
+from internvit_cli.errors import InternvitError, system_words
 from internvit_cli.report import package_version
-from internvit_cli.storage.durable import free_bytes, reserve, sync_data
+from internvit_cli.storage.durable import free_bytes, reserve, sync_data, unsynced_folder
 from internvit_cli.workers import Finished, WorkerPool, WorkerSpec, usable_cpus
 
 if TYPE_CHECKING:
@@ -184,36 +184,52 @@ def _folder(output: str) -> Iterator[Check]:
     try:
         file = tempfile.NamedTemporaryFile(dir=folder, prefix=".internvit-doctor-")  # noqa: SIM115 - closed below
     except OSError as error:
-        yield Check("writing", State.BAD, f"{folder}: {error.strerror}", "choose a folder that can be written")
+        yield Check("writing", State.BAD, f"{folder}: {system_words(error)}", "choose a folder that can be written")
         return
     with file:
         yield _try("writing", "written and synced", lambda: _write(file.name))
+        yield _try("names", "new names survive a power cut", lambda: unsynced_folder(folder))
         yield _try("reserving", "space can be set aside", lambda: _reserve(file.name))
-        yield _try("locking", "locks work", lambda: fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB))
+        yield _try("locking", "locks work", lambda: _lock(file.fileno()))
 
 
-HINTS = {"locking": "run with --no-lock, and see to it that only one run writes an output"}
+HINTS = {
+    "names": "features are safe all the same; choose another folder to have their names so too",
+    "reserving": "a run goes on without; see to it that the disk has room until it ends",
+    "locking": "run with --no-lock, and see to it that only one run writes an output",
+}
+"""Of what a run can do without."""
 
 
-def _try(name: str, found: str, action: Callable[[], None]) -> Check:
-    """Do something to a file; without locks a run is still possible."""
+def _try(name: str, found: str, action: Callable[[], str]) -> Check:
+    """Do something to a file or its folder; `action` returns what is amiss though a run is possible."""
     try:
-        action()
+        words = action()
     except OSError as error:
-        state = State.NOTE if name in HINTS else State.BAD
-        return Check(name, state, error.strerror or str(error), HINTS.get(name, "check the disk"))
-    return Check(name, State.OK, found)
+        return Check(name, State.BAD, system_words(error), "check the disk")
+    except InternvitError as error:
+        return Check(name, State.BAD, error.message, error.hint)
+    return Check(name, State.NOTE, words, HINTS[name]) if words else Check(name, State.OK, found)
 
 
-def _write(path: str) -> None:
+def _write(path: str) -> str:
     with open(path, "wb", buffering=0) as file:
         file.write(b"features")
         sync_data(file.fileno())
+    return ""
 
 
-def _reserve(path: str) -> None:
+def _reserve(path: str) -> str:
     os.truncate(path, TRIED_BYTES)
-    reserve(path)
+    return "" if reserve(path) else "the filesystem sets no space aside"
+
+
+def _lock(descriptor: int) -> str:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return system_words(error)
+    return ""
 
 
 def _filesystem(folder: str) -> str:

@@ -82,6 +82,21 @@ class LockedError(InternvitError):
     exit_code = ExitCode.LOCKED
 
 
+ENOTSUPP = 524
+"""The kernel's own "not supported", which some network filesystems let out; `errno` has no name for it."""
+KERNEL_WORDS = {
+    ENOTSUPP: "Operation not supported (ENOTSUPP)",
+    526: "The file server failed (ESERVERFAULT)",
+    528: "The file server is busy (EJUKEBOX)",
+}
+"""For what gets out of the kernel with network filesystems, the C library has only "Unknown error"."""
+
+
+def system_words(error: OSError) -> str:
+    """What the system says of a failure, without a path."""
+    return KERNEL_WORDS.get(error.errno or 0) or error.strerror or one_line(str(error)) or "no message"
+
+
 def one_line(text: str | bytes, limit: int | None = 300) -> str:
     """Text from outside (a path, another library's message) as one bounded line without control characters.
 

@@ -13,6 +13,7 @@ from internvit_cli.accuracy import from_attributes
 from internvit_cli.config import StoreDtype, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
+from internvit_cli.output_names import PARTIAL, unfinished_shards
 from internvit_cli.storage.layout import FEATURE_DATASETS, stored_recipe
 from internvit_cli.storage.places import ShardPlace, find_places
 from internvit_cli.table import count_statuses
@@ -48,6 +49,7 @@ def describe_output(path: str) -> dict[str, Any]:
     status = np.concatenate([look.status for look in looks])
     return {
         "path": path,
+        "unfinished": _unfinished(path, places),
         "model": attributes.get("model", ""),
         "model_revision": attributes.get("model_revision", ""),
         "recipe": json.loads(recipe.to_json()),
@@ -63,6 +65,14 @@ def describe_output(path: str) -> dict[str, Any]:
         "created_by": attributes.get("created_by", ""),
         "runs": [entry for place in places for entry in place.backend.run_log(place.path)],
     }
+
+
+def _unfinished(path: str, places: list[ShardPlace]) -> str | None:
+    """What a run has begun to fill at an output and has not finished; None where there is nothing of the kind."""
+    filled = [place.path for place in places if place.path.endswith(PARTIAL)]
+    in_folder = [os.path.join(path, name) for name in unfinished_shards(path)]
+    beside = [partial] if os.path.exists(partial := named_path(path) + PARTIAL) else []
+    return next(iter([*filled, *in_folder, *beside]), None)
 
 
 def _accuracy(attributes: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,8 @@ from internvit_cli.errors import UsageError
 from internvit_cli.sources.interface import DiscoverOptions
 from internvit_cli.words import described
 
+DEFAULT_SHARD_BYTES = 4 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
@@ -59,7 +61,8 @@ class StoreOptions:
     output: str
     format: Format | None = None
     """Of a folder's shards; None is .npy."""
-    shard_bytes: int = 4 << 30
+    shard_bytes: int | None = None
+    """Of a folder's shards at most; None is `DEFAULT_SHARD_BYTES`."""
     tokens: Tokens = Tokens.VISUAL
     pool: Pool = Pool.MEAN
     tile_pooled: bool = False

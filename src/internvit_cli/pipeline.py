@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -15,29 +16,37 @@ from internvit_cli.config import Status
 from internvit_cli.decode.decoder import decode_jobs
 from internvit_cli.devices import find_devices, start_engine
 from internvit_cli.engine import Engine, EngineOptions, ShardJob, Workload
-from internvit_cli.errors import OutputError, StoppedError
+from internvit_cli.errors import InternvitError, OutputError, StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillRules, unusable
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.plan import Plan, PlanOptions, plan_images
-from internvit_cli.preview import find_images
+from internvit_cli.preview import find_images, find_output
 from internvit_cli.recipes import ModelInUse, encoder_options_of_run, feature_shape, pixel_rule, stored_name
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Summary, run_log_entry
 from internvit_cli.sampling import SAMPLE_IMAGES
-from internvit_cli.sharding import Draft, DraftRules, Measured, draft_shards, is_moved, new_shard
+from internvit_cli.sharding import (
+    EMPTY_TABLE,
+    Draft,
+    DraftRules,
+    Measured,
+    ShardSize,
+    draft_shards,
+    is_moved,
+    new_shard,
+)
 from internvit_cli.stopping import Interruption
 from internvit_cli.storage.commit import ShardWriter, create_shard
-from internvit_cli.storage.durable import allocated_bytes, check_space, disk_errors
+from internvit_cli.storage.durable import allocated_bytes, check_space, disk_errors, unsynced_folder
 from internvit_cli.storage.lock import exclusive
-from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.recheck import Recheck, contradictory_rows
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 from internvit_cli.storage.takeover import take_over
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -47,6 +56,7 @@ if TYPE_CHECKING:
     from internvit_cli.sources import Listing, Source
     from internvit_cli.stopping import StopRequest
     from internvit_cli.storage.layout import FeatureShape, NewShard
+    from internvit_cli.storage.output import FinishedShard, Output
     from internvit_cli.table import ImageTable
 
 
@@ -69,15 +79,17 @@ def extract(
         InternvitError: the run cannot start or go on; what was committed stays.
     """
     started = time.monotonic()
-    output = Output(options.store.output, options.store.format)
+    output = find_output(options)
     try:
         with exclusive(output.path, enabled=options.store.lock):
             listing = find_images(options, stdin)
             run = _Extraction(options, stop, observer, listing, output)
             try:
-                return run.run(started)
-            finally:
-                run.close()
+                with closing(run):
+                    return run.run(started)
+            except BaseException:
+                run.withdraw()
+                raise
     except Interruption:
         raise StoppedError("stopped before anything was encoded") from None
 
@@ -120,6 +132,8 @@ class _Extraction:
             self._make(existing, changes, dropped)
         if not self._stop.signal:
             self._output.complete()
+            if store.prune:
+                self._skip_log.drop_others(self._is_skipped_by(self._output.finished()))
         # The index of a million images takes some hundred megabytes: one at a time.
         del existing, changes
         self._existing, self._finished_images = Existing(), None
@@ -134,6 +148,11 @@ class _Extraction:
             stopped_by=self._stop.signal,
         )
 
+    def withdraw(self) -> None:
+        """Leave nothing of a start that failed, unless an image is stored: no folder, no file, no line of a list."""
+        with suppress(OSError, InternvitError):  # what went wrong before is what counts
+            self._output.withdraw()
+
     def close(self) -> None:
         """End the workers and let the devices go, however the run ended."""
         if self._engine is not None:
@@ -144,19 +163,21 @@ class _Extraction:
     def _make(self, existing: Existing, changes: Changes, dropped: list[bytes]) -> None:
         """Encode what is missing: first what an earlier run planned, then what is new."""
         shape = feature_shape(self._options, self._model.card, self._model.recipe)
+        size = None if self._output.is_file else self._shard_size(shape)
         self._model.confirm_weights()
         plan = self._plan(changes.entries)
         if plan.skipped and self._options.run.strict:
             row, skipped = min(plan.skipped.items())
             raise unusable(plan.table.keys[row], skipped)
         gone = {*dropped, *(self._listing.keys[entry] for entry in changes.changed)}
-        rules = self._draft_rules(shape)
+        rules = DraftRules(size, self._listing.sources, self._relocations)
         drafts = draft_shards(existing.finished, gone, plan.table, rules)
         self._check_space(existing, [self._new_shard(draft, shape) for draft in drafts])
         if drafts and self._output.is_file and existing.finished:
             copied = os.path.getsize(self._output.path)
             self._observer.note(f"{self._output.path} is made anew: up to {copied:,} bytes of its rows are copied")
         self._existing = existing
+        self._totals.unsynced = unsynced_folder(self._output.folder)
         self._start(plan)
         if drafts:
             self._measure_accuracy(plan)
@@ -180,14 +201,9 @@ class _Extraction:
         measured = Measured(batch_tiles, self._accuracy)
         return new_shard(draft, shape, self._model.recipe, self._model.card, measured)
 
-    def _draft_rules(self, shape: FeatureShape) -> DraftRules:
-        return DraftRules(
-            is_file=self._output.is_file,
-            sources=self._listing.sources,
-            relocations=self._relocations,
-            shape=shape,
-            shard_bytes=self._options.store.shard_bytes,
-        )
+    def _shard_size(self, shape: FeatureShape) -> ShardSize:
+        nothing = self._new_shard(Draft(EMPTY_TABLE, self._listing.sources), shape)
+        return ShardSize.of(self._options.store.shard_bytes, self._output.backend, shape, nothing.attributes)
 
     def _plan(self, entries: list[int]) -> Plan:
         def on_progress(done: int) -> None:
@@ -312,7 +328,8 @@ class _Extraction:
                 "see to it that only one does, then run the same command again",
             )
         if is_last:
-            self._tidy_skip_log(unpublished)
+            others = () if self._output.is_file else self._output.finished()
+            self._skip_log.rewrite(self._is_skipped_by([*others, unpublished]))
         self._output.publish(number, len(table), table.tiles, older)
 
     def _recheck(self, table: ImageTable, writer: ShardWriter) -> Recheck:
@@ -326,13 +343,12 @@ class _Extraction:
         writer.forget(rows)
         self._totals.mistrusted += len(rows)
 
-    def _tidy_skip_log(self, partial: FinishedShard) -> None:
-        """Leave one line for each image that is skipped now, whichever run skipped it."""
-        others = () if self._output.is_file else self._output.finished()
-        stored = StoredImages([*others, partial])
+    def _is_skipped_by(self, shards: Sequence[FinishedShard]) -> Callable[[str], bool]:
+        """What tells whether a key belongs on the list of skipped images of an output with these shards."""
+        stored = StoredImages(shards)
         folders = {os.fsdecode(problem.path) for problem in self._listing.unreadable_folders}
         settled = (None, Status.DONE, Status.PENDING)
-        self._skip_log.rewrite(lambda key: key in folders or stored.status(os.fsencode(key)) not in settled)
+        return lambda key: key in folders or stored.status(os.fsencode(key)) not in settled
 
     def _encode_pending(
         self, table: ImageTable, sources: Sequence[Source], writer: ShardWriter, *, is_begun: bool

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from internvit_cli.config import Status
-from internvit_cli.errors import NoImagesError
+from internvit_cli.errors import NoImagesError, UsageError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.observer import SILENT, Observer
+from internvit_cli.output_names import check_features_name
 from internvit_cli.plan import PlanOptions, plan_images
 from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make_recipe, pixel_rule
 from internvit_cli.report import PlanSummary
-from internvit_cli.sharding import Draft, new_shard, split_table
+from internvit_cli.sharding import EMPTY_TABLE, Draft, ShardSize, new_shard
 from internvit_cli.sources import Listing, discover
 from internvit_cli.storage.durable import disk_errors, free_bytes
 from internvit_cli.storage.output import Output
@@ -63,6 +64,16 @@ class Survey:
         """Bytes of all rows."""
         return sum(spec.nbytes for spec in self.shape.row_datasets(len(self.table), self.table.tiles))
 
+    @property
+    def shard_size(self) -> ShardSize:
+        """How large the shards of a folder may be.
+
+        Raises:
+            UsageError: `--shard-size` is too small for one.
+        """
+        nothing = new_shard(Draft(EMPTY_TABLE, self.listing.sources), self.shape, self.recipe, self.card)
+        return ShardSize.of(self.options.store.shard_bytes, self.output.backend, self.shape, nothing.attributes)
+
 
 def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO | None = None) -> Survey:
     """Find the images, read their headers, and describe the model.
@@ -75,6 +86,7 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     Raises:
         InternvitError: the sources or the options are wrong, or the model's description cannot be had.
     """
+    output = find_output(options)
     listing = find_images(options, stdin) if options.has_sources else EMPTY_LISTING
     card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
     facts = ModelFacts.of_card(card, card.resolve_layer(options.model.layer), UNKNOWN_DIGEST)
@@ -84,15 +96,15 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     how = PlanOptions(rule, usable_cpus(), options.run.decode_timeout, options.run.worker_memory)
     total = len(listing)
     table = plan_images(listing, range(total), how, lambda done: observer.headers(done, total)).table
-    return Survey(options, listing, table, card, recipe, shape, Output(options.store.output, options.store.format))
+    return Survey(options, listing, table, card, recipe, shape, output)
 
 
 def summarize_plan(found: Survey) -> PlanSummary:
     """Count the images, tiles and bytes of an extraction."""
     listing, table, output, card = found.listing, found.table, found.output, found.card
-    shard_bytes = found.options.store.shard_bytes
-    tables = [table] if output.is_file else split_table(table, found.shape, shard_bytes)
-    shards = [new_shard(Draft(part, listing.sources), found.shape, found.recipe, card) for part in tables]
+    size = None if output.is_file else found.shard_size
+    drafts = [Draft(part, listing.sources) for part in (size.split(table) if size else [table])]
+    shards = [new_shard(draft, found.shape, found.recipe, card) for draft in drafts]
     with disk_errors(output.path):  # such as a limit on the size of files
         planned_bytes = sum(output.backend.planned_bytes(shard) for shard in shards)
     reasons = {
@@ -115,6 +127,23 @@ def summarize_plan(found: Survey) -> PlanSummary:
         free_bytes=free_bytes(output.path),
         notes=tuple(notes),
     )
+
+
+def find_output(options: ExtractOptions) -> Output:
+    """The output of a command; nothing is read or written.
+
+    Raises:
+        UsageError: nothing can be written by its name, or the name and the options contradict each other.
+    """
+    store = options.store
+    check_features_name(store.output)
+    output = Output(store.output, store.format)
+    if output.is_file and store.shard_bytes is not None:
+        raise UsageError(
+            f"--shard-size: {store.output} is one file, and has no shards",
+            "leave it out, or name a folder, such as -o feats/",
+        )
+    return output
 
 
 def find_images(options: ExtractOptions, stdin: BinaryIO | None) -> Listing:

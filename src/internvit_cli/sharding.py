@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from internvit_cli import __version__
 from internvit_cli.accuracy import Accuracy, to_attributes
 from internvit_cli.config import Recipe, Status
+from internvit_cli.errors import UsageError
+from internvit_cli.options import DEFAULT_SHARD_BYTES
 from internvit_cli.reconcile import sources_to_json, stored_sources
 from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, POOLED, FeatureShape, NewShard
-from internvit_cli.table import ImageTable, concatenate
+from internvit_cli.table import COLUMN_DTYPES, ImageTable, concatenate
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,9 +23,11 @@ if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard
     from internvit_cli.reconcile import Relocation
     from internvit_cli.sources import Source
+    from internvit_cli.storage.interface import ShardFormat
     from internvit_cli.storage.output import FinishedShard
 
 CREATED_BY = f"internvit-cli {__version__}"
+EMPTY_TABLE = ImageTable.build([], np.zeros(0, np.uint8), {name: np.zeros(0, np.int64) for name in COLUMN_DTYPES})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +43,11 @@ class Draft:
 class DraftRules:
     """How images are put into shards."""
 
-    is_file: bool
-    """One file, made anew when it changes, instead of a folder that gets more shards."""
+    size: ShardSize | None
+    """Of a folder's shards. None is one file, which is made anew when it changes."""
     sources: Sequence[Source]
     """Of the added images."""
     relocations: Sequence[Relocation]
-    shape: FeatureShape
-    shard_bytes: int
 
 
 def draft_shards(
@@ -61,16 +63,15 @@ def draft_shards(
         added: images to encode.
         rules: how to cut.
     """
-    if rules.is_file and finished:
+    if rules.size is None and finished:
         if not len(added) and not gone and not is_moved(finished, rules.relocations):
             return []
         return [merge_rows(finished[0], gone, added, rules.sources, rules.relocations)]
-    nothing = added.take(np.arange(0))
     moved = [shard for shard in finished if is_moved([shard], rules.relocations)]
-    drafts = [merge_rows(shard, gone, nothing, (), rules.relocations) for shard in moved]
+    drafts = [merge_rows(shard, gone, EMPTY_TABLE, (), rules.relocations) for shard in moved]
     if not len(added):
         return drafts
-    tables = [added] if rules.is_file else split_table(added, rules.shape, rules.shard_bytes)
+    tables = [added] if rules.size is None else rules.size.split(added)
     return [*drafts, *(Draft(table, rules.sources) for table in tables)]
 
 
@@ -84,21 +85,50 @@ def is_moved(shards: Sequence[FinishedShard], relocations: Sequence[Relocation])
     )
 
 
-def split_table(table: ImageTable, shape: FeatureShape, shard_bytes: int) -> Iterator[ImageTable]:
-    """Cut a table into shards of at most `shard_bytes` of features; an image never spans two.
+@dataclass(frozen=True, slots=True)
+class ShardSize:
+    """How large the shards of a folder may be. All their bytes count: rows, index, and what no image adds to."""
 
-    The cuts follow from the images alone, so that a run that goes on makes the shards that it would have made.
-    """
-    row_bytes = {spec.name: spec.row_bytes for spec in shape.row_datasets(1, 1)}
-    image_bytes = row_bytes.pop(POOLED)
-    sizes = image_bytes + table.tile_counts.astype(np.int64) * sum(row_bytes.values())
-    start, filled = 0, 0
-    for row, size in enumerate(sizes.tolist()):
-        if filled and filled + size > shard_bytes:
-            yield table.take(np.arange(start, row))
-            start, filled = row, 0
-        filled += size
-    yield table.take(np.arange(start, len(table)))
+    most: int
+    fixed: int
+    """Bytes of a shard beside its images."""
+    shape: FeatureShape
+    backend: ShardFormat
+
+    @classmethod
+    def of(cls, most: int | None, backend: ShardFormat, shape: FeatureShape, attributes: dict[str, Any]) -> ShardSize:
+        """A bound on shards with these attributes; None is `DEFAULT_SHARD_BYTES`.
+
+        Raises:
+            UsageError: a shard is larger before it has an image.
+        """
+        most = DEFAULT_SHARD_BYTES if most is None else most
+        # With its first tile every dataset gets room of its own.
+        table = ImageTable.build([b""], np.zeros(1, np.uint8), {name: np.ones(1, np.int64) for name in COLUMN_DTYPES})
+        rows = sum(spec.nbytes for spec in shape.row_datasets(len(table), table.tiles))
+        fixed = backend.planned_bytes(NewShard(table, shape, attributes)) - rows + backend.LOG_BYTES
+        if most < fixed:
+            raise UsageError(
+                f"--shard-size: {most:,} bytes are too few, for {fixed:,} of each shard are no image's",
+                f"give {fixed:,} or more; with a few megabytes that part hardly matters",
+            )
+        return cls(most, fixed, shape, backend)
+
+    def split(self, table: ImageTable) -> Iterator[ImageTable]:
+        """Cut a table into shards; an image never spans two, and a shard over the bound holds but one image.
+
+        The cuts follow from the images alone, so that a run that goes on makes the shards that it would have made.
+        """
+        row_bytes = {spec.name: spec.row_bytes for spec in self.shape.row_datasets(1, 1)}
+        image_bytes = row_bytes.pop(POOLED) + self.backend.index_bytes(table)
+        sizes = image_bytes + table.tile_counts.astype(np.int64) * sum(row_bytes.values())
+        start, filled = 0, self.fixed
+        for row, size in enumerate(sizes.tolist()):
+            if row > start and filled + size > self.most:
+                yield table.take(np.arange(start, row))
+                start, filled = row, self.fixed
+            filled += size
+        yield table.take(np.arange(start, len(table)))
 
 
 def merge_rows(

@@ -16,10 +16,11 @@ import numpy as np
 from internvit_cli.config import Status
 from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
+from internvit_cli.output_names import PARTIAL, missing
 from internvit_cli.picture_check import PictureState, look_at_pictures
 from internvit_cli.reconcile import stored_sources
 from internvit_cli.storage.checksums import CommittedRows, ReplacedError
-from internvit_cli.storage.layout import PARTIAL, stored_recipe
+from internvit_cli.storage.layout import stored_recipe
 from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output
 from internvit_cli.storage.places import ShardPlace, places_in
 from internvit_cli.storage.skipped import read_skip_log
@@ -112,9 +113,7 @@ class _Verification:
 
     def _shards(self) -> Iterator[LoadedShard]:
         if not os.path.exists(self._path):
-            partial = self._path + PARTIAL
-            unfinished = f"the run that makes it has not finished: verify {partial}"
-            raise OutputError(f"{self._path} is not there", unfinished if os.path.exists(partial) else "check the path")
+            raise missing(self._path)
         output = Output(self._path.removesuffix(PARTIAL))
         if os.path.isdir(self._path):
             yield from self._folder_shards(output)

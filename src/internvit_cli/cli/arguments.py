@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from internvit_cli.cli.settings import is_on_command_line
 from internvit_cli.cli.values import AUTO, UnusableWordError, or_auto, size
 from internvit_cli.config import (
     DEFAULT_MAX_PIXELS,
@@ -30,6 +31,7 @@ from internvit_cli.options import (
     StoreOptions,
     color_named,
 )
+from internvit_cli.output_names import is_single_file
 from internvit_cli.sources.interface import DiscoverOptions
 
 MODEL, PICTURES, STORE, RUN, SOURCES = "Model", "Pictures", "What is stored", "How it runs", "Sources"
@@ -227,7 +229,7 @@ def build_options(
         ),
     ] = None,
     shard_size: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="SIZE",
             help="Limit the shards of a folder to this size.",
@@ -235,7 +237,7 @@ def build_options(
             show_default="4GiB",
             rich_help_panel=STORE,
         ),
-    ] = 4 << 30,
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -366,7 +368,7 @@ def build_options(
         store=StoreOptions(
             output=output,
             format=shard_format,
-            shard_bytes=shard_size,
+            shard_bytes=shard_bytes_for(shard_size, has_shards=not is_single_file(output)),
             tokens=tokens,
             pool=pool,
             tile_pooled=tile_pooled,
@@ -413,6 +415,15 @@ def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
     wrapper.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}
     return wrapper
+
+
+def shard_bytes_for(shard_size: int | None, *, has_shards: bool) -> int | None:
+    """The value of `--shard-size` that concerns an output.
+
+    What a variable or a file says to all commands is passed over where there are no shards; what was typed is left for
+    the command to refuse.
+    """
+    return shard_size if has_shards or is_on_command_line("shard_size") else None
 
 
 def chosen_devices(device: str | None, devices: tuple[str, ...] | None) -> tuple[str, ...]:

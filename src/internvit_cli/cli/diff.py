@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from internvit_cli.cli.console import Bar, fail, print_json, print_line, say
+from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import InternvitError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def diff_command(
     from internvit_cli.exchange.compare import DiffOptions, diff
 
     with Bar(quiet=quiet) as bar:
-        found = diff(DiffOptions(one, other, not no_tokens, worst, threshold), bar.progress)
+        found = diff(DiffOptions(found_output(one), found_output(other), not no_tokens, worst, threshold), bar.progress)
     code = found.exit_code
     error = _below(found) if code else None
     if json:

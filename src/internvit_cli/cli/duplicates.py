@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from internvit_cli.cli.console import Bar, print_json, print_line
-from internvit_cli.errors import ExitCode, UsageError
+from internvit_cli.cli.unfinished import found_output
+from internvit_cli.errors import ExitCode
+from internvit_cli.output_names import check_file_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,11 +45,11 @@ def duplicates_command(
 
     Example: internvit duplicates feats.h5 --sheet same.png
     """
-    if sheet is not None and not sheet.lower().endswith(".png"):
-        raise UsageError(f"--sheet {sheet}: not a PNG", "name a file that ends in .png")
+    if sheet is not None:
+        check_file_name(sheet, (".png",), "--sheet", "PNG")
     from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
 
-    options = DuplicateOptions(path, threshold, raw, exact, bytes_only)
+    options = DuplicateOptions(found_output(path), threshold, raw, exact, bytes_only)
     with Bar(quiet=quiet) as bar:
         found = find_duplicates(options, bar.progress)
     is_drawn = sheet is not None and bool(found.similar or found.identical)

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from internvit_cli.cli.arguments import shard_bytes_for
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import Bar, human_bytes, human_seconds, print_json, print_line, say
 from internvit_cli.cli.extract import stop_on_signals
+from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import size
 from internvit_cli.errors import ExitCode, StoppedError, UsageError, one_line
-from internvit_cli.exchange.targets import Target
+from internvit_cli.exchange.targets import Target, choose_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,13 +90,15 @@ def export_command(
 
     Example: internvit export feats.h5 feats.parquet
     """
+    place = choose_target(new, target)
+    shard_bytes = shard_bytes_for(shard_size, has_shards=place.is_folder or place.target is Target.TAR)
     from internvit_cli.exchange.export import ExportOptions, WriteOptions, export
 
-    write = WriteOptions(new, target, shard_size, overwrite=overwrite, lock=not no_lock, widen=widen)
+    write = WriteOptions(new, target, shard_bytes, overwrite=overwrite, lock=not no_lock, widen=widen)
     keys = tuple(read_keys(keys_from, null_separated=null)) if keys_from is not None else ()
     if keys_from is not None and not keys:
         raise UsageError(f"--keys-from {one_line(keys_from)}: it names no image", "write one key a line")
-    options = ExportOptions(path, write, tuple(key or ()), keys, tokens=not no_tokens)
+    options = ExportOptions(found_output(path), write, tuple(key or ()), keys, tokens=not no_tokens)
     with Bar(quiet=quiet) as bar:
         return run_stoppable(lambda stop: export(options, stop, bar.progress), as_json=json, quiet=quiet)
 

@@ -11,6 +11,7 @@ import typer
 from internvit_cli.cli.console import human_bytes, one_line, print_json, print_text
 from internvit_cli.cli.help import columns, wrapped
 from internvit_cli.cli.ls import print_images
+from internvit_cli.cli.unfinished import CONTINUE, found_output
 from internvit_cli.words import counted
 
 WIDER_THAN_ALL = 10_000
@@ -33,6 +34,7 @@ def info_command(
     from internvit_cli.inspect import describe_output
     from internvit_cli.listing import Listing, ListOptions
 
+    path = found_output(path)
     facts = describe_output(path)
     listing = Listing(ListOptions(path)) if keys else ()
     if json:
@@ -53,6 +55,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
         "tiles": f"{facts['tiles']:,}",
         "bytes": f"{facts['bytes']:,} ({human_bytes(facts['bytes'])}) in {counted(facts['shards'], 'shard')}",
         "created by": facts["created_by"],
+        **({"unfinished": f"{facts['unfinished']}; {CONTINUE}"} if facts["unfinished"] else {}),
         "recipe": ", ".join(f"{name} {value}" for name, value in facts["recipe"].items() if name != "weights_digest"),
         "weights": facts["recipe"]["weights_digest"],
     }

@@ -11,6 +11,7 @@ import typer
 
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import fail, one_line, write_names, write_raw
+from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Status
 from internvit_cli.errors import ExitCode, InternvitError
@@ -77,6 +78,7 @@ def ls_command(
     from internvit_cli.listing import Listing, ListOptions
 
     wanted = frozenset().union(*status) if status else frozenset(Status)
+    path = found_output(path)
     listing = Listing(ListOptions(path, tuple(words or ()), wanted))
     if json:
         return _write_json(path, listing)

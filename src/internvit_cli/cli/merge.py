@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
+from internvit_cli.cli.arguments import shard_bytes_for
 from internvit_cli.cli.console import Bar
 from internvit_cli.cli.export import run_stoppable
+from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import one_of, size
 from internvit_cli.config import Format
 from internvit_cli.errors import UsageError
+from internvit_cli.output_names import is_single_file
 
 
 def merge_command(
@@ -68,7 +71,8 @@ def merge_command(
     from internvit_cli.exchange.targets import Target
 
     target = None if shard_format is None else Target(shard_format.value)
-    write = WriteOptions(output, target, shard_size, overwrite=overwrite, lock=not no_lock)
-    options = MergeOptions(tuple(paths), write, None if prefer is None else Prefer(prefer))
+    shard_bytes = shard_bytes_for(shard_size, has_shards=not is_single_file(output))
+    write = WriteOptions(output, target, shard_bytes, overwrite=overwrite, lock=not no_lock)
+    options = MergeOptions(tuple(map(found_output, paths)), write, None if prefer is None else Prefer(prefer))
     with Bar(quiet=quiet) as bar:
         return run_stoppable(lambda stop: merge(options, stop, bar.progress), as_json=json, quiet=quiet)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from internvit_cli.cli.console import Bar, human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.cli.unfinished import found_output
 from internvit_cli.config import Projection
 from internvit_cli.errors import ExitCode, one_line
 
@@ -55,7 +56,7 @@ def report_command(
     from internvit_cli.use.report.build import ReportOptions, write_report
 
     options = ReportOptions(
-        path=path,
+        path=found_output(path),
         output=output,
         projection=projection,
         samples=samples,

@@ -8,7 +8,9 @@ import typer
 
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import Bar, fail, print_json, print_line, say
-from internvit_cli.errors import ExitCode, InternvitError, UsageError
+from internvit_cli.cli.unfinished import found_output
+from internvit_cli.errors import ExitCode, InternvitError
+from internvit_cli.output_names import check_file_name
 
 if TYPE_CHECKING:
     from internvit_cli.use.search import Found
@@ -61,12 +63,12 @@ def search_command(
 
     Example: internvit search feats.h5 holiday.jpg --sheet found.png
     """
-    if sheet is not None and not sheet.lower().endswith(".png"):
-        raise UsageError(f"--sheet {sheet}: not a PNG", "name a file that ends in .png")
+    if sheet is not None:
+        check_file_name(sheet, (".png",), "--sheet", "PNG")
     from internvit_cli.use.search import SearchOptions, search
 
     options = SearchOptions(
-        path=path,
+        path=found_output(path),
         pictures=tuple(pictures or ()),
         keys=tuple(key or ()),
         count=count,

@@ -11,9 +11,11 @@ import typer
 
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import one_line, print_json, print_line, say, write_raw
+from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Graphics, TokenMapKind
 from internvit_cli.errors import ExitCode, UsageError
+from internvit_cli.output_names import check_folder_name
 
 if TYPE_CHECKING:
     from internvit_cli.use.show import Shown
@@ -88,10 +90,11 @@ def show_command(
     """
     if json and terminal:
         raise UsageError("--json and --terminal both write to standard output", "choose one")
+    check_folder_name(output, "-o")
     from internvit_cli.use.show import ShowOptions, show
 
     options = ShowOptions(
-        path=path,
+        path=found_output(path),
         keys=tuple(keys or ()),
         maps=tuple(maps or ()),
         point=point,

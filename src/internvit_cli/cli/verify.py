@@ -18,6 +18,7 @@ from internvit_cli.cli.console import (
     print_line,
     say,
 )
+from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def verify_command(
     from internvit_cli.verify import verify
 
     options = VerifyOptions(
-        path=path,
+        path=found_output(path),
         pictures=pictures,
         re_extract=re_extract,
         reference=reference,

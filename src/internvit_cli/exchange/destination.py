@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from internvit_cli.errors import OutputError, UsageError
-from internvit_cli.storage.durable import disk_errors, remove, rename_durably, sync_path
+from internvit_cli.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, suffix_of
+from internvit_cli.storage.durable import create, disk_errors, remove, rename_durably, sync_path
 from internvit_cli.storage.hdf5 import read as read_hdf5
-from internvit_cli.storage.layout import PARTIAL, ForeignFileError
+from internvit_cli.storage.layout import ForeignFileError
 from internvit_cli.storage.lock import exclusive
-from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, SHARD_FILE, SINGLE_FILE_SUFFIXES, SKIPPED
+from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, SHARD_FILE, SKIPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,8 +85,7 @@ class Destination:
             self._remove_folder()  # what a run that was killed left
             with disk_errors(self.folder):
                 os.mkdir(self.folder)
-                with open(self.staged(MARKER), "xb"):
-                    pass
+                create(self.staged(MARKER)).close()
             sync_path(self.folder)  # before there is anything else in it
             try:
                 yield
@@ -146,10 +146,14 @@ class Destination:
 
     def _check_present(self) -> None:
         self._refuse_foreign_folder()
+        if os.path.lexists(self.path):
+            self._check_result()
         for path in (self.path + PARTIAL, *self._skip_list):
             self.refuse_beside(path)
-        if not os.path.lexists(self.path):
-            return
+
+    def _check_result(self) -> None:
+        if os.path.islink(self.path):  # though what a link leads to is what is written
+            raise UsageError(f"{self.path} is a link that leads back to itself", "choose another name")
         mode = os.stat(self.path).st_mode
         if self.is_folder:
             self._check_folder(mode)
@@ -162,7 +166,8 @@ class Destination:
 
     def _check_folder(self, mode: int) -> None:
         if not stat.S_ISDIR(mode):
-            raise UsageError(f"{self.path} is a file, but the result would be a folder", "choose another name")
+            what = "a file" if stat.S_ISREG(mode) else "not a regular file"
+            raise UsageError(f"{self.path} is {what}, but the result would be a folder", "choose another name")
         names = os.listdir(self.path)
         known = (MANIFEST, NEXT_MANIFEST, SKIPPED)
         if strange := [name for name in names if name not in known and not SHARD_FILE.fullmatch(name)]:
@@ -172,7 +177,7 @@ class Destination:
 
     def _refuse_foreign(self) -> None:
         """Never replace another program's HDF5 file; a damaged one of ours may go."""
-        if not self.path.endswith(SINGLE_FILE_SUFFIXES):
+        if suffix_of(self.path) not in SINGLE_FILE_SUFFIXES:
             return
         try:
             read_hdf5(self.path)

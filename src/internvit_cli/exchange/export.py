@@ -14,7 +14,7 @@ from internvit_cli.exchange.destination import Destination
 from internvit_cli.exchange.selection import Selection, select_all
 from internvit_cli.exchange.targets import Place, Target, choose_target
 from internvit_cli.stopping import Interruption
-from internvit_cli.storage.durable import check_space, disk_errors
+from internvit_cli.storage.durable import check_space, disk_errors, unsynced_folder
 from internvit_cli.table import count_statuses
 
 if TYPE_CHECKING:
@@ -117,6 +117,10 @@ def check_options(place: Place, options: WriteOptions) -> None:
     Raises:
         UsageError: one does.
     """
+    if options.shard_bytes is not None and not (place.is_folder or place.target is Target.TAR):
+        raise UsageError(
+            f"--shard-size: {place.path} is one file, and has no shards", "leave it out, or name a folder or a .tar"
+        )
     if options.widen and place.target not in (Target.PARQUET, Target.TAR):
         raise UsageError(
             f"--widen: {place.target.value} holds bfloat16 as it is, or no tokens", "leave it out, or choose another"
@@ -132,6 +136,7 @@ def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callab
     """
     started = time.monotonic()
     with job.destination.open():
+        unsynced = unsynced_folder(os.path.dirname(job.destination.path))
         writer = open_writer(selection, job)
         with disk_errors(job.destination.path):  # such as a limit on the size of files
             needed = writer.needed_bytes()
@@ -156,7 +161,7 @@ def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callab
         bytes=nbytes,
         files=files,
         seconds=time.monotonic() - started,
-        notes=tuple(made.notes),
+        notes=(*made.notes, *([unsynced] if unsynced else [])),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ import numpy as np
 from internvit_cli.config import Status
 from internvit_cli.exchange.blocks import Rows
 from internvit_cli.exchange.writer import Made
-from internvit_cli.sharding import split_table
+from internvit_cli.output_names import PARTIAL
+from internvit_cli.sharding import ShardSize
 from internvit_cli.storage.commit import Recorded, RowWriter, ShardWriter, create_shard
 from internvit_cli.storage.durable import disk_errors, write_all, write_file
-from internvit_cli.storage.layout import PARTIAL, NewShard
+from internvit_cli.storage.layout import NewShard
 from internvit_cli.storage.output import SKIPPED, Output
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from internvit_cli.table import ImageTable
 
 CHECKPOINT_BYTES = 128_000_000
-DEFAULT_SHARD_BYTES = 4 << 30
 
 
 @dataclass(slots=True)
@@ -83,8 +84,9 @@ class FeatureFileWriter:
     ) -> None:
         self._selection = selection
         self._destination = destination
-        self._output = Output(destination.staged(destination.name), shard_format)
-        self._shards = list(self._cut(shard_bytes or DEFAULT_SHARD_BYTES))
+        staged = destination.staged(destination.name)
+        self._output = Output(os.path.join(staged, "") if destination.is_folder else staged, shard_format)
+        self._shards = list(self._cut(shard_bytes))
         self._open: _OpenShard | None = None
         self._number = 0
 
@@ -133,14 +135,15 @@ class FeatureFileWriter:
 
     # ----------------------------------------------------------------------------------------------------- the shards
 
-    def _cut(self, shard_bytes: int) -> list[NewShard]:
+    def _cut(self, shard_bytes: int | None) -> list[NewShard]:
         selection, first = self._selection, 0
         # Rows that are done turn pending: they are copied once the new shard is there.
         status = selection.table.status
         table = selection.table.with_status(np.where(status == Status.DONE, Status.PENDING, status).astype(np.uint8))
-        tables: list[ImageTable] = (
-            [table] if self._output.is_file else list(split_table(table, selection.written, shard_bytes))
-        )
+        tables: list[ImageTable] = [table]
+        if not self._output.is_file:
+            attributes = selection.attributes(first)
+            tables = list(ShardSize.of(shard_bytes, self._output.backend, selection.written, attributes).split(table))
         shards = []
         for part in tables:
             shards.append(NewShard(part, selection.written, selection.attributes(first)))

@@ -11,6 +11,7 @@ from internvit_cli.exchange.destination import Destination
 from internvit_cli.exchange.export import Job, WriteOptions, Written, check_options, write
 from internvit_cli.exchange.selection import Selection, StoredOutput, select
 from internvit_cli.exchange.targets import choose_target
+from internvit_cli.output_names import check_features_name
 from internvit_cli.reconcile import ROW_BITS
 from internvit_cli.stopping import Interruption
 
@@ -59,12 +60,10 @@ def merge(options: MergeOptions, stop: StopRequest, on_progress: Callable[[str, 
         OutputError: two outputs have different pictures by one key; or one is damaged.
         StoppedError: a signal came; nothing has the result's name.
     """
+    check_features_name(options.write.path)
     place = choose_target(options.write.path, options.write.target, option="-o")
     if not place.target.is_feature_file:
-        raise UsageError(
-            f"{place.path}: outputs are merged into a feature file or folder",
-            "merge into such as all.h5, and internvit export that",
-        )
+        raise UsageError(f"-o {place.path}: outputs are merged into a feature file or folder", "choose another name")
     if len(options.sources) < 2:
         raise UsageError("one output is nothing to merge", "name two or more, or use internvit export")
     check_options(place, options.write)

@@ -15,7 +15,7 @@ import numpy as np
 from internvit_cli.exchange.blocks import Rows
 from internvit_cli.exchange.facts import attributes_text, native_type, stored_type
 from internvit_cli.exchange.writer import Made
-from internvit_cli.storage.durable import disk_errors, reserve, sync_data, write_all
+from internvit_cli.storage.durable import create, disk_errors, open_ours, reserve, sync_data, write_all
 from internvit_cli.table import COLUMN_DTYPES
 
 if TYPE_CHECKING:
@@ -90,8 +90,9 @@ class SafetensorsWriter:
     def begin(self) -> None:
         """Make the file at full size with all but the features in it."""
         with disk_errors(self._path):
-            self._descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            os.truncate(self._descriptor, self._size)
+            with create(self._path) as file:
+                file.truncate(self._size)
+            self._descriptor = open_ours(self._path)
             reserve(self._path)
         self._put(self._header, 0)
         for name, array in self._index.items():

@@ -13,8 +13,9 @@ from internvit_cli.accuracy import COMPUTE_ERROR, STORE_ERROR, is_measured, meas
 from internvit_cli.config import Recipe, Status, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
+from internvit_cli.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, suffix_of
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
-from internvit_cli.storage.layout import PARTIAL, POOLED, FeatureShape, stored_recipe
+from internvit_cli.storage.layout import POOLED, FeatureShape, stored_recipe
 from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.reader import OpenShard, find_shards
 from internvit_cli.storage.skipped import read_skip_log
@@ -294,7 +295,7 @@ def _row_shape(shards: Sequence[OpenShard], name: str) -> tuple[int, ...]:
 
 
 def _empty_shape(path: str, name: str) -> tuple[int, ...]:
-    if not path.endswith((".h5", ".hdf5", PARTIAL)):
+    if suffix_of(path) not in (*SINGLE_FILE_SUFFIXES, PARTIAL):
         shape: tuple[int, ...] = np.load(f"{path}.{name}.npy", mmap_mode=None).shape[1:]
         return shape
     import h5py

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.errors import UsageError
 from internvit_cli.exchange.blocks import Rows
 from internvit_cli.exchange.facts import (
     attributes_text,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from internvit_cli.exchange.selection import Selection
 
 BLOCK = 512
-END = bytes(2 * BLOCK)
+END_BYTES = 2 * BLOCK
 SERIES = re.compile(r"-\d{6,}\.tar")
 
 
@@ -48,6 +49,11 @@ def entry_header(name: str, size: int) -> bytes:
 def padding(size: int) -> bytes:
     """Zeros up to the next whole block."""
     return bytes(-size % BLOCK)
+
+
+def closed_size(size: int) -> int:
+    """Bytes of a tar when it ends behind so many: two empty blocks close it, and fill it up to a whole record."""
+    return -(-(size + END_BYTES) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def npy_header(array: NDArray[Any]) -> bytes:
@@ -74,7 +80,13 @@ class TarWriter:
         self._written = 0
         self._shards: list[dict[str, Any]] = []
         self._opening = tarfile.TarInfo.create_pax_global_header({"comment": attributes_text(selection)})
-        if self._is_series:
+        if self._most is not None:
+            least = closed_size(len(self._opening))
+            if self._most < least:
+                raise UsageError(
+                    f"--shard-size: {self._most:,} bytes are too few, for an empty tar takes {least:,}",
+                    f"give {least:,} or more",
+                )
             self._present = self._members()
 
     @property
@@ -98,12 +110,14 @@ class TarWriter:
             arrays = block.image(number) if block.is_done else {}
             if self._widen:
                 arrays = {name: widened(a) if self._is_bits(name) else a for name, a in arrays.items()}
-            position = block.first + number
-            size = sum(array.nbytes for array in arrays.values())
-            if self._most is not None and self._shards[-1]["nsamples"] and self._written + size > self._most:
+            sample = self._sample(block.first + number, arrays)
+            size = self._written + sum(memoryview(part).nbytes for part in sample)
+            if self._most is not None and self._shards[-1]["nsamples"] and closed_size(size) > self._most:
                 self._end()
                 self._next()
-            self._add_sample(position, arrays)
+            for part in sample:
+                self._write(part)
+            self._shards[-1]["nsamples"] += 1
 
     def finish(self) -> Made:
         """End the last tar, and list a series in NEW.json: without it the series is not complete."""
@@ -149,26 +163,26 @@ class TarWriter:
         self._write(self._opening)
 
     def _end(self) -> None:
-        self._write(END)
-        self._write(bytes(-self._written % tarfile.RECORDSIZE))
+        self._write(bytes(closed_size(self._written) - self._written))
         self._shards[-1]["filesize"] = self._written
         self._file.sync()
 
-    def _add_sample(self, position: int, arrays: dict[str, NDArray[Any]]) -> None:
+    def _sample(self, position: int, arrays: dict[str, NDArray[Any]]) -> list[Any]:
+        """What an image takes, piece by piece."""
         name = f"{position:08d}"
         facts = image_facts(self._selection, position)
         facts["arrays"] = {
             dataset: {"shape": list(array.shape), "dtype": self._type_of(dataset)} for dataset, array in arrays.items()
         }
         text = json.dumps(facts).encode()
-        self._write(entry_header(f"{name}.json", len(text)) + text + padding(len(text)))
+        parts: list[Any] = [entry_header(f"{name}.json", len(text)) + text + padding(len(text))]
         for dataset, array in arrays.items():
             header = npy_header(array)
             size = len(header) + array.nbytes
-            self._write(entry_header(f"{name}.{dataset}.npy", size) + header)
-            self._write(array.data if array.ndim == 1 else np.ascontiguousarray(array).reshape(-1).data)
-            self._write(padding(size))
-        self._shards[-1]["nsamples"] += 1
+            parts.append(entry_header(f"{name}.{dataset}.npy", size) + header)
+            parts.append(array.data if array.ndim == 1 else np.ascontiguousarray(array).reshape(-1).data)
+            parts.append(padding(size))
+        return parts
 
     def _type_of(self, dataset: str) -> str:
         if self._widen and self._is_bits(dataset):

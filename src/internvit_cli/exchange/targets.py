@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from internvit_cli.config import Choice, Format
 from internvit_cli.errors import UsageError
 from internvit_cli.options import named_path
+from internvit_cli.output_names import DATA_FILE_SUFFIXES, check_place, says_folder, suffix_of
 
 
 class Target(Choice):
@@ -39,10 +39,6 @@ TARGET_OF_SUFFIX = {
     ".tar": Target.TAR,
     ".csv": Target.CSV,
 }
-OTHER_FORMATS = (".npy", ".npz", ".pt", ".pth", ".pkl", ".json", ".jsonl", ".arrow", ".feather", ".zip", ".gz", ".tgz")
-"""Names that look like a file of a format that is not written: no folder is made by such a name."""
-OWN_SUFFIXES = (".partial", ".lock", ".exporting", ".tmp")
-"""Names of what lies beside a result while it is made."""
 FOLDER_TARGETS = (Target.H5, Target.NPY)
 
 
@@ -61,20 +57,21 @@ def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> Plac
     Raises:
         UsageError: they contradict each other, or no format of ours has such a name.
     """
-    name = named_path(path)
-    suffix = os.path.splitext(name)[1].lower()
+    check_place(path, option)
+    has_slash = path.endswith("/")
+    name, suffix = named_path(path), "" if has_slash else suffix_of(path)
     known = TARGET_OF_SUFFIX.get(suffix)
     if known is not None and wanted not in (None, known):
         raise UsageError(
             f"{path} names a {known.value} file, but --format {wanted.value} was given" if wanted else path,
             f"leave out --format, or choose another name for {option}",
         )
-    if suffix in OWN_SUFFIXES:
-        raise UsageError(f"{path}: {suffix} is what ends the name of an unfinished result", "choose another name")
-    if known is None and suffix in OTHER_FORMATS and (wanted is None or suffix == ".npy"):
-        folder = f"; .npy shards go into a folder, such as {name.removesuffix(suffix)}/" if suffix == ".npy" else ""
-        raise UsageError(
-            f"{path}: no {suffix} files are written", f"choose {', '.join(TARGET_OF_SUFFIX)}, or a folder{folder}"
-        )
     target = known or wanted or Target.NPY
-    return Place(name, target, is_folder=known is None and target in FOLDER_TARGETS)
+    is_folder = known is None and target in FOLDER_TARGETS
+    if has_slash and not is_folder:
+        raise UsageError(f"{path} names a folder, and --format {target.value} is one file", "leave out the slash")
+    if is_folder and suffix in DATA_FILE_SUFFIXES and not says_folder(path):
+        folder = f"{name.removesuffix(suffix)}/" if suffix == ".npy" else f"{name}/"
+        what = ".npy shards go into a folder" if suffix == ".npy" else f"no {suffix} files are written"
+        raise UsageError(f"{path}: {what}", f"choose {', '.join(TARGET_OF_SUFFIX)}, or a folder, such as {folder}")
+    return Place(name, target, is_folder)

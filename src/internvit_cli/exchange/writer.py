@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from internvit_cli.storage.durable import disk_errors
+from internvit_cli.storage.durable import create, disk_errors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,7 +66,7 @@ class OneFile:
         self.sync()
         path = self.destination.staged(name)
         with disk_errors(path):
-            self._file = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 - open until it is synced
+            self._file = create(path, buffering=1 << 20)
         return self._file
 
     def sync(self) -> None:

@@ -20,6 +20,7 @@ from internvit_cli.config import Skipped, Status
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.durable import (
     disk_errors,
+    open_ours,
     read_exactly,
     remove,
     rename_durably,
@@ -68,7 +69,7 @@ def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
                 sync_path(path)
             sync_path(temporary)
             rename_durably(temporary, partial)
-    except Exception:
+    except BaseException:
         remove(temporary)  # on a full disk above all: it may hold all the room that is left
         raise
 
@@ -77,7 +78,7 @@ def _write_known_skips(extents: dict[str, Extent], path: str, table: ImageTable)
     rows = np.flatnonzero(table.status != Status.PENDING)
     if not len(rows):
         return
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = open_ours(path)
     try:
         if (extent := extents.get(STATUS)) is not None:
             write_all(descriptor, table.status, extent.offset)
@@ -136,9 +137,7 @@ class RowWriter:
     def __init__(self, extents: Mapping[str, Extent]) -> None:
         """Open the files of a shard that `create_shard` made; `extents` say where its datasets lie."""
         self.extents = extents
-        self.descriptors = {
-            path: os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in {e.path for e in extents.values()}
-        }
+        self.descriptors = {path: open_ours(path) for path in {extent.path for extent in extents.values()}}
         self._tokens = next((name for name in TOKEN_DATASETS if name in extents), "")
         self._scales = next((name for name in SCALE_DATASETS if name in extents), "")
 

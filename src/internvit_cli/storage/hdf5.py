@@ -16,7 +16,7 @@ import numpy as np
 
 from internvit_cli.config import Format, Tokens
 from internvit_cli.errors import OutputError, one_line
-from internvit_cli.storage.durable import memory_file, rename_durably, sync_path, write_all, written_ranges
+from internvit_cli.storage.durable import create, memory_file, rename_durably, sync_path, write_all, written_ranges
 from internvit_cli.storage.layout import (
     ALIGNMENT,
     CRC32,
@@ -43,11 +43,15 @@ KEY_BLOCK = 65536
 """Keys written in one call: bounds the memory of their conversion."""
 
 COPY_BLOCK = 1 << 24
-INDEX_BYTES, STRUCTURE_BYTES = 256, 1 << 20
+INDEX_BYTES, STRUCTURE_BYTES = 160, 1 << 20
 """More than HDF5 takes for the index of an image, beside its key, and for a file's structure."""
+KEY_BYTES = 2
+"""Times a key's length is more than HDF5 takes for it: keys share blocks of 4096 bytes, of which some are left over."""
 
 KIND = Format.H5
 SUFFIX = ".h5"
+LOG_BYTES = 0
+"""The log is a dataset, with its full size from the start."""
 DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, OverflowError, MemoryError)
 """What reading a damaged file has been seen to raise, and its kin."""
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -56,7 +60,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 def build(path: str, shard: NewShard) -> None:
     """Write the index and lay out every dataset; rows take no room on the disk yet."""
     # HDF5 never meets the disk: a file that it could not write it cannot close, and that crashes the process at exit.
-    with _laid_out(shard) as source, open(path, "wb", buffering=0) as target:
+    with _laid_out(shard) as source, create(path, buffering=0) as target:
         os.truncate(target.fileno(), os.fstat(source.fileno()).st_size)
         for start, stop in written_ranges(source.fileno()):
             for offset in range(start, stop, COPY_BLOCK):
@@ -69,12 +73,19 @@ def planned_bytes(shard: NewShard) -> int:
         return os.fstat(file.fileno()).st_size
 
 
+def index_bytes(table: ImageTable) -> NDArray[Any]:
+    """More than each image takes beside its rows, [n] int64; the first one also gives every dataset a page."""
+    lengths = np.fromiter((len(key) for key in table.keys), np.int64, len(table))
+    bounds: NDArray[Any] = INDEX_BYTES + KEY_BYTES * lengths
+    return bounds
+
+
 def _laid_out(shard: NewShard) -> BinaryIO:
     """The whole file in memory, its rows unwritten."""
     file = memory_file()
     try:
         # A limit on the size of files holds in memory too, and is met here, before HDF5 would.
-        index = sum(INDEX_BYTES + len(key) for key in shard.table.keys)
+        index = int(index_bytes(shard.table).sum())
         os.truncate(file.fileno(), sum(ALIGNMENT + spec.nbytes for spec in shard.datasets) + index + STRUCTURE_BYTES)
         os.truncate(file.fileno(), 0)
         _write_structure(file, shard)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.storage.layout import Extent, NewShard, Outline, StoredShard
+    from internvit_cli.table import ImageTable
 
 
 class ShardFormat(Protocol):
@@ -18,6 +19,8 @@ class ShardFormat(Protocol):
     KIND: Format
     SUFFIX: str
     """What a shard's name ends in, such as `.h5`."""
+    LOG_BYTES: int
+    """What the log of a shard's first starts adds to `planned_bytes`."""
 
     def build(self, path: str, shard: NewShard) -> None:
         """Write the index and lay out every dataset at full size, rows unwritten and without room on the disk."""
@@ -25,6 +28,10 @@ class ShardFormat(Protocol):
 
     def planned_bytes(self, shard: NewShard) -> int:
         """Bytes of the published shard, from its plan alone."""
+        ...
+
+    def index_bytes(self, table: ImageTable) -> NDArray[Any]:
+        """Bytes that each image of a shard takes at most beside its rows, [n] int64, from the second one on."""
         ...
 
     def extents(self, path: str) -> dict[str, Extent]:

@@ -28,8 +28,6 @@ FORMAT_VERSION = 1
 ALIGNMENT = 4096
 """Datasets start at multiples of this many bytes, so that rows can be written with direct or mapped I/O."""
 RUN_LOG_BYTES = 65536
-PARTIAL = ".partial"
-"""What the name of a shard ends in while it is filled."""
 
 DIGEST = "image/digest"
 CRC32 = "image/crc32"

@@ -18,13 +18,13 @@ import numpy as np
 
 from internvit_cli.config import Format, Status
 from internvit_cli.errors import OutputError, one_line
-from internvit_cli.storage.durable import read_exactly, rename_durably, sync_path, write_file
+from internvit_cli.output_names import PARTIAL
+from internvit_cli.storage.durable import create, read_exactly, rename_durably, sync_path, write_file
 from internvit_cli.storage.layout import (
     ALIGNMENT,
     CRC32,
     DIGEST,
     FEATURE_DATASETS,
-    PARTIAL,
     RUN_LOG,
     STATUS,
     DatasetSpec,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 KIND = Format.NPY
 SUFFIX = ""
+LOG_BYTES = 8192
+"""Beside the attributes: of eight starts and more."""
 COMMIT_DATASETS = (STATUS, DIGEST, CRC32, RUN_LOG)
 INDEX_FILE = "images.jsonl"
 ATTRIBUTES_FILE = "attributes.json"
@@ -70,9 +72,26 @@ def build(folder: str, shard: NewShard) -> None:
 def planned_bytes(shard: NewShard) -> int:
     """The size of the published files, the log of starts in the attributes excepted."""
     arrays = sum(ALIGNMENT + spec.nbytes for spec in shard.datasets if spec.name in FEATURE_DATASETS)
-    suffix = len(_finished_suffix(0, bytes(32), 0)) - len("}\n")
-    index = sum(len(line) + suffix for line in _planned_lines(shard.table))
-    return arrays + index + len(_pad(shard.complete_attributes))
+    return arrays + int(index_bytes(shard.table).sum()) + len(_pad(shard.complete_attributes))
+
+
+def index_bytes(table: ImageTable) -> NDArray[Any]:
+    """Length of each image's line in the published index, [n] int64, without writing the lines of a million images."""
+    blank = ImageTable.build([b""], np.zeros(1, np.uint8), {name: np.zeros(1, np.int64) for name in COLUMN_DTYPES})
+    line = next(_finished_lines(blank, np.zeros((1, 32), np.uint8), np.zeros(1, np.uint32)))
+    lengths = np.fromiter((len(json.dumps(os.fsdecode(key))) for key in table.keys), np.int64, len(table))
+    lengths += len(line) - len('""') - len(COLUMN_DTYPES)
+    for name in COLUMN_DTYPES:
+        lengths += _decimal_length(getattr(table, name))
+    return lengths
+
+
+def _decimal_length(numbers: NDArray[Any]) -> NDArray[Any]:
+    """Characters of integers in JSON, [n] int64."""
+    magnitude = np.abs(numbers).astype(np.uint64)
+    powers = np.array([10**exponent for exponent in range(1, 20)], np.uint64)
+    lengths: NDArray[Any] = 1 + np.searchsorted(powers, magnitude, side="right") + (numbers < 0)
+    return lengths
 
 
 def extents(path: str) -> dict[str, Extent]:
@@ -204,7 +223,7 @@ def _header(spec: DatasetSpec) -> bytes:
 
 
 def _lay_out(path: str, spec: DatasetSpec) -> None:
-    with open(path, "wb") as file:
+    with create(path) as file:
         file.write(_header(spec))
         file.truncate(ALIGNMENT + spec.nbytes)
 

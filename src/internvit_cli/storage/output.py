@@ -7,19 +7,19 @@ import json
 import os
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from internvit_cli.config import Format
-from internvit_cli.errors import OutputError, UsageError, one_line
+from internvit_cli.config import Format, Status
+from internvit_cli.errors import OutputError, UsageError, one_line, system_words
 from internvit_cli.options import named_path
-from internvit_cli.storage.durable import remove, rename_durably, write_file
+from internvit_cli.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, is_single_file, suffix_of
+from internvit_cli.storage.durable import make_way, refuse_special, remove, rename_durably, write_file
 from internvit_cli.storage.interface import ShardFormat, backend_of
-from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, PARTIAL, ForeignFileError, StoredShard
+from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, ForeignFileError, StoredShard
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-SINGLE_FILE_SUFFIXES = (".h5", ".hdf5")
 MANIFEST = "manifest.json"
 NEXT_MANIFEST = "manifest.next.json"
 SKIPPED = "skipped.jsonl"
@@ -71,6 +71,26 @@ class FinishedShard:
         return frozenset(map(os.fsencode, self.superseded))
 
 
+class _Length(NamedTuple):
+    """How much of a file there is, and which file it is."""
+
+    inode: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What was at an output when a run began."""
+
+    has_folder: bool
+    number: int
+    """Of the shard at hand."""
+    has_partial: bool
+    has_replacement: bool
+    skipped: _Length | None
+    """None without a list of skipped images."""
+
+
 class Output:
     """An output path and its shards. A single file is one shard; a folder has any number, listed in its manifest."""
 
@@ -81,20 +101,19 @@ class Output:
             UsageError: the name and the format contradict each other.
         """
         name = named_path(path)
-        self.is_file = name.endswith(SINGLE_FILE_SUFFIXES)
         # Whatever a run makes beside its output, its lock above all, has to be found by any other name of the output.
         is_alias = os.path.islink(name) or os.path.basename(name) in (".", "..")
         self.path = os.path.realpath(name) if is_alias else name
-        if self.path.endswith(".npy"):
-            raise UsageError(
-                f"{path}: .npy features are written as a folder of shards", f"use -o {path.removesuffix('.npy')}/"
-            )
+        self.is_file = is_single_file(path)
         if self.is_file and wanted is Format.NPY:
             raise UsageError(
                 f"{path} names an HDF5 file, but --format npy was given", "name a folder, such as -o feats/"
             )
         self.format = Format.H5 if self.is_file else wanted or self._present_format()
+        self._has_slash = path.endswith("/")
         self._staged = False
+        self._published = False
+        self._before: _Before | None = None
 
     @property
     def backend(self) -> ShardFormat:
@@ -114,35 +133,86 @@ class Output:
         """Where a shard lies while it is filled."""
         return self.final_path(number) + PARTIAL
 
+    @property
+    def folder(self) -> str:
+        """The folder in which the names of shards appear."""
+        return os.path.dirname(os.path.abspath(self.path)) if self.is_file else self.path
+
     def prepare(self) -> None:
         """Check that this is a place of ours, make the folder, and sweep away what a crash left half made.
 
         Raises:
             OutputError: the path is something else, or cannot be written.
         """
+        self._check_place()
+        has_folder = os.path.isdir(self.path)
+        if self.is_file:
+            refuse_special(self.partial_path(0))
+            make_way(f"{self.partial_path(0)}.tmp")
+        else:
+            self._prepare_folder()
+        number = 0 if self._has_damaged_manifest() else self.next_number()
+        self._before = _Before(
+            has_folder=has_folder,
+            number=number,
+            has_partial=os.path.lexists(self.partial_path(number)),
+            has_replacement=os.path.lexists(os.path.join(self.path, NEXT_MANIFEST)),
+            skipped=_length(self.skipped_path),
+        )
+
+    def withdraw(self) -> None:
+        """Remove what was made since `prepare`, for a start that failed; nothing, once an image is stored."""
+        before = self._before
+        if before is None or self._published or before.has_partial or self._has_damaged_manifest():
+            return
+        partial = self.partial_path(before.number)
+        if os.path.exists(partial) and (self.backend.read(partial).table.status == Status.DONE).any():
+            return
+        remove(partial)
+        if not before.has_replacement and not self.is_file:
+            remove(os.path.join(self.path, NEXT_MANIFEST))
+        now = _length(self.skipped_path)
+        if before.skipped is None:
+            remove(self.skipped_path)
+        elif now is not None and now.inode == before.skipped.inode and now.size > before.skipped.size:
+            os.truncate(self.skipped_path, before.skipped.size)
+        if not before.has_folder and not self.is_file:
+            os.rmdir(self.path)
+
+    def _check_place(self) -> None:
+        """Refuse a path at which no output of ours can be."""
         parent = os.path.dirname(os.path.abspath(self.path))
         if not os.path.isdir(parent):
             raise OutputError(f"the folder {parent} does not exist", f"create it: mkdir -p {parent}")
-        if self.is_file:
-            if os.path.isdir(self.path):
-                raise OutputError(f"{self.path} is a folder", "name a file, or a folder that does not end in .h5")
-            remove(f"{self.partial_path(0)}.tmp")
-            return
-        if os.path.exists(self.path) and not os.path.isdir(self.path):
+        if os.path.islink(self.path):
+            raise OutputError(f"{self.path} is a link that leads back to itself", "remove it, or choose another name")
+        is_folder = os.path.isdir(self.path)
+        if os.path.exists(self.path) and not is_folder and not os.path.isfile(self.path):
+            raise ForeignFileError(f"{self.path} is not a regular file", "choose another output, or move that away")
+        if not self.is_file and os.path.exists(self.path) and not is_folder:
             raise OutputError(
                 f"{self.path} is a file, but the output would be a folder", "name it with .h5, or choose another name"
             )
+        refuse_special(self.skipped_path)
+
+    def _prepare_folder(self) -> None:
         try:
             os.makedirs(self.path, exist_ok=True)
         except OSError as error:
             raise OutputError(
-                f"cannot make the folder {self.path}: {error.strerror}", "choose an output that can be written"
+                f"cannot make the folder {self.path}: {system_words(error)}", "choose an output that can be written"
             ) from error
         names = _names_in(self.path)
-        if names and not any(
-            name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names
-        ):
+        is_ours = any(name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names)
+        if not is_ours and not self._has_slash and suffix_of(self.path) in SINGLE_FILE_SUFFIXES:
+            raise OutputError(
+                f"{self.path} is a folder", f"name a file; with a slash, {self.path}/, features go into the folder"
+            )
+        if names and not is_ours:
             raise OutputError(f"{self.path} holds other files and is not a feature store", "name a new or empty folder")
+        for name in names:
+            if name.endswith(PARTIAL) and os.path.islink(os.path.join(self.path, name)):
+                refuse_special(os.path.join(self.path, name))
         if MANIFEST not in names and NEXT_MANIFEST not in names:
             self._refuse_unclaimed(names)
         if not self._has_damaged_manifest():  # which vouches for nothing: loading it says so
@@ -178,6 +248,7 @@ class Output:
     def publish(self, number: int, images: int, tiles: int, superseded: Mapping[str, Sequence[str]]) -> None:
         """Make a filled shard part of the output: first its names, then the manifest, which is the commit."""
         partial = self.partial_path(number)
+        self._published = True
         self.backend.publish(partial, self.final_path(number))
         if self.is_file:
             return
@@ -220,6 +291,8 @@ class Output:
             remove(self.partial_path(0))
         else:
             self._sweep(self._named())
+        if self._before is not None:
+            self._before = replace(self._before, has_partial=False)
 
     def complete(self) -> None:
         """Say that all planned shards are there: a replacement takes the place of what it replaces."""
@@ -362,6 +435,14 @@ def _entry(shard: Any) -> ManifestEntry:
     for key in superseded:
         os.fsencode(key)  # a ValueError for what no key can be
     return ManifestEntry(shard["name"], Format(shard["format"]), int(shard["images"]), int(shard["tiles"]), superseded)
+
+
+def _length(path: str) -> _Length | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return _Length(status.st_ino, status.st_size)
 
 
 def _names_in(folder: str) -> list[str]:

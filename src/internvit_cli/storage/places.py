@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
+from internvit_cli.output_names import PARTIAL, missing
 from internvit_cli.storage.interface import ShardFormat, backend_of
-from internvit_cli.storage.layout import PARTIAL
 from internvit_cli.storage.output import MANIFEST, SHARD_FILE, ManifestEntry, Output, load_shard, read_manifest
 
 if TYPE_CHECKING:
@@ -47,11 +47,7 @@ def find_places(path: str) -> list[ShardPlace]:
         OutputError: there are none.
     """
     if not os.path.exists(path):
-        partial = path + PARTIAL
-        hint = (
-            f"the run that makes it has not finished: open {partial}" if os.path.exists(partial) else "check the path"
-        )
-        raise OutputError(f"{path} is not there", hint)
+        raise missing(path)
     if path.endswith(PARTIAL) and SHARD_FILE.fullmatch(os.path.basename(path)):
         return [_place_of_unfinished(path)]
     output = Output(path.removesuffix(PARTIAL))

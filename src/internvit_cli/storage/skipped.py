@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.errors import OutputError
-from internvit_cli.storage.durable import disk_errors, sync_path, write_file
+from internvit_cli.storage.durable import append, disk_errors, remove, sync_path, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -37,9 +37,10 @@ class SkipLog:
         if not lines:
             return
         existed = os.path.exists(self.path)
-        with disk_errors(self.path), open(self.path, "ab") as file:
+        with disk_errors(self.path), append(self.path) as file:
             # A line that a crash cut short must not swallow the next one.
-            if file.tell() and not _ends_with_newline(self.path):
+            size = os.fstat(file.fileno()).st_size
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                 file.write(b"\n")
             file.write(b"".join(lines))
             file.flush()
@@ -52,8 +53,13 @@ class SkipLog:
         entries = {entry["key"]: entry for entry in read_skip_log(self.path) if is_skipped(entry["key"])}
         if entries:
             write_file(self.path, b"".join(json.dumps(entry).encode() + b"\n" for entry in entries.values()))
-        elif os.path.exists(self.path):
-            os.unlink(self.path)
+        else:
+            remove(self.path)
+
+    def drop_others(self, is_skipped: Callable[[str], bool]) -> None:
+        """Rewrite the list where it names an image that is not skipped any more; otherwise it is not touched."""
+        if not all(map(is_skipped, self._attempts)):
+            self.rewrite(is_skipped)
 
     def _line(self, key: bytes, skipped: Skipped) -> bytes:
         name = os.fsdecode(key)
@@ -97,9 +103,3 @@ def _attempt(entry: dict[str, Any]) -> int:
     """A number that people may have edited; it decides nothing."""
     attempt = entry.get("attempt")
     return attempt if isinstance(attempt, int) else 1
-
-
-def _ends_with_newline(path: str) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

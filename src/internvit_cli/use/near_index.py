@@ -18,7 +18,16 @@ from zipfile import BadZipFile
 import numpy as np
 
 from internvit_cli.errors import InternvitError
-from internvit_cli.storage.durable import disk_errors, rename_durably, write_file
+from internvit_cli.storage.durable import (
+    create,
+    disk_errors,
+    folder_for,
+    refuse_special,
+    remove,
+    rename_durably,
+    sync_path,
+    write_file,
+)
 from internvit_cli.use.nearest import best
 from internvit_cli.use.spaces import Space
 
@@ -135,17 +144,24 @@ def _build(usearch: ModuleType, vectors: PooledVectors, space: Space, on_progres
 
 
 def _save(base: str, graph: Any, space: Space, digest: str) -> None:
-    """The parts first; the file that vouches for them last."""
-    with disk_errors(base):
-        os.makedirs(os.path.dirname(base), exist_ok=True)
-        if os.path.exists(f"{base}.json"):
-            os.unlink(f"{base}.json")
-        _save_graph(graph, f"{base}.usearch.tmp")
-        with open(f"{base}.npz.tmp", "wb") as file:
-            arrays = {} if space.mean is None else {"mean": space.mean, "matrix": space.matrix}
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-    for suffix in PARTS:
-        rename_durably(f"{base}.{suffix}.tmp", f"{base}.{suffix}")
+    """The parts first, made in a folder of their own; the file that vouches for them last."""
+    folder, staging = os.path.dirname(base), f"{base}.tmp"
+    if os.path.islink(folder):
+        refuse_special(folder)
+    with folder_for(base), disk_errors(base):
+        remove(f"{base}.json")
+        remove(staging)
+        os.mkdir(staging)
+        try:
+            _save_graph(graph, os.path.join(staging, "usearch"))
+            with create(os.path.join(staging, "npz")) as file:
+                arrays = {} if space.mean is None else {"mean": space.mean, "matrix": space.matrix}
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            for suffix in PARTS:
+                sync_path(os.path.join(staging, suffix))
+                rename_durably(os.path.join(staging, suffix), f"{base}.{suffix}")
+        finally:
+            remove(staging)
     facts = {"version": INDEX_VERSION, "contents": digest, "bytes": _sizes(base)} | space.facts()
     write_file(f"{base}.json", json.dumps(facts, indent=1).encode() + b"\n")
 
@@ -156,7 +172,6 @@ def _save_graph(graph: Any, path: str) -> None:
         graph.save(path)
     except RuntimeError as error:
         free, needed = shutil.disk_usage(os.path.dirname(path)).free, int(graph.serialized_length)
-        os.unlink(path)
         raise OSError(errno.ENOSPC if free < needed else errno.EIO, str(error)) from error
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import io
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ import numpy as np
 
 from internvit_cli.config import Preprocess, TokenMapKind, Tokens
 from internvit_cli.draw.figure import Panel, figure
-from internvit_cli.errors import InternvitError, NoSpaceError, UsageError, one_line
-from internvit_cli.storage.durable import NO_SPACE_ERRNOS
+from internvit_cli.errors import UsageError, one_line
+from internvit_cli.storage.durable import folder_for, write_file
 from internvit_cli.storage.reader import Features, SkippedImageError, bounded, open_features
 from internvit_cli.use.maps import Fitted, TokenMap, fit, likeness, likeness_scale, spread, tile_pattern
 from internvit_cli.use.panels import Canvas, mark_outliers, mark_point, outlier_caption
@@ -257,22 +257,15 @@ def file_name(key: str, kind: str = "show") -> str:
 
 
 def save_png(image: Image.Image, path: str) -> None:
-    """Write a picture that is either there and whole, or not there.
+    """Write a picture that is either there and whole, or not there; its folder is made if need be.
 
     Raises:
         InternvitError: it cannot be written.
     """
-    temporary = f"{path}.tmp"
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        image.save(temporary, "PNG", optimize=False)
-        os.replace(temporary, path)
-    except OSError as error:
-        kind = NoSpaceError if error.errno in NO_SPACE_ERRNOS else InternvitError
-        raise kind(f"cannot write {path}: {error.strerror or error}", "choose another folder with -o") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=False)
+    with folder_for(path):
+        write_file(path, stream.getvalue())
 
 
 def _choose_maps(options: ShowOptions, images: list[ImageFeatures]) -> list[TokenMapKind]:

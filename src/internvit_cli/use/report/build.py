@@ -13,8 +13,9 @@ import numpy as np
 import internvit_cli
 from internvit_cli.config import Projection, Tokens
 from internvit_cli.draw.palette import SEQUENTIAL
-from internvit_cli.errors import InternvitError, OutputError, UsageError
-from internvit_cli.storage.durable import remove, write_file
+from internvit_cli.errors import OutputError
+from internvit_cli.output_names import check_file_name
+from internvit_cli.storage.durable import write_file
 from internvit_cli.storage.reader import open_features
 from internvit_cli.use.report.facts import Facts, gather_facts, shown, tile_counts
 from internvit_cli.use.report.page import as_page
@@ -118,7 +119,7 @@ def write_report(options: ReportOptions, on_progress: OnProgress = lambda *_: No
     thumbnails, photographs = _pictures(done, chosen, options, with_maps=bool(maps.maps), on_progress=on_progress)
     parts = _Parts(done, chosen, plane, maps, thumbnails, photographs, options)
     page = as_page(f"{facts.path} - internvit report", parts.to_json(facts))
-    _write(options.output, page)
+    write_file(options.output, page)
     missing = {done[number].key: one.problem for number, one in thumbnails.items() if not one.jpeg}
     return Report(
         output=options.output,
@@ -138,24 +139,12 @@ def write_report(options: ReportOptions, on_progress: OnProgress = lambda *_: No
 
 def _check_place(output: str) -> None:
     """Refuse, before any work, a place where no page can be."""
-    if not output.lower().endswith(SUFFIXES):
-        raise UsageError(f"-o {output}: not a page", "name a file that ends in .html")
-    if os.path.isdir(output):
-        raise UsageError(f"-o {output} is a folder", "name a file that ends in .html")
+    check_file_name(output, SUFFIXES, "-o", "page")
     parent = os.path.dirname(os.path.abspath(output))
     if not os.path.isdir(parent):
         raise OutputError(f"the folder {parent} does not exist", f"create it: mkdir -p {parent}")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"the folder {parent} cannot be written to", "choose another one with -o")
-
-
-def _write(output: str, page: bytes) -> None:
-    """Write the page whole, or leave what was there and nothing beside it."""
-    try:
-        write_file(output, page)
-    except InternvitError:
-        remove(f"{output}.tmp")
-        raise
 
 
 def _pictures(

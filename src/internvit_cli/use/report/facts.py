@@ -12,7 +12,7 @@ import numpy as np
 from internvit_cli.config import Status
 from internvit_cli.errors import one_line
 from internvit_cli.inspect import describe_output
-from internvit_cli.storage.layout import PARTIAL
+from internvit_cli.output_names import PARTIAL
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import read_skip_log
 

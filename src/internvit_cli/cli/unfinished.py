@@ -1,0 +1,20 @@
+"""What commands that read an output say while a run has not finished it."""
+
+from __future__ import annotations
+
+import os
+
+from internvit_cli.cli.console import say
+from internvit_cli.output_names import unfinished_path, unfinished_shards
+
+CONTINUE = "the same internvit extract command finishes it"
+
+
+def found_output(path: str) -> str:
+    """The output that a user names to have it read, or what there is of it yet; a note tells what is not finished."""
+    if partial := unfinished_path(path):
+        say(f"note: {path} is unfinished, and {partial} is read instead; {CONTINUE}")
+        return partial
+    if shards := unfinished_shards(path):
+        say(f"note: {path} is unfinished: {os.path.join(path, shards[0])} is still to be filled; {CONTINUE}")
+    return path
