@@ -95,6 +95,7 @@ def test_every_option_of_every_command_has_a_variable_and_a_place_in_a_file(comm
         ("\n# a comment\nmax-tiles = 'many'", "line 3: max-tiles is 'many', not a whole number from 1 to 1,000", ""),
         ('pool = "meen"', "line 1: pool is 'meen', not one of mean, cls, cls+mean", "did you mean mean?"),
         ('[extract]\nrelocate = [\n "a=b",\n "c"\n]', "line 2: relocate is 'c', not OLD=NEW", "--relocate"),
+        ("max-tiles = 3\nmax_tiles = 4", "line 2: max_tiles is set twice", "keep one spelling"),
         ("workers = 1979-05-27", "line 1: workers is 1979-05-27, not a number or a text", ""),
         ("quiet = 2", "line 1: quiet is '2', not true or false", ""),
     ],
@@ -306,6 +307,10 @@ def test_types_have_short_names_wherever_one_is_given(
     from_python = extract_options("tiny-random", {"dtype": word, "store_dtype": word})
     for options in (*asked, from_python):
         assert (options.run.dtype.value, options.store.store_dtype.value) == (name, name)
+
+
+def test_a_misspelt_short_name_of_a_type_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean fp16?" in complaint(capsys, "--dtype", "fp61")
 
 
 def test_a_misspelt_word_in_python_is_answered_with_the_nearest() -> None:

@@ -45,9 +45,13 @@ DTYPE_ALIASES = {
 
 def member_named(kind: type[AnyEnum], word: object) -> AnyEnum | None:
     """The member of a choice that a word means, whatever its case, or a type of PyTorch; None when there is none."""
-    name = str(word.value if isinstance(word, Enum) else word).lower().removeprefix("torch.")
-    by_name = {str(member.value).lower(): member for member in kind}
-    return by_name.get(name) or by_name.get(DTYPE_ALIASES.get(name, ""))
+    return names_of(kind).get(str(word.value if isinstance(word, Enum) else word).lower().removeprefix("torch."))
+
+
+def names_of(kind: type[AnyEnum]) -> dict[str, AnyEnum]:
+    """The members of a choice by their words, and by other names of types."""
+    members = {str(member.value).lower(): member for member in kind}
+    return members | {alias: members[name] for alias, name in DTYPE_ALIASES.items() if name in members}
 
 
 class Tokens(Choice):

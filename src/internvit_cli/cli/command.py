@@ -208,5 +208,6 @@ def _in_our_words(error: Any, path: str, parameters: Iterable[Parameter]) -> Usa
     if option is None:
         return UsageError(f"{path} has no option {one_line(spelled)}", did_you_mean(spelled, names) or where_to_look)
     if option.is_flag:
-        return UsageError(f"{spelled} takes no value", f"give {spelled} alone")
+        alone = f"{option.long} or {option.negative}" if option.negative else f"{spelled} alone"
+        return UsageError(f"{spelled} takes no value", f"give {alone}")
     return UsageError(f"{spelled} lacks its value", f"give {spelled} {option.metavar}")

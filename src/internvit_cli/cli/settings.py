@@ -262,6 +262,10 @@ def _entries(config: Mapping[str, Any], lines: LineNumbers) -> Iterator[tuple[st
         UsageError: a key that no command has.
     """
     tables = {name: values for name, values in config.items() if isinstance(values, dict)}
+    for name, values in (("", config), *tables.items()):
+        spelled = [key.replace("_", "-") for key in values]
+        if twice := [key for key in values if "_" in key and spelled.count(key.replace("_", "-")) > 1]:
+            raise UsageError(f"{lines.place(name, twice[0])}: {one_line(twice[0])} is set twice", "keep one spelling")
     all_keys = {key for command in REGISTERED.values() for key in command.by_key}
     for key, value in config.items():
         if key not in tables:
@@ -341,7 +345,7 @@ class LineNumbers:
         """The file and the line, such as `c.toml, line 3`; the file alone where the line cannot be told."""
         if self._found is None:
             self._found = self._read()
-        names = [(table, key), (table, key.replace("-", "_"))] if table else [(key,), (key.replace("-", "_"),)]
+        names = [(*filter(None, [table]), spelling) for spelling in (key, key.replace("-", "_"))]
         line = next((self._found[name] for name in names if name in self._found), None)
         return one_line(self._path) + (f", line {line}" if line else "")
 

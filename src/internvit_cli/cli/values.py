@@ -7,7 +7,7 @@ import re
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from internvit_cli.config import AnyEnum, member_named
+from internvit_cli.config import AnyEnum, member_named, names_of
 from internvit_cli.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def member(kind: type[AnyEnum], word: str) -> AnyEnum:
     found = member_named(kind, word)
     if found is None:
         words = [str(one.value) for one in kind]
-        raise UnusableWordError(f"one of {', '.join(words)}", did_you_mean(word, words))
+        raise UnusableWordError(f"one of {', '.join(words)}", did_you_mean(word, names_of(kind)))
     return found
 
 

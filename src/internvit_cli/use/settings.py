@@ -9,7 +9,17 @@ from numbers import Integral
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypedDict, Union, get_args, get_origin, get_type_hints
 
-from internvit_cli.config import AnyEnum, ComputeDtype, OnOverflow, Pool, Preprocess, StoreDtype, Tokens, member_named
+from internvit_cli.config import (
+    AnyEnum,
+    ComputeDtype,
+    OnOverflow,
+    Pool,
+    Preprocess,
+    StoreDtype,
+    Tokens,
+    member_named,
+    names_of,
+)
 from internvit_cli.errors import UsageError, one_line
 from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions, color_named
 from internvit_cli.words import described, did_you_mean
@@ -169,6 +179,6 @@ def choice(name: str, kind: type[AnyEnum], value: AnyEnum | str) -> AnyEnum:
     found = member_named(kind, value)
     if found is None:
         words = [str(member.value) for member in kind]
-        hint = did_you_mean(str(value), words) or f"choose one of {', '.join(words)}"
+        hint = did_you_mean(str(value), names_of(kind)) or f"choose one of {', '.join(words)}"
         raise UsageError(f"{name} is {value!r}, not one of {', '.join(words)}", hint)
     return found
