@@ -12,7 +12,8 @@ import pytest
 from shared_folder import SHARED
 
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
-from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
+from internvit_cli.model.checkpoint import Checkpoint, Weight
+from internvit_cli.model.layouts import expected_shapes
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard

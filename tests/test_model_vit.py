@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ from model_helpers import (
 from transformers import InternVLVisionConfig, InternVLVisionModel
 
 from internvit_cli.config import TokenOrder
-from internvit_cli.model.card import IMAGENET_MEAN, IMAGENET_STD, VisionConfig
 from internvit_cli.model.catalog import KNOWN_MODELS
 from internvit_cli.model.loading import load_projector, load_vit, read_tensor
+from internvit_cli.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from internvit_cli.model.vit import (
     Embeddings,
     InternViT,
@@ -35,6 +36,9 @@ from internvit_cli.model.vit import (
     best_attention,
     pixel_unshuffle,
 )
+
+if TYPE_CHECKING:
+    from internvit_cli.model.card import VisionConfig
 
 CPU = torch.device("cpu")
 
@@ -175,7 +179,7 @@ def test_bytes_give_what_normalised_pixels_give(size):
     """Folding mean, std and biases into the patch weights changes nothing but the last bits."""
     card = tiny_card()
     vit = load_vit(random_checkpoint(card, 1), device=CPU, dtype=torch.float32)
-    fold = TileEmbedding(vit.embeddings, mean=card.mean, std=card.std, tile_size=size, dtype=torch.float32)
+    fold = TileEmbedding(vit.embeddings, normalization=card.normalization, tile_size=size, dtype=torch.float32)
     tiles = torch.from_numpy(np.stack(random_tiles(3, size)))
     pixels = tiles.permute(0, 3, 1, 2) / 255
     pixels = (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]

@@ -20,6 +20,9 @@ PATCH_SIZE = 14
 NUMERICS_VERSION = 2
 """Raised whenever a change of ours may change a stored value; part of the recipe."""
 
+DEFAULT_RESCALE_FACTOR = 1 / 255
+"""What bytes are multiplied by before they are normalized, unless the checkpoint says otherwise."""
+
 DEFAULT_MODEL = "OpenGVLab/InternViT-300M-448px-V2_5"
 DEFAULT_MAX_PIXELS = 178_956_970
 """Pillow's own error limit: twice its warning limit of 1 GiB of RGBA."""
@@ -285,6 +288,8 @@ class Recipe:
     store_dtype: StoreDtype
     on_overflow: OnOverflow
     numerics_version: int = NUMERICS_VERSION
+    rescale_factor: float = later_field(DEFAULT_RESCALE_FACTOR)
+    """What bytes are multiplied by before `mean` is taken away; 1 where the checkpoint does not rescale."""
 
     def to_json(self) -> str:
         """Return the canonical text that is stored and hashed."""
@@ -382,6 +387,7 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "str": _text,
     "bool": _truth,
     "int": _count,
+    "float": _number,
     "tuple[float, float, float]": _three(_number),
     "tuple[int, int, int] | None": lambda value: None if value is None else _three(_count)(value),
     "Preprocess": Preprocess,

@@ -14,10 +14,17 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli import __version__
+from internvit_cli.config import DEFAULT_MODEL
 from internvit_cli.decode.slots import Slots, SlotShape
 from internvit_cli.errors import InternvitError, system_words
+from internvit_cli.model.catalog import known_card
+from internvit_cli.model.files import locate_on_hub
+from internvit_cli.model.hub import HubUnavailableError, is_offline
+from internvit_cli.model.known import download_bytes, open_offline
+from internvit_cli.model.names import ModelName, parse_model_name
 from internvit_cli.report import package_version
 from internvit_cli.storage.durable import free_bytes, reserve, sync_data, unsynced_folder
+from internvit_cli.words import counted
 from internvit_cli.workers import Finished, WorkerPool, WorkerSpec, usable_cpus
 
 if TYPE_CHECKING:
@@ -67,11 +74,12 @@ class Check:
         return asdict(self) | {"state": self.state.value}
 
 
-def examine(output: str) -> Iterator[Check]:
-    """All checks, the quick ones first.
+def examine(output: str, model: str = DEFAULT_MODEL) -> Iterator[Check]:
+    """Yield all checks, the quick ones first.
 
     Args:
         output: where features would go; its folder is tried out and left as it was.
+        model: the --model of the run.
     """
     yield _versions()
     yield _processor()
@@ -81,6 +89,7 @@ def examine(output: str) -> Iterator[Check]:
     yield _slots()
     yield _workers()
     yield from _hub()
+    yield _model(model)
     yield from _folder(output)
     yield from _devices()
 
@@ -171,6 +180,37 @@ def _hub() -> Iterator[Check]:
     offline = ", offline mode is on" if constants.HF_HUB_OFFLINE else ""
     token = "a token is set" if get_token() else "no token is set"  # the token itself is nobody's business
     yield Check("hub cache", State.OK, f"{folder}, {free_bytes(folder) / 1e9:.1f} GB free; {token}{offline}")
+
+
+def _model(name: str) -> Check:
+    """Check that a run would have the model: at hand, or on a hub that answers."""
+    try:
+        named = parse_model_name(name)
+        try:
+            checkpoint = open_offline(name)
+        except HubUnavailableError as unavailable:
+            return _on_hub(named, unavailable)
+    except InternvitError as error:
+        return Check("model", State.BAD, error.message, error.hint)
+    where = "in the hub cache" if named.repo else "built in" if named.is_built_in else "in its folder"
+    tensors = counted(len(checkpoint.weights), "tensor")
+    notes = "".join(f"; {note}" for note in (*checkpoint.card.notes, *checkpoint.notes))
+    return Check("model", State.OK, f"{checkpoint.card.name} is {where}, {tensors} for a run{notes}")
+
+
+def _on_hub(named: ModelName, unavailable: HubUnavailableError) -> Check:
+    """Check a model that the cache does not hold."""
+    if is_offline() or named.repo is None:
+        return Check("model", State.BAD, unavailable.message, unavailable.hint)
+    try:
+        files, _ = locate_on_hub(named.repo, named.revision)
+    except HubUnavailableError as error:
+        return Check("model", State.BAD, error.message, error.hint)
+    if files.offline:
+        return Check("model", State.BAD, f"{unavailable.message}; {files.offline}", unavailable.hint)
+    size = f", about {download_bytes(known_card(named.known)) / 1e9:.1f} GB" if named.known else ""
+    found = f"{named.repo} is on the hub; the first run fetches it{size}"
+    return Check("model", State.OK, found)
 
 
 def _folder(output: str) -> Iterator[Check]:

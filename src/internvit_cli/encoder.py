@@ -15,7 +15,7 @@ import torch
 from internvit_cli.accuracy import Accuracy
 from internvit_cli.allocator import keep_freed_memory
 from internvit_cli.config import ComputeDtype
-from internvit_cli.encoder_devices import device_name, fastest_dtype, find_device
+from internvit_cli.encoder_devices import device_name, fastest_dtype, find_fit_device
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.kernels.fp8 import FP8
@@ -122,8 +122,7 @@ class Encoder:
             UsageError: options that contradict each other or the model.
         """
         _check(options, checkpoint)
-        device = find_device(options.device)
-        _check_device(options, device)
+        device = find_fit_device(options.device, options.dtype, compile=options.compile)
         if device.type == "cpu":
             keep_freed_memory()
             torch.set_num_threads(1)  # of each of our own threads: tiles run side by side, an operation does not
@@ -220,16 +219,6 @@ def _check(options: EncoderOptions, checkpoint: Checkpoint) -> None:
         raise UsageError(f"--batch-size {options.batch_tiles}: at least one tile", "leave it out to let it be chosen")
     if options.threads is not None and options.threads < 1:
         raise UsageError(f"threads {options.threads}: at least one", "leave it out to use all cores")
-
-
-def _check_device(options: EncoderOptions, device: torch.device) -> None:
-    if options.dtype is ComputeDtype.FP8 and device.type != "cuda":
-        raise DeviceError(
-            f"--dtype fp8 on {device}: only NVIDIA cards of compute capability 9.0 and above compute in fp8",
-            "use --dtype bfloat16",
-        )
-    if options.compile and device.type != "cuda":
-        raise UsageError(f"--compile on {device}: it is for CUDA", "leave it out")
 
 
 def feature_spec(options: EncoderOptions) -> FeatureSpec:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from internvit_cli.config import ComputeDtype
-from internvit_cli.errors import DeviceError, UsageError
-from internvit_cli.model.kernels.choice import plain_for
+from internvit_cli.encoder_options import AUTO_DEVICE, check_kind, parse_device
+from internvit_cli.errors import DeviceError
+from internvit_cli.model.kernels.choice import check_fp8_card, plain_for
 from internvit_cli.model.vit import Block
 
 if TYPE_CHECKING:
@@ -32,18 +33,30 @@ def find_device(name: str) -> torch.device:
         DeviceError: it is not there: never a silent change.
         UsageError: not a device's name.
     """
-    if name == "auto":
+    kind, number = parse_device(name)
+    if kind == AUTO_DEVICE:
         if torch.cuda.is_available():
             return torch.device("cuda:0")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in {"cpu", "cuda", "mps"} or (number and (kind != "cuda" or not number.isdecimal())) or name[-1] == ":":
-        raise UsageError(f"--device {name}: not a device", "use auto, cpu, cuda, cuda:N or mps")
     if kind == "cuda":
-        return _find_cuda(name, int(number or 0))
+        return _find_cuda(name, number)
     if kind == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("--device mps: no Apple GPU here", "use --device auto to take what there is")
     return torch.device(kind)
+
+
+def find_fit_device(name: str, dtype: ComputeDtype, *, compile: bool) -> torch.device:  # noqa: A002 - as its option
+    """Return the device of that name when it can do what is asked for.
+
+    Raises:
+        DeviceError: it is not there, or cannot compute in that type.
+        UsageError: not a device's name, or torch.compile anywhere but on CUDA.
+    """
+    device = find_device(name)
+    check_kind(str(device), device.type, dtype, compile=compile)
+    if dtype is ComputeDtype.FP8 and device.type == "cuda":
+        check_fp8_card(device)
+    return device
 
 
 def _find_cuda(name: str, number: int) -> torch.device:

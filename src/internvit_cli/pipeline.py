@@ -21,8 +21,8 @@ from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillRules, unusable
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.plan import Plan, PlanOptions, plan_images
-from internvit_cli.preview import find_images, find_output
-from internvit_cli.recipes import ModelInUse, encoder_options_of_run, feature_shape, pixel_rule, stored_name
+from internvit_cli.preview import check_words, find_images, find_output
+from internvit_cli.recipes import ModelInUse, encoder_options_of_run, feature_shape, pixel_rule
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Summary, run_log_entry
 from internvit_cli.sampling import SAMPLE_IMAGES
@@ -79,6 +79,7 @@ def extract(
         InternvitError: the run cannot start or go on; what was committed stays.
     """
     started = time.monotonic()
+    check_words(options.run)
     output = find_output(options)
     try:
         with exclusive(output.path, enabled=options.store.lock):
@@ -165,6 +166,8 @@ class _Extraction:
         shape = feature_shape(self._options, self._model.card, self._model.recipe)
         size = None if self._output.is_file else self._shard_size(shape)
         self._model.confirm_weights()
+        for note in self._model.notes:
+            self._observer.note(note)
         plan = self._plan(changes.entries)
         if plan.skipped and self._options.run.strict:
             row, skipped = min(plan.skipped.items())
@@ -392,7 +395,7 @@ class _Extraction:
             "batch_tiles": engine.batch_tiles,
             "kernels": engine.kernels,
             "workers": engine.workers,
-            "model": stored_name(self._options.model.name),
+            "model": self._model.recorded_name,
             "output": os.path.abspath(self._output.path),
         }
 

@@ -8,11 +8,17 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from internvit_cli.config import Status
-from internvit_cli.errors import NoImagesError, UsageError
+from internvit_cli.config import ComputeDtype, Status, Tokens
+from internvit_cli.devices import ALL_DEVICES, find_devices
+from internvit_cli.encoder_options import AUTO_DEVICE, check_kind, parse_device
+from internvit_cli.errors import InternvitError, ModelError, NoImagesError, UsageError
 from internvit_cli.model.catalog import describe_model
+from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.model.hub import HubUnavailableError
+from internvit_cli.model.known import download_bytes
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.output_names import check_features_name
+from internvit_cli.own_tiling import tiling_note
 from internvit_cli.plan import PlanOptions, plan_images
 from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make_recipe, pixel_rule
 from internvit_cli.report import PlanSummary
@@ -24,9 +30,11 @@ from internvit_cli.table import count_statuses
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from internvit_cli.config import PixelRule, Recipe
     from internvit_cli.model.card import ModelCard
-    from internvit_cli.options import ExtractOptions
+    from internvit_cli.options import ExtractOptions, RunOptions
     from internvit_cli.storage.layout import FeatureShape
     from internvit_cli.table import ImageTable
 
@@ -86,6 +94,7 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     Raises:
         InternvitError: the sources or the options are wrong, or the model's description cannot be had.
     """
+    check_words(options.run)
     output = find_output(options)
     listing = find_images(options, stdin) if options.has_sources else EMPTY_LISTING
     card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
@@ -114,7 +123,6 @@ def summarize_plan(found: Survey) -> PlanSummary:
         reasons["unreadable_folder"] = len(listing.unreadable_folders)
     tiles_of_images = table.tile_counts[table.status == Status.PENDING]
     sizes, images = np.unique(tiles_of_images, return_counts=True)
-    notes = ["the model's description was taken from the catalogue of known models"] if card.origin == "catalog" else []
     return PlanSummary(
         output=output.path,
         model=card.name,
@@ -125,7 +133,7 @@ def summarize_plan(found: Survey) -> PlanSummary:
         histogram={int(size): int(count) for size, count in zip(sizes, images, strict=True)},
         bytes=planned_bytes,
         free_bytes=free_bytes(output.path),
-        notes=tuple(notes),
+        notes=tuple(note for note in (*card.notes, *_model_notes(found), *_device_notes(found.options.run)) if note),
     )
 
 
@@ -144,6 +152,55 @@ def find_output(options: ExtractOptions) -> Output:
             "leave it out, or name a folder, such as -o feats/",
         )
     return output
+def check_words(run: RunOptions) -> None:
+    """Refuse devices that no machine has, and what a named kind of device cannot do.
+
+    Raises:
+        DeviceError: fp8 on a device that is not CUDA's.
+        UsageError: no device's name, or torch.compile on a device that is not CUDA's.
+    """
+    for name in run.devices:
+        if name != ALL_DEVICES:
+            check_kind(name, parse_device(name).kind, run.dtype, compile=run.compile)
+
+
+def _device_notes(run: RunOptions) -> Iterator[str]:
+    """Yield what this machine cannot do of what is asked for: a plan may be made on another one than the run.
+
+    PyTorch is loaded only when something is asked for that not every machine has.
+    """
+    kinds = {ALL_DEVICES if name == ALL_DEVICES else parse_device(name).kind for name in run.devices}
+    if kinds <= {AUTO_DEVICE, "cpu"} and run.dtype is not ComputeDtype.FP8 and not run.compile:
+        return
+    from internvit_cli.encoder_devices import find_fit_device
+
+    try:
+        for name in find_devices(run.devices):
+            find_fit_device(name, run.dtype, compile=run.compile)
+    except InternvitError as error:
+        yield f"a run on this machine would refuse this: {error.message}"
+
+
+def _model_notes(found: Survey) -> Iterator[str]:
+    """Yield what a run would say of the weights, which are located and checked, but neither fetched nor read."""
+    card = found.card
+    yield tiling_note(card.own_tiling, found.options.pictures)
+    if card.origin == "catalog":
+        yield f"a run would refuse this model until it is there: hf download {card.name} ({_gigabytes(card)})"
+        return
+    try:
+        projector = found.recipe.tokens is Tokens.PROJECTED
+        checkpoint = Checkpoint.open(card.without_fetching(), layer=found.recipe.layer, projector=projector)
+    except HubUnavailableError as error:
+        yield f"a run would refuse this model: {error.message}" if card.offline else f"a run fetches {_gigabytes(card)}"
+    except ModelError as error:
+        yield f"a run would refuse this model: {error.message}"
+    else:
+        yield from checkpoint.notes
+
+
+def _gigabytes(card: ModelCard) -> str:
+    return f"about {download_bytes(card) / 1e9:.1f} GB of weights"
 
 
 def find_images(options: ExtractOptions, stdin: BinaryIO | None) -> Listing:

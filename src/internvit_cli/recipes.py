@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,11 @@ from internvit_cli.config import (
 from internvit_cli.encoder_options import EncoderOptions
 from internvit_cli.errors import OtherRecipeError, OutputError
 from internvit_cli.model.card import ModelCard, feature_shapes
-from internvit_cli.model.catalog import describe_model, hub_name
+from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.model.names import parse_model_name
+from internvit_cli.model.pixels import Normalization
+from internvit_cli.own_tiling import tiling_note
 from internvit_cli.storage.layout import FeatureShape, stored_recipe
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ OPTION_OF_FIELD = {
     "compute_dtype": "--dtype",
 }
 """Recipe fields whose option has another name; the others differ in underscores only."""
-FIELDS_WITHOUT_OPTION = {"mean", "std", "token_order", "numerics_version"}
+FIELDS_WITHOUT_OPTION = {"mean", "std", "rescale_factor", "token_order", "numerics_version"}
 """What the checkpoint, or this program, decides."""
 
 
@@ -46,19 +48,19 @@ class ModelFacts:
     """Blocks that run."""
     tile_size: int
     """The model's own, pixels."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    normalization: Normalization
     token_order: TokenOrder
 
     @classmethod
     def of_card(cls, card: ModelCard, blocks: int, weights_digest: str) -> ModelFacts:
         """The facts of a model at hand, of which so many blocks run."""
-        return cls(weights_digest, blocks, card.tile_size, card.mean, card.std, card.token_order)
+        return cls(weights_digest, blocks, card.tile_size, card.normalization, card.token_order)
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> ModelFacts:
         """The facts that an output recorded: enough to compare recipes without the model."""
-        return cls(recipe.weights_digest, recipe.layer, recipe.tile_size, recipe.mean, recipe.std, recipe.token_order)
+        normalization = Normalization(recipe.mean, recipe.std, recipe.rescale_factor)
+        return cls(recipe.weights_digest, recipe.layer, recipe.tile_size, normalization, recipe.token_order)
 
 
 class ModelInUse:
@@ -77,10 +79,11 @@ class ModelInUse:
         self._options = options
         self._card: ModelCard | None = None
         self._checkpoint: Checkpoint | None = None
+        self._name = parse_model_name(options.model.name, options.model.revision)
         self._revision = options.model.revision
         recorded = _recorded_recipe(options, stored)
         # What is left to `auto` stays as it was, as long as it is the same model.
-        kept = recorded if stored and stored.get("model") == stored_name(options.model.name) else None
+        kept = recorded if stored and stored.get("model") == self._name.recorded else None
         is_pinned = kept is not None and stored is not None and self._is_on_hub(stored)
         self._kept_blocks = kept.layer if kept and options.model.layer is None else None
         if kept and not is_pinned and kept.layer > self.card.vision.num_layers:
@@ -120,6 +123,19 @@ class ModelInUse:
             )
         return self._checkpoint
 
+    @property
+    def recorded_name(self) -> str:
+        """What the output calls the model."""
+        return self._name.recorded
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the model, as far as it was looked at."""
+        if self._card is None:
+            return ()
+        found = (*self._card.notes, tiling_note(self._card.own_tiling, self._options.pictures))
+        return tuple(note for note in (*found, *(self._checkpoint.notes if self._checkpoint else ())) if note)
+
     def confirm_weights(self) -> None:
         """Check that the weights at hand are those that the recipe names.
 
@@ -135,13 +151,7 @@ class ModelInUse:
 
     def _is_on_hub(self, stored: dict[str, Any]) -> bool:
         """Whether the output's commit of a model on the hub is the one to use."""
-        model = self._options.model
-        return hub_name(model.name) is not None and model.revision in (None, stored.get("model_revision"))
-
-
-def stored_name(model: str) -> str:
-    """What a feature file calls the model that a user names so."""
-    return hub_name(model) or (os.path.abspath(model) if os.path.isdir(model) else model)
+        return self._name.repo is not None and self._name.revision in (None, stored.get("model_revision"))
 
 
 def _recorded_recipe(options: ExtractOptions, stored: dict[str, Any] | None) -> Recipe | None:
@@ -170,8 +180,8 @@ def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: ComputeDtype)
         preprocess=pictures.preprocess,
         exif=pictures.exif,
         background=pictures.background,
-        mean=facts.mean,
-        std=facts.std,
+        mean=facts.normalization.mean,
+        std=facts.normalization.std,
         tokens=store.tokens,
         token_order=facts.token_order,
         pool=store.pool,
@@ -179,6 +189,7 @@ def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: ComputeDtype)
         compute_dtype=dtype,
         store_dtype=store.store_dtype,
         on_overflow=store.on_overflow,
+        rescale_factor=facts.normalization.rescale_factor,
     )
 
 

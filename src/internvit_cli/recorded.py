@@ -9,6 +9,7 @@ from internvit_cli.config import Tokens
 from internvit_cli.errors import InternvitError, ModelError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.model.pixels import Normalization
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,11 +33,13 @@ def open_recorded(recipe: Recipe, attributes: Mapping[str, Any], model: str | No
     try:
         card = describe_model(name, revision=revision)
         # What the run took from the model's JSON files, which may have changed since, is in the recipe.
-        card = replace(card, mean=recipe.mean, std=recipe.std)
+        card = replace(card, normalization=Normalization(recipe.mean, recipe.std, recipe.rescale_factor))
         checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=recipe.tokens is Tokens.PROJECTED)
         digest = checkpoint.digest()
     except InternvitError as error:
-        raise ModelError(f"the weights cannot be had: {error.message}", "name their folder with --model") from error
+        raise ModelError(
+            f"the weights cannot be had: {error.message}", error.hint or "name their folder with --model"
+        ) from error
     if digest != recipe.weights_digest:
         raise ModelError(
             f"the weights of {name} are not those that made the rows: digest {digest[:12]}, not "

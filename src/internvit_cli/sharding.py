@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -179,7 +178,7 @@ def new_shard(
         "recipe_digest": recipe.digest,
         "sources": sources_to_json(draft.sources),
         "created_by": CREATED_BY,
-        "model": os.path.abspath(card.directory) if card.directory else card.name,
+        "model": card.recorded_name,
         "model_revision": card.revision or "",
         "weights_digest": recipe.weights_digest,
         "batch_tiles": measured.batch_tiles,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from internvit_cli.cli.console import print_json, print_line
+from internvit_cli.config import DEFAULT_MODEL
 from internvit_cli.errors import ExitCode
 
 
@@ -14,18 +15,19 @@ def doctor_command(
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="OUT", help="Try the disk that OUT would be written to.")
     ] = "feats.h5",
+    model: Annotated[str, typer.Option("-m", "--model", help="Look for this model.")] = DEFAULT_MODEL,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
     """Check whether this machine is ready for a run.
 
-    The command tries versions, memory, worker processes, devices, and the disk of the output with its locks. It exits
-    with 1 if something will not work, and says what to do.
+    The command tries versions, memory, worker processes, the model, devices, and the disk of the output with its locks.
+    It exits with 1 if something will not work, and says what to do.
     """
     from internvit_cli.doctor import State, examine
 
     checks = []
-    for check in examine(output):
+    for check in examine(output, model):
         checks.append(check)
         if not json:
             print_line(f"{check.state.value:<5} {check.name:<14} {check.found}")

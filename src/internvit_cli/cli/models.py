@@ -20,8 +20,8 @@ def models_command(
 ) -> int:
     """List the models that are known by name.
 
-    The table gives sizes, the bytes that a tile takes, and whether the model is in the hub cache. Any other InternViT
-    or InternVL checkpoint works too, by its hub id or as a folder.
+    The table gives the size of the download, what a tile takes on disk, and whether a run would find the model in the
+    hub cache. Any other InternViT, or model with an InternViT in it, works too: by its hub id, or as a folder.
     """
     from internvit_cli.model.known import known_models
 
@@ -35,15 +35,13 @@ def models_command(
 
 def _print_table(models: list[ModelFacts]) -> None:
     """One line a model, within 80 columns; the hub ids begin with the publisher's name, which stands once."""
-    print_line(f"{'name':<26}{'short':<9}{'params':>8}{'hidden':>7}{'tile tokens':>12}{'bytes':>9} cached")
+    print_line(f"{'name':<26}{'short':<9}{'download':>9}{'tokens/tile':>13}{'bytes/tile':>11}  cached")
     for model in models:
         _, _, name = model.name.rpartition("/")
-        parameters = (
-            f"{model.parameters / 1e6:,.0f} M" if model.parameters >= 1e6 else f"{model.parameters / 1e3:.0f} k"
-        )
+        download = human_bytes(model.download_bytes) if model.download_bytes else "none"
         print_line(
-            f"{name:<26}{(model.aliases or ('',))[0]:<9}{parameters:>8}{model.hidden_size:>7}"
-            f"{f'{model.tokens} x {model.token_size}':>12}{human_bytes(model.bytes_per_tile):>9} {model.cached}"
+            f"{name:<26}{(model.aliases or ('',))[0]:<9}{download:>9}{f'{model.tokens} x {model.token_size}':>13}"
+            f"{human_bytes(model.bytes_per_tile):>11}  {model.cached}"
         )
     print_line()
     print_line(f"published as {publisher_of(models)}/NAME, licence {', '.join(licences_of(models))}")

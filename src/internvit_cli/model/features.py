@@ -87,8 +87,7 @@ class FeatureModel(nn.Module):
         self.plan = store_plan(card, spec)
         self.embedding = TileEmbedding(
             vit.embeddings,
-            mean=card.mean,
-            std=card.std,
+            normalization=card.normalization,
             tile_size=spec.tile_size,
             dtype=base_dtype(dtype),
             kernels=self.kernels,

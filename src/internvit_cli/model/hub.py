@@ -1,82 +1,60 @@
-"""Files of a model on the Hugging Face hub, through its own cache: one try, one line on failure, no secrets shown.
+"""The Hugging Face hub: asked once, for a bounded time, one line on failure, no secrets shown.
 
-HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured by huggingface_hub itself.
+HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honored by huggingface_hub itself.
 """
 
 from __future__ import annotations
 
-import os
-import re
+import queue
+import threading
+import time
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
 
 from internvit_cli.errors import ModelError
+from internvit_cli.model.hub_cache import COMMIT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 TIMEOUT_SECONDS = 10.0
+"""The longest that the hub is waited for, whatever is slow about it: names, connections, proxies or answers."""
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+OFFLINE_MODE = "offline mode is on"
+
+Value = TypeVar("Value")
 
 
 class HubUnavailableError(ModelError):
-    """The hub can't be reached and its cache does not hold the file: a known model may do without."""
+    """The hub cannot be reached and its cache does not hold the file: a known model may do without."""
 
 
-def resolve_commit(repo: str, revision: str | None, *, offline: bool = False) -> str:
-    """The commit, 40 hex digits, that a revision names now; without network the one the cache holds.
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What the hub says of a revision."""
 
-    Raises:
-        HubUnavailableError: no network, or offline, and nothing in the cache.
-        ModelError: no such model or revision, or no access to it.
-    """
-    cached = _cached_commit(repo, revision)
-    if cached is not None and (offline or _is_offline() or cached == revision):
-        return cached
-    if offline or _is_offline():
-        raise HubUnavailableError(f"{repo}: not in the hub cache, and offline mode is on")
-    try:
-        return _ask_commit(repo, revision)
-    except HubUnavailableError:
-        if cached is None:
-            raise
-        return cached
-
-
-def fetch(repo: str, commit: str, filename: str, *, offline: bool = False) -> str | None:
-    """Path of one file of a commit in the hub cache, fetched if need be; None when the commit has no such file.
-
-    Raises:
-        HubUnavailableError: no network, or offline, and not in the cache.
-        ModelError: no access, or the download failed.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    cached = try_to_load_from_cache(repo, filename, revision=commit)
-    if isinstance(cached, str):
-        return cached
-    if cached is not None:  # the cache remembers that the commit has no such file
-        return None
-    if offline or _is_offline():
-        raise HubUnavailableError(f"{repo}: {filename} is not in the hub cache, and offline mode is on")
-    _ask_commit(repo, commit)  # one quick try: hf_hub_download alone repeats for half a minute without network
-    try:
-        return hf_hub_download(repo, filename, revision=commit, etag_timeout=TIMEOUT_SECONDS)
-    except LocalEntryNotFoundError as error:
-        raise HubUnavailableError(f"{repo}: {filename} can't be fetched: the hub can't be reached") from error
-    except EntryNotFoundError:
-        return None
-    except _transport_errors() as error:
-        raise ModelError(
-            f"{repo}: {filename} can't be fetched ({_reason(error)})", "run the same command again"
-        ) from error
+    commit: str
+    """40 hex digits."""
+    files: frozenset[str]
+    """Names of all its files."""
 
 
 @lru_cache(maxsize=64)
-def _ask_commit(repo: str, revision: str | None) -> str:
+def ask(repo: str, revision: str | None) -> Commit:
+    """Ask the hub for the commit that a revision names now. An answer is kept for this process, a failure is not.
+
+    Raises:
+        HubUnavailableError: no answer within `TIMEOUT_SECONDS`.
+        ModelError: no such model or revision, or no access to it.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    started = time.monotonic()
     try:
-        commit = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_SECONDS).sha
+        info = _within_time(lambda: HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_SECONDS))
+        files = frozenset(file.rfilename for file in info.siblings or ())
     except GatedRepoError as error:
         raise ModelError(
             f"{repo}: access is restricted", f"ask for it at https://huggingface.co/{repo}, then set HF_TOKEN"
@@ -88,36 +66,70 @@ def _ask_commit(repo: str, revision: str | None) -> str:
     except RevisionNotFoundError as error:
         raise ModelError(f"{repo}: no revision {revision!r}", "give a branch, tag or commit that exists") from error
     except _transport_errors() as error:
-        raise HubUnavailableError(f"{repo}: the hub can't be reached ({_reason(error)})") from error
-    if commit is None or not _COMMIT.fullmatch(commit):
+        waited = time.monotonic() - started
+        raise HubUnavailableError(
+            f"{repo}: the hub cannot be reached ({_reason(error)}, after {waited:.1f} s)"
+        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HubUnavailableError(f"{repo}: what answers in the place of the hub is not the hub") from error
+    if info.sha is None or not COMMIT.fullmatch(info.sha):
         raise ModelError(f"{repo}: the hub names no commit")
-    return commit
+    return Commit(info.sha, files)
 
 
-def cached_file(repo: str, filename: str) -> str | None:
-    """Path of a file of a repository's main branch in the hub cache; None when it is not there."""
-    from huggingface_hub import try_to_load_from_cache
+def download(repo: str, commit: str, filename: str) -> str | None:
+    """Fetch one file of a commit to the hub cache and return its path; None when the commit has no such file.
 
-    path = try_to_load_from_cache(repo, filename)
-    return path if isinstance(path, str) else None
+    Whoever calls this has asked the hub before: huggingface_hub alone repeats for half a minute without network.
 
-
-def _cached_commit(repo: str, revision: str | None) -> str | None:
-    """The commit whose config.json the cache holds for a revision: files lie under snapshots/COMMIT/."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    Raises:
+        HubUnavailableError: the hub cannot be reached.
+        ModelError: no access, or the download failed.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        path = try_to_load_from_cache(repo, "config.json", revision=revision)
-    except HFValidationError as error:
-        raise ModelError(f"{repo!r}: not a valid hub id") from error
-    return os.path.basename(os.path.dirname(path)) if isinstance(path, str) else None
+        return hf_hub_download(repo, filename, revision=commit, etag_timeout=TIMEOUT_SECONDS)
+    except LocalEntryNotFoundError as error:
+        raise HubUnavailableError(f"{repo}: {filename} cannot be fetched: the hub cannot be reached") from error
+    except EntryNotFoundError:
+        return None
+    except _transport_errors() as error:
+        raise ModelError(
+            f"{repo}: {filename} cannot be fetched ({_reason(error)})", "run the same command again"
+        ) from error
 
 
-def _is_offline() -> bool:
+def is_offline() -> bool:
+    """Return whether huggingface_hub was told to stay offline, as HF_HUB_OFFLINE does."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
+
+
+def _within_time(action: Callable[[], Value]) -> Value:
+    """Do something in a thread of its own that is left behind when it takes too long.
+
+    The timeout of a request is none of the whole: looking up a name knows no bound, and every address of a host and
+    every byte of an answer may take that long again.
+    """
+    outcome: queue.SimpleQueue[Value | Exception] = queue.SimpleQueue()
+
+    def act() -> None:
+        try:
+            outcome.put(action())
+        except Exception as error:  # noqa: BLE001 - raised again in the thread that asked
+            outcome.put(error)
+
+    threading.Thread(target=act, name="internvit-hub", daemon=True).start()
+    try:
+        result = outcome.get(timeout=TIMEOUT_SECONDS)
+    except queue.Empty:
+        raise TimeoutError("no answer") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
@@ -128,7 +140,9 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
 
 def _reason(error: Exception) -> str:
-    """A few words that hold neither URL nor token."""
+    """Return a few words that hold neither URL nor token."""
+    if isinstance(error, TimeoutError):
+        return "no answer"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return f"HTTP {status}"

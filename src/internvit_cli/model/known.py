@@ -6,12 +6,18 @@ import math
 from dataclasses import dataclass
 
 from internvit_cli.config import Pool, Tokens
+from internvit_cli.errors import InternvitError
 from internvit_cli.model.card import ModelCard, feature_shapes
-from internvit_cli.model.catalog import KNOWN_MODELS, TINY_RANDOM, describe_model, known_card
-from internvit_cli.model.checkpoint import INDEX_FILE, SINGLE_FILE, expected_shapes
-from internvit_cli.model.hub import cached_file
+from internvit_cli.model.catalog import describe_model, known_card
+from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.model.files import TINY_RANDOM
+from internvit_cli.model.hub_cache import CachedModel
+from internvit_cli.model.layouts import expected_shapes
+from internvit_cli.model.published import KNOWN_MODELS
 
 FLOAT16_BYTES = 2
+PUBLISHED_BYTES = 2
+"""Of a weight: all are published in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,8 @@ class ModelFacts:
     aliases: tuple[str, ...]
     parameters: int
     """Of the whole tower."""
+    download_bytes: int
+    """Of its weights on the hub, about; 0 for tiny-random."""
     hidden_size: int
     blocks: int
     """That run; the checkpoint may have more."""
@@ -36,22 +44,52 @@ class ModelFacts:
     """Of visual tokens in float16, as `extract` stores them by default."""
     licence: str
     cached: str
-    """What the hub cache holds: `weights`, `config`, `no`; `built in` for tiny-random."""
+    """What the hub cache holds: `yes` when a run needs no network, `partly`, or `no`; `built in` for tiny-random."""
 
 
 def known_models() -> list[ModelFacts]:
-    """All of them; nothing is fetched."""
-    published = [_facts(known_card(model), model.aliases, model.licence, _cached(model.repo)) for model in KNOWN_MODELS]
+    """Return all of them; nothing is fetched."""
+    published = [
+        _facts(known_card(model), model.aliases, model.licence, cached_state(model.repo)) for model in KNOWN_MODELS
+    ]
     return [*published, _facts(describe_model(TINY_RANDOM), (), "", "built in")]
+
+
+def cached_state(repo: str) -> str:
+    """Return whether a run would find a model in the hub cache: `yes`, `partly` or `no`."""
+    try:
+        open_offline(repo)
+    except InternvitError:
+        return "partly" if CachedModel.of(repo).snapshots() else "no"
+    return "yes"
+
+
+def open_offline(name: str) -> Checkpoint:
+    """Open what a run would use of a model, without asking the hub; no weights are read.
+
+    Raises:
+        InternvitError: a run without network would refuse it.
+    """
+    card = describe_model(name, offline=True)
+    return Checkpoint.open(card, layer=card.resolve_layer())
+
+
+def download_bytes(card: ModelCard) -> int:
+    """Return the bytes of a tower's weights in the type in which all are published."""
+    return PUBLISHED_BYTES * _parameters(card)
+
+
+def _parameters(card: ModelCard) -> int:
+    return sum(map(math.prod, expected_shapes(card.vision, card.vision.num_layers, None).values()))
 
 
 def _facts(card: ModelCard, aliases: tuple[str, ...], licence: str, cached: str) -> ModelFacts:
     shapes = feature_shapes(card, Tokens.VISUAL, Pool.MEAN, card.tile_size)
-    tower = expected_shapes(card.vision, card.vision.num_layers, None)
     return ModelFacts(
         name=card.name,
         aliases=aliases,
-        parameters=sum(map(math.prod, tower.values())),
+        parameters=_parameters(card),
+        download_bytes=0 if card.origin == "memory" else download_bytes(card),
         hidden_size=card.vision.hidden_size,
         blocks=card.resolve_layer(),
         tile_size=card.tile_size,
@@ -61,9 +99,3 @@ def _facts(card: ModelCard, aliases: tuple[str, ...], licence: str, cached: str)
         licence=licence,
         cached=cached,
     )
-
-
-def _cached(repo: str) -> str:
-    if cached_file(repo, SINGLE_FILE) or cached_file(repo, INDEX_FILE):
-        return "weights"
-    return "config" if cached_file(repo, "config.json") else "no"

@@ -58,6 +58,7 @@ class NativeModel:
         self.device = device
         if device.type == "cpu":
             torch.set_num_threads(usable_cpus())  # an encoder of ours leaves one
+        self._levels = 1 / card.normalization.rescale_factor  # exactly 255 for 1/255
         self._mean = torch.tensor(card.mean, device=device)[:, None, None]
         self._std = torch.tensor(card.std, device=device)[:, None, None]
         self._model = native_model(checkpoint, device)
@@ -66,7 +67,7 @@ class NativeModel:
     @torch.inference_mode()
     def features(self, tiles: np.ndarray) -> NativeFeatures:
         """Features of uint8 RGB tiles [B,S,S,3]."""
-        pixels = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2).float() / 255
+        pixels = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2).float() / self._levels
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             hidden = self._model((pixels - self._mean) / self._std).last_hidden_state  # [B,1+N,C]
         return NativeFeatures(self._tokens(hidden[:, 1:]), self._pooled(hidden).cpu().numpy())

@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.errors import ModelError
+from internvit_cli.model.json_files import refuse_foreign, unreadable
+from internvit_cli.untrusted import opened
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-MAX_HEADER_BYTES = 100_000_000
-"""The bound of the safetensors format itself."""
+MAX_HEADER_BYTES = 32 << 20
+"""More than the header of any real model; the format itself allows 100 MB."""
+
+MAX_TENSORS = 300_000
+"""In one file; bounds the memory that a header takes once it is parsed."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -49,15 +54,16 @@ def read_header(path: str) -> dict[str, StoredTensor]:
         ModelError: the file can't be read, is truncated, or its header lies; the message names file and tensor.
     """
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                refuse_foreign(path, prefix + (file.read(100) or b""))
                 raise ModelError(f"{path}: truncated, or not a safetensors file", "download it again")
             text = file.read(length)
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror or error}") from error
+        raise unreadable(path, error) from error
     return parse_header(text, path=path, file_size=size)
 
 
@@ -72,6 +78,8 @@ def parse_header(text: bytes, *, path: str, file_size: int) -> dict[str, StoredT
     Raises:
         ModelError: whatever is wrong with it.
     """
+    if text.count(b"{") + text.count(b"[") > 3 * MAX_TENSORS:
+        raise ModelError(f"{path}: more than {MAX_TENSORS:,} tensors, which no such file has")
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:

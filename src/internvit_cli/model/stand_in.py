@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from internvit_cli.model.checkpoint import Checkpoint, Weight, expected_shapes
+from internvit_cli.model.checkpoint import Checkpoint, Weight
+from internvit_cli.model.layouts import expected_shapes
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard

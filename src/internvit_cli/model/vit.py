@@ -36,6 +36,7 @@ from internvit_cli.model.unshuffle import pixel_unshuffle
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import VisionConfig
+    from internvit_cli.model.pixels import Normalization
 
 __all__ = [
     "Block",
@@ -158,7 +159,7 @@ class Embeddings(nn.Module):
         return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels [B,3,height,width] -> float32 [B,1+N,C]."""
+        """Normalized pixels [B,3,height,width] -> float32 [B,1+N,C]."""
         B, _, height, width = pixel_values.shape
         if height % PATCH_SIZE or width % PATCH_SIZE:
             raise ValueError(f"{height} x {width} pixels do not divide into patches of {PATCH_SIZE}")
@@ -171,10 +172,11 @@ class Embeddings(nn.Module):
 
 
 class TileEmbedding(nn.Module):
-    """Embeddings of square uint8 tiles of one size: normalisation, biases and positions folded into two tensors.
+    """Embeddings of square uint8 tiles of one size: normalization, biases and positions folded into two tensors.
 
-    (u/255 - mean)/std * w = (u - 128) * w/(255 std) + (128/255 - mean)/std * w, and u - 128 is exact even in bfloat16,
-    so that pixels are never rounded and the tile goes to the device as the bytes it is.
+    With r levels to a rescaled value of one (255, unless the checkpoint rescales otherwise), (u/r - mean)/std * w =
+    (u - 128) * w/(r std) + (128/r - mean)/std * w, and u - 128 is exact even in bfloat16, so that pixels are never
+    rounded and the tile goes to the device as the bytes it is.
     """
 
     weight: Tensor
@@ -184,8 +186,7 @@ class TileEmbedding(nn.Module):
         self,
         embeddings: Embeddings,
         *,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        normalization: Normalization,
         tile_size: int,
         dtype: torch.dtype,
         kernels: Kernels = PLAIN,
@@ -198,10 +199,11 @@ class TileEmbedding(nn.Module):
         w = embeddings.patch_embedding.weight.double()  # [C,3,P,P]
         bias = embeddings.patch_embedding.bias
         assert bias is not None
-        channel_mean = torch.tensor(mean, dtype=torch.float64)
-        channel_std = torch.tensor(std, dtype=torch.float64)
-        scaled = w / (255 * channel_std)[:, None, None]
-        offset = torch.einsum("ckyx,k->c", w, (128 / 255 - channel_mean) / channel_std) + bias.double()  # [C]
+        levels = 1 / normalization.rescale_factor  # exactly 255 for 1/255
+        mean = torch.tensor(normalization.mean, dtype=torch.float64)  # [3]
+        std = torch.tensor(normalization.std, dtype=torch.float64)
+        scaled = w / (levels * std)[:, None, None]
+        offset = torch.einsum("ckyx,k->c", w, (128 / levels - mean) / std) + bias.double()  # [C]
         table = embeddings.position_table(side, side)[0].double()  # [1+N,C]
         table[0] += embeddings.class_embedding[0, 0].double()
         table[1:] += offset
@@ -264,7 +266,7 @@ class InternViT(nn.Module):
         self.encoder = Encoder(config, blocks, kernels)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels [B,3,height,width] -> hidden state of the last block that runs, [B,1+N,C].
+        """Normalized pixels [B,3,height,width] -> hidden state of the last block that runs, [B,1+N,C].
 
         Height and width are any multiples of 14. The dtype is that of the blocks.
         """

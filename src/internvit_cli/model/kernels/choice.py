@@ -85,9 +85,8 @@ def check_fp8_products(device: torch.device) -> None:
     Raises:
         DeviceError: the card has none, this PyTorch can't use them, or they give something else.
     """
+    check_fp8_card(device)
     hint = "use --dtype bfloat16"
-    if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-        raise DeviceError(f"--dtype fp8: {torch.cuda.get_device_name(device)} has no fp8 with scales of rows", hint)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(33, 64, generator=generator).to(device, torch.bfloat16)
     layer = nn.Linear(64, 48, device="cpu")
@@ -99,6 +98,19 @@ def check_fp8_products(device: torch.device) -> None:
         raise DeviceError(f"--dtype fp8: this PyTorch ({torch.__version__}) can't: {_line(error)}", hint) from error
     if not difference([actual], [emulated_linear(rows, fp8)]) < LARGEST_DIFFERENCE[torch.bfloat16]:
         raise DeviceError("--dtype fp8: the card's fp8 products are wrong", hint)
+
+
+def check_fp8_card(device: torch.device) -> None:
+    """Refuse a card without fp8 matrix products.
+
+    Raises:
+        DeviceError: it has none.
+    """
+    if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise DeviceError(
+            f"--dtype fp8: {torch.cuda.get_device_name(device)} has no fp8 with scales of rows",
+            "use --dtype bfloat16",
+        )
 
 
 def tried(kernels: Kernels, twin: Kernels, tries: dict[str, tuple[Probe, float]]) -> Kernels:

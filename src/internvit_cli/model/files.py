@@ -1,0 +1,244 @@
+"""Where the files of a checkpoint are: a folder, or a commit on the hub with what its cache holds."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from internvit_cli.config import DEFAULT_MODEL
+from internvit_cli.errors import ModelError
+from internvit_cli.model.hub import OFFLINE_MODE, HubUnavailableError, ask, download, is_offline
+from internvit_cli.model.hub_cache import COMMIT, CachedModel
+
+if TYPE_CHECKING:
+    from internvit_cli.model.card import ModelCard
+
+TINY_RANDOM = "tiny-random"
+"""The model that is built in memory: for trying the tool, never for features of worth."""
+
+OFFLINE_HINT = f"pass the directory of a checkpoint as --model, or try the tool with --model {TINY_RANDOM}"
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+STANDARD_WEIGHTS = frozenset({SINGLE_FILE, INDEX_FILE})
+WEIGHTS_SUFFIX = ".safetensors"
+
+
+class CheckpointFiles(Protocol):
+    """The files of one checkpoint; nothing is opened here."""
+
+    @property
+    def where(self) -> str:
+        """The checkpoint as messages name it."""
+        ...
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all files that there are.
+
+        Raises:
+            ModelError: the hub has to be asked, and does not answer.
+        """
+        ...
+
+    def find(self, filename: str) -> str | None:
+        """Return the path of a file, fetched if need be; None when the checkpoint has no such file.
+
+        Raises:
+            ModelError: it cannot be fetched.
+        """
+        ...
+
+    def lacks(self, filename: str) -> bool:
+        """Return whether it is certain that the checkpoint has no such file."""
+        ...
+
+    def need(self, filename: str) -> str:
+        """Return the path of a file that the checkpoint cannot do without.
+
+        Raises:
+            ModelError: it is not there, or cannot be fetched; the hint says how to get it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFiles:
+    """Files in a folder."""
+
+    folder: str
+
+    @property
+    def where(self) -> str:
+        """The folder."""
+        return self.folder
+
+    def names(self) -> frozenset[str]:
+        """Return the names of all entries, whatever they are."""
+        try:
+            return frozenset(os.listdir(self.folder))
+        except OSError as error:
+            raise ModelError(f"{self.folder}: {error.strerror or error}", OFFLINE_HINT) from error
+
+    def find(self, filename: str) -> str | None:
+        """Return the path of an entry; a link counts even when what it points to is not there."""
+        path = os.path.join(self.folder, filename)
+        return path if os.path.lexists(path) else None
+
+    def lacks(self, filename: str) -> bool:
+        """Return whether there is no such entry."""
+        return self.find(filename) is None
+
+    def need(self, filename: str) -> str:
+        """Return the path of an entry that has to be there."""
+        path = self.find(filename)
+        if path is None:
+            raise self.lacking(filename)
+        return path
+
+    def lacking(self, filename: str) -> ModelError:
+        """Return the error that the folder has no such file."""
+        return ModelError(f"{os.path.join(self.folder, filename)}: No such file or directory", OFFLINE_HINT)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFiles:
+    """Files of a commit on the hub: those in its cache, and unless offline those that can be fetched."""
+
+    repo: str
+    commit: str
+    offline: str = ""
+    """Why nothing is fetched; empty when files may be."""
+    listed: frozenset[str] | None = None
+    """All files of the commit, where the hub was asked and told."""
+
+    @property
+    def where(self) -> str:
+        """The hub id."""
+        return self.repo
+
+    @property
+    def cached(self) -> CachedModel:
+        """What the cache holds."""
+        return CachedModel.of(self.repo)
+
+    def names(self) -> frozenset[str]:
+        """Return what the cache holds when that can be run or nothing is fetched, else what the hub lists."""
+        if self.listed is not None:
+            return self.listed
+        here = self.cached.files(self.commit)
+        if self.offline or STANDARD_WEIGHTS & here:
+            return here
+        try:
+            return ask(self.repo, self.commit).files
+        except HubUnavailableError:
+            if any(name.endswith(WEIGHTS_SUFFIX) for name in here):
+                return here
+            raise
+
+    def find(self, filename: str) -> str | None:
+        """Return the path in the cache of a file, or of what was fetched now.
+
+        A commit never changes: where its weights are in the cache, whatever else it has was fetched before them.
+        """
+        path = self.cached.find(self.commit, filename)
+        if path is not None or self.offline or self.cached.is_known_absent(self.commit, filename):
+            return path
+        if self.listed is None and STANDARD_WEIGHTS & self.cached.files(self.commit):
+            return None
+        return self._fetch(filename)
+
+    def _fetch(self, filename: str) -> str | None:
+        listed = ask(self.repo, self.commit).files if self.listed is None else self.listed
+        return download(self.repo, self.commit, filename) if filename in listed else None
+
+    def lacks(self, filename: str) -> bool:
+        """Return whether the hub said that the commit has no such file."""
+        if self.listed is not None:
+            return filename not in self.listed
+        return self.cached.is_known_absent(self.commit, filename)
+
+    def need(self, filename: str) -> str:
+        """Return the path of a file that has to be there."""
+        path = self.cached.find(self.commit, filename)
+        if path is None and not self.offline:
+            path = self._fetch(filename)
+        if path is None:
+            raise self.lacking(filename)
+        return path
+
+    def lacking(self, filename: str) -> ModelError:
+        """Return the error that the commit, or its part in the cache, has no such file."""
+        if self.offline and not self.lacks(filename):
+            return self.missing(filename)
+        return ModelError(
+            f"{self.repo}: there is no {filename}", "name the repository of an InternViT or InternVL model"
+        )
+
+    def missing(self, what: str) -> HubUnavailableError:
+        """Return the error that something of this commit is not in the cache and cannot be fetched."""
+        return HubUnavailableError(f"{self.repo}: {what} is not in the hub cache, and {self.offline}", self._hint(what))
+
+    def _hint(self, what: str) -> str:
+        others = [commit for commit in self.cached.snapshots() if commit != self.commit]
+        whole = [commit for commit in others if self.cached.find(commit, what)]
+        instead = f", or use the older files there: --revision {whole[0]}" if whole else ""
+        return download_hint(self.repo) + instead
+
+
+def download_hint(repo: str) -> str:
+    """Return how to get a model to a machine without network, or do without."""
+    return f"run `hf download {repo}` where the hub can be reached; or {OFFLINE_HINT}"
+
+
+def locate_on_hub(repo: str, revision: str | None, *, offline: bool = False) -> tuple[HubFiles, str]:
+    """Find the commit that a revision of a model on the hub names, and what may be fetched of it.
+
+    Args:
+        repo: hub id.
+        revision: branch, tag or commit; None is main.
+        offline: ask nobody, as the variable HF_HUB_OFFLINE does.
+
+    Returns:
+        The files, and a note for the user when they are not those that the hub has now; empty when they are.
+
+    Raises:
+        HubUnavailableError: nobody was or could be asked, and the cache does not hold the revision.
+        ModelError: no such model or revision, or no access to it.
+    """
+    cached = CachedModel.of(repo)
+    reason = OFFLINE_MODE if offline or is_offline() else ""
+    if not reason and revision is not None and COMMIT.fullmatch(revision) and cached.commit(revision):
+        return HubFiles(repo, revision), ""
+    if not reason:
+        try:
+            answer = ask(repo, revision)
+            return HubFiles(repo, answer.commit, listed=answer.files), ""
+        except HubUnavailableError as error:
+            reason = error.message.removeprefix(f"{repo}: ")
+    commit = cached.commit(revision)
+    if commit is None:
+        raise HubUnavailableError(f"{repo}: not in the hub cache, and {reason}", download_hint(repo))
+    return HubFiles(repo, commit, reason), _note(cached, commit, revision, reason)
+
+
+def _note(cached: CachedModel, commit: str, revision: str | None, reason: str) -> str:
+    if reason != OFFLINE_MODE:
+        return f"{reason}: commit {commit[:12]} of the hub cache is used; HF_HUB_OFFLINE=1 does not try"
+    if revision is None and not cached.is_main(commit):
+        return f"main of {cached.repo} is not in the hub cache: its only commit there is used, {commit[:12]}"
+    return ""
+
+
+def files_of(card: ModelCard) -> CheckpointFiles:
+    """Return where the files of a described model are.
+
+    Raises:
+        ModelError: only its description is known.
+    """
+    if card.origin == "directory" and card.directory is not None:
+        return FolderFiles(card.directory)
+    if card.origin == "hub" and card.revision is not None:
+        return HubFiles(card.name, card.revision, card.offline)
+    hint = download_hint(card.name if "/" in card.name else DEFAULT_MODEL)
+    raise ModelError(f"{card.name}: its weights cannot be had from here", hint)

@@ -1,0 +1,89 @@
+"""JSON files of a checkpoint: bounded before they are read, and every failure one line that says what the file is."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from internvit_cli.errors import ModelError
+from internvit_cli.untrusted import TooLargeError, read_bounded
+
+MAX_CONFIG_BYTES = 4 << 20
+"""More than the config.json of any real model."""
+
+MAX_INDEX_BYTES = 32 << 20
+"""More than the index of a mixture of experts with 200,000 tensors."""
+
+MAX_CONTAINERS = 100_000
+"""Objects and lists in one file: bounds the memory that a text of brackets would take once it is parsed."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+_BEGINNINGS = (
+    (b"PK\x03\x04", "a PyTorch or ZIP archive"),
+    (b"\x80\x02", "a pickle"),
+    (b"\x80\x03", "a pickle"),
+    (b"\x80\x04", "a pickle"),
+    (b"GGUF", "a GGUF file"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"<", "an HTML or XML page, as a failed download leaves it"),
+    (b"\x1f\x8b", "a gzip archive"),
+)
+"""What a file in the place of a checkpoint's may be instead, by its first bytes."""
+
+
+def read_json(path: str, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read the JSON object in a file of at most `most` bytes.
+
+    Raises:
+        ModelError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        text = read_bounded(path, most)
+    except TooLargeError as error:
+        raise ModelError(f"{path}: larger than {most >> 20} MB, which no such file is") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    refuse_foreign(path, text[:100])
+    if text.count(b"{") + text.count(b"[") > MAX_CONTAINERS:
+        raise ModelError(f"{path}: more than {MAX_CONTAINERS:,} objects and lists, which no such file has")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON ({error})", "download the file again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
+
+
+def refuse_foreign(path: str, beginning: bytes) -> None:
+    """Refuse a file whose first bytes show that it is something else than its name says.
+
+    Raises:
+        ModelError: it is a Git LFS pointer, a pickle, a web page or the like.
+    """
+    if beginning.startswith(_LFS_POINTER):
+        folder = os.path.dirname(path) or "."
+        raise ModelError(
+            f"{path}: a Git LFS pointer, not the file itself", f"run `git lfs pull` in {folder}, or download the file"
+        )
+    for start, kind in _BEGINNINGS:
+        if beginning.startswith(start):
+            raise ModelError(f"{path}: this is {kind}", "download the file again, or name another")
+
+
+def unreadable(path: str, error: OSError) -> ModelError:
+    """Return the error for a file of a checkpoint that the system does not open or read."""
+    if isinstance(error, FileNotFoundError) and os.path.islink(path):
+        return ModelError(f"{path}: a link to a file that is not there", "download the model again")
+    return ModelError(f"{path}: {error.strerror or error}", "name the directory of a checkpoint")
+
+
+def short(value: object) -> str:
+    """Return a value of a file as a message shows it: bounded, whatever it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python converts
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:60]}..."

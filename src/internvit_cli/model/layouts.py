@@ -1,0 +1,251 @@
+"""Names of tensors in every published layout, under one set of names, with whatever stands before them.
+
+The names are those of the standalone InternViT (FACTS 2a). transformers' own layout renames them and splits qkv into
+three, whose rows are simply joined; timm's layout renames them too. A tower is found inside a larger model by its
+tensors: the one prefix under which all of them are.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from internvit_cli.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from internvit_cli.model.card import VisionConfig
+
+Slot: TypeAlias = "tuple[str, int | None]"
+"""A standalone name, and which third of qkv a tensor is (None: the whole tensor)."""
+
+PROJECTOR = "mlp1."
+
+MOST_TOWERS = 32
+"""Prefixes that are looked under: bounds the work that a made-up file can cause."""
+
+_RULES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
+        (r"^embeddings\.position_embeddings$", "embeddings.position_embedding"),
+        (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
+        (r"^encoder\.layer\.", "encoder.layers."),
+        (r"\.lambda_([12])$", r".ls\1"),
+        (r"\.attention\.projection_layer\.", ".attn.proj."),
+        (r"\.attention\.([qk]_norm)\.", r".attn.\1."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        # timm
+        (r"^cls_token$", "embeddings.class_embedding"),
+        (r"^pos_embed$", "embeddings.position_embedding"),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+        (r"^blocks\.", "encoder.layers."),
+        (r"\.ls([12])\.gamma$", r".ls\1"),
+    )
+)
+_THIRD = re.compile(r"\.attention\.([qkv])_proj\.")
+
+_PROJECTOR_RULES = (("layer_norm.", "mlp1.0."), ("linear_1.", "mlp1.1."), ("linear_2.", "mlp1.3."))
+_PROJECTOR_ANCHOR = re.compile(r"(?:^|.*\.)(?P<module>mlp1|multi_modal_projector)\.(?:0|layer_norm)\.weight")
+
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, DataParallel, DeepSpeed and FSDP put before the names of a module, anywhere in a name."""
+
+_ANCHOR = re.compile(
+    r"(?P<prefix>|.*\.)(?:embeddings\.(?:class_embedding|position_embedding|cls_token|position_embeddings)"
+    r"|(?<!embeddings\.)(?:cls_token|pos_embed)"
+    r"|encoder\.layers?\.0\.(?:norm1|layernorm_before)\.weight)"
+)
+"""Tensors that every tower has, with the prefix before them."""
+
+UNUSED = frozenset({"embeddings.mask_token"})
+"""transformers' layout may carry it; only masked training reads it."""
+
+FINAL_NORMS = frozenset({"norm.weight", "norm.bias", "layernorm.weight", "layernorm.bias", "fc_norm.weight"})
+"""What DINOv2 and other vision transformers have behind the last block."""
+
+_HEAD = "head."
+"""A classifier behind the tower in files of timm: not part of it."""
+
+
+def standalone_name(name: str) -> Slot:
+    """Return the slot of a tensor's name in any layout, without any prefix; unknown names stay as they are."""
+    for pattern, replacement in _RULES:
+        name = pattern.sub(replacement, name)
+    match = _THIRD.search(name)
+    if match is None:
+        return name, None
+    return _THIRD.sub(".attn.qkv.", name), "qkv".index(match.group(1))
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """The tensors under one prefix."""
+
+    prefix: str
+    """As in the file, but without what wraps modules."""
+    slots: Mapping[Slot, str]
+    """Stored names."""
+
+    def has(self, name: str) -> bool:
+        """Return whether a tensor is there, whole or in three parts."""
+        return (name, None) in self.slots or all((name, third) in self.slots for third in range(3))
+
+    def missing(self, wanted: Iterable[str]) -> list[str]:
+        """Return the names that are not there."""
+        return [name for name in wanted if not self.has(name)]
+
+    def parts(self, name: str, where: str) -> tuple[str, ...]:
+        """Return the stored names of a tensor that is there.
+
+        Raises:
+            ModelError: it is there both whole and in parts.
+        """
+        whole = self.slots.get((name, None))
+        thirds = tuple(stored for third in range(3) if (stored := self.slots.get((name, third))))
+        if whole and thirds:
+            raise ModelError(f"{where}: tensor {name!r} is there both whole and in parts")
+        return (whole,) if whole else thirds
+
+
+def find_towers(stored_names: Iterable[str], where: str) -> list[Tower]:
+    """Return what could be a tower: the tensors under each prefix that has some of a tower's.
+
+    Args:
+        stored_names: all names of a checkpoint.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ModelError: one tensor is there under two names.
+    """
+    bare = {stored: _WRAPPERS.sub("", stored) for stored in stored_names}
+    prefixes = {match["prefix"] for name in bare.values() if (match := _ANCHOR.fullmatch(name))}
+    if len(prefixes) > MOST_TOWERS:
+        raise ModelError(f"{where}: {len(prefixes)} parts that could be a vision tower; no model has so many")
+    return [Tower(prefix, _slots(bare, prefix, where)) for prefix in sorted(prefixes)]
+
+
+def _slots(bare: Mapping[str, str], prefix: str, where: str) -> dict[Slot, str]:
+    slots: dict[Slot, str] = {}
+    for stored, name in bare.items():
+        if not name.startswith(prefix):
+            continue
+        tail = name.removeprefix(prefix)
+        if tail.startswith(_HEAD) or _is_projector(name):
+            continue
+        slot = standalone_name(tail)
+        if slot in slots:
+            raise ModelError(f"{where}: tensors {slots[slot]!r} and {stored!r} are the same one")
+        slots[slot] = stored
+    return slots
+
+
+def choose_tower(towers: list[Tower], wanted: Iterable[str], where: str) -> Tower:
+    """Return the one tower that is whole, or else the one that comes nearest to it.
+
+    Args:
+        towers: from `find_towers`, at least one.
+        wanted: standalone names that a whole tower has.
+        where: the checkpoint, for messages.
+
+    Raises:
+        ModelError: several are whole.
+    """
+    wanted = list(wanted)
+    whole = [tower for tower in towers if not tower.missing(wanted)]
+    if len(whole) > 1:
+        raise ModelError(
+            f"{where}: {len(whole)} whole vision towers, under {', '.join(repr(tower.prefix) for tower in whole)}",
+            "save a checkpoint that holds one of them",
+        )
+    return whole[0] if whole else min(towers, key=lambda tower: len(tower.missing(wanted)))
+
+
+def find_projector(stored_names: Iterable[str], where: str) -> Tower:
+    """Return the tensors of the projector under their standalone names, `mlp1.0.weight` and so on.
+
+    Raises:
+        ModelError: there is none, or several are there.
+    """
+    bare = {stored: _WRAPPERS.sub("", stored) for stored in stored_names}
+    prefixes = {
+        name[: match.end("module") + 1] for name in bare.values() if (match := _PROJECTOR_ANCHOR.fullmatch(name))
+    }
+    if len(prefixes) != 1:
+        found = ", ".join(sorted(prefixes)) or "none"
+        raise ModelError(
+            f"{where}: one projector (mlp1 or multi_modal_projector) is needed, found {found}", "use --tokens visual"
+        )
+    prefix = prefixes.pop()
+    slots: dict[Slot, str] = {}
+    for stored, name in bare.items():
+        if name.startswith(prefix):
+            slots[_projector_name(name.removeprefix(prefix)), None] = stored
+    return Tower(prefix, slots)
+
+
+def _projector_name(tail: str) -> str:
+    for start, replacement in _PROJECTOR_RULES:
+        if tail.startswith(start):
+            return replacement + tail.removeprefix(start)
+    return PROJECTOR + tail
+
+
+def _is_projector(name: str) -> bool:
+    return any(part in {"mlp1", "multi_modal_projector"} for part in name.split(".")[:-1])
+
+
+def expected_shapes(vision: VisionConfig, blocks: int, projector_size: int | None) -> dict[str, tuple[int, ...]]:
+    """Return standalone names and shapes of the tensors that a run uses.
+
+    Args:
+        vision: the tower's shape.
+        blocks: how many blocks run.
+        projector_size: size of a projected token when the projector is used, else None.
+    """
+    hidden = vision.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.class_embedding": (1, 1, hidden),
+        "embeddings.position_embedding": (1, 1 + vision.grid**2, hidden),
+        "embeddings.patch_embedding.weight": (hidden, 3, vision.patch_size, vision.patch_size),
+        "embeddings.patch_embedding.bias": (hidden,),
+    }
+    for block in range(blocks):
+        shapes |= {f"encoder.layers.{block}.{name}": shape for name, shape in _block_shapes(vision).items()}
+    if projector_size is not None:
+        shapes |= {
+            "mlp1.0.weight": (4 * hidden,),
+            "mlp1.0.bias": (4 * hidden,),
+            "mlp1.1.weight": (projector_size, 4 * hidden),
+            "mlp1.1.bias": (projector_size,),
+            "mlp1.3.weight": (projector_size, projector_size),
+            "mlp1.3.bias": (projector_size,),
+        }
+    return shapes
+
+
+def _block_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:
+    hidden, mlp = vision.hidden_size, vision.mlp_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "ls1": (hidden,),
+        "ls2": (hidden,),
+        "norm1.weight": (hidden,),
+        "norm2.weight": (hidden,),
+        "attn.qkv.weight": (3 * hidden, hidden),
+        "attn.proj.weight": (hidden, hidden),
+        "attn.proj.bias": (hidden,),
+        "mlp.fc1.weight": (mlp, hidden),
+        "mlp.fc1.bias": (mlp,),
+        "mlp.fc2.weight": (hidden, mlp),
+        "mlp.fc2.bias": (hidden,),
+    }
+    if vision.norm == "layer_norm":
+        shapes |= {"norm1.bias": (hidden,), "norm2.bias": (hidden,)}
+    if vision.qkv_bias:
+        shapes["attn.qkv.bias"] = (3 * hidden,)
+    if vision.qk_norm:
+        shapes |= {"attn.q_norm.weight": (hidden,), "attn.k_norm.weight": (hidden,)}
+    return shapes

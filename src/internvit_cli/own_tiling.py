@@ -1,0 +1,55 @@
+"""How the tiles of a run differ from those that a checkpoint's own code cuts: features depend on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from internvit_cli.config import Preprocess
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from internvit_cli.model.pixels import OwnTiling
+    from internvit_cli.options import PictureOptions
+
+
+class Difference(NamedTuple):
+    """One thing that both sides do in their own way."""
+
+    theirs: str
+    ours: str
+
+
+def tiling_note(own: OwnTiling, ours: PictureOptions) -> str:
+    """Return one line that names both sides of every difference; empty when there is none."""
+    differences = [*_of_tiles(own, ours), *_of_pixels(own)]
+    if not differences:
+        return ""
+    theirs, used = (", ".join(side) for side in zip(*differences, strict=True))
+    return f"the checkpoint's own code has {theirs}; this run has {used}"
+
+
+def _of_tiles(own: OwnTiling, ours: PictureOptions) -> Iterator[Difference]:
+    is_tiled = ours.preprocess is Preprocess.TILES
+    if own.dynamic is False:
+        if is_tiled and ours.max_tiles > 1:
+            yield Difference("one tile for each picture (dynamic_image_size false)", f"--max-tiles {ours.max_tiles}")
+        return
+    if not is_tiled:
+        if own.dynamic:
+            yield Difference("several tiles (dynamic_image_size true)", f"--preprocess {ours.preprocess.value}")
+        return
+    if own.min_tiles is not None and own.min_tiles != ours.min_tiles:
+        yield Difference(f"min_dynamic_patch {own.min_tiles}", f"--min-tiles {ours.min_tiles}")
+    if own.max_tiles is not None and own.max_tiles != ours.max_tiles:
+        yield Difference(f"max_dynamic_patch {own.max_tiles}", f"--max-tiles {ours.max_tiles}")
+    if own.thumbnail is not None and own.thumbnail != ours.thumbnail:
+        used = "--thumbnail" if ours.thumbnail else "--no-thumbnail"
+        yield Difference(f"use_thumbnail {str(own.thumbnail).lower()}", used)
+
+
+def _of_pixels(own: OwnTiling) -> Iterator[Difference]:
+    if own.pad_to_square:
+        yield Difference("padding to a square (pad2square)", "none")
+    if not own.bicubic:
+        yield Difference("another filter than bicubic (resample)", "bicubic")

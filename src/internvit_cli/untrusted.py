@@ -1,0 +1,169 @@
+"""Files and texts that somebody else may have made: opened without waiting, read with a bound, parsed with care.
+
+A path may lead to a pipe that nobody writes to, to a device without end, to a sparse file of terabytes, or out of the
+folder it was sent in; JSON may be nested a million deep. Whatever reads a file that a run did not just make goes
+through here.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LINE_BYTES = 1 << 16
+"""More than a line of JSON about one image takes, whose key has at most 4096 bytes before it is escaped."""
+
+BLOCK_BYTES = 1 << 20
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISLNK, "a link"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class NotRegularError(OSError):
+    """A path leads to something other than a regular file; `strerror` says to what."""
+
+    def __init__(self, path: str | bytes, mode: int) -> None:
+        self.kind = kind_of(mode)
+        """Such as `a named pipe`."""
+        super().__init__(errno.EINVAL, f"it is {self.kind}, not a file", path)
+
+
+class TooLargeError(OSError):
+    """A file has more bytes than its purpose can explain."""
+
+    def __init__(self, path: str | bytes, most: int) -> None:
+        super().__init__(errno.EFBIG, f"it is larger than {most:,} bytes", path)
+
+
+class Opened(NamedTuple):
+    """A regular file, open for reading; whoever gets it closes the descriptor."""
+
+    descriptor: int
+    status: os.stat_result
+
+
+def kind_of(mode: int) -> str:
+    """Return what a file mode says a path leads to, such as `a named pipe`."""
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), "a file")
+
+
+def open_regular(path: str | bytes, *, follow_links: bool = True) -> Opened:
+    """Open a regular file for reading, and nothing else; never wait for anybody.
+
+    Args:
+        path: the file.
+        follow_links: whether the path itself may be a link.
+
+    Returns:
+        The descriptor, not inherited by child processes, and its fstat.
+
+    Raises:
+        NotRegularError: it is a pipe, socket, device or folder, or a link that must not be followed.
+        OSError: it cannot be opened.
+    """
+    # Looked at first, since merely opening some devices acts on them; and again, since names can change hands.
+    mode = os.stat(path, follow_symlinks=follow_links).st_mode
+    if not stat.S_ISREG(mode):
+        raise NotRegularError(path, mode)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise NotRegularError(path, status.st_mode)
+    return Opened(descriptor, status)
+
+
+@contextmanager
+def opened(path: str | bytes, *, follow_links: bool = True) -> Iterator[BinaryIO]:
+    """Open a regular file as an unbuffered binary stream for the length of a `with` block.
+
+    Raises:
+        NotRegularError: see `open_regular`.
+        OSError: it cannot be opened.
+    """
+    found = open_regular(path, follow_links=follow_links)
+    with os.fdopen(found.descriptor, "rb", buffering=0) as file:
+        yield file
+
+
+def read_bounded(path: str | bytes, most: int, *, follow_links: bool = True) -> bytes:
+    """Read a whole regular file that has at most `most` bytes.
+
+    Raises:
+        NotRegularError: see `open_regular`.
+        TooLargeError: it has more bytes; none of them is kept.
+        OSError: it cannot be read.
+    """
+    with opened(path, follow_links=follow_links) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise TooLargeError(path, most)
+        parts, room = [], most + 1
+        while room and (part := file.read(room)):
+            room -= len(part)
+            parts.append(part)
+        if not room:  # it grew, or is one of the kernel's files, which tell no size
+            raise TooLargeError(path, most)
+        return b"".join(parts)
+
+
+def lines_of(file: BinaryIO, longest: int = LINE_BYTES) -> Iterator[bytes]:
+    """Yield the lines of an open file, line ends included, in memory that does not grow with the file.
+
+    Raises:
+        ValueError: a line has more than `longest` bytes; those before it have been handed out.
+    """
+    number, rest = 0, b""
+    while block := file.read(max(longest, BLOCK_BYTES)):
+        *whole, rest = (rest + block).split(b"\n")
+        for line in whole:
+            number += 1
+            if len(line) >= longest:
+                raise ValueError(f"line {number:,} is longer than {longest:,} bytes")
+            yield line + b"\n"
+        if len(rest) >= longest:
+            raise ValueError(f"line {number + 1:,} is longer than {longest:,} bytes")
+    if rest:
+        yield rest
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of the standard, which has no NaN and no infinity.
+
+    Raises:
+        ValueError: it is not, is nested too deeply, or has a number that no computer number holds.
+    """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), "surrogatepass")
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
