@@ -8,8 +8,8 @@ import torch
 from transformers import InternVLVisionModel
 
 from internvit_cli.config import TokenOrder
-from internvit_cli.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from internvit_cli.model.native import native_config, native_state
+from internvit_cli.model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from internvit_cli.model.vit import pixel_unshuffle
 
 if TYPE_CHECKING:

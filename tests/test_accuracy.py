@@ -210,7 +210,8 @@ def test_info_tells_the_figures(tmp_path: Path, pictures: Path, capsys: pytest.C
 @pytest.fixture
 def emulated_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp8 on a CPU, where it is emulated and never offered."""
-    monkeypatch.setattr("internvit_cli.encoder_devices.check_kind", lambda *_, **__: None)
+    for module in ("encoder_devices", "preview"):
+        monkeypatch.setattr(f"internvit_cli.{module}.check_kind", lambda *_, **__: None)
 
 
 def extract_in_fp8(pictures: Path, output: Path) -> int:

@@ -12,7 +12,7 @@ import internvit_cli
 PACKAGE = Path(internvit_cli.__file__).parent
 
 ROWS = [
-    {"config", "errors", "observer", "stopping", "accuracy", "allocator", "words"},
+    {"config", "errors", "observer", "stopping", "accuracy", "allocator", "untrusted", "words"},
     {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
     {"headers", "quick_headers"},
@@ -26,6 +26,7 @@ ROWS = [
     {"output_names"},
     {"storage"},
     {"reconcile"},
+    {"own_tiling"},
     {"recipes"},
     {"existing", "sharding", "storing", "inspect", "listing", "recorded"},
     {"filling", "sampling"},

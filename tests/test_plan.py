@@ -196,6 +196,8 @@ def changed(value: Any) -> Any:
             return not value
         case int():
             return value + 1
+        case float():
+            return 2 * value
         case str():
             return value + "x"
         case tuple():

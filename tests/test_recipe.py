@@ -64,6 +64,7 @@ MODEL_CHANGES = {
     "weights_digest": change_a_weight,
     "mean": change_json("preprocessor_config.json", image_mean=[0.5, 0.5, 0.5]),
     "std": change_json("preprocessor_config.json", image_std=[0.5, 0.5, 0.5]),
+    "rescale_factor": change_json("preprocessor_config.json", rescale_factor=0.00784313725490196),
     "token_order": change_json("config.json", ps_version="v1"),
 }
 
@@ -125,7 +126,8 @@ def test_another_model_by_the_same_name_is_refused_by_its_field(
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_rows_of_an_older_arithmetic_are_refused(made: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(config, "NUMERICS_VERSION", config.NUMERICS_VERSION + 1)
-    monkeypatch.setattr(Recipe.__init__, "__defaults__", (config.NUMERICS_VERSION,))
+    defaults = (config.NUMERICS_VERSION, *Recipe.__init__.__defaults__[1:])
+    monkeypatch.setattr(Recipe.__init__, "__defaults__", defaults)
     result = extract(made, kind)
     assert result.returncode == 5 and "numerics_version was " in result.stderr
 
