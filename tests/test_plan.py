@@ -194,10 +194,8 @@ def changed(value: Any) -> Any:
             return next(member for member in type(value) if member not in (value, ComputeDtype.AUTO))
         case bool():
             return not value
-        case int():
+        case int() | float():
             return value + 1
-        case float():
-            return 2 * value
         case str():
             return value + "x"
         case tuple():

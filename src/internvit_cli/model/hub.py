@@ -146,5 +146,9 @@ def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return f"HTTP {status}"
-    strerror = getattr(error, "strerror", None)
-    return str(strerror) if strerror else type(error).__name__
+    cause: BaseException | None = error
+    while cause is not None:  # an HTTP library's own error stands before the system's
+        if isinstance(cause, OSError) and cause.strerror:
+            return str(cause.strerror)
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__
