@@ -152,6 +152,8 @@ def find_output(options: ExtractOptions) -> Output:
             "leave it out, or name a folder, such as -o feats/",
         )
     return output
+
+
 def check_words(run: RunOptions) -> None:
     """Refuse devices that no machine has, and what a named kind of device cannot do.
 
