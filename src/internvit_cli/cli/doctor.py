@@ -15,7 +15,7 @@ def doctor_command(
     output: Annotated[
         str, typer.Option("-o", "--output", metavar="OUT", help="Try the disk that OUT would be written to.")
     ] = "feats.h5",
-    model: Annotated[str, typer.Option("-m", "--model", help="Look for this model.")] = DEFAULT_MODEL,
+    model: Annotated[str, typer.Option("-m", "--model", metavar="MODEL", help="Look for this model.")] = DEFAULT_MODEL,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
