@@ -95,6 +95,8 @@ def make_shard(
     tile_pooled: bool = False,
     **recipe_changes: Any,
 ) -> NewShard:
+    if tokens is Tokens.PATCH:  # whose tiles have four times as many
+        recipe_changes = {"tile_size": 28} | recipe_changes
     recipe = dataclasses.replace(
         RECIPE, tokens=tokens, store_dtype=store_dtype, tile_pooled=tile_pooled, **recipe_changes
     )

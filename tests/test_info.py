@@ -18,7 +18,7 @@ from run_helpers import internvit
 from internvit_cli.config import Format, Skipped, Status
 from internvit_cli.errors import OutputError
 from internvit_cli.inspect import describe_output
-from internvit_cli.storage import hdf5, npy
+from internvit_cli.storage import hdf5_strings, npy
 from internvit_cli.storage.output import MANIFEST, Output
 from internvit_cli.storage.places import find_places
 from internvit_cli.storage.reader import find_shards
@@ -47,7 +47,7 @@ def forbid_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise AssertionError("keys were read")
 
-    monkeypatch.setattr(hdf5, "_read_keys", fail)
+    monkeypatch.setattr(hdf5_strings.StringReader, "strings", fail)
     monkeypatch.setattr(npy, "_read_lines", fail)
 
 

@@ -583,7 +583,7 @@ def test_a_changed_column_is_noticed(tmp_path, shard_format, name):
         entry = json.loads(lines[1])
         lines[1] = lines[1].replace(f'"{name}": {entry[name]}', f'"{name}": {entry[name] + 1}')
         index.write_text("".join(lines))
-    with pytest.raises(OutputError, match=r"digest|tile offsets") as caught:
+    with pytest.raises(OutputError, match=r"digest|tile offsets|tiles") as caught:
         open_features(tmp_path / "feats")
     assert caught.value.hint
 
@@ -710,6 +710,64 @@ def test_an_output_that_is_damaged_can_be_replaced(tmp_path, kind, damaged):
     assert load_existing(Output(str(path)), overwrite=False).partial is None
 
 
+def lose_first_bytes(file: Path) -> None:
+    with file.open("r+b") as data:
+        data.write(bytes(min(4096, file.stat().st_size)))
+
+
+def lose_all_bytes(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def become_noise(file: Path) -> None:
+    file.write_bytes(np.random.default_rng(0).bytes(10_000))
+
+
+@KINDS
+@pytest.mark.parametrize("damage", [lose_first_bytes, lose_all_bytes, become_noise], ids=lambda f: f.__name__)
+def test_an_unfinished_shard_that_cannot_be_read_is_dropped_on_request_and_what_is_finished_stays(
+    tmp_path, kind, damage
+):
+    """It is ours by its name beside the output; --overwrite, and nothing less, begins it anew."""
+    from internvit_cli.existing import load_existing, settle
+
+    path, shard_format = place(tmp_path, kind)
+    first = helpers.make_shard(helpers.make_table([(1, 1, 0)], [b"a.jpg"]))
+    helpers.make_output(path, first, shard_format)
+    output = Output(str(path), shard_format)
+    output.prepare()
+    helpers.fill_partial(output, helpers.make_shard(helpers.make_table([(1, 1, 0)], [b"b.jpg"])))
+    partial = Path(output.partial_path(output.next_number()))
+    for file in partial.iterdir() if partial.is_dir() else [partial]:
+        damage(file)
+    for attempt in range(2):
+        output = Output(str(path), shard_format)
+        output.prepare()
+        assert output.partial_exists, "a run without --overwrite leaves it"
+        with pytest.raises(OutputError, match=re.escape(str(partial))) as caught:
+            load_existing(output, overwrite=False)
+        assert "--overwrite" in caught.value.hint, attempt
+    existing = settle(output, load_existing(output, overwrite=True), helpers.RECIPE, overwrite=True)
+    assert len(existing.finished) == 1 and existing.partial is None and not output.partial_exists
+    output.complete()
+    assert list(open_features(path)) == ["a.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["file", "h5 folder"])
+def test_another_programs_file_by_the_name_of_an_unfinished_shard_is_never_dropped(tmp_path, kind):
+    from internvit_cli.existing import load_existing
+
+    path, shard_format = place(tmp_path, kind)
+    helpers.make_output(path, helpers.make_shard(helpers.make_table([(1, 1, 0)])), shard_format)
+    output = Output(str(path), shard_format)
+    with h5py.File(output.partial_path(output.next_number()), "w") as file:
+        file["precious"] = np.arange(5)
+    output.prepare()
+    with pytest.raises(ForeignFileError):
+        load_existing(output, overwrite=True)
+    assert output.partial_exists
+
+
 HDF5_DAMAGE = """
 import os, sys, faulthandler
 import numpy as np
@@ -758,5 +816,14 @@ def test_a_foreign_hdf5_file_is_never_overwritten(tmp_path):
 
     with h5py.File(tmp_path / "feats.h5", "w") as file:
         file["precious"] = np.arange(5)
+    with pytest.raises(ForeignFileError):
+        load_existing(Output(str(tmp_path / "feats.h5")), overwrite=True)
+
+
+@pytest.mark.parametrize("content", [b"a picture, maybe", b"\x89PNG\r\n\x1a\n" + bytes(5000), bytes(5000)])
+def test_a_file_that_merely_has_the_outputs_name_is_never_overwritten(tmp_path, content):
+    from internvit_cli.existing import load_existing
+
+    (tmp_path / "feats.h5").write_bytes(content)
     with pytest.raises(ForeignFileError):
         load_existing(Output(str(tmp_path / "feats.h5")), overwrite=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import ComputeDtype, Tokens
 from internvit_cli.errors import InternvitError
+from internvit_cli.untrusted import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -114,13 +115,26 @@ def to_attributes(recipe: Recipe, accuracy: Accuracy) -> dict[str, str]:
 
 
 def from_attributes(attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The figures of an output, by attribute."""
-    return {name: json.loads(attributes[name]) for name in (COMPUTE_ERROR, STORE_ERROR) if name in attributes}
+    """Return the figures of an output, by attribute.
+
+    Raises:
+        ValueError: an attribute holds something else.
+    """
+    return {name: _figures(attributes[name]) for name in (COMPUTE_ERROR, STORE_ERROR) if name in attributes}
 
 
 def is_measured(attribute: str) -> bool:
     """Whether an attribute has figures: there was a tile to measure."""
-    return bool(json.loads(attribute).get("tiles"))
+    return bool(_figures(attribute).get("tiles"))
+
+
+def _figures(attribute: Any) -> dict[str, Any]:
+    figures = parse_json(attribute) if isinstance(attribute, str) else None
+    if not isinstance(figures, dict):
+        raise ValueError("it is no object of figures")  # noqa: TRY004 - damage, not a mistake of the caller
+    if any(value is not None and not isinstance(value, int | float) for value in figures.values()):
+        raise ValueError("a figure is no number")
+    return figures
 
 
 def _text(error: ComputeError | StoreError | None) -> str:

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.errors import OutputError
 from internvit_cli.recipes import check_same
 from internvit_cli.storage.layout import ForeignFileError, stored_recipe
-from internvit_cli.storage.output import REMEDY
-from internvit_cli.storage.soundness import dataset_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +23,7 @@ class Existing:
     finished: tuple[FinishedShard, ...] = ()
     partial: FinishedShard | None = None
     damage: OutputError | None = None
-    """What could not be read; only `--overwrite` goes on from there."""
+    """Why the complete ones could not be read; only `--overwrite` goes on from there."""
 
     @property
     def shards(self) -> list[FinishedShard]:
@@ -44,9 +42,10 @@ def load_existing(output: Output, *, overwrite: bool) -> Existing:
     Raises:
         OutputError: it is damaged, and not to be overwritten, or it is none of ours.
     """
-    finished, damage = _load_or_damage(output.finished, overwrite=overwrite)
-    partial, damage_of_partial = _load_or_damage(lambda: _listed(output.partial()), overwrite=overwrite)
-    return Existing(finished, partial[0] if partial else None, damage or damage_of_partial)
+    finished, damage = _load_or_damage(lambda: _complete(output), overwrite=overwrite)
+    # One that cannot be read is dropped, and what is finished stays.
+    partial, _ = _load_or_damage(lambda: _listed(output.partial()), overwrite=overwrite)
+    return Existing(finished, partial[0] if partial else None, damage)
 
 
 def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: bool) -> Existing:
@@ -79,8 +78,6 @@ def _load_or_damage(
 ) -> tuple[tuple[FinishedShard, ...], OutputError | None]:
     try:
         shards = tuple(load())
-        for shard in shards:
-            _check_datasets(shard)
     except ForeignFileError:
         raise
     except OutputError as error:
@@ -90,15 +87,10 @@ def _load_or_damage(
     return shards, None
 
 
-def _check_datasets(shard: FinishedShard) -> None:
-    """Refuse a shard whose datasets are not those of its recipe: rows are read and written where they lie.
-
-    Raises:
-        OutputError: they are not; its structure is damaged.
-    """
-    recipe = stored_recipe(shard.stored.attributes, shard.path)
-    for problem in dataset_problems(shard, recipe):
-        raise OutputError(f"{shard.path} is damaged: {problem}", REMEDY)
+def _complete(output: Output) -> list[FinishedShard]:
+    """The complete shards, once every manifest has been read: that of an unfinished replacement too."""
+    output.next_number()
+    return output.finished()
 
 
 def _listed(shard: FinishedShard | None) -> list[FinishedShard]:

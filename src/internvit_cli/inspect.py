@@ -94,7 +94,6 @@ def _look_at(place: ShardPlace) -> _Look:
         tiles = int(table.tile_counts[counts].sum())
         return _Look(place, found.stored.attributes, table.status[counts], tiles)
     outline = place.backend.outline(place.path)
-    outline.check(place.path)
     if entry is not None and outline.images != entry.images:
         raise OutputError(
             f"{place.path} has {outline.images:,} images; its manifest says {entry.images:,}",

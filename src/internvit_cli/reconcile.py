@@ -13,6 +13,7 @@ from internvit_cli.errors import InternvitError, OtherRecipeError, one_line
 from internvit_cli.sources.interface import Listing, Source
 from internvit_cli.storage.layout import recorded_sources
 from internvit_cli.table import modified_ns
+from internvit_cli.untrusted import opened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -233,7 +234,7 @@ def sources_to_json(sources: Sequence[Source]) -> str:
 
 def _file_digest(path: bytes) -> bytes:
     hasher = hashlib.sha256()
-    with open(path, "rb") as file:
+    with opened(path) as file:
         while block := file.read(HASH_BLOCK):
             hasher.update(block)
     return hasher.digest()

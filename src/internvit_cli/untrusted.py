@@ -26,7 +26,7 @@ BLOCK_BYTES = 1 << 20
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISLNK, "a link"),
-    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
@@ -38,7 +38,7 @@ class NotRegularError(OSError):
 
     def __init__(self, path: str | bytes, mode: int) -> None:
         self.kind = kind_of(mode)
-        """Such as `a named pipe`."""
+        """Such as `a pipe`."""
         super().__init__(errno.EINVAL, f"it is {self.kind}, not a file", path)
 
 
@@ -57,7 +57,7 @@ class Opened(NamedTuple):
 
 
 def kind_of(mode: int) -> str:
-    """Return what a file mode says a path leads to, such as `a named pipe`."""
+    """Return what a file mode says a path leads to, such as `a pipe`."""
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "a file")
 
 

@@ -7,6 +7,7 @@ against the pictures where those are still there, and on request a sample agains
 from __future__ import annotations
 
 import os
+import stat
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,12 +21,13 @@ from internvit_cli.output_names import PARTIAL, missing
 from internvit_cli.picture_check import PictureState, look_at_pictures
 from internvit_cli.reconcile import stored_sources
 from internvit_cli.storage.checksums import CommittedRows, ReplacedError
-from internvit_cli.storage.layout import stored_recipe
+from internvit_cli.storage.layout import SHARD_FILE, ForeignFileError, stored_recipe
 from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output
 from internvit_cli.storage.places import ShardPlace, places_in
 from internvit_cli.storage.skipped import read_skip_log
-from internvit_cli.storage.soundness import UNREADABLE, attribute_problems, dataset_problems, table_problems
+from internvit_cli.storage.soundness import check_alike
 from internvit_cli.table import count_statuses
+from internvit_cli.untrusted import kind_of
 from internvit_cli.verdict import Finding, LoadedShard, PictureCheck, Row, Verdict, VerifyObserver
 from internvit_cli.workers import usable_cpus
 
@@ -75,14 +77,13 @@ class _Verification:
     def run(self) -> Verdict:
         """All checks, the cheap ones first."""
         shards = list(self._shards())
-        sound = [shard for shard in shards if self._is_sound(shard)]
         self._check_together(shards)
         for shard in shards:
             self._check_records(shard)
-        totals = self._check_rows(sound)
+        totals = self._check_rows(shards)
         self._check_skip_log(shards)
-        pictures = self._check_pictures(sound) if self._options.pictures else None
-        comparisons = self._re_extract(sound)
+        pictures = self._check_pictures(shards) if self._options.pictures else None
+        comparisons = self._re_extract(shards)
         statuses = [shard.table.status[shard.live_rows] for shard in shards]
         counts = count_statuses(np.concatenate(statuses)) if statuses else {}
         attributes = shards[-1].found.stored.attributes if shards else {}
@@ -115,9 +116,12 @@ class _Verification:
         if not os.path.exists(self._path):
             raise missing(self._path)
         output = Output(self._path.removesuffix(PARTIAL))
-        if os.path.isdir(self._path):
+        mode = os.stat(self._path).st_mode
+        if stat.S_ISDIR(mode):
             yield from self._folder_shards(output)
             return
+        if not stat.S_ISREG(mode):
+            raise OutputError(f"{self._path} is {kind_of(mode)}, not a feature file", "name the output of a run")
         if not output.is_file:
             raise OutputError(f"{self._path} is not a feature file", "feature files end in .h5 or .hdf5")
         if self._path == output.path and os.path.exists(output.partial_path(0)):
@@ -139,8 +143,10 @@ class _Verification:
         partial = output.partial_path(number)
         if os.path.exists(partial):
             yield from self._load(ShardPlace(partial, output.backend))
+        elif not places and any(SHARD_FILE.fullmatch(name) for name in os.listdir(self._path)):
+            self._report("manifest", manifest, None, "it names no shard, and there are shards beside it")
         elif not places:
-            self._report("manifest", manifest, None, "it names no shard: is this a feature folder?")
+            raise OutputError(f"{self._path} holds no features", f"a feature folder has a {MANIFEST} and its shards")
 
     def _load(self, place: ShardPlace) -> Iterator[LoadedShard]:
         """The shard, or nothing and a finding."""
@@ -151,13 +157,9 @@ class _Verification:
             recipe = stored_recipe(found.stored.attributes, path)
             sources = stored_sources(found.stored.attributes, path)
         except OutputError as error:
+            if isinstance(error, ForeignFileError) and path == self._path:
+                raise  # there is nothing of ours to find fault with
             self._report("index", path, None, error.message)
-            return
-        except UNREADABLE as error:
-            self._report("index", path, None, f"it cannot be read: {error}")
-            return
-        if len(digests) != len(found.stored.table) or len(checksums) != len(found.stored.table):
-            self._report("index", path, None, "it has not one digest and one CRC an image")
             return
         yield LoadedShard(found, recipe, sources, digests, checksums, is_partial=found.is_partial)
 
@@ -170,27 +172,12 @@ class _Verification:
             key = os.fsdecode(min(strange))
             self._report("manifest", manifest, key, f"superseded in {entry.name}, which has no such row")
 
-    def _is_sound(self, shard: LoadedShard) -> bool:
-        """Whether rows lie where they should; what is wrong beside that is reported too."""
-        for problem in attribute_problems(shard.found, shard.recipe):
-            self._report("recipe", shard.path, None, problem)
-        contradictions = list(table_problems(shard.table, len(shard.sources)))
-        for problem in contradictions:
-            self._report("index", shard.path, None, problem)
-        try:
-            problems = list(dataset_problems(shard.found, shard.recipe))
-        except OutputError as error:
-            problems = [error.message]
-        except UNREADABLE as error:
-            problems = [f"its datasets cannot be read: {error}"]
-        for problem in problems:
-            self._report("datasets", shard.path, None, problem)
-        if problems or contradictions:
-            self._note(f"the rows of {shard.path} were not checked: its index and its datasets do not fit together")
-        return not problems and not contradictions
-
     def _check_together(self, shards: list[LoadedShard]) -> None:
-        """Shards of one output have one recipe, and each image counts once."""
+        """Shards of one output have one recipe and rows of one size, and each image counts once."""
+        try:
+            check_alike([(shard.path, shard.found.stored.specs) for shard in shards])
+        except OutputError as error:
+            self._report("datasets", shards[0].path, None, error.message)
         counted: set[bytes] = set()
         is_being_replaced = os.path.exists(os.path.join(self._path, NEXT_MANIFEST))
         for shard in shards:

@@ -94,7 +94,7 @@ def verify_command(
 
 def print_verdict(verdict: Verdict, *, quiet: bool = False) -> None:
     """What was checked, what is wrong, and the verdict in one line."""
-    if not quiet:
+    if not quiet and verdict.shards:
         _print_checks(verdict)
     for finding in verdict.findings:
         print_line(f"wrong: {_words(finding)}")
@@ -146,8 +146,9 @@ def _print_comparison(comparison: Comparison) -> None:
 
 
 def _words(finding: Finding) -> str:
-    where = f"{finding.path}: " if finding.key is None else f"{finding.key}: "
-    return f"{where}{finding.problem}" + (f" ({finding.path})" if finding.key is not None else "")
+    if finding.key is not None:
+        return f"{finding.key}: {finding.problem} ({finding.path})"
+    return finding.problem if finding.path in finding.problem else f"{finding.path}: {finding.problem}"
 
 
 def _summary(verdict: Verdict) -> str:

@@ -14,15 +14,14 @@ What a failure becomes:
 from __future__ import annotations
 
 import errno
-import os
-import stat
 import warnings
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from PIL import Image, UnidentifiedImageError
 
+from internvit_cli import untrusted
 from internvit_cli.config import Skipped, Status
 from internvit_cli.errors import one_line
 
@@ -79,31 +78,18 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-class Opened(NamedTuple):
-    """A regular file, open for reading; whoever gets it closes the descriptor."""
-
-    descriptor: int
-    status: os.stat_result
-
-
-def open_regular(path: bytes) -> Opened | Skipped:
-    """Open a file that must be a regular one, following links; never blocks, and never opens anything else.
+def open_regular(path: bytes) -> untrusted.Opened | Skipped:
+    """Open a file that must be a regular one, following links; never wait, and never open anything else.
 
     Returns:
         The descriptor (not inherited by child processes) and its fstat, or why it could not be had.
     """
     try:
-        # Looked at first, since merely opening some devices acts on them; and again, since names can change hands.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return _not_regular()
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return untrusted.open_regular(path)
+    except untrusted.NotRegularError:
+        return Skipped(Status.NOT_REGULAR, "", "not a regular file")
     except OSError as error:
         return classify(error)
-    status = os.fstat(descriptor)
-    if stat.S_ISREG(status.st_mode):
-        return Opened(descriptor, status)
-    os.close(descriptor)
-    return _not_regular()
 
 
 def classify(error: Exception) -> Skipped:
@@ -128,10 +114,6 @@ def pillow_limits(max_pixels: int) -> Iterator[None]:
             yield
         finally:
             Image.MAX_IMAGE_PIXELS = limit
-
-
-def _not_regular() -> Skipped:
-    return Skipped(Status.NOT_REGULAR, "", "not a regular file")
 
 
 def _status(error: Exception) -> Status:

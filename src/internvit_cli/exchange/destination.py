@@ -13,9 +13,9 @@ from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, suffix_of
 from internvit_cli.storage.durable import create, disk_errors, remove, rename_durably, sync_path
 from internvit_cli.storage.hdf5 import read as read_hdf5
-from internvit_cli.storage.layout import ForeignFileError
+from internvit_cli.storage.layout import SHARD_FILE, ForeignFileError
 from internvit_cli.storage.lock import exclusive
-from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, SHARD_FILE, SKIPPED
+from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, SKIPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -13,12 +13,13 @@ from internvit_cli.accuracy import COMPUTE_ERROR, STORE_ERROR, is_measured, meas
 from internvit_cli.config import Recipe, Status, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
-from internvit_cli.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, suffix_of
+from internvit_cli.output_names import PARTIAL
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
 from internvit_cli.storage.layout import POOLED, FeatureShape, stored_recipe
 from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.reader import OpenShard, find_shards
 from internvit_cli.storage.skipped import read_skip_log
+from internvit_cli.storage.soundness import check_alike
 from internvit_cli.storage.wanted_keys import find_wanted, unknown_key
 from internvit_cli.table import ImageTable, concatenate
 
@@ -273,35 +274,22 @@ def select_all(path: str) -> Selection:
 
 
 def stored_shape(shards: Sequence[OpenShard], recipe: Recipe) -> FeatureShape:
-    """Sizes of what shards of a recipe hold, from the datasets themselves."""
-    tokens = recipe.tokens
-    per_tile, channels = (1, 1) if tokens is Tokens.NONE else _row_shape(shards, tokens.dataset)
+    """Return the sizes of what shards of a recipe hold, from the datasets themselves.
+
+    Raises:
+        OutputError: two shards have rows of different sizes.
+    """
+    check_alike([(shard.path, shard.specs) for shard in shards])
+    tokens, specs = recipe.tokens, shards[0].specs
+    per_tile, channels = (1, 1) if tokens is Tokens.NONE else specs[tokens.dataset].shape[1:]
     return FeatureShape(
         tokens=tokens,
         tokens_per_tile=per_tile,
         channels=channels,
-        pooled_width=_row_shape(shards, POOLED)[0],
+        pooled_width=specs[POOLED].shape[1],
         store_dtype=recipe.store_dtype,
         tile_pooled=recipe.tile_pooled,
     )
-
-
-def _row_shape(shards: Sequence[OpenShard], name: str) -> tuple[int, ...]:
-    for shard in shards:
-        if name in shard.extents:
-            return shard.extents[name].spec.shape[1:]
-    # Not one image has tiles: the dataset is there, and has no rows.
-    return _empty_shape(shards[0].path, name)
-
-
-def _empty_shape(path: str, name: str) -> tuple[int, ...]:
-    if suffix_of(path) not in (*SINGLE_FILE_SUFFIXES, PARTIAL):
-        shape: tuple[int, ...] = np.load(f"{path}.{name}.npy", mmap_mode=None).shape[1:]
-        return shape
-    import h5py
-
-    with h5py.File(path, "r", locking=False) as file:
-        return tuple(file[name].shape[1:])
 
 
 def _renumbered(shard: OpenShard, sources: list[Source]) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from internvit_cli.config import Status
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.layout import POOLED, TILE_DATASETS, Extent
 from internvit_cli.storage.output import file_identity
+from internvit_cli.untrusted import NotRegularError, open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -224,10 +225,10 @@ class CommittedRows:
 
     def _open(self, path: str) -> int:
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
+            descriptor, status = open_regular(path)
+        except (FileNotFoundError, NotRegularError) as error:
             raise _replaced(path) from error
-        identity = file_identity(path, os.fstat(descriptor))
+        identity = file_identity(path, status)
         if self.files.get(path, identity) != identity:
             os.close(descriptor)
             raise _replaced(path)

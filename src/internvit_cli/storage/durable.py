@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from internvit_cli.errors import ENOTSUPP, NoSpaceError, OutputError, system_words
+from internvit_cli.untrusted import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -25,14 +26,6 @@ WITHOUT_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL
 """The last but one: what a sandbox answers to system calls that it does not know."""
 WITHOUT_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, ENOTSUPP)
 """What filesystems that sync no folders answer; a failing disk answers something else, such as EIO."""
-FILE_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFLNK: "a link",
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 @contextmanager
@@ -127,7 +120,7 @@ def sync_path(path: str) -> str:
     """
     with disk_errors(path):
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except PermissionError as error:  # a folder that may be written and not read
             if os.path.isdir(path):
                 return system_words(error)
@@ -239,12 +232,12 @@ def refuse_special(path: str) -> None:
         OutputError: it is a folder, a link, a pipe, a socket or a device.
     """
     try:
-        kind = FILE_KINDS.get(stat.S_IFMT(os.lstat(path).st_mode))
+        mode = os.lstat(path).st_mode
     except OSError:
         return
-    if kind is not None:
+    if not stat.S_ISREG(mode):
         raise OutputError(
-            f"{path} is {kind}, where a file of internvit belongs", "move it away, or choose another name"
+            f"{path} is {kind_of(mode)}, where a file of internvit belongs", "move it away, or choose another name"
         )
 
 

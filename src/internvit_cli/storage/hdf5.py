@@ -7,16 +7,14 @@ moment of a run leaves a file that HDF5 cannot open.
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import h5py
 import numpy as np
 
 from internvit_cli.config import Format, Tokens
-from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.durable import create, memory_file, rename_durably, sync_path, write_all, written_ranges
+from internvit_cli.storage.hdf5_structure import TILE_OFFSET, open_structure
 from internvit_cli.storage.layout import (
     ALIGNMENT,
     CRC32,
@@ -25,18 +23,15 @@ from internvit_cli.storage.layout import (
     STATUS,
     DatasetSpec,
     Extent,
-    ForeignFileError,
     NewShard,
     Outline,
     StoredShard,
-    check_format,
     parse_run_log,
 )
+from internvit_cli.storage.soundness import check_columns, check_statuses
 from internvit_cli.table import COLUMN_DTYPES, ImageTable, tile_offsets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
 
 KEY_BLOCK = 65536
@@ -52,9 +47,6 @@ KIND = Format.H5
 SUFFIX = ".h5"
 LOG_BYTES = 0
 """The log is a dataset, with its full size from the start."""
-DAMAGE = (KeyError, ValueError, OSError, RuntimeError, TypeError, AttributeError, OverflowError, MemoryError)
-"""What reading a damaged file has been seen to raise, and its kin."""
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 def build(path: str, shard: NewShard) -> None:
@@ -122,50 +114,36 @@ def _write_structure(target: BinaryIO, shard: NewShard) -> None:
 
 def extents(path: str) -> dict[str, Extent]:
     """Where each dataset's rows lie, by name, for all that have elements."""
-    found: dict[str, Extent] = {}
-
-    def visit(name: str, item: object) -> None:
-        if isinstance(item, h5py.Dataset) and name != "image/key" and item.id.get_offset() is not None:
-            spec = DatasetSpec(name, item.shape, item.dtype.newbyteorder("<").str)
-            found[name] = Extent(path, item.id.get_offset(), spec)
-
-    with _open(path) as file, _damage(path):
-        file.visititems(visit)
-        _check_places(list(found.values()))
-    return found
-
-
-def _check_places(extents: list[Extent]) -> None:
-    """Refuse datasets that lie where none can: rows are written there past HDF5, which would not notice."""
-    ordered = sorted(extents, key=lambda extent: extent.offset)
-    for extent, following in pairwise(ordered):
-        if extent.offset + extent.spec.nbytes > following.offset:
-            raise ValueError(f"{extent.spec.name} and {following.spec.name} lie in the same place")
+    with open_structure(path) as structure:
+        return {name: extent for name, extent in structure.extents.items() if extent.spec.nbytes}
 
 
 def read(path: str) -> StoredShard:
     """The shard's index and attributes."""
-    with _open(path) as file, _damage(path):
-        attributes = _attributes(file, path)
-        columns = {name: file[f"image/{name}"][...] for name in COLUMN_DTYPES}
-        table = ImageTable.build(_read_keys(file["image/key"]), file[STATUS][...], columns)
+    with open_structure(path) as structure:
+        keys = list(structure.keys.strings())
+        columns = {name: structure.array(f"image/{name}") for name in COLUMN_DTYPES}
+        table = ImageTable.build(keys, structure.array(STATUS), columns)
         # The digest is over the offsets that follow from the columns; these are what other programs go by.
-        if not np.array_equal(file["image/tile_offset"][...], table.tile_offset):
+        if not np.array_equal(structure.array(TILE_OFFSET), table.tile_offset):
             raise ValueError("its tile offsets do not follow from its grids")
-        return StoredShard(table, attributes)
+        specs = {name: extent.spec for name, extent in structure.extents.items()}
+        return StoredShard(table, structure.attributes, specs)
 
 
 def outline(path: str) -> Outline:
     """What `info` tells of the shard: a million keys, which it does not tell, take longer than all else."""
-    with _open(path) as file, _damage(path):
-        attributes = _attributes(file, path)
-        images = len(file["image/key"])
-        if any(file[f"image/{name}"].shape != (images,) for name in COLUMN_DTYPES):
-            raise ValueError("its columns have different lengths")
-        offset = tile_offsets(*(file[f"image/{name}"][...] for name in ("columns", "rows", "thumbnail")))
-        if not np.array_equal(file["image/tile_offset"][...], offset):
+    with open_structure(path) as structure:
+        for _ in structure.keys.places():
+            pass  # there are as many images as the file says, and so what follows is in proportion to it
+        columns = {name: structure.array(f"image/{name}") for name in COLUMN_DTYPES}
+        offset = tile_offsets(*(columns[name] for name in ("columns", "rows", "thumbnail")))
+        if not np.array_equal(structure.array(TILE_OFFSET), offset):
             raise ValueError("its tile offsets do not follow from its grids")
-        return Outline(attributes, images, file[STATUS][...], int(offset[-1]))
+        status = structure.array(STATUS)
+        check_statuses(status, path)
+        check_columns(columns, status, structure.recipe, structure.sources, path)
+        return Outline(structure.attributes, structure.images, status, structure.tiles)
 
 
 def publish(partial: str, final: str) -> None:
@@ -176,69 +154,19 @@ def publish(partial: str, final: str) -> None:
 
 def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Digests, uint8 [n, 32], and CRCs, uint32 [n], of a shard."""
-    with _open(path) as file, _damage(path):
-        return file[DIGEST][...], file[CRC32][...]
+    with open_structure(path) as structure:
+        return structure.array(DIGEST), structure.array(CRC32)
 
 
 def run_log(path: str) -> list[dict[str, Any]]:
     """One entry a start that wrote to the shard, oldest first."""
-    with _open(path) as file, _damage(path):
-        return parse_run_log(file[RUN_LOG][...].tobytes())
+    with open_structure(path) as structure:
+        return parse_run_log(structure.array(RUN_LOG).tobytes())
 
 
 def final_paths(final: str) -> list[str]:
     """The files that make up a published shard."""
     return [final]
-
-
-def _attributes(file: h5py.File, path: str) -> dict[str, Any]:
-    """The root attributes of a file of ours."""
-    attributes = {name: _plain(value) for name, value in file.attrs.items()}
-    check_format(attributes, path)
-    return attributes
-
-
-def _open(path: str) -> h5py.File:
-    if os.path.exists(path) and not os.path.isfile(path):  # HDF5 would wait for whoever writes to a pipe
-        raise ForeignFileError(f"{path} is not a regular file", "choose another output, or move that away")
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        failure = error
-    try:
-        # Some filesystems have no locks. Rows are written past HDF5, under a lock of our own, so its lock
-        # matters to nobody.
-        return h5py.File(path, "r", locking=False)
-    except OSError:
-        if not os.path.exists(path):
-            raise OutputError(f"{path} is not there", "check the path") from failure
-        if not _is_hdf5(path):
-            raise ForeignFileError(
-                f"{path} is not an HDF5 file", "choose another output, or move that file away"
-            ) from failure
-        raise OutputError(
-            f"{path} is not a readable HDF5 file: {failure}", "restore it, or start anew with --overwrite"
-        ) from failure
-
-
-@contextmanager
-def _damage(path: str) -> Iterator[None]:
-    """Turn whatever h5py makes of a damaged file into one error that says what to do."""
-    try:
-        yield
-    except DAMAGE as error:
-        raise OutputError(
-            f"{path} is not a sound feature file: {one_line(str(error))}", "restore it, or start anew with --overwrite"
-        ) from error
-
-
-def _is_hdf5(path: str) -> bool:
-    """Whether a file begins as HDF5 does; an empty one may be what a full disk left of ours."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(SIGNATURE)) in {SIGNATURE, b""}
-    except OSError:
-        return True  # it may well be: it could not be read
 
 
 def _lay_out(file: h5py.File, spec: DatasetSpec) -> None:
@@ -256,14 +184,3 @@ def _write_keys(file: h5py.File, keys: Any) -> None:
     for start in range(0, len(keys), KEY_BLOCK):
         block = keys[start : start + KEY_BLOCK]
         dataset[start : start + len(block)] = np.array(block, dtype=object)
-
-
-def _read_keys(dataset: h5py.Dataset) -> list[bytes]:
-    keys: list[bytes] = []
-    for start in range(0, len(dataset), KEY_BLOCK):
-        keys.extend(dataset[start : start + KEY_BLOCK].tolist())
-    return keys
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.config import Recipe, RecipeError, Status, StoreDtype, Tokens, UnknownRecipeError
+from internvit_cli.config import Recipe, RecipeError, StoreDtype, Tokens, UnknownRecipeError
 from internvit_cli.errors import OutputError, one_line
 from internvit_cli.sources.interface import Source
+from internvit_cli.untrusted import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +31,17 @@ FORMAT_VERSION = 1
 ALIGNMENT = 4096
 """Datasets start at multiples of this many bytes, so that rows can be written with direct or mapped I/O."""
 RUN_LOG_BYTES = 65536
+ATTRIBUTES_BYTES = 16 << 20
+"""More than the attributes of a shard take: the longest are its sources, one root each."""
+SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")
+SHARD_FILE = re.compile(
+    r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_(?:tokens|scales))\.npy)(\.tmp)?"
+)
+"""The names of our files in a folder and no others: a folder of `shard-00000.tar` is somebody else's."""
+REMEDY = "restore it, or start anew with --overwrite"
+NEWER = "install the version of internvit that wrote it, or a newer one"
+OUR_MARKS = {"recipe_digest", "index_digest"}
+"""Attributes that no other program's file has."""
 
 DIGEST = "image/digest"
 CRC32 = "image/crc32"
@@ -46,6 +60,10 @@ class ForeignFileError(OutputError):
     """A file at the output that internvit did not make, and so does not touch."""
 
 
+class UnrecognizedFileError(ForeignFileError):
+    """A file whose bytes say nothing of who made it; its name and its place may."""
+
+
 @dataclass(frozen=True, slots=True)
 class DatasetSpec:
     """One dataset of fixed-size rows."""
@@ -58,7 +76,7 @@ class DatasetSpec:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, that is of one index of the first axis."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     @property
     def nbytes(self) -> int:
@@ -124,21 +142,8 @@ class StoredShard:
 
     table: ImageTable
     attributes: dict[str, Any]
-
-    def check(self, path: str) -> None:
-        """Refuse what is not an intact feature shard of a version we know.
-
-        Raises:
-            OutputError: another format, a newer version, or an index that does not match its digest.
-        """
-        check_format(self.attributes, path)
-        _check_statuses(self.table.status, len(self.table), path)
-        unsigned = {name: value for name, value in self.attributes.items() if name != "index_digest"}
-        if index_digest(self.table, unsigned) != self.attributes.get("index_digest"):
-            raise OutputError(
-                f"the index of {path} is damaged: its digest does not match",
-                "restore it, or start anew with --overwrite",
-            )
+    specs: Mapping[str, DatasetSpec]
+    """Its datasets by name, those without rows too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,28 +157,6 @@ class Outline:
     tiles: int | None
     """None where only the manifest has their sum."""
 
-    def check(self, path: str) -> None:
-        """Refuse what cannot be an intact feature shard.
-
-        Raises:
-            OutputError: statuses that mean nothing, or a recipe that does not match its digest.
-        """
-        _check_statuses(self.status, self.images, path)
-        if not all(isinstance(value, str | int) for value in self.attributes.values()):
-            raise OutputError(f"the attributes of {path} are damaged", "restore it, or start anew with --overwrite")
-        recipe = str(self.attributes.get("recipe")).encode("utf-8", "surrogatepass")
-        if hashlib.sha256(recipe).hexdigest() != self.attributes.get("recipe_digest"):
-            raise OutputError(
-                f"the recipe of {path} is damaged: its digest does not match",
-                "restore it, or start anew with --overwrite",
-            )
-
-
-def _check_statuses(status: NDArray[Any], images: int, path: str) -> None:
-    known = np.bincount(status.astype(np.uint8), minlength=256)[list(Status)].sum()
-    if len(status) != images or known != images:
-        raise OutputError(f"the statuses of {path} are damaged", "restore it, or start anew with --overwrite")
-
 
 def check_format(attributes: Mapping[str, Any], path: str) -> None:
     """Refuse what is none of ours, or of a version that we do not know; before anything else of it is looked at.
@@ -183,15 +166,30 @@ def check_format(attributes: Mapping[str, Any], path: str) -> None:
         OutputError: another version.
     """
     if attributes.get("format") != FORMAT:
+        if attributes.keys() >= OUR_MARKS:  # one flipped bit does not make a file somebody else's
+            raise OutputError(f"{path} is damaged: its format is not {FORMAT!r}", REMEDY)
         raise ForeignFileError(
             f"{path} is not an internvit feature file", "choose another output, or move that file away"
         )
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:
         raise OutputError(
-            f"{path} has format version {one_line(str(version))}; this program reads version {FORMAT_VERSION}",
-            "install the version of internvit that wrote it, or a newer one",
+            f"{path} has format version {one_line(str(version), 40)}; this program reads version {FORMAT_VERSION}",
+            NEWER,
         )
+
+
+def unknown_value(attributes: Mapping[str, Any], statement: str) -> OutputError:
+    """Return the error of a stored value that this version does not know, with both versions.
+
+    Args:
+        attributes: of the shard; they tell which version wrote it.
+        statement: names the shard, the field and the value.
+    """
+    from internvit_cli import __version__  # package metadata, read only to say this
+
+    creator = one_line(str(attributes.get("created_by", "an unnamed program")), 80)
+    return OutputError(f"{statement}, which version {__version__} does not know; {creator} wrote it", NEWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,43 +215,45 @@ def parse_run_log(data: bytes) -> list[dict[str, Any]]:
     entries = []
     for line in data.rstrip(b"\0").splitlines():
         with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
+            entries.append(parse_json(line))
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def stored_recipe(attributes: dict[str, Any], path: str) -> Recipe:
+def stored_recipe(attributes: Mapping[str, Any], path: str) -> Recipe:
     """The recipe that a shard was made with.
 
     Raises:
         OutputError: there is none that this version understands.
     """
     if "recipe" not in attributes:
-        raise OutputError(f"{path} has no recipe", "restore it, or start anew with --overwrite")
+        raise OutputError(f"{path} has no recipe", REMEDY)
     try:
         return Recipe.from_json(attributes["recipe"])
     except UnknownRecipeError as error:
-        from internvit_cli import __version__  # package metadata, read only to say this
-
-        raise OutputError(
-            f"the recipe of {path} {error}, which version {__version__} does not know; "
-            f"{one_line(str(attributes.get('created_by', 'an unnamed program')))} wrote it",
-            "install the version of internvit that wrote it, or a newer one",
-        ) from error
+        raise unknown_value(attributes, f"the recipe of {path} {one_line(str(error), 120)}") from error
     except RecipeError as error:
-        raise OutputError(f"the recipe of {path} {error}", "restore it, or start anew with --overwrite") from error
+        raise OutputError(f"the recipe of {path} {error}", REMEDY) from error
 
 
 def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
     """The sources that a shard's table counts, as they were when it was made.
 
     Raises:
-        OutputError: they are damaged.
+        OutputError: they are damaged, or are no folders that pictures can have come from.
     """
     try:
-        entries = json.loads(attributes["sources"])
-        return [Source(root=os.fsencode(entry["root"]), name=os.fsencode(entry["name"])) for entry in entries]
+        return [_source(entry) for entry in parse_json(attributes["sources"])]
     except (KeyError, ValueError, TypeError) as error:
-        raise OutputError(f"the sources of {path} are damaged", "restore it, or start anew with --overwrite") from error
+        raise OutputError(f"the sources of {path} are damaged: {one_line(str(error))}", REMEDY) from error
+
+
+def _source(entry: dict[str, Any]) -> Source:
+    source = Source(root=os.fsencode(entry["root"]), name=os.fsencode(entry["name"]))
+    if not source.root.startswith(b"/") or b"\0" in source.root:
+        raise ValueError(f"{one_line(source.root, 80)!r} is not the path of a folder")
+    if b"/" in source.name or b"\0" in source.name or source.name in (b".", b".."):
+        raise ValueError(f"{one_line(source.name, 80)!r} is not the name of a source")
+    return source
 
 
 def decode_values(stored: NDArray[Any], dtype: StoreDtype, scales: NDArray[Any] | None = None) -> NDArray[Any]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from array import array
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -22,11 +23,15 @@ from internvit_cli.output_names import PARTIAL
 from internvit_cli.storage.durable import create, read_exactly, rename_durably, sync_path, write_file
 from internvit_cli.storage.layout import (
     ALIGNMENT,
+    ATTRIBUTES_BYTES,
     CRC32,
     DIGEST,
     FEATURE_DATASETS,
+    POOLED,
+    REMEDY,
     RUN_LOG,
     STATUS,
+    TILE_DATASETS,
     DatasetSpec,
     Extent,
     NewShard,
@@ -35,13 +40,26 @@ from internvit_cli.storage.layout import (
     check_format,
     parse_run_log,
 )
+from internvit_cli.storage.soundness import (
+    check_attributes,
+    check_datasets,
+    check_lengths,
+    check_shard,
+    check_statuses,
+    damaged,
+    expected_features,
+    expected_records,
+)
 from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.untrusted import NotRegularError, lines_of, opened, parse_json, read_bounded
 
 if TYPE_CHECKING:
-    import io
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
+
+    from internvit_cli.config import Recipe
 
 KIND = Format.NPY
 SUFFIX = ""
@@ -52,6 +70,7 @@ INDEX_FILE = "images.jsonl"
 ATTRIBUTES_FILE = "attributes.json"
 ATTRIBUTES_BLOCK = 4096
 LINES_BLOCK = 1 << 20
+DIGEST_BYTES = 32
 SUFFIX_HEAD, STATUS_PLACES = len(b', "status": 12, "digest": "'), [12, 13]
 """What follows on each line's columns up to its digest, and where in it the two digits of the status stand."""
 HEADER = re.compile(
@@ -95,42 +114,41 @@ def _decimal_length(numbers: NDArray[Any]) -> NDArray[Any]:
 
 
 def extents(path: str) -> dict[str, Extent]:
-    """Where each dataset's rows lie, by name: of a shard being filled, or of a published one (its feature arrays).
-
-    Publishing may have been cut short, with some arrays moved to their names already.
-    """
-    found = {}
-    for name in (*COMMIT_DATASETS, *FEATURE_DATASETS):
-        file = _dataset_path(path, name)
-        if not os.path.exists(file) and path.endswith(PARTIAL):
-            file = _dataset_path(path.removesuffix(PARTIAL), name)
-        if os.path.exists(file):
-            spec, offset = _read_header(file, name)
-            if spec.nbytes:
-                found[name] = Extent(file, offset, spec)
-    return found
+    """Where each dataset's rows lie, by name: of a shard being filled, or of a published one (its feature arrays)."""
+    with _damage(path):
+        recipe, _ = check_attributes(_attributes(path), path)
+        return {name: extent for name, extent in _arrays(path, recipe).items() if extent.spec.nbytes}
 
 
 def read(path: str) -> StoredShard:
     """The shard's index and attributes, while it is filled or when it is published."""
     with _damage(path):
         attributes = _attributes(path)
-        table, _, _ = _read_lines(_beside(path, INDEX_FILE))
-        if os.path.isdir(path):
-            table = table.with_status(_read_array(_dataset_path(path, STATUS), STATUS))
-        return StoredShard(table, attributes)
+        recipe, _ = check_attributes(attributes, path)
+        arrays = _arrays(path, recipe)
+        table, _, _ = _read_lines(path)
+        check_lengths([arrays[POOLED].spec.shape[0]], len(table), path)
+        if (tiles := _tiles(arrays)) not in (None, table.tiles):
+            raise ValueError(f"its arrays hold {tiles:,} tiles, its images {table.tiles:,}")
+        if _is_filled(path):
+            table = table.with_status(_read_array(arrays[STATUS]))
+        return StoredShard(table, attributes, {name: extent.spec for name, extent in arrays.items()})
 
 
 def outline(path: str) -> Outline:
     """What `info` tells of a published shard, from the fixed width in which every line of its index ends."""
     with _damage(path):
         attributes = _attributes(path)
-        with open(_beside(path, INDEX_FILE), "rb", buffering=0) as file:
+        recipe, _ = check_attributes(attributes, path)
+        arrays = _arrays(path, recipe)
+        with _opened(_beside(path, INDEX_FILE)) as file:
             status = _last_columns(file)
         if status is not None:
-            return Outline(attributes, len(status), status, tiles=None)
+            check_lengths([arrays[POOLED].spec.shape[0]], len(status), path)
+            check_statuses(status, path)
+            return Outline(attributes, len(status), status, _tiles(arrays))
     stored = read(path)  # lines that another program wrote, or that are damaged
-    stored.check(path)
+    check_shard(stored, path)
     return Outline(attributes, len(stored.table), stored.table.status, stored.table.tiles)
 
 
@@ -141,10 +159,8 @@ def publish(partial: str, final: str) -> None:
     loses nothing: publishing again finishes what was begun.
     """
     table = read(partial).table
-    digests = _read_array(_dataset_path(partial, DIGEST), DIGEST)
-    checksums = _read_array(_dataset_path(partial, CRC32), CRC32)
-    with open(os.path.join(partial, ATTRIBUTES_FILE), "rb") as file:
-        attributes = json.load(file)
+    digests, checksums = commit_records(partial)
+    attributes = _attributes(partial)
     attributes[RUN_LOG] = run_log(partial)
     lines = _finished_lines(table, digests, checksums)
     write_file(f"{final}.{INDEX_FILE}", b"".join(lines))
@@ -158,10 +174,11 @@ def publish(partial: str, final: str) -> None:
 
 def run_log(path: str) -> list[dict[str, Any]]:
     """One entry a start that wrote to the shard, oldest first."""
-    if os.path.isdir(path):
-        return parse_run_log(_read_array(_dataset_path(path, RUN_LOG), RUN_LOG).tobytes())
-    with _damage(path), open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
-        entries = json.load(file).get(RUN_LOG)
+    with _damage(path):
+        if _is_filled(path):
+            recipe, _ = check_attributes(_attributes(path), path)
+            return parse_run_log(_read_array(_arrays(path, recipe)[RUN_LOG]).tobytes())
+        entries = _read_attributes(path).get(RUN_LOG)
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
@@ -173,11 +190,12 @@ def final_paths(final: str) -> list[str]:
 
 def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Digests, uint8 [n, 32], and CRCs, uint32 [n], while the shard is filled or when it is published."""
-    if os.path.isdir(path):
-        digests, checksums = (_read_array(_dataset_path(path, name), name) for name in (DIGEST, CRC32))
-        return digests, checksums
     with _damage(path):
-        _, digests, checksums = _read_lines(_beside(path, INDEX_FILE))
+        if _is_filled(path):
+            recipe, _ = check_attributes(_attributes(path), path)
+            arrays = _arrays(path, recipe)
+            return _read_array(arrays[DIGEST]), _read_array(arrays[CRC32])
+        _, digests, checksums = _read_lines(path)
         return digests, checksums
 
 
@@ -187,27 +205,52 @@ def _damage(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise OutputError(f"{error.filename} is not there", "restore it, or start anew with --overwrite") from error
+        raise OutputError(f"{os.fsdecode(error.filename or path)} is not there", REMEDY) from error
     except OSError as error:
-        raise OutputError(f"cannot read {error.filename or path}: {error.strerror}", "check its permissions") from error
+        name = os.fsdecode(error.filename or path)
+        raise OutputError(f"cannot read {name}: {error.strerror}", "check what it is, and its permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise OutputError(
-            f"{path} is not a sound feature shard: {one_line(str(error))}", "restore it, or start anew with --overwrite"
-        ) from error
+        raise damaged(path, one_line(str(error))) from error
 
 
 def _attributes(path: str) -> dict[str, Any]:
     """The attributes of a shard of ours, without the log of starts."""
-    with open(_beside(path, ATTRIBUTES_FILE), "rb") as file:
-        attributes: dict[str, Any] = json.load(file)
+    attributes = _read_attributes(path)
     attributes.pop(RUN_LOG, None)
     check_format(attributes, path)
     return attributes
 
 
+def _read_attributes(path: str) -> dict[str, Any]:
+    attributes = parse_json(read_bounded(_beside(path, ATTRIBUTES_FILE), ATTRIBUTES_BYTES, follow_links=False))
+    if not isinstance(attributes, dict):
+        raise ValueError("its attributes are no JSON object")  # noqa: TRY004 - damage, not a mistake of the caller
+    return attributes
+
+
+def _is_filled(path: str) -> bool:
+    """Whether a shard is a folder that is still being filled.
+
+    Raises:
+        NotRegularError: a link to a folder, which may be anywhere.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if stat.S_ISLNK(mode):
+        raise NotRegularError(path, mode)
+    return stat.S_ISDIR(mode)
+
+
+def _opened(path: str) -> AbstractContextManager[BinaryIO]:
+    """A file of a shard, which is never a link: that could lead out of the folder that holds the shard."""
+    return opened(path, follow_links=False)
+
+
 def _beside(path: str, name: str) -> str:
     """A file of the shard: inside the folder while it is filled, behind the shard's name when it is published."""
-    if os.path.isdir(path):
+    if _is_filled(path):
         return os.path.join(path, name)
     return f"{path}.json" if name == ATTRIBUTES_FILE else f"{path}.{name}"
 
@@ -228,9 +271,39 @@ def _lay_out(path: str, spec: DatasetSpec) -> None:
         file.truncate(ALIGNMENT + spec.nbytes)
 
 
-def _read_header(path: str, name: str) -> tuple[DatasetSpec, int]:
-    """The header of an array of ours, held to the very bytes that `_header` writes and to the size that it promises."""
-    with _damage(path), open(path, "rb") as file:
+def _arrays(path: str, recipe: Recipe) -> dict[str, Extent]:
+    """The arrays of a shard, those without rows too, each of the shape and the type that its recipe demands.
+
+    Publishing may have been cut short, with some arrays moved to their names already.
+
+    Raises:
+        OutputError: one is missing, too many, or another than it should be.
+    """
+    found: dict[str, Extent] = {}
+    for name in (*(COMMIT_DATASETS if _is_filled(path) else ()), *FEATURE_DATASETS):
+        file = _dataset_path(path, name)
+        if not os.path.lexists(file) and path.endswith(PARTIAL):
+            file = _dataset_path(path.removesuffix(PARTIAL), name)
+        if os.path.lexists(file):
+            found[name] = _read_header(file, name)
+    if POOLED not in found:
+        raise ValueError(f"{POOLED} is missing")
+    images, tiles = found[POOLED].spec.shape[0], _tiles(found) or 0
+    expected = expected_features(recipe, images, tiles)
+    if _is_filled(path):
+        expected |= expected_records(images)
+    check_datasets({name: extent.spec for name, extent in found.items()}, expected, path)
+    return found
+
+
+def _tiles(arrays: Mapping[str, Extent]) -> int | None:
+    """Number of tiles that arrays have rows for; None when none of them has a row a tile."""
+    return next((arrays[name].spec.shape[0] for name in TILE_DATASETS if name in arrays), None)
+
+
+def _read_header(path: str, name: str) -> Extent:
+    """The place of an array of ours, whose header is held to the very bytes that `_header` writes, and to its size."""
+    with _opened(path) as file:
         header = file.read(ALIGNMENT)
         size = os.fstat(file.fileno()).st_size
     match = HEADER.match(header)
@@ -238,17 +311,14 @@ def _read_header(path: str, name: str) -> tuple[DatasetSpec, int]:
         shape = tuple(int(length) for length in match[2].split(b", "))
         spec = DatasetSpec(name, shape, match[1].decode())
         if header == _header(spec) and size == ALIGNMENT + spec.nbytes:
-            return spec, ALIGNMENT
-    raise OutputError(f"{path} is not a sound .npy file of ours", "restore it, or start anew with --overwrite")
+            return Extent(path, ALIGNMENT, spec)
+    raise OutputError(f"{path} is not a sound .npy file of ours", REMEDY)
 
 
-def _read_array(path: str, name: str) -> NDArray[Any]:
-    spec, offset = _read_header(path, name)
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        data = read_exactly(descriptor, spec.nbytes, offset, path)
-    finally:
-        os.close(descriptor)
+def _read_array(extent: Extent) -> NDArray[Any]:
+    spec = extent.spec
+    with _opened(extent.path) as file:
+        data = read_exactly(file.fileno(), spec.nbytes, extent.offset, extent.path)
     return np.frombuffer(data, spec.dtype).reshape(spec.shape)
 
 
@@ -285,23 +355,26 @@ def _read_lines(path: str) -> tuple[ImageTable, NDArray[Any], NDArray[Any]]:
     keys: list[bytes] = []
     status, checksums, digests = array("q"), array("Q"), bytearray()
     columns = {name: array("q") for name in COLUMN_DTYPES}
-    with open(path, "rb") as file:
-        for line in file:
-            entry = json.loads(line)
+    with _opened(_beside(path, INDEX_FILE)) as file:
+        for line in lines_of(file):
+            entry = parse_json(line)
             keys.append(os.fsencode(entry["key"]))
             for name, column in columns.items():
                 column.append(entry[name])
             is_finished = "status" in entry
             status.append(entry["status"] if is_finished else Status.PENDING)
             checksums.append(int(entry["crc32"], 16) if is_finished else 0)
-            digests += bytes.fromhex(entry["digest"]) if is_finished else bytes(32)
+            digest = bytes.fromhex(entry["digest"]) if is_finished else bytes(DIGEST_BYTES)
+            if len(digest) != DIGEST_BYTES:
+                raise ValueError(f"the digest of image {len(keys):,} has {len(digest)} bytes")
+            digests += digest
     table = ImageTable.build(
         keys, np.array(status, np.uint8), {name: np.array(column, np.int64) for name, column in columns.items()}
     )
-    return table, np.frombuffer(digests, np.uint8).reshape(len(keys), 32), np.array(checksums, np.uint32)
+    return table, np.frombuffer(digests, np.uint8).reshape(len(keys), DIGEST_BYTES), np.array(checksums, np.uint32)
 
 
-def _last_columns(file: io.RawIOBase) -> NDArray[Any] | None:
+def _last_columns(file: BinaryIO) -> NDArray[Any] | None:
     """Statuses, uint8 [n], of a published index; None when its lines do not end as ours do.
 
     A million lines are 300 MB: parsing them takes thirty times as long as finding their ends.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +14,20 @@ from internvit_cli.options import named_path
 from internvit_cli.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, is_single_file, suffix_of
 from internvit_cli.storage.durable import make_way, refuse_special, remove, rename_durably, write_file
 from internvit_cli.storage.interface import ShardFormat, backend_of
-from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, ForeignFileError, StoredShard
+from internvit_cli.storage.layout import (
+    FORMAT,
+    FORMAT_VERSION,
+    NEWER,
+    REMEDY,
+    SHARD_FILE,
+    SHARD_NAME,
+    ForeignFileError,
+    StoredShard,
+    UnrecognizedFileError,
+    unknown_value,
+)
+from internvit_cli.storage.soundness import check_shard
+from internvit_cli.untrusted import TooLargeError, parse_json, read_bounded
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -23,12 +35,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 NEXT_MANIFEST = "manifest.next.json"
 SKIPPED = "skipped.jsonl"
-SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")
-SHARD_FILE = re.compile(
-    r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_(?:tokens|scales))\.npy)(\.tmp)?"
-)
-"""The names of our files and no others: a folder of `shard-00000.tar` is somebody else's."""
-REMEDY = "restore it, or start anew with --overwrite"
+MANIFEST_BYTES = 16 << 20
+"""More than the manifest takes of a folder whose rows all count; a superseded row has its key there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +234,8 @@ class Output:
 
     def _load_entry(self, entry: ManifestEntry) -> FinishedShard:
         backend = backend_of(entry.format)
-        return load_shard(entry.name, os.path.join(self.path, entry.name) + backend.SUFFIX, backend, entry.superseded)
+        path = os.path.join(self.path, entry.name) + backend.SUFFIX
+        return load_own_shard(entry.name, path, backend, entry.superseded)
 
     def partial(self) -> FinishedShard | None:
         """The shard that an earlier run left unfinished, with the statuses as they stand."""
@@ -234,7 +243,7 @@ class Output:
         path = self.partial_path(number)
         if not os.path.exists(path):
             return None
-        return load_shard(_shard_name(number), path, self.backend)
+        return load_own_shard(_shard_name(number), path, self.backend)
 
     @property
     def partial_exists(self) -> bool:
@@ -398,29 +407,42 @@ def read_manifest(path: str) -> list[ManifestEntry]:
         OutputError: it is damaged, of a newer version, or names anything but a shard of its own folder.
     """
     try:
-        with open(path, "rb") as file:
-            manifest: Any = json.load(file)
+        manifest = parse_json(_manifest_text(path))
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise ForeignFileError(f"{path} is not a manifest of internvit features", "choose another output")
-        if manifest["format_version"] != FORMAT_VERSION:
-            version = manifest["format_version"]
+        version = manifest["format_version"]
+        if version != FORMAT_VERSION:
             raise OutputError(
-                f"{path} has format version {version}; this program reads version {FORMAT_VERSION}",
-                "install a newer internvit",
+                f"{path} has format version {one_line(str(version), 40)}; this program reads version {FORMAT_VERSION}",
+                NEWER,
             )
-        return _entries_of(manifest)
+        return _entries_of(manifest, path)
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}", "check what it is, and its permissions") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} is damaged: {one_line(str(error))}", REMEDY) from error
 
 
-def _entries_of(manifest: dict[str, Any]) -> list[ManifestEntry]:
+def _manifest_text(path: str) -> bytes:
+    """The bytes of a manifest, which has no more to say than the keys of the shards beside it."""
+    try:
+        return read_bounded(path, MANIFEST_BYTES, follow_links=False)
+    except TooLargeError:
+        with os.scandir(os.path.dirname(path)) as entries:
+            shards = [entry for entry in entries if SHARD_FILE.fullmatch(entry.name) and entry.is_file()]
+        most = MANIFEST_BYTES + sum(entry.stat().st_size for entry in shards)
+        return read_bounded(path, most, follow_links=False)
+
+
+def _entries_of(manifest: dict[str, Any], path: str) -> list[ManifestEntry]:
     if manifest["digest"] != _digest(manifest["shards"]):
         raise ValueError("its digest does not match")
-    return [_entry(shard) for shard in manifest["shards"]]
+    entries = [_entry(shard, path) for shard in manifest["shards"]]
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ValueError("it names a shard twice")
+    return entries
 
 
 def _digest(shards: Any) -> str:
@@ -428,13 +450,18 @@ def _digest(shards: Any) -> str:
     return hashlib.sha256(json.dumps(shards, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _entry(shard: Any) -> ManifestEntry:
-    if not SHARD_NAME.fullmatch(shard["name"]):
-        raise ValueError(f"{shard['name']!r} is not a shard's name")
-    superseded = tuple(str(key) for key in shard["superseded"])
-    for key in superseded:
-        os.fsencode(key)  # a ValueError for what no key can be
-    return ManifestEntry(shard["name"], Format(shard["format"]), int(shard["images"]), int(shard["tiles"]), superseded)
+def _entry(shard: dict[str, Any], path: str) -> ManifestEntry:
+    name = shard["name"]
+    if not SHARD_NAME.fullmatch(name):
+        raise ValueError(f"{one_line(repr(name), 80)} is not a shard's name")
+    if shard["format"] not in [known.value for known in Format]:
+        raise unknown_value({}, f"the format of {name} in {path} is {one_line(repr(shard['format']), 80)}")
+    for count in (shard["images"], shard["tiles"]):
+        if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 1 << 48:
+            raise ValueError(f"{one_line(repr(count), 80)} is no number of images or tiles")
+    for key in shard["superseded"]:
+        os.fsencode(key)  # an error for what no key can be
+    return ManifestEntry(name, Format(shard["format"]), shard["images"], shard["tiles"], tuple(shard["superseded"]))
 
 
 def _length(path: str) -> _Length | None:
@@ -461,8 +488,21 @@ def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str
     # Looked at first: a file that is replaced from here on shows as another one, never as this index's rows.
     files = {file: file_identity(file, os.stat(file)) for file in backend.final_paths(path) if os.path.exists(file)}
     stored = backend.read(path)
-    stored.check(path)
+    check_shard(stored, path)
     return FinishedShard(name, path, backend.KIND, stored, superseded, files)
+
+
+def load_own_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str, ...] = ()) -> FinishedShard:
+    """Read the index of a shard that is ours by its place: a manifest names it, or it is being filled.
+
+    Raises:
+        OutputError: it is damaged, maybe beyond recognition, and can be replaced.
+        ForeignFileError: another program's file has taken its place.
+    """
+    try:
+        return load_shard(name, path, backend, superseded)
+    except UnrecognizedFileError as error:
+        raise OutputError(f"{path} is damaged: it has not even the first bytes of a shard", REMEDY) from error
 
 
 def file_identity(path: str, status: os.stat_result) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
 from internvit_cli.output_names import PARTIAL, missing
 from internvit_cli.storage.interface import ShardFormat, backend_of
-from internvit_cli.storage.output import MANIFEST, SHARD_FILE, ManifestEntry, Output, load_shard, read_manifest
+from internvit_cli.storage.layout import SHARD_FILE
+from internvit_cli.storage.output import MANIFEST, ManifestEntry, Output, load_shard, read_manifest
 
 if TYPE_CHECKING:
     from internvit_cli.storage.output import FinishedShard

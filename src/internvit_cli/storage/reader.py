@@ -21,6 +21,7 @@ from internvit_cli.storage.layout import stored_recipe
 from internvit_cli.storage.places import find_places
 from internvit_cli.storage.row_index import PooledVectors, RowIndex
 from internvit_cli.storage.shard import OpenShard
+from internvit_cli.storage.soundness import check_alike
 from internvit_cli.storage.wanted_keys import UnknownKeyError, find_wanted, unknown_key
 from internvit_cli.table import COLUMN_DTYPES
 from internvit_cli.words import counted
@@ -324,5 +325,11 @@ def bounded(features: Features, words: Sequence[str], most: int) -> Features:
 
 
 def find_shards(path: str) -> list[FinishedShard]:
-    """The shards at a path that a user names: finished ones, or the partial file itself."""
-    return [place.load() for place in find_places(path)]
+    """Return the shards at a path that a user names: finished ones, or the partial file itself.
+
+    Raises:
+        OutputError: there is nothing there, or it is damaged, or of a newer format.
+    """
+    shards = [place.load() for place in find_places(path)]
+    check_alike([(shard.path, shard.stored.specs) for shard in shards])
+    return shards

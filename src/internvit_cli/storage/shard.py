@@ -16,11 +16,15 @@ from internvit_cli.storage.image import ImageFeatures
 from internvit_cli.storage.layout import FEATURE_DATASETS, Extent, recorded_sources, stored_recipe
 from internvit_cli.storage.output import FinishedShard, file_identity
 from internvit_cli.tiling import Grid
+from internvit_cli.untrusted import NotRegularError, open_regular
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from internvit_cli.sources.interface import Source
+    from internvit_cli.storage.layout import DatasetSpec
 
 
 class OpenShard:
@@ -57,6 +61,11 @@ class OpenShard:
     def extents(self) -> dict[str, Extent]:
         """Where the rows of each dataset lie."""
         return self._found.backend.extents(self._found.path)
+
+    @property
+    def specs(self) -> Mapping[str, DatasetSpec]:
+        """Its datasets, those without rows too."""
+        return self._found.stored.specs
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -149,10 +158,10 @@ class OpenShard:
         """
         self.require_open()
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+            descriptor, status = open_regular(path)
+        except (FileNotFoundError, NotRegularError):
             raise replaced(path) from None
-        identity = file_identity(path, os.fstat(descriptor))
+        identity = file_identity(path, status)
         if self._found.files.get(path, identity) != identity:
             os.close(descriptor)
             raise replaced(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.durable import append, disk_errors, remove, sync_path, write_file
+from internvit_cli.untrusted import lines_of, opened, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -80,21 +82,24 @@ def read_skip_log(path: str) -> list[dict[str, Any]]:
     Raises:
         OutputError: the list cannot be read.
     """
-    if not os.path.exists(path):
-        return []
+    entries: list[dict[str, Any]] = []
     try:
-        with open(path, "rb") as file:
-            return [entry for line in file if (entry := _entry(line)) is not None]
+        # What follows on a line that is longer than any of ours was not written by a run.
+        with opened(path, follow_links=False) as file, contextlib.suppress(ValueError):
+            entries.extend(entry for line in lines_of(file) if (entry := _entry(line)) is not None)
+    except FileNotFoundError:
+        return []
     except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror}", "check its permissions, or move it away") from error
+        raise OutputError(f"cannot read {path}: {error.strerror}", "check what it is, or move it away") from error
+    return entries
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
     """One line's entry; None for what is none, such as a key that no file can have."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
         os.fsencode(entry["key"])
-    except (ValueError, RecursionError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return None
     return entry if isinstance(entry, dict) else None
 

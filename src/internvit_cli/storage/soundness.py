@@ -1,37 +1,67 @@
-"""Whether a shard is built as its recipe says: what reading it does not need to know, and other programs go by."""
+"""What is demanded of a shard before anything in it is believed, whoever made it and whatever became of it since.
+
+Both formats hold what they find against these rules as soon as they open a shard, so every command refuses the same
+files, by the same words, before it reads a row.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from typing import TYPE_CHECKING, NamedTuple
+import re
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import h5py
 import numpy as np
 
-from internvit_cli.config import PATCH_SIZE, Status, Tokens
-from internvit_cli.storage import hdf5
+from internvit_cli.accuracy import COMPUTE_ERROR, STORE_ERROR, from_attributes
+from internvit_cli.config import PATCH_SIZE, Preprocess, Recipe, Status, Tokens
+from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.layout import (
+    ATTRIBUTES_BYTES,
     CRC32,
     DIGEST,
     FEATURE_DATASETS,
     POOLED,
+    REMEDY,
     RUN_LOG,
     RUN_LOG_BYTES,
     STATUS,
     TILE_POOLED,
-    TOKEN_DATASETS,
+    DatasetSpec,
+    StoredShard,
+    check_format,
+    index_digest,
+    recorded_sources,
+    stored_recipe,
+    unknown_value,
 )
+from internvit_cli.table import COLUMN_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Mapping, Sequence
 
-    from internvit_cli.config import Recipe
-    from internvit_cli.storage.layout import Extent
-    from internvit_cli.storage.output import FinishedShard
-    from internvit_cli.table import ImageTable
+    from numpy.typing import NDArray
 
-UNREADABLE = (*hdf5.DAMAGE, RecursionError)
-"""What damaged files make their readers raise, beside errors of our own."""
+    from internvit_cli.sources.interface import Source
+
+NUMBERS = ("format_version", "batch_tiles")
+TEXTS = ("format", "recipe", "recipe_digest", "index_digest", "sources", "weights_digest")
+"""Attributes that every shard has, beside the numbers."""
+MORE_TEXTS = ("created_by", "model", "model_revision", "pooled_from", COMPUTE_ERROR, STORE_ERROR)
+"""Attributes that nothing depends on. Those of later versions are texts or numbers too."""
+MOST_ATTRIBUTES = 64
+MOST_BATCH_TILES = 65536
+MOST_TILE_SIDE = 16384
+MOST_GRID_TILES = 4096
+MOST_ROW_VALUES = 1 << 20
+"""Values of one vector, or of one token: many times more than any model gives."""
+LONGEST_KEY = 16384
+"""Bytes: four times the longest path."""
+MOST_ORIENTATION = 8
+KEY_BLOCK = 65536
+"""Keys looked at in one go."""
+CLIMBING = re.compile(rb"[\0/]\.\.[\0/]")
 
 
 class Expected(NamedTuple):
@@ -41,16 +71,15 @@ class Expected(NamedTuple):
     dimensions: int
     dtype: str
 
+    @classmethod
+    def exactly(cls, shape: tuple[int, ...], dtype: str) -> Expected:
+        """Expect a shape of which every length is known."""
+        return cls(shape, len(shape), dtype)
 
-def expected_datasets(recipe: Recipe, images: int, tiles: int) -> dict[str, Expected]:
-    """The datasets of a shard with rows, by name; the width of a vector and of a token is the model's affair."""
-    found = {
-        STATUS: Expected((images,), 1, "|u1"),
-        DIGEST: Expected((images, 32), 2, "|u1"),
-        CRC32: Expected((images,), 1, "<u4"),
-        RUN_LOG: Expected((RUN_LOG_BYTES,), 1, "|u1"),
-        POOLED: Expected((images,), 2, "<f4"),
-    }
+
+def expected_features(recipe: Recipe, images: int, tiles: int) -> dict[str, Expected]:
+    """Return the datasets of features by name; the width of a vector and of a token is the model's affair."""
+    found = {POOLED: Expected((images,), 2, "<f4")}
     tokens = recipe.tokens
     if tokens is not Tokens.NONE:
         patches = (recipe.tile_size // PATCH_SIZE) ** 2
@@ -58,75 +87,233 @@ def expected_datasets(recipe: Recipe, images: int, tiles: int) -> dict[str, Expe
         dtype = recipe.store_dtype
         found[tokens.dataset] = Expected((tiles, count), 3, dtype.numpy_name)
         if dtype.is_scaled:
-            found[tokens.scales_dataset] = Expected((tiles, count), 2, "<f4")
+            found[tokens.scales_dataset] = Expected.exactly((tiles, count), "<f4")
     if recipe.tile_pooled:
         found[TILE_POOLED] = Expected((tiles,), 2, "<f4")
-    return {name: expected for name, expected in found.items() if expected.lengths[0]}
+    return found
 
 
-def attribute_problems(shard: FinishedShard, recipe: Recipe) -> Iterator[str]:
-    """Attributes that do not follow from the recipe that stands beside them."""
-    attributes = shard.stored.attributes
-    if attributes.get("recipe_digest") != recipe.digest:
-        yield "the recipe's digest does not match it"
-    if attributes.get("weights_digest") != recipe.weights_digest:
-        yield "weights_digest is not that of the recipe"
+def expected_records(images: int) -> dict[str, Expected]:
+    """Return what is recorded of every image when it is committed, and the log of runs, by dataset name."""
+    return {
+        STATUS: Expected.exactly((images,), "|u1"),
+        DIGEST: Expected.exactly((images, 32), "|u1"),
+        CRC32: Expected.exactly((images,), "<u4"),
+        RUN_LOG: Expected.exactly((RUN_LOG_BYTES,), "|u1"),
+    }
 
 
-def table_problems(table: ImageTable, sources: int) -> Iterator[str]:
-    """Index columns that contradict each other."""
-    if len(set(table.keys)) < len(table):
-        yield "two rows have the same key"
-    if len(table) and int(table.source.max()) >= sources:
-        yield "a row names a source that is not in the list of sources"
-    if (np.diff(table.tile_offset.astype(np.int64)) < 0).any():
-        yield "tile offsets decrease"
-    if ((table.tile_counts == 0) & (table.status == Status.DONE)).any():
-        yield "an image without tiles is done"
+def expected_columns(images: int) -> dict[str, Expected]:
+    """Return the columns of the index that are arrays of their own, by dataset name."""
+    columns = {f"image/{name}": Expected.exactly((images,), dtype) for name, dtype in COLUMN_DTYPES.items()}
+    return columns | {"image/tile_offset": Expected.exactly((images + 1,), "<u8")}
 
 
-def dataset_problems(shard: FinishedShard, recipe: Recipe) -> Iterator[str]:
-    """Datasets that are missing, too many, or of another shape or type than the recipe and the index ask for.
+def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, Expected], path: str) -> None:
+    """Refuse datasets of features that are missing, too many, or of another shape or type than is demanded.
 
     Raises:
-        OutputError: the file is damaged.
+        OutputError: the first of them is named.
     """
-    table = shard.stored.table
-    extents = shard.backend.extents(shard.path)
-    expected = expected_datasets(recipe, len(table), table.tiles)
-    is_hdf5 = shard.backend is hdf5
-    published_apart = () if is_hdf5 or os.path.isdir(shard.path) else (STATUS, DIGEST, CRC32, RUN_LOG)
     for name, wanted in expected.items():
-        if name not in published_apart:
-            yield from _differences(name, wanted, extents.get(name))
-    for name in sorted(set(FEATURE_DATASETS) & set(extents) - set(expected)):
-        yield f"{name} is there, but the recipe stores none"
-    if is_hdf5:
-        yield from _type_problems(shard.path, recipe)
+        if name not in found:
+            raise damaged(path, f"{name} is missing")
+        _check_dataset(found[name], wanted, path)
+    for name in sorted(set(FEATURE_DATASETS) & set(found) - set(expected)):
+        raise damaged(path, f"{name} is there, but the recipe stores none")
 
 
-def _differences(name: str, wanted: Expected, extent: Extent | None) -> Iterator[str]:
-    if extent is None:
-        yield f"{name} is missing"
+def _check_dataset(spec: DatasetSpec, wanted: Expected, path: str) -> None:
+    shape, known = spec.shape, len(wanted.lengths)
+    is_row_sound = all(0 < length <= MOST_ROW_VALUES for length in shape[known:])
+    if shape[:known] != wanted.lengths or len(shape) != wanted.dimensions or not is_row_sound:
+        rest = ", ".join([*map(str, wanted.lengths), *["any"] * (wanted.dimensions - known)])
+        raise damaged(path, f"{spec.name} has shape {shape}, not ({rest})")
+    if spec.dtype != wanted.dtype:
+        raise damaged(path, f"{spec.name} has type {spec.dtype}, not {wanted.dtype}")
+
+
+# -------------------------------------------------------------------------------------------------------- attributes
+
+
+def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, list[Source]]:
+    """Refuse attributes that cannot be those of a sound shard of a version we know.
+
+    Returns:
+        The recipe and the sources that they hold.
+
+    Raises:
+        ForeignFileError: another program's file.
+        OutputError: a newer version's, or a damaged one.
+    """
+    check_format(attributes, path)
+    _check_kinds(attributes, path)
+    recipe = stored_recipe(attributes, path)
+    text = attributes["recipe"].encode("utf-8", "surrogatepass")
+    if attributes["recipe_digest"] != hashlib.sha256(text).hexdigest():
+        raise damaged(path, "its recipe does not match the digest beside it")
+    if attributes["weights_digest"] != recipe.weights_digest:
+        raise damaged(path, "its weights_digest is not that of its recipe")
+    if recipe.tile_size > MOST_TILE_SIDE or recipe.max_tiles > MOST_GRID_TILES:
+        raise damaged(path, f"its recipe asks for tiles of {recipe.tile_size} px, up to {recipe.max_tiles} an image")
+    if not 0 <= attributes["batch_tiles"] <= MOST_BATCH_TILES:
+        raise damaged(path, f"batch_tiles is {attributes['batch_tiles']}")
+    try:
+        from_attributes(attributes)
+    except ValueError as error:
+        raise damaged(path, f"the accuracy that it records: {error}") from error
+    return recipe, recorded_sources(attributes, path)
+
+
+def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
+    if len(attributes) > MOST_ATTRIBUTES:
+        raise damaged(path, f"it has {len(attributes):,} attributes")
+    for name, value in attributes.items():
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise unknown_value(attributes, f"attribute {one_line(name, 80)} of {path} is {one_line(repr(value), 80)}")
+    for name in (*TEXTS, *NUMBERS):
+        if name not in attributes:
+            raise damaged(path, f"it has no attribute {name}")
+    for names, kind in (((*TEXTS, *MORE_TEXTS), str), (NUMBERS, int)):
+        for name in names:
+            if not isinstance(attributes.get(name, kind()), kind):
+                value = one_line(repr(attributes[name]), 80)
+                raise unknown_value(attributes, f"attribute {name} of {path} is {value}")
+    if any(len(value) > ATTRIBUTES_BYTES for value in attributes.values() if isinstance(value, str)):
+        raise damaged(path, f"an attribute has more than {ATTRIBUTES_BYTES:,} bytes")
+
+
+# ------------------------------------------------------------------------------------------------------------- index
+
+
+def check_shard(stored: StoredShard, path: str) -> None:
+    """Refuse an index that is not what was made, or that nobody could have made.
+
+    Raises:
+        OutputError: an index that does not match its digest, or contradicts itself, its recipe or its sources.
+    """
+    attributes, table = stored.attributes, stored.table
+    recipe, sources = check_attributes(attributes, path)
+    check_lengths([len(table.status)], len(table), path)
+    check_statuses(table.status, path)
+    unsigned = {name: value for name, value in attributes.items() if name != "index_digest"}
+    if index_digest(table, unsigned) != attributes["index_digest"]:
+        raise damaged(path, "its index does not match the digest that vouches for it")
+    columns = {name: getattr(table, name) for name in COLUMN_DTYPES}
+    check_columns(columns, table.status, recipe, len(sources), path)
+    check_keys(table.keys, path)
+    _check_prefixes(table.keys, table.source, sources, path)
+
+
+def check_statuses(status: NDArray[Any], path: str) -> None:
+    """Refuse statuses that mean nothing.
+
+    Raises:
+        OutputError: they are damaged.
+    """
+    if int(np.bincount(status, minlength=256)[list(Status)].sum()) != len(status):
+        raise OutputError(f"the statuses of {path} are damaged", REMEDY)
+
+
+def check_columns(
+    columns: Mapping[str, NDArray[Any]], status: NDArray[Any], recipe: Recipe, sources: int, path: str
+) -> None:
+    """Refuse columns that no listing of pictures gives under a recipe.
+
+    Args:
+        columns: of the table, [n] each.
+        status: [n] uint8.
+        recipe: what the shard was made with.
+        sources: how many there are.
+        path: the shard, for the message.
+
+    Raises:
+        OutputError: they contradict each other, the recipe or the sources.
+    """
+    if not len(status):
         return
-    shape, dtype = extent.spec.shape, extent.spec.dtype
-    lengths = wanted.lengths
-    if shape[: len(lengths)] != lengths or len(shape) != wanted.dimensions or not all(shape):
-        rest = ", ".join([*map(str, lengths), *["any"] * (wanted.dimensions - len(lengths))])
-        yield f"{name} has shape {shape}, not ({rest})"
-    elif dtype != wanted.dtype:
-        yield f"{name} has type {dtype}, not {wanted.dtype}"
-    elif extent.offset + extent.spec.nbytes > os.path.getsize(extent.path):
-        yield f"{name} reaches beyond the end of the file"
+    if int(columns["source"].max()) >= sources:
+        raise damaged(path, f"an image is of source {int(columns['source'].max())}, and there are {sources}")
+    most = recipe.max_tiles if recipe.preprocess is Preprocess.TILES else 1
+    grid = columns["columns"].astype(np.uint64) * columns["rows"]
+    if int(grid.max()) > most or int(columns["thumbnail"].max()) > 1:
+        raise damaged(path, f"an image has more tiles than its recipe allows, which are {most} and a thumbnail")
+    if int(columns["orientation"].max()) > MOST_ORIENTATION:
+        raise damaged(path, f"an image has orientation {int(columns['orientation'].max())}")
+    if ((grid == 0) & (status == Status.DONE)).any():
+        raise damaged(path, "an image without tiles is done")
 
 
-def _type_problems(path: str, recipe: Recipe) -> Iterator[str]:
-    """Types of an HDF5 file that are not plain little-endian ones: its bytes are right, and read as something else."""
-    with h5py.File(path, "r", locking=False) as file:
-        for name, extent in hdf5.extents(path).items():
-            plain = h5py.h5t.py_create(np.dtype(extent.spec.dtype), logical=True)
-            dataset = file[name]
-            if dataset.id.get_type() != plain:
-                yield f"{name} has an odd type: {dataset.dtype.str}"
-            elif name in TOKEN_DATASETS and dataset.attrs.get("dtype") != recipe.store_dtype:
-                yield f"{name} says that its type is {dataset.attrs.get('dtype')!r}, not {recipe.store_dtype.value!r}"
+def check_keys(keys: Sequence[bytes], path: str) -> None:
+    """Refuse keys that lead out of the folder they are relative to, or that are no names of files at all.
+
+    Raises:
+        OutputError: one is empty, absolute, climbs with `..`, holds NUL, or names two images.
+    """
+    for start in range(0, len(keys), KEY_BLOCK):
+        block = keys[start : start + KEY_BLOCK]
+        text = b"\0" + b"\0".join(block) + b"\0"  # one search is some ten times as fast as one each
+        climbs = b".." in text and CLIMBING.search(text) is not None
+        if climbs or b"\0\0" in text or b"\0/" in text or text.count(b"\0") > len(block) + 1:
+            for key in block:
+                if problem := _problem_of(key):
+                    raise damaged(path, f"the key {one_line(key, 80)!r} {problem}")
+    if len(set(keys)) < len(keys):
+        ordered = sorted(keys)
+        twice = next(key for key, following in pairwise(ordered) if key == following)
+        raise damaged(path, f"two images have the key {one_line(twice, 80)!r}")
+
+
+def _problem_of(key: bytes) -> str:
+    if not key:
+        return "is empty"
+    if b"\0" in key:
+        return "holds NUL"
+    if key.startswith(b"/"):
+        return "is absolute"
+    return "climbs out of its folder" if b".." in key.split(b"/") else ""
+
+
+def _check_prefixes(keys: Sequence[bytes], source: NDArray[Any], sources: Sequence[Source], path: str) -> None:
+    """Refuse keys that lack the name of their source, which is cut off to find their files."""
+    for number, named in enumerate(sources):
+        if not named.prefix:
+            continue
+        for row in np.flatnonzero(source == number).tolist():
+            if not keys[row].startswith(named.prefix):
+                name = one_line(os.fsdecode(named.name), 80)
+                raise damaged(path, f"the key {one_line(keys[row], 80)!r} is not of its source {name!r}")
+
+
+def check_lengths(lengths: Collection[int], images: int, path: str) -> None:
+    """Refuse arrays that should have one row an image and have not.
+
+    Raises:
+        OutputError: at least one differs.
+    """
+    if any(length != images for length in lengths):
+        raise damaged(path, f"it has not one entry for each of its {images:,} images everywhere")
+
+
+def check_alike(shards: Sequence[tuple[str, Mapping[str, DatasetSpec]]]) -> None:
+    """Refuse shards of one output whose rows have different sizes.
+
+    Args:
+        shards: path and datasets of each.
+
+    Raises:
+        OutputError: two of them differ.
+    """
+    first: dict[str, tuple[str, DatasetSpec]] = {}
+    for path, specs in shards:
+        for name in FEATURE_DATASETS:
+            if name not in specs:
+                continue
+            where, spec = first.setdefault(name, (path, specs[name]))
+            if (spec.shape[1:], spec.dtype) != (specs[name].shape[1:], specs[name].dtype):
+                raise damaged(path, f"a row of {name} is {specs[name].shape[1:]}, and that of {where} {spec.shape[1:]}")
+
+
+def damaged(path: str, problem: str) -> OutputError:
+    """Return the error of a shard of ours that is not as it has to be."""
+    return OutputError(f"{path} is not a sound feature shard: {problem}", REMEDY)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 
@@ -28,6 +30,7 @@ from internvit_cli.storage.durable import (
     sync_path,
     write_file,
 )
+from internvit_cli.untrusted import opened, parse_json, read_bounded
 from internvit_cli.use.nearest import best
 from internvit_cli.use.spaces import Space
 
@@ -50,6 +53,8 @@ CONNECTIVITY = 32
 SEARCH_WIDTH = 512
 """Measured in docs/search.md: all of the ten nearest among clustered vectors, most among structureless ones."""
 PARTS = ("usearch", "npz")
+FACTS_BYTES = 1 << 20
+"""More than the facts of an index take, or the headers of its arrays."""
 
 
 def contents_digest(features: Features) -> str:
@@ -82,6 +87,7 @@ class NearIndex:
         numbers, similarities = [], []
         for query in queries:
             found = self._graph.search(query, wanted).keys.astype(np.int64)
+            found = found[(found >= 0) & (found < len(vectors))]
             scores = self.space.embed(vectors[found]) @ query
             kept_numbers, kept = best(found[None], scores[None], count)
             numbers.append(kept_numbers[0])
@@ -111,10 +117,12 @@ def open_index(
     usearch = _usearch()
     base = os.path.join(features.path + FOLDER_SUFFIX, name)
     digest = contents_digest(features)
-    if (space := _stored_space(base, digest)) is not None:
+    if (space := _stored_space(base, digest, vectors.shape[1])) is not None:
         try:
-            return NearIndex(space, False, usearch.Index.restore(f"{base}.usearch", view=True))
-        except (RuntimeError, ValueError, OSError, TypeError):
+            graph = usearch.Index.restore(f"{base}.usearch", view=True)
+            if graph.ndim == vectors.shape[1] and len(graph) == len(vectors):
+                return NearIndex(space, False, graph)
+        except (RuntimeError, ValueError, OSError, TypeError, AttributeError):
             pass  # a damaged graph is made again, as a missing one is
     space = make_space()
     graph = _build(usearch, vectors, space, on_progress)
@@ -175,21 +183,52 @@ def _save_graph(graph: Any, path: str) -> None:
         raise OSError(errno.ENOSPC if free < needed else errno.EIO, str(error)) from error
 
 
-def _stored_space(base: str, digest: str) -> Space | None:
-    """The space of an index that is up to date; None where there is none, and where it is damaged."""
+def _stored_space(base: str, digest: str, width: int) -> Space | None:
+    """The space of an index that is up to date; None where there is none, and where it is damaged.
+
+    Args:
+        base: what its files' names begin with.
+        digest: of the output's contents.
+        width: values of a vector.
+    """
     try:
-        with open(f"{base}.json", "rb") as file:
-            facts = json.load(file)
+        facts = parse_json(read_bounded(f"{base}.json", FACTS_BYTES, follow_links=False))
         vouched = facts["version"], facts["contents"], facts["bytes"]
         if vouched != (INDEX_VERSION, digest, _sizes(base)):
             return None
-        with np.load(f"{base}.npz", allow_pickle=False) as arrays:
-            mean, matrix = arrays.get("mean"), arrays.get("matrix")
-        return Space(facts["space"], mean, matrix, int(facts.get("fitted_on", 0)), float(facts.get("shrinkage", 0)))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile):
+        arrays = _stored_arrays(f"{base}.npz", {"mean": (width,), "matrix": (width, width)})
+        fitted_on, shrinkage = int(facts.get("fitted_on", 0)), float(facts.get("shrinkage", 0))
+        return Space(str(facts["space"]), arrays.get("mean"), arrays.get("matrix"), fitted_on, shrinkage)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, OverflowError):
         return None
 
 
+def _stored_arrays(path: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
+    """The arrays of an `.npz` file, all float32; those that it lacks are left out.
+
+    Raises:
+        ValueError: one is of another shape or type, or is compressed, and may then be of any size.
+    """
+    most = sum(4 * math.prod(shape) for shape in shapes.values()) + FACTS_BYTES
+    data = io.BytesIO(read_bounded(path, most, follow_links=False))
+    with ZipFile(data) as members:
+        if any(member.compress_type != ZIP_STORED for member in members.infolist()):
+            raise ValueError("its members are compressed")
+    with np.load(data, allow_pickle=False) as arrays:
+        found = {name: arrays[name] for name in shapes if name in arrays}
+    if any(array.shape != shapes[name] or array.dtype != np.float32 for name, array in found.items()):
+        raise ValueError("its arrays are of another shape or type")
+    return found
+
+
 def _sizes(base: str) -> dict[str, int]:
-    """Bytes of the parts that the last file vouches for."""
-    return {suffix: os.path.getsize(f"{base}.{suffix}") for suffix in PARTS}
+    """Bytes of the parts that the last file vouches for.
+
+    Raises:
+        OSError: one is not there, or is no regular file.
+    """
+    sizes = {}
+    for suffix in PARTS:
+        with opened(f"{base}.{suffix}", follow_links=False) as file:
+            sizes[suffix] = os.fstat(file.fileno()).st_size
+    return sizes

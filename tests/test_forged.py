@@ -1,0 +1,56 @@
+"""Outputs that somebody forged: each command refuses them in one line with a hint, or gives what it gave before."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import crash_driver
+import crash_tracing as tracing
+import forging
+import pytest
+from crash_checks import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROCESSES = 2
+FEW, ALL = 16, 1_000_000
+"""Forgeries of each kind of output that are tried, of all sorts."""
+
+
+def begin_process() -> None:
+    tracing.warm_up(crash_driver.Behaviour(inline=True))
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PROCESSES, context, begin_process) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("most", [FEW, pytest.param(ALL, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_forged_output_is_refused_in_one_line_or_changes_nothing_and_tells_of_no_other_file(
+    processes: ProcessPoolExecutor, kind: str, most: int
+) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        places = [Path(folder, str(part)) for part in range(PROCESSES)]
+        for place in places:
+            place.mkdir()
+        parts = [
+            processes.submit(forging.try_forgeries, str(place), kind, part, PROCESSES, most)
+            for part, place in enumerate(places)
+        ]
+        results = [part.result() for part in parts]
+    cases = [case for found, _ in results for case in found]
+    assert len(cases) == results[0][1] >= FEW
+    refused = sum(case.refused > 0 for case in cases)
+    print(f"\n{kind}: {len(cases)} forgeries, {refused} refused; {max(case.seconds for case in cases):.1f} s at most")
+    wrong = [f"{case.name}:\n" + "\n".join(case.problems) for case in cases if case.problems]
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:10])
+    assert refused > len(cases) // 2
