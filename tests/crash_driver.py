@@ -138,10 +138,10 @@ class DigestDecoder:
             time.sleep(self.behaviour.pause)
             facts = os.stat(job.path)
             if (facts.st_size, facts.st_mtime_ns) != (job.header.file_size, job.header.file_mtime_ns):
-                yield FailedImage(job.row, Skipped(Status.CHANGED, "", "the file changed after it was planned"))
+                yield FailedImage(job.row, Skipped(Status.CHANGED, "", "the file changed after it was planned"), 0)
                 continue
             if SPOILED in job.path:
-                yield FailedImage(job.row, Skipped(Status.TRUNCATED, "OSError", "image file is truncated"))
+                yield FailedImage(job.row, Skipped(Status.TRUNCATED, "OSError", "image file is truncated"), 0)
                 continue
             with open(job.path, "rb") as file:
                 digest = hashlib.sha256(file.read()).digest()

@@ -157,7 +157,7 @@ def test_an_output_without_a_single_tile_goes_from_hdf5_to_npy_and_back(tmp_path
 def test_of_an_unfinished_output_what_is_committed_is_exported_and_the_rest_is_named(tmp_path: Path) -> None:
     exchange.make_partial(tmp_path / "a.h5", exchange.mixed_shard(), [0, 3])
     result = ok("export", tmp_path / "a.h5.partial", tmp_path / "b.h5")
-    assert "3 images are left out" in result.stderr
+    assert "3 images left out" in result.stderr
     assert list(open_features(tmp_path / "b.h5")) == ["a.jpg", "line\nbreak\r.jpg", NOT_UTF8]
     exchange.make_partial(tmp_path / "folder", exchange.mixed_shard(), [1])
     ok("export", tmp_path / "folder", tmp_path / "c.h5", "-k", "sub/folder/b.png")

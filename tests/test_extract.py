@@ -31,6 +31,9 @@ from run_helpers import (
 from internvit_cli import open_features
 from internvit_cli.config import Status
 
+DTYPE = ("--dtype", "float32")
+"""Where values of two runs are compared: auto takes whichever type was faster at the moment."""
+
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
@@ -254,14 +257,14 @@ def test_new_changed_and_deleted_pictures_are_taken_up_by_the_same_command(pictu
     for output in (tmp_path / "feats.h5", tmp_path / "feats"):
         shutil.rmtree(pictures)
         make_pictures(pictures, 8)
-        assert extract(pictures, "-o", output).returncode == 0
+        assert extract(pictures, "-o", output, *DTYPE).returncode == 0
         make_pictures(pictures / "added", 3, seed=5)
         Image.new("RGB", (90, 33), "red").save(changed)
         deleted.unlink()
         os.utime(pictures / "part0" / "002.png", (1, 1))
-        summary = summary_of(extract(pictures, "-o", output, "--json"))
+        summary = summary_of(extract(pictures, "-o", output, *DTYPE, "--json"))
         assert (summary["encoded"], summary["found"], summary["kept"]) == (4, 10, 1)
-        assert extract(pictures, "-o", tmp_path / "anew.h5", "--overwrite").returncode == 0
+        assert extract(pictures, "-o", tmp_path / "anew.h5", "--overwrite", *DTYPE).returncode == 0
         anew, features = open_features(tmp_path / "anew.h5"), open_features(output)
         assert set(features) == {*anew, "part1/001.png"}
         for key in anew:
@@ -283,7 +286,7 @@ def test_each_bad_picture_is_one_skipped_image_with_its_reason(pictures: Path, t
     os.mkfifo(pictures / "pipe.jpg")
     Image.new("1", (20000, 20000)).save(pictures / "bomb.png")
     output = tmp_path / "feats.h5"
-    result = extract(pictures, "-o", output, "--json")
+    result = extract(pictures, "-o", output, *DTYPE, "--json")
     assert result.returncode == 3
     assert "\x1b" not in result.stderr + result.stdout
     lines = Path(f"{output}.skipped.jsonl").read_text().splitlines()
@@ -304,7 +307,7 @@ def test_each_bad_picture_is_one_skipped_image_with_its_reason(pictures: Path, t
         assert np.isnan(file["pooled"][~done]).all() and np.isfinite(file["pooled"][done]).all()
     clean = tmp_path / "clean"
     make_pictures(clean, 8)
-    assert extract(clean, "-o", tmp_path / "clean.h5").returncode == 0
+    assert extract(clean, "-o", tmp_path / "clean.h5", *DTYPE).returncode == 0
     reference = open_features(tmp_path / "clean.h5")
     for key in reference:
         np.testing.assert_array_equal(reference[key].visual_tokens, features[key].visual_tokens)
@@ -516,7 +519,7 @@ def test_progress_on_a_terminal_is_a_bar_and_elsewhere_a_line(pictures: Path, tm
     import pty
 
     plain = extract(pictures, "-o", tmp_path / "a.h5")
-    assert "\r" not in plain.stderr and "8 images to encode" in plain.stderr
+    assert "\r" not in plain.stderr and "8 images found = 8 to encode (44 tiles)" in plain.stderr
     leader, follower = pty.openpty()
     arguments = command("extract", pictures, "-o", tmp_path / "b.h5", "--model", "tiny-random")
     with subprocess.Popen(

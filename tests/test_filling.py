@@ -82,9 +82,9 @@ def test_batches_across_images_change_no_value(noise, tmp_path, batch_tiles):
     filled = shard.fill(encoder)
     tiles = shard.new.table.tiles
     assert tiles > 30
-    assert sum(encoder.sizes) == filled.progress.tiles == tiles
+    assert sum(encoder.sizes) == filled.tally.tiles == tiles
     assert encoder.sizes[:-1] == [batch_tiles] * (len(encoder.sizes) - 1), "only the last batch may be short"
-    assert (filled.progress.images, filled.progress.skipped) == (12, 0)
+    assert (filled.tally.images, filled.tally.skipped) == (12, 0)
     plain = shard.publish()
     offset = plain.arrays["image/tile_offset"].tolist()
     for row, job in enumerate(shard.jobs):
@@ -128,7 +128,7 @@ def test_a_value_too_large_at_the_very_beginning_ends_the_run(plain_pictures, ou
 def test_a_later_value_too_large_skips_its_picture(plain_pictures, output):
     shard = Shard(plain_pictures([1, TOO_LARGE, 2]), output)
     filled = shard.fill(Encoder(2))
-    assert (filled.progress.images, filled.progress.skipped) == (2, 1)
+    assert (filled.tally.images, filled.tally.skipped) == (2, 1)
     assert shard.status == [Status.DONE, Status.OVERFLOW, Status.DONE]
     assert [(e["key"], e["reason"]) for e in read_skip_log(output.skipped_path)] == [("001.png", "overflow")]
     assert np.isnan(shard.publish().arrays["pooled"][1]).all()
@@ -189,7 +189,7 @@ def test_a_picture_that_cannot_be_decoded_disturbs_no_other(plain_pictures, outp
     paths[2].write_bytes(b"something else")
     filled = shard.fill(Encoder(3))
     assert shard.status == [Status.VANISHED, Status.DONE, Status.CHANGED, Status.DONE]
-    assert (filled.progress.images, filled.progress.skipped) == (2, 2)
+    assert (filled.tally.images, filled.tally.skipped) == (2, 2)
     assert [entry["reason"] for entry in read_skip_log(output.skipped_path)] == ["vanished", "changed"]
 
 
@@ -207,8 +207,8 @@ def test_a_stop_commits_what_is_finished_and_a_second_run_does_the_rest(noise, t
             stop.signal = 2 if progress.images >= 2 else 0
 
         filled = shard.fill(Encoder(4), stop=stop, on_progress=stop_soon)
-        assert sum(shard.status) - before == filled.progress.images
-        counts.append(filled.progress.images)
+        assert sum(shard.status) - before == filled.tally.images
+        counts.append(filled.tally.images)
         if Status.PENDING not in shard.status:
             break
     assert len(counts) > 2, "the stop came too late to show anything"

@@ -106,7 +106,7 @@ def test_a_key_of_two_outputs_counts_once_and_two_pictures_by_one_key_are_refuse
     simple(tmp_path / "same.h5", [b"k.jpg", b"b.jpg"], seed=1)
     simple(tmp_path / "other.h5", [b"k.jpg"], seed=2)
     result = ok("merge", tmp_path / "a.h5", tmp_path / "same.h5", "-o", tmp_path / "c.h5")
-    assert "1 images were in more than one" in result.stderr
+    assert "1 image in more than one" in result.stderr
     assert sorted(open_features(tmp_path / "c.h5")) == ["a.jpg", "b.jpg", "k.jpg"]
     said = fails(1, "merge", tmp_path / "a.h5", tmp_path / "other.h5", "-o", tmp_path / "d.h5")
     assert "k.jpg" in said
@@ -159,7 +159,7 @@ def test_of_unfinished_outputs_what_is_committed_is_merged(tmp_path: Path) -> No
     exchange.make_partial(tmp_path / "a.h5", helpers.make_shard(helpers.make_table([(1, 1, 0)] * 4)), [0, 2])
     simple(tmp_path / "b.h5", [b"0001.jpg"])
     result = ok("merge", tmp_path / "a.h5.partial", tmp_path / "b.h5", "-o", tmp_path / "c.h5")
-    assert "1 images are left out" in result.stderr
+    assert "1 image left out" in result.stderr
     assert sorted(open_features(tmp_path / "c.h5").done) == ["0000.jpg", "0001.jpg", "0002.jpg"]
     ok("verify", tmp_path / "c.h5")
 
@@ -285,7 +285,7 @@ def test_tokens_of_other_tiles_or_shapes_are_not_compared_and_that_is_said(tmp_p
     helpers.make_output(tmp_path / "e.h5", helpers.make_shard(table, token_order=TokenOrder.V1))
     found = difference(tmp_path / "a.h5", tmp_path / "b.h5")
     assert found["tokens"]["images"] == 1
-    assert "tokens of 1 images are not compared: their tiles differ" in found["notes"]
+    assert "tokens of 1 image not compared: their tiles differ" in found["notes"]
     assert "patch [tiles, 4, 6]" in difference(tmp_path / "a.h5", tmp_path / "c.h5")["notes"][0]
     assert difference(tmp_path / "a.h5", tmp_path / "d.h5")["tokens"] is None
     assert "different orders" in difference(tmp_path / "a.h5", tmp_path / "e.h5")["notes"][0]

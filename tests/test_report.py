@@ -374,7 +374,7 @@ def test_only_the_tokens_of_the_sample_are_read(report_output, tmp_path, monkeyp
 
 def test_the_command_names_its_file_and_says_nothing_when_quiet(report_output, tmp_path):
     loud = internvit("report", report_output, "-o", tmp_path / "a.html", "--samples", 1, "--thumbnails", 1)
-    assert loud.stdout.startswith(f"{tmp_path}/a.html: ") and "1 token maps" in loud.stdout
+    assert loud.stdout.startswith(f"{tmp_path}/a.html: ") and "1 token map" in loud.stdout
     quiet = internvit("report", report_output, "-o", tmp_path / "a.html", "-q", "--samples", 0, "--thumbnails", 0)
     assert quiet.returncode == 0 and quiet.stdout == quiet.stderr == ""
     assert os.listdir(tmp_path) == ["a.html"], "no temporary file is left"

@@ -26,13 +26,14 @@ from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder
 from internvit_cli.errors import OutputError
 from internvit_cli.model.native import pixel_shuffle
 from internvit_cli.model.vit import pixel_unshuffle
+from internvit_cli.observer import Observer, Phase
 from internvit_cli.storage import checksums
 from internvit_cli.storage import output as output_module
 from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.interface import backend_of
 from internvit_cli.storage.layout import DIGEST, POOLED, STATUS, Extent
 from internvit_cli.storage.output import Output
-from internvit_cli.verdict import Finding, Verdict, VerifyObserver, VerifyOptions
+from internvit_cli.verdict import Finding, Verdict, VerifyOptions
 from internvit_cli.verify import verify
 
 FORMATS = {"feats.h5": Format.H5, "feats": Format.NPY, "shards": Format.H5}
@@ -162,7 +163,7 @@ def test_an_unfinished_file_is_checked_as_far_as_it_goes(tmp_path: Path) -> None
         target = partial if output.is_file else output.path
         verdict = check(target)
         assert verdict.findings == () and verdict.images == {"pending": 6, "done": 3, "not_an_image": 1}
-        assert any("6 of 10 images are pending" in note for note in verdict.notes)
+        assert any("6 of 10 images pending" in note for note in verdict.notes)
         flip_in_row(output.backend.extents(partial)["visual_tokens"], 11, 12, np.random.default_rng(0))
         assert one_finding(target).key == os.fsdecode(shard.table.keys[4])
     with pytest.raises(output_module.OutputError, match="is not there") as caught:
@@ -430,9 +431,9 @@ def test_a_file_that_a_run_replaces_meanwhile_is_said_to_be_replaced(tmp_path: P
     path, other = make_sound(tmp_path, "feats.h5"), tmp_path / "other.h5"
     make_output(other, sound_shard(5), seed=5)
 
-    class Replacing(VerifyObserver):
-        def stage(self, name: str, total: int, unit: str) -> None:
-            if name == "rows":
+    class Replacing(Observer):
+        def began(self, phase: Phase) -> None:
+            if phase.name == "checking rows":
                 os.replace(other, path)
 
     findings = verify(VerifyOptions(str(path)), Replacing()).findings
@@ -578,7 +579,7 @@ def test_the_sample_follows_the_seed_and_only_pictures_that_are_as_they_were_cou
     os.utime(paths[3], (1, 1))
     verdict = check(path, re_extract=6)
     assert verdict.comparisons[0].images == verdict.comparisons[0].bit_equal == 3
-    assert any("3 of the 6 images asked for" in note for note in verdict.notes)
+    assert any("3 of 6 images encoded again" in note for note in verdict.notes)
     assert verdict.findings == ()
     assert check(path, re_extract=2, seed=9).comparisons[0].images == 2
     shutil.rmtree(folder)

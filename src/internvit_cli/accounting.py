@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.model.catalog import TINY_RANDOM
-from internvit_cli.observer import Progress
 from internvit_cli.reconcile import StoredImages
-from internvit_cli.report import Counts, Stages, Summary
+from internvit_cli.report import Counts, Outlook, Stages, Summary, Tally
 from internvit_cli.storage.durable import allocated_bytes
 from internvit_cli.table import count_statuses
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
     from internvit_cli.engine import Engine
     from internvit_cli.existing import Existing
     from internvit_cli.filling import Filled
     from internvit_cli.options import ExtractOptions
+    from internvit_cli.plan import Plan
+    from internvit_cli.reconcile import Changes
     from internvit_cli.sources import Listing
     from internvit_cli.storage.output import FinishedShard, Output
+    from internvit_cli.table import ImageTable
 
 
 @dataclass(slots=True)
@@ -30,20 +37,24 @@ class Totals:
     """What a run adds up while it goes on."""
 
     stages: Stages = field(default_factory=Stages)
-    progress: Progress = field(default_factory=Progress)
+    tally: Tally = field(default_factory=Tally)
+    encoded_unlisted: int = 0
+    """Encoded images that are not in the listing: an unfinished run had planned them."""
     clamped: int = 0
     """Values that were clamped to the stored type's range."""
     dropped: int = 0
     """Rows of deleted pictures."""
     unsynced: str = ""
     """What is not promised where the output is, for its folder cannot be synced."""
+    is_up_to_date: bool = True
+    """Whether there was nothing to do."""
     mistrusted: int = 0
     """Images that are done again because what was recorded of them is damaged."""
 
     def add(self, filled: Filled) -> None:
         """Another shard was filled."""
         self.stages = self.stages.plus(filled.stages)
-        self.progress = self.progress.plus(filled.progress)
+        self.tally = self.tally.plus(filled.tally)
         self.clamped += filled.clamped
 
 
@@ -66,9 +77,10 @@ def summarize(account: Account, engine: Engine | None, *, seconds: float, stoppe
         output=account.output.path,
         skipped_path=account.output.skipped_path,
         model=(existing.attributes or {}).get("model", account.options.model.name),
-        counts=_counts(StoredImages(existing.shards), account.listing),
-        tiles=totals.progress.tiles,
-        encoded=totals.progress.images,
+        counts=_counts(StoredImages(existing.shards), account.listing, totals),
+        tiles=totals.tally.tiles,
+        encoded=totals.tally.images,
+        is_up_to_date=totals.is_up_to_date,
         bytes=sum(map(_bytes_on_disk, existing.shards)),
         seconds=seconds,
         stages=totals.stages,
@@ -81,7 +93,33 @@ def summarize(account: Account, engine: Engine | None, *, seconds: float, stoppe
     )
 
 
-def _counts(stored: StoredImages, listing: Listing) -> Counts:
+def look_ahead(
+    listing: Listing, changes: Changes, existing: Existing, plan: Plan, tiles_of: Callable[[ImageTable], NDArray[Any]]
+) -> Outlook:
+    """Count the images of a listing before anything is encoded.
+
+    Args:
+        listing: of this command.
+        changes: what of it is not in the output as it is now.
+        existing: what is at the output.
+        plan: of the changes.
+        tiles_of: gives the tiles that each image of a table is decoded to, [n] int64.
+    """
+    is_planned = plan.table.status == Status.PENDING
+    images, tiles, unlisted = int(is_planned.sum()), int(tiles_of(plan.table)[is_planned].sum()), 0
+    if existing.partial is not None:
+        table = existing.partial.stored.table
+        planned, not_listed = set(plan.table.keys), set(changes.unlisted)
+        pending = np.flatnonzero(table.status == Status.PENDING).tolist()
+        left = [row for row in pending if table.keys[row] not in planned and table.keys[row] not in not_listed]
+        images, tiles = images + len(left), tiles + int(tiles_of(table)[left].sum())
+        unlisted = sum(table.keys[row] in not_listed for row in pending)
+    folders = len(listing.unreadable_folders)
+    skipped = changes.skipped_before + len(plan.skipped) + folders
+    return Outlook(len(listing) + folders, images, tiles, skipped, unlisted)
+
+
+def _counts(stored: StoredImages, listing: Listing, totals: Totals) -> Counts:
     found = [stored.status(key) for key in listing.keys]
     kept = len(stored) - sum(status is not None for status in found)
     statuses = np.fromiter((status or 0 for status in found), np.uint8, len(found))
@@ -90,7 +128,8 @@ def _counts(stored: StoredImages, listing: Listing) -> Counts:
     reasons = {status.word: count for status, count in by_status.items()}
     if folders := len(listing.unreadable_folders):
         reasons["unreadable_folder"] = folders
-    return Counts(len(statuses) + folders, done, sum(reasons.values()), pending, kept, reasons)
+    unchanged = done - (totals.tally.images - totals.encoded_unlisted)
+    return Counts(len(statuses) + folders, done, sum(reasons.values()), pending, kept, unchanged, reasons)
 
 
 def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
@@ -101,13 +140,13 @@ def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
     if totals.unsynced:
         notes.append(totals.unsynced)
     if totals.dropped:
-        notes.append(f"{totals.dropped:,} rows of deleted pictures were dropped")
+        notes.append(f"{counted(totals.dropped, 'row')} of deleted pictures dropped")
     if totals.mistrusted:
-        notes.append(f"{totals.mistrusted:,} images of an earlier run were damaged on the disk and are done again")
+        notes.append(f"{counted(totals.mistrusted, 'image')} of an earlier run damaged on the disk, and done again")
     if totals.clamped:
-        notes.append(f"{totals.clamped:,} values were clamped to the range of the stored type")
+        notes.append(f"{counted(totals.clamped, 'value')} clamped to the range of the stored type")
     if links := account.listing.unfollowed_links:
-        notes.append(f"{links} links to folders were not followed (--follow-links)")
+        notes.append(f"{counted(links, 'link')} to folders not followed (--follow-links)")
     return tuple(notes)
 
 

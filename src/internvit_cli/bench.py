@@ -120,16 +120,16 @@ def run_benchmark(options: ExtractOptions, survey: Survey, how: BenchOptions, ob
         InternvitError: the model, a device or the output's disk cannot be had.
     """
     devices = find_devices(options.run.devices)
-    observer.note("measuring the encoder")
-    rates = tuple(_encoder_rates(options, survey, how, devices[0]))
+    with observer.phase("measuring the encoder"):
+        rates = tuple(_encoder_rates(options, survey, how, devices[0]))
     chosen = rates[0]
     jobs = _sample(survey)
     decode = None
     if jobs:
-        observer.note("measuring the decoding")
-        decode = _decode_rate(options, survey, how, jobs, devices)
-    observer.note("measuring the disk")
-    write = _write_rate(survey.output.path, how.seconds)
+        with observer.phase("measuring the decoding"):
+            decode = _decode_rate(options, survey, how, jobs, devices)
+    with observer.phase("measuring the disk"):
+        write = _write_rate(survey.output.path, how.seconds)
     return Benchmark(
         model=survey.card.name,
         cpus=usable_cpus(),

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from internvit_cli.engine import Engine, EngineOptions, ShardJob
     from internvit_cli.filling import Filled
     from internvit_cli.model.checkpoint import Checkpoint
-    from internvit_cli.observer import Progress
+    from internvit_cli.report import Tally
     from internvit_cli.stopping import Stop
 
 ALL_DEVICES = "all"
@@ -143,7 +143,7 @@ class DeviceEngine:
             raise InternvitError(f"the process of {first.name} gave no figures")
         return message
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Progress], None]) -> Filled:
+    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
         """Have the devices decode and encode what is missing in a shard, and commit it."""
         dispatch = Dispatch(self._devices, self._options, job, stop, on_progress)
         try:

@@ -16,8 +16,7 @@ from internvit_cli.device_process import BeginShard, Failure, NoMore, Ready, Sha
 from internvit_cli.engine import decode_options
 from internvit_cli.errors import InternvitError
 from internvit_cli.filling import Filled
-from internvit_cli.observer import Progress
-from internvit_cli.report import Stages
+from internvit_cli.report import Stages, Tally
 from internvit_cli.storage.commit import Recorded
 from internvit_cli.storing import ShardSink, SkippedImage
 from internvit_cli.tiling import decoded_tile_count
@@ -77,7 +76,7 @@ class Dispatch:
         options: EngineOptions,
         job: ShardJob,
         stop: Stop,
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[Tally], None],
     ) -> None:
         self.notes: list[str] = []
         self._devices = devices
@@ -88,7 +87,7 @@ class Dispatch:
         self._tasks = self._all_tasks()
         self._again: deque[Task] = deque()
         self._failure: InternvitError | None = None
-        self._progress = Progress()
+        self._tally = Tally()
         self._ends: list[ShardEnd] = []
         self._sink: ShardSink
 
@@ -182,10 +181,10 @@ class Dispatch:
                 device.is_filling = False
 
     def _take(self, image: Recorded | SkippedImage, tiles: int) -> None:
-        done = Progress(1, 0, tiles) if isinstance(image, Recorded) else Progress(0, 1, 0)
-        self._progress = self._progress.plus(done)
+        is_done = isinstance(image, Recorded)
+        self._tally = self._tally.plus(Tally(1, 0, tiles) if is_done else Tally(skipped=1, skipped_tiles=tiles))
         self._sink.put(image)
-        self._on_progress(self._progress)
+        self._on_progress(self._tally)
 
     def _bury(self, device: Device) -> None:
         """A process died: its images go to the others."""
@@ -206,4 +205,4 @@ class Dispatch:
             device=sum(part.stages.device for part in parts) / devices,
             write=max((part.stages.write for part in parts), default=0.0),
         )
-        return Filled(stages, self._progress, sum(part.clamped for part in parts))
+        return Filled(stages, self._tally, sum(part.clamped for part in parts))

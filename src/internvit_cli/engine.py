@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from internvit_cli.encoder import Encoder
     from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
-    from internvit_cli.observer import Progress
+    from internvit_cli.report import Tally
     from internvit_cli.stopping import Stop
     from internvit_cli.storage.commit import ShardWriter
     from internvit_cli.storage.skipped import SkipLog
@@ -115,7 +115,7 @@ class Engine(Protocol):
         """
         ...
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Progress], None]) -> Filled:
+    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
         """Decode, encode and commit what is missing in a shard, or as much of it as there is before `stop`.
 
         All that was encoded is committed when this returns, and also when it raises, unless the disk itself failed.
@@ -192,7 +192,7 @@ class LocalEngine:
         """What the coarse types in use cost, on the tiles of some pictures."""
         return self._encoder.accuracy(sample_tiles(self._decoder_for(workload), jobs, stop))
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Progress], None]) -> Filled:
+    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
         """Decode, encode and commit what is missing in a shard."""
         decoder = self._decoder_for(job.workload)
         sink = ShardSink(job.writer, job.skip_log, job.keys)

@@ -16,6 +16,7 @@ class ExitCode(IntEnum):
     OTHER_RECIPE = 5
     NO_SPACE = 6
     LOCKED = 75
+    SIGHUP = 129
     SIGINT = 130
     SIGUSR1 = 138
     SIGTERM = 143

@@ -17,8 +17,7 @@ import numpy as np
 from internvit_cli.config import Skipped, Status
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, FailedImage
 from internvit_cli.errors import InternvitError, one_line
-from internvit_cli.observer import Progress
-from internvit_cli.report import Stages
+from internvit_cli.report import Stages, Tally
 from internvit_cli.storage.commit import ImageRows
 from internvit_cli.storing import SkippedImage
 
@@ -68,7 +67,7 @@ class Filled:
     """What `fill` did."""
 
     stages: Stages
-    progress: Progress
+    tally: Tally
     clamped: int
     """Values that were clamped to the stored type's range."""
 
@@ -103,9 +102,7 @@ class _Span:
     count: int
 
 
-def fill(
-    job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Progress], None]
-) -> Filled:
+def fill(job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
     """Decode, encode and store all images of a job, or as many as there are before `stop`.
 
     All that was encoded has gone to the sink when this returns, and also when it raises. The sink is closed.
@@ -121,7 +118,7 @@ def fill(
 
 class _Filling:
     def __init__(
-        self, job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Progress], None]
+        self, job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]
     ) -> None:
         self._job = job
         self._decoder = decoder
@@ -137,7 +134,7 @@ class _Filling:
         self._filled = 0
         self._in_flight: deque[tuple[PendingBatch, list[_Span], NDArray[Any]]] = deque()
         self._submitted = time.monotonic()
-        self._images = self._skipped = self._tiles = 0
+        self._tally = Tally()
         self.clamped = 0
 
     def run(self) -> Filled:
@@ -153,14 +150,14 @@ class _Filling:
             device=self._encoder.device_seconds - device_before,
             write=self._job.sink.busy_seconds,
         )
-        return Filled(stages, self._progress(), self.clamped)
+        return Filled(stages, self._tally, self.clamped)
 
     def _encode_all(self) -> None:
         decoded = _DecodeThread(self._decoder, self._job.jobs, self._stop)
         try:
             for item in decoded:
                 if isinstance(item, FailedImage):
-                    self._skip(item.row, item.skipped)
+                    self._skip(item.row, item.skipped, item.tiles)
                 elif item is not None:
                     self._encode(item)
                 if time.monotonic() - self._submitted >= LAG_SECONDS:
@@ -213,25 +210,22 @@ class _Filling:
             part = slice(span.start, span.start + span.count)
             span.assembly.blocks.append(_block(features, part))
             span.assembly.missing -= span.count
-            self._tiles += span.count
             if not span.assembly.missing:
                 self._store(span.assembly)
-        self._on_progress(self._progress())
 
     def _store(self, assembly: _Assembly) -> None:
         row, blocks = assembly.row, assembly.blocks
         if (unfit := _unfit(blocks)) is not None:
-            is_first = not (self._images or self._rules.is_begun)
+            is_first = not (self._tally.images or self._rules.is_begun)
             if is_first and unfit.exception == "OverflowError":
                 raise InternvitError(
                     f"{one_line(self._job.keys[row])}: {unfit.message}",
                     "store with --store-dtype bfloat16 (or float32), or --on-overflow clamp",
                 )
-            self._skip(row, unfit)
+            self._skip(row, unfit, sum(len(block.pooled) for block in blocks))
             return
         pooled = np.concatenate([block.pooled for block in blocks])
         image_vector = pooled.mean(axis=0, dtype=np.float32) if self._rules.pool_all_tiles else pooled[-1]
-        self._images += 1
         rows = ImageRows(
             row,
             assembly.digest,
@@ -241,16 +235,17 @@ class _Filling:
             tile_pooled=[pooled] if self._rules.store_tile_vectors else [],
         )
         self._job.sink.put(rows)
+        self._count(Tally(images=1, tiles=len(pooled)))
 
-    def _skip(self, row: int, skipped: Skipped) -> None:
+    def _skip(self, row: int, skipped: Skipped, tiles: int) -> None:
         if self._rules.strict:
             raise unusable(self._job.keys[row], skipped)
-        self._skipped += 1
         self._job.sink.put(SkippedImage(row, skipped))
-        self._on_progress(self._progress())
+        self._count(Tally(skipped=1, skipped_tiles=tiles))
 
-    def _progress(self) -> Progress:
-        return Progress(self._images, self._skipped, self._tiles)
+    def _count(self, image: Tally) -> None:
+        self._tally = self._tally.plus(image)
+        self._on_progress(self._tally)
 
 
 def _block(features: TileFeatures, part: slice) -> _Block:

@@ -17,6 +17,7 @@ from internvit_cli.output_names import PARTIAL, unfinished_shards
 from internvit_cli.storage.layout import FEATURE_DATASETS, stored_recipe
 from internvit_cli.storage.places import ShardPlace, find_places
 from internvit_cli.table import count_statuses
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,7 +97,7 @@ def _look_at(place: ShardPlace) -> _Look:
     outline = place.backend.outline(place.path)
     if entry is not None and outline.images != entry.images:
         raise OutputError(
-            f"{place.path} has {outline.images:,} images; its manifest says {entry.images:,}",
+            f"{place.path} has {counted(outline.images, 'image')}; its manifest says {entry.images:,}",
             "restore it, or start anew with --overwrite",
         )
     tiles = outline.tiles if outline.tiles is not None else entry.tiles if entry is not None else 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import time
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from internvit_cli.accounting import Account, Totals, summarize
+from internvit_cli.accounting import Account, Totals, look_ahead, summarize
 from internvit_cli.accuracy import Accuracy, measured_attributes, to_attributes
 from internvit_cli.config import Status
 from internvit_cli.decode.decoder import decode_jobs
@@ -19,12 +19,12 @@ from internvit_cli.engine import Engine, EngineOptions, ShardJob, Workload
 from internvit_cli.errors import InternvitError, OutputError, StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillRules, unusable
-from internvit_cli.observer import SILENT, Observer
+from internvit_cli.observer import SILENT, Observer, Phase, Work
 from internvit_cli.plan import Plan, PlanOptions, plan_images
 from internvit_cli.preview import check_words, find_images, find_output
 from internvit_cli.recipes import ModelInUse, encoder_options_of_run, feature_shape, pixel_rule
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
-from internvit_cli.report import Summary, run_log_entry
+from internvit_cli.report import Summary, Tally, run_log_entry
 from internvit_cli.sampling import SAMPLE_IMAGES
 from internvit_cli.sharding import (
     EMPTY_TABLE,
@@ -43,6 +43,7 @@ from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.recheck import Recheck, contradictory_rows
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 from internvit_cli.storage.takeover import take_over
+from internvit_cli.words import counted
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def extract(
     output = find_output(options)
     try:
         with exclusive(output.path, enabled=options.store.lock):
-            listing = find_images(options, stdin)
+            listing = find_images(options, stdin, observer)
             run = _Extraction(options, stop, observer, listing, output)
             try:
                 with closing(run):
@@ -93,6 +94,18 @@ def extract(
                 raise
     except Interruption:
         raise StoppedError("stopped before anything was encoded") from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A shard that is being filled."""
+
+    table: ImageTable
+    sources: Sequence[Source]
+    """What the table's `source` column counts."""
+    writer: ShardWriter
+    later: Sequence[Draft]
+    """Those that follow."""
 
 
 class _Extraction:
@@ -114,22 +127,26 @@ class _Extraction:
         self._engine: Engine | None = None
         self._accuracy: dict[str, str] | None = None
         self._totals = Totals()
+        self._unlisted: frozenset[bytes] = frozenset()
 
     def run(self, started: float) -> Summary:
         self._output.prepare()
         store = self._options.store
-        existing = load_existing(self._output, overwrite=store.overwrite)
-        self._model = ModelInUse(self._options, existing.attributes)
+        with self._observer.phase("reading the output"):
+            existing = load_existing(self._output, overwrite=store.overwrite)
+        self._model = ModelInUse(self._options, existing.attributes, self._observer)
         existing = settle(self._output, existing, self._model.recipe, overwrite=store.overwrite)
         stored = StoredImages(existing.shards, self._relocations)
         self._skip_log = SkipLog(self._output.skipped_path)
-        changes = stored.compare(self._listing, self._skip_log, retry_skipped=store.retry_skipped)
+        changes = self._compare(stored)
         self._totals.mistrusted = changes.damaged
+        self._unlisted = frozenset(changes.unlisted)
         dropped = prunable(stored, changes, self._listing, confirmed=store.yes) if store.prune else []
         self._totals.dropped = len(dropped)
         del stored
         self._log_unreadable_folders()
         if existing.partial is not None or changes.entries or dropped or is_moved(existing.shards, self._relocations):
+            self._totals.is_up_to_date = False
             self._make(existing, changes, dropped)
         if not self._stop.signal:
             self._output.complete()
@@ -140,14 +157,20 @@ class _Extraction:
         self._existing, self._finished_images = Existing(), None
         return self._summary(started)
 
+    def _compare(self, stored: StoredImages) -> Changes:
+        listing, retry_skipped = self._listing, self._options.store.retry_skipped
+        with self._observer.phase("comparing with the output", "image", len(listing)) as phase:
+            return stored.compare(listing, self._skip_log, retry_skipped=retry_skipped, on_progress=phase.at)
+
     def _summary(self, started: float) -> Summary:
-        existing = load_existing(self._output, overwrite=self._options.store.overwrite)
-        return summarize(
-            Account(self._options, self._output, self._listing, existing, self._totals),
-            self._engine,
-            seconds=time.monotonic() - started,
-            stopped_by=self._stop.signal,
-        )
+        with self._observer.phase("counting"):
+            existing = load_existing(self._output, overwrite=self._options.store.overwrite)
+            return summarize(
+                Account(self._options, self._output, self._listing, existing, self._totals),
+                self._engine,
+                seconds=time.monotonic() - started,
+                stopped_by=self._stop.signal,
+            )
 
     def withdraw(self) -> None:
         """Leave nothing of a start that failed, unless an image is stored: no folder, no file, no line of a list."""
@@ -178,24 +201,26 @@ class _Extraction:
         self._check_space(existing, [self._new_shard(draft, shape) for draft in drafts])
         if drafts and self._output.is_file and existing.finished:
             copied = os.path.getsize(self._output.path)
-            self._observer.note(f"{self._output.path} is made anew: up to {copied:,} bytes of its rows are copied")
+            self._observer.note(f"{self._output.path} is made anew: up to {counted(copied, 'byte')} of its rows copied")
         self._existing = existing
         self._totals.unsynced = unsynced_folder(self._output.folder)
+        self._observer.note(look_ahead(self._listing, changes, existing, plan, self._decoded_tiles).sentence)
         self._start(plan)
         if drafts:
             self._measure_accuracy(plan)
         self._skip_log.append((self._listing.keys[changes.entries[row]], skip) for row, skip in plan.skipped.items())
         if existing.partial is not None:
             stored = existing.partial.stored
-            self._fill(stored.table, stored.attributes, is_last=not drafts)
+            self._fill(stored.table, stored.attributes, drafts)
             self._existing = load_existing(self._output, overwrite=self._options.store.overwrite)
             drafts = draft_shards(self._existing.finished, gone, plan.table, rules)
         for number, draft in enumerate(drafts, 1):
             if self._stop.signal:
                 return
             shard = self._new_shard(draft, shape)
-            create_shard(self._output.backend, self._output.partial_path(self._output.next_number()), shard)
-            self._fill(shard.table, shard.complete_attributes, is_last=number == len(drafts))
+            with self._observer.phase("setting space aside"):
+                create_shard(self._output.backend, self._output.partial_path(self._output.next_number()), shard)
+            self._fill(shard.table, shard.complete_attributes, drafts[number:])
         if dropped and not self._stop.signal and not self._output.is_file:
             self._output.drop_rows(self._by_shard(dropped))
 
@@ -209,12 +234,10 @@ class _Extraction:
         return ShardSize.of(self._options.store.shard_bytes, self._output.backend, shape, nothing.attributes)
 
     def _plan(self, entries: list[int]) -> Plan:
-        def on_progress(done: int) -> None:
-            self._observer.headers(done, len(entries))
-
         run = self._options.run
         how = PlanOptions(self._rule, usable_cpus(), run.decode_timeout, run.worker_memory)
-        return plan_images(self._listing, entries, how, on_progress)
+        with self._observer.phase("reading headers", "image", len(entries)) as phase:
+            return plan_images(self._listing, entries, how, phase.at)
 
     def _check_space(self, existing: Existing, shards: list[NewShard]) -> None:
         """Refuse before any work what cannot fit. An unfinished shard has had its space from its creation."""
@@ -239,16 +262,14 @@ class _Extraction:
         """Start decode workers and encoders for all that is to be done, if anything is."""
         partial = self._existing.partial
         tables = [plan.table, *([partial.stored.table] if partial else [])]
-        counts = np.concatenate([self._decoded_tiles(table, table.status) for table in tables])
+        counts = np.concatenate([self._decoded_tiles(table)[table.status == Status.PENDING] for table in tables])
         workload = Workload(len(counts), int(counts.max())) if len(counts) else None
-        if workload is not None:
-            self._observer.encoding(workload.images, int(counts.sum()))
         if workload is not None or not self._model.dtype_is_known:
             self._start_engine(workload)
 
-    def _decoded_tiles(self, table: ImageTable, status: NDArray[Any]) -> NDArray[Any]:
-        """How many tiles each pending image is decoded to, [k] int64."""
-        counts = table.tile_counts[status == Status.PENDING].astype(np.int64)
+    def _decoded_tiles(self, table: ImageTable) -> NDArray[Any]:
+        """How many tiles each image is decoded to, [n] int64."""
+        counts = table.tile_counts.astype(np.int64)
         return np.ones_like(counts) if self._rule.global_view_only else counts
 
     @property
@@ -272,10 +293,12 @@ class _Extraction:
             decode_timeout=run.decode_timeout,
             worker_memory=run.worker_memory,
         )
-        self._engine = engine = start_engine(self._model.checkpoint, engine_options, workload)
+        with self._observer.phase("loading the model"):
+            self._engine = engine = start_engine(self._model.checkpoint, engine_options, workload)
         self._model.recipe = replace(recipe, compute_dtype=engine.dtype)
         label = f"{self._model.card.name} in {engine.dtype.value} on {engine.device_name}"
-        self._observer.ready(f"{label}, {engine.batch_tiles} tiles a batch, {engine.kernels}")
+        batch = counted(engine.batch_tiles, "tile")
+        self._observer.note(f"encoding with {label}, {batch} per batch, {engine.kernels}")
 
     def _measure_accuracy(self, plan: Plan) -> None:
         """Know what coarse types cost before anything is made with them; once for an output.
@@ -291,16 +314,17 @@ class _Extraction:
         accuracy = Accuracy()
         rows = np.flatnonzero(plan.table.status == Status.PENDING)[:SAMPLE_IMAGES]
         if self._engine is not None and len(rows):
-            most_tiles = int(self._decoded_tiles(plan.table, plan.table.status).max())
+            most_tiles = int(self._decoded_tiles(plan.table)[plan.table.status == Status.PENDING].max())
             jobs = list(decode_jobs(plan.table, rows, self._listing.sources))
-            accuracy = self._engine.measure(jobs, Workload(len(plan.table), most_tiles), self._stop)
+            with self._observer.phase("measuring what coarse types cost"):
+                accuracy = self._engine.measure(jobs, Workload(len(plan.table), most_tiles), self._stop)
         accuracy.check()
         if accuracy.words:
             self._observer.note(f"on the first pictures: {accuracy.words}")
         self._accuracy = to_attributes(recipe, accuracy)
 
-    def _fill(self, table: ImageTable, attributes: dict[str, Any], *, is_last: bool) -> None:
-        """Encode the pending images of the shard at hand and publish it when none is left."""
+    def _fill(self, table: ImageTable, attributes: dict[str, Any], later: Sequence[Draft]) -> None:
+        """Encode the pending images of the shard at hand and publish it when none is left; `later` ones follow."""
         self._stop.is_working = True
         number, finished = self._output.next_number(), self._existing.finished
         older = self._by_shard(table.keys)
@@ -311,40 +335,55 @@ class _Extraction:
             with self._recheck(table, writer) as recheck:
                 for shard in finished:
                     if self._output.is_file or shard.name in older:
-                        take_over(shard, table, writer, lambda: bool(self._stop.signal))
+                        self._take_over(shard, table, writer)
                 sources = stored_sources(attributes, self._output.path, self._relocations)
-                is_begun = bool(finished or self._totals.progress.images)
-                self._encode_pending(table, sources, writer, is_begun=is_begun)
-                damaged = recheck.damaged_rows(lambda: bool(self._stop.signal))
+                is_begun = bool(finished or self._totals.tally.images)
+                self._encode_pending(_Shard(table, sources, writer, later), is_begun=is_begun)
+                damaged = self._wait_for(recheck)
             if damaged:
                 self._do_again(damaged, writer)
-                self._encode_pending(table, sources, writer, is_begun=True)
+                self._encode_pending(_Shard(table, sources, writer, later), is_begun=True)
             finished_all = bool((writer.status != Status.PENDING).all())
         finally:
             writer.close()
         if not finished_all or self._stop.signal:
             return
-        unpublished = self._output.partial()  # read once more: what cannot be read gets no final name
-        if unpublished is None or (unpublished.stored.table.status == Status.PENDING).any():
-            raise OutputError(
-                f"another run writes to {self._output.path} too",
-                "see to it that only one does, then run the same command again",
-            )
-        if is_last:
-            others = () if self._output.is_file else self._output.finished()
-            self._skip_log.rewrite(self._is_skipped_by([*others, unpublished]))
-        self._output.publish(number, len(table), table.tiles, older)
+        with self._observer.phase("publishing"):
+            unpublished = self._output.partial()  # read once more: what cannot be read gets no final name
+            if unpublished is None or (unpublished.stored.table.status == Status.PENDING).any():
+                raise OutputError(
+                    f"another run writes to {self._output.path} too",
+                    "see to it that only one does, then run the same command again",
+                )
+            if not later:
+                others = () if self._output.is_file else self._output.finished()
+                self._skip_log.rewrite(self._is_skipped_by([*others, unpublished]))
+            self._output.publish(number, len(table), table.tiles, older)
+
+    def _take_over(self, old: FinishedShard, table: ImageTable, writer: ShardWriter) -> None:
+        with self._observer.phase("copying earlier rows", "image") as phase:
+            take_over(old, table, writer, lambda: bool(self._stop.signal), phase.at)
 
     def _recheck(self, table: ImageTable, writer: ShardWriter) -> Recheck:
         recheck = Recheck(table, writer)
         if (writer.status == Status.DONE).any():
-            self._observer.note(f"{recheck.nbytes:,} bytes of earlier runs are checked again beside the encoding")
+            self._observer.note(f"{counted(recheck.nbytes, 'byte')} of earlier runs checked again beside the encoding")
         return recheck
+
+    def _wait_for(self, recheck: Recheck) -> list[int]:
+        if not recheck.nbytes:
+            return []
+        with self._observer.phase("checking earlier rows"):
+            return recheck.damaged_rows(lambda: bool(self._stop.signal))
 
     def _do_again(self, rows: list[int], writer: ShardWriter) -> None:
         """Have rows of an earlier run be encoded again, for they are not what was committed."""
         writer.forget(rows)
         self._totals.mistrusted += len(rows)
+        if rows:
+            self._observer.note(
+                f"{counted(len(rows), 'image')} more to encode: damaged on the disk since an earlier run"
+            )
 
     def _is_skipped_by(self, shards: Sequence[FinishedShard]) -> Callable[[str], bool]:
         """What tells whether a key belongs on the list of skipped images of an output with these shards."""
@@ -353,30 +392,47 @@ class _Extraction:
         settled = (None, Status.DONE, Status.PENDING)
         return lambda key: key in folders or stored.status(os.fsencode(key)) not in settled
 
-    def _encode_pending(
-        self, table: ImageTable, sources: Sequence[Source], writer: ShardWriter, *, is_begun: bool
-    ) -> None:
+    def _encode_pending(self, shard: _Shard, *, is_begun: bool) -> None:
+        table, writer = shard.table, shard.writer
         rows = np.flatnonzero(writer.status == Status.PENDING)
         if not len(rows):
             return
-        workload = Workload(len(rows), int(self._decoded_tiles(table, writer.status).max()))
+        workload = Workload(len(rows), int(self._decoded_tiles(table)[rows].max()))
         if self._engine is None:
             self._start_engine(workload)
         assert self._engine is not None
         job = ShardJob(
             workload=workload,
             keys=table.keys,
-            jobs=decode_jobs(table, rows, sources),
+            jobs=decode_jobs(table, rows, shard.sources),
             first_tile=table.tile_offset,
             writer=writer,
             skip_log=self._skip_log,
             rules=self._fill_rules(is_begun=is_begun or bool((writer.status == Status.DONE).any())),
         )
-        before = self._totals.progress
-        filled = self._engine.fill(job, self._stop, lambda progress: self._observer.progress(before.plus(progress)))
+        with self._observer.phase("encoding", "image") as phase:
+            filled = self._engine.fill(job, self._stop, self._teller(phase, shard, rows))
         self._totals.add(filled)
-        done = filled.progress
+        is_done = writer.status[rows] == Status.DONE
+        self._totals.encoded_unlisted += sum(table.keys[row] in self._unlisted for row in rows[is_done].tolist())
+        done = filled.tally
         writer.append_run_log(self._run_facts(self._engine) | run_log_entry(filled.stages, done.images, done.tiles))
+
+    def _teller(self, phase: Phase, shard: _Shard, rows: NDArray[Any]) -> Callable[[Tally], None]:
+        """What tells how far all shards are together: what is done, what this one lacks, what later ones bring."""
+        before = self._totals.tally
+        parts = [self._decoded_tiles(shard.table)[rows]]
+        parts += [self._decoded_tiles(draft.table)[draft.to_encode] for draft in shard.later]
+        images = before.images + before.skipped + sum(map(len, parts))
+        tiles = before.tiles + before.skipped_tiles + sum(int(part.sum()) for part in parts)
+
+        def tell(tally: Tally) -> None:
+            so_far = before.plus(tally)
+            work = Work("tile", so_far.tiles + so_far.skipped_tiles, tiles)
+            phase.at(so_far.images + so_far.skipped, images, work=work, skipped=so_far.skipped)
+
+        tell(Tally())
+        return tell
 
     def _fill_rules(self, *, is_begun: bool) -> FillRules:
         recipe = self._model.recipe

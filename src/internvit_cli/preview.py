@@ -27,6 +27,7 @@ from internvit_cli.sources import Listing, discover
 from internvit_cli.storage.durable import disk_errors, free_bytes
 from internvit_cli.storage.output import Output
 from internvit_cli.table import count_statuses
+from internvit_cli.words import counted
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
@@ -96,15 +97,15 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     """
     check_words(options.run)
     output = find_output(options)
-    listing = find_images(options, stdin) if options.has_sources else EMPTY_LISTING
+    listing = find_images(options, stdin, observer) if options.has_sources else EMPTY_LISTING
     card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
     facts = ModelFacts.of_card(card, card.resolve_layer(options.model.layer), UNKNOWN_DIGEST)
     recipe = make_recipe(options, facts, LONGEST_DTYPE)
     shape = feature_shape(options, card, recipe)
     rule = pixel_rule(recipe, options.pictures.max_pixels)
     how = PlanOptions(rule, usable_cpus(), options.run.decode_timeout, options.run.worker_memory)
-    total = len(listing)
-    table = plan_images(listing, range(total), how, lambda done: observer.headers(done, total)).table
+    with observer.phase("reading headers", "image", len(listing)) as phase:
+        table = plan_images(listing, range(len(listing)), how, phase.at).table
     return Survey(options, listing, table, card, recipe, shape, output)
 
 
@@ -205,16 +206,17 @@ def _gigabytes(card: ModelCard) -> str:
     return f"about {download_bytes(card) / 1e9:.1f} GB of weights"
 
 
-def find_images(options: ExtractOptions, stdin: BinaryIO | None) -> Listing:
+def find_images(options: ExtractOptions, stdin: BinaryIO | None, observer: Observer = SILENT) -> Listing:
     """The listing of a command's sources.
 
     Raises:
         NoImagesError: there is nothing in them.
     """
-    listing = discover(options.sources, options.discover, stdin)
+    with observer.phase("looking for images"):
+        listing = discover(options.sources, options.discover, stdin)
     if len(listing) or listing.unreadable_folders:
         return listing
     hint = "pictures are found by their extension, such as .jpg or .png; name other files outright or with --files-from"
     if listing.unfollowed_links:
-        hint = f"{listing.unfollowed_links} links to folders were not followed: --follow-links"
+        hint = f"{counted(listing.unfollowed_links, 'link')} to folders not followed: --follow-links"
     raise NoImagesError("no pictures found in the given sources", hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import (
@@ -21,6 +22,7 @@ from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.names import parse_model_name
 from internvit_cli.model.pixels import Normalization
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.own_tiling import tiling_note
 from internvit_cli.storage.layout import FeatureShape, stored_recipe
 
@@ -70,13 +72,19 @@ class ModelInUse:
     network, without weights, without torch.
     """
 
-    def __init__(self, options: ExtractOptions, stored: dict[str, Any] | None) -> None:
-        """`stored` are the attributes of the newest shard at the output, if there is one.
+    def __init__(self, options: ExtractOptions, stored: dict[str, Any] | None, observer: Observer = SILENT) -> None:
+        """Look at as little of the model as is needed to say what is wanted.
+
+        Args:
+            options: of the run.
+            stored: attributes of the newest shard at the output, if there is one.
+            observer: told how it goes.
 
         Raises:
             OutputError: the output's recipe is of another version of this program, and not to be overwritten.
         """
         self._options = options
+        self._observer = observer
         self._card: ModelCard | None = None
         self._checkpoint: Checkpoint | None = None
         self._name = parse_model_name(options.model.name, options.model.revision)
@@ -142,12 +150,16 @@ class ModelInUse:
         Raises:
             OtherRecipeError: they are not: the model changed under its name.
         """
-        digest = self.checkpoint.digest()
-        if digest != self.recipe.weights_digest:
-            check_same(replace(self.recipe, weights_digest=digest), self.recipe, self._options.store.output)
+        if self._digest != self.recipe.weights_digest:
+            check_same(replace(self.recipe, weights_digest=self._digest), self.recipe, self._options.store.output)
 
     def _facts_of_weights(self) -> ModelFacts:
-        return ModelFacts.of_card(self.card, self.blocks, self.checkpoint.digest())
+        return ModelFacts.of_card(self.card, self.blocks, self._digest)
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the weights at hand: gigabytes, which are read once."""
+        return self.checkpoint.digest(self._observer)
 
     def _is_on_hub(self, stored: dict[str, Any]) -> bool:
         """Whether the output's commit of a model on the hub is the one to use."""

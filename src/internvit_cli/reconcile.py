@@ -14,14 +14,17 @@ from internvit_cli.sources.interface import Listing, Source
 from internvit_cli.storage.layout import recorded_sources
 from internvit_cli.table import modified_ns
 from internvit_cli.untrusted import opened
+from internvit_cli.words import counted_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from internvit_cli.storage.output import FinishedShard
     from internvit_cli.storage.skipped import SkipLog
 
 HASH_BLOCK = 1 << 20
+TOLD_EVERY = 256
+"""Images between two reports of progress: most take less time than a report."""
 ROW_BITS = 40
 """Of a row's number in a shard."""
 
@@ -37,6 +40,8 @@ class Changes:
     """Keys of rows whose picture is not in the listing."""
     damaged: int = 0
     """How many of the changed ones are so because their status cannot be what was committed."""
+    skipped_before: int = 0
+    """How many of the others were skipped by an earlier run."""
 
     @property
     def entries(self) -> list[int]:
@@ -97,14 +102,29 @@ class StoredImages:
         """The file that a key's row came from."""
         return self.source(key).path(key)
 
-    def compare(self, listing: Listing, skip_log: SkipLog, *, retry_skipped: bool = False) -> Changes:
+    def compare(
+        self,
+        listing: Listing,
+        skip_log: SkipLog,
+        *,
+        retry_skipped: bool = False,
+        on_progress: Callable[[int], None] = lambda _: None,
+    ) -> Changes:
         """What is new or changed in a listing. Only files whose size or time differ are read.
+
+        Args:
+            listing: what the sources hold.
+            skip_log: the list of skipped images.
+            retry_skipped: take images that were skipped for changed.
+            on_progress: called with the number of images looked at.
 
         Raises:
             OtherRecipeError: a key that comes from another root than its row.
         """
-        new, changed, listed, damaged = [], [], set(), 0
+        new, changed, listed, damaged, skipped_before = [], [], set(), 0, 0
         for entry, key in enumerate(listing.keys):
+            if entry % TOLD_EVERY == 0:
+                on_progress(entry)
             place = self._place(key)
             if place is None:
                 new.append(entry)
@@ -118,7 +138,10 @@ class StoredImages:
                 changed.append(entry)
             elif is_retried or not self._is_unchanged(listing, entry, place):
                 changed.append(entry)
-        return Changes(new, changed, [key for key in self._places if key not in listed], damaged)
+            else:
+                skipped_before += status not in (Status.DONE, Status.PENDING)
+        unlisted = [key for key in self._places if key not in listed]
+        return Changes(new, changed, unlisted, damaged, skipped_before)
 
     def _place(self, key: bytes) -> tuple[int, int] | None:
         """Number of the shard that holds a key's row, and the row."""
@@ -209,7 +232,7 @@ def prunable(stored: StoredImages, changes: Changes, listing: Listing, *, confir
     ]
     if 2 * len(dropped) > len(stored) and not confirmed:
         raise InternvitError(
-            f"--prune would drop {len(dropped):,} of {len(stored):,} rows",
+            f"--prune would drop {counted_of(len(dropped), len(stored), 'row')}",
             "add --yes if that many pictures were deleted",
         )
     return dropped

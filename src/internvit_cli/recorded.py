@@ -10,6 +10,7 @@ from internvit_cli.errors import InternvitError, ModelError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.pixels import Normalization
+from internvit_cli.observer import SILENT, Observer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,13 +18,16 @@ if TYPE_CHECKING:
     from internvit_cli.config import Recipe
 
 
-def open_recorded(recipe: Recipe, attributes: Mapping[str, Any], model: str | None = None) -> Checkpoint:
+def open_recorded(
+    recipe: Recipe, attributes: Mapping[str, Any], model: str | None = None, observer: Observer = SILENT
+) -> Checkpoint:
     """Find the weights of a recipe and check that they are those.
 
     Args:
         recipe: what is to be repeated.
         attributes: of the output, which name the model.
         model: where the weights are, when not where the output says.
+        observer: told how it goes.
 
     Raises:
         ModelError: they cannot be had, or are others.
@@ -35,7 +39,7 @@ def open_recorded(recipe: Recipe, attributes: Mapping[str, Any], model: str | No
         # What the run took from the model's JSON files, which may have changed since, is in the recipe.
         card = replace(card, normalization=Normalization(recipe.mean, recipe.std, recipe.rescale_factor))
         checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=recipe.tokens is Tokens.PROJECTED)
-        digest = checkpoint.digest()
+        digest = checkpoint.digest(observer)
     except InternvitError as error:
         raise ModelError(
             f"the weights cannot be had: {error.message}", error.hint or "name their folder with --model"

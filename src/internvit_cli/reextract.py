@@ -22,6 +22,7 @@ from internvit_cli.storage.reader import OpenShard
 from internvit_cli.table import modified_ns
 from internvit_cli.tiling import Grid
 from internvit_cli.verdict import Comparison
+from internvit_cli.words import counted_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
     from internvit_cli.config import Recipe
     from internvit_cli.model.checkpoint import Checkpoint
-    from internvit_cli.verdict import Row, VerifyObserver, VerifyOptions
+    from internvit_cli.observer import Observer
+    from internvit_cli.verdict import Row, VerifyOptions
 
 DECODE_SECONDS = 60.0
 DECODE_MEMORY = 4 << 30
@@ -41,6 +43,8 @@ class TileEncoder(Protocol):
 
     check: str
     """The check that it is for."""
+    activity: str
+    """What it does, for whoever watches."""
     name: str
     """For the report."""
 
@@ -60,7 +64,7 @@ class ReExtraction:
         self,
         options: VerifyOptions,
         rows: list[Row],
-        observer: VerifyObserver,
+        observer: Observer,
         note: Callable[[str], None],
         report: Callable[[str, str, str | None, str], None],
     ) -> None:
@@ -97,10 +101,11 @@ class ReExtraction:
         if self._options.reference:
             loaders.append(_Native)
         try:
-            model = _open_model(self._options, recipe, attributes)
+            model = self._open_model(recipe, attributes)
             wanted = min(self._options.re_extract, len(rows))
             for load in loaders:
-                encoder = load(model)
+                with self._observer.phase("loading the model"):
+                    encoder = load(model)
                 try:
                     rows, comparison = self._compare(encoder, rows, wanted, recipe)
                 finally:
@@ -116,18 +121,18 @@ class ReExtraction:
     ) -> tuple[list[Row], Comparison]:
         """The rows that were compared, at most `wanted`, and the outcome."""
         limit = tolerance(recipe)
-        self._observer.stage(encoder.check, min(wanted, len(candidates)), "images")
         taken: list[Row] = []
         unusable: list[tuple[Row, str]] = []
         total = Differences()
-        for row, tiles in _decoded(candidates, wanted, recipe, unusable):
-            difference = _differences(row, recipe, *encoder.encode(tiles))
-            if not difference.is_within(limit):
-                problem = f"{encoder.name} gives other values: {difference.words(limit)}"
-                self._report(encoder.check, row.shard.path, row.key, problem)
-            total = total.worst(difference)
-            taken.append(row)
-            self._observer.progress(len(taken))
+        with self._observer.phase(encoder.activity, "image", min(wanted, len(candidates))) as phase:
+            for row, tiles in _decoded(candidates, wanted, recipe, unusable):
+                difference = _differences(row, recipe, *encoder.encode(tiles))
+                if not difference.is_within(limit):
+                    problem = f"{encoder.name} gives other values: {difference.words(limit)}"
+                    self._report(encoder.check, row.shard.path, row.key, problem)
+                total = total.worst(difference)
+                taken.append(row)
+                phase.at(len(taken))
         if not self._is_sample_settled:
             self._tell_of_missing(taken, unusable)
             self._is_sample_settled = True
@@ -142,6 +147,16 @@ class ReExtraction:
             *limit,
         )
 
+    def _open_model(self, recipe: Recipe, attributes: dict[str, Any]) -> _Model:
+        """Find the weights and check that they are those of the recipe.
+
+        Raises:
+            ModelError: they cannot be had, or are others.
+        """
+        options = self._options
+        checkpoint = open_recorded(recipe, attributes, options.model, self._observer)
+        return _Model(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
+
     def _tell_of_missing(self, taken: list[Row], unusable: list[tuple[Row, str]]) -> None:
         asked = self._options.re_extract
         if not taken:
@@ -149,7 +164,7 @@ class ReExtraction:
             problem = f"no picture is as it was, so none can be encoded again; {row.key!r}: {why}"
             self._report("re-extract", self._options.path, None, problem)
         elif len(taken) < asked:
-            self._note(f"{len(taken):,} of the {asked:,} images asked for were encoded again: no more are as they were")
+            self._note(f"{counted_of(len(taken), asked, 'image')} encoded again: no more are as they were")
 
 
 # --------------------------------------------------------------------------------------------------------- the pictures
@@ -229,20 +244,11 @@ class _Model:
     device: str
 
 
-def _open_model(options: VerifyOptions, recipe: Recipe, attributes: dict[str, Any]) -> _Model:
-    """Find the weights and check that they are those of the recipe.
-
-    Raises:
-        ModelError: they cannot be had, or are others.
-    """
-    checkpoint = open_recorded(recipe, attributes, options.model)
-    return _Model(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
-
-
 class _Ours:
     """Our own encoder, as `extract` runs it."""
 
     check = "re-extract"
+    activity = "encoding again"
 
     def __init__(self, model: _Model) -> None:
         from internvit_cli.encoder import Encoder
@@ -274,6 +280,7 @@ class _Native:
     """transformers' own class in float32, a tile at a time."""
 
     check = "reference"
+    activity = "encoding with transformers"
 
     def __init__(self, model: _Model) -> None:
         from internvit_cli.encoder import feature_spec

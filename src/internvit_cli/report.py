@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from internvit_cli.errors import ExitCode
+from internvit_cli.words import counted
 
 BUSY = 0.85
 """A stage that works this share of the time is what limits the run."""
@@ -56,6 +57,58 @@ class Stages:
 
 
 @dataclass(frozen=True, slots=True)
+class Tally:
+    """Images that a run is through with, and their tiles."""
+
+    images: int = 0
+    """Encoded."""
+    skipped: int = 0
+    tiles: int = 0
+    """Of the encoded images."""
+    skipped_tiles: int = 0
+    """That the skipped images would have had."""
+
+    def plus(self, other: Tally) -> Tally:
+        """The sum of two."""
+        return Tally(
+            self.images + other.images,
+            self.skipped + other.skipped,
+            self.tiles + other.tiles,
+            self.skipped_tiles + other.skipped_tiles,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """The images of this command's listing before anything is encoded: found = to encode + unchanged + skipped."""
+
+    found: int
+    to_encode: int
+    tiles: int
+    """Of the images to encode."""
+    skipped: int
+    """By now: by an earlier run, or because their headers cannot be read."""
+    unlisted: int = 0
+    """Images to encode, beside `found`, that an unfinished run planned and that are not in this listing."""
+
+    @property
+    def unchanged(self) -> int:
+        """Images that are done already."""
+        return self.found - self.to_encode - self.skipped
+
+    @property
+    def sentence(self) -> str:
+        """The same in one line; what there is none of is left out."""
+        terms = [f"{self.to_encode:,} to encode" + (f" ({counted(self.tiles, 'tile')})" if self.to_encode else "")]
+        terms += [f"{self.unchanged:,} unchanged"] if self.unchanged else []
+        terms += [f"{self.skipped:,} skipped"] if self.skipped else []
+        line = f"{counted(self.found, 'image')} found = {' + '.join(terms)}"
+        if self.unlisted:
+            line += f"; {self.unlisted:,} more of an unfinished run, not in these sources"
+        return line
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """The images of this command's listing: found = done + skipped + pending."""
 
@@ -65,6 +118,8 @@ class Counts:
     pending: int = 0
     kept: int = 0
     """Rows of the output whose picture is not in the listing, beside `found`."""
+    unchanged: int = 0
+    """Of the done images: those that an earlier run encoded."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Skipped images by reason."""
 
@@ -79,7 +134,7 @@ class Summary:
     model: str
     counts: Counts
     tiles: int
-    """Tiles encoded by this run."""
+    """Of the images encoded by this run."""
     encoded: int
     """Images encoded by this run."""
     bytes: int
@@ -94,14 +149,21 @@ class Summary:
     """What the encoder computed with, and why where that is not the fastest."""
     notes: tuple[str, ...] = ()
     """What a user should know beside the numbers."""
+    is_up_to_date: bool = False
+    """Whether the run found nothing to do."""
     stopped_by: int = 0
     """The signal that ended the run early; 0 for none."""
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether not one image could be used."""
+        return bool(self.counts.found) and self.counts.skipped == self.counts.found
 
     def exit_code(self, allow_skipped: int = 0) -> int:
         """The code for the shell; up to `allow_skipped` skipped images count as success."""
         if self.stopped_by:
             return 128 + self.stopped_by
-        if self.counts.found and self.counts.skipped == self.counts.found:
+        if self.is_useless:
             return ExitCode.CANNOT_RUN
         return ExitCode.SKIPPED if self.counts.skipped > allow_skipped else ExitCode.DONE
 

@@ -19,6 +19,8 @@ from internvit_cli.table import COLUMN_DTYPES, ImageTable, concatenate
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from internvit_cli.model.card import ModelCard
     from internvit_cli.reconcile import Relocation
     from internvit_cli.sources import Source
@@ -36,6 +38,13 @@ class Draft:
     table: ImageTable
     sources: Sequence[Source]
     """What the table's `source` column counts."""
+    kept: int = 0
+    """How many of its first rows a finished shard has already."""
+
+    @property
+    def to_encode(self) -> NDArray[Any]:
+        """Numbers of the rows whose images no shard has yet, [k] int64."""
+        return self.kept + np.flatnonzero(self.table.status[self.kept :] == Status.PENDING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +161,7 @@ def merge_rows(
             merged.append(source)
         numbers.append(merged.index(source))
     renumbered = np.array(numbers, np.uint32)[added.source] if len(added) else added.source
-    return Draft(concatenate([kept, added.with_sources(renumbered)]), merged)
+    return Draft(concatenate([kept, added.with_sources(renumbered)]), merged, len(kept))
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,22 +134,6 @@ class Verdict:
         return values
 
 
-class VerifyObserver:
-    """What a verification tells while it goes on; this one keeps silent."""
-
-    def stage(self, name: str, total: int, unit: str) -> None:
-        """A check begins, over so many bytes (`B`) or images."""
-
-    def progress(self, done: int) -> None:
-        """How far the check at hand is."""
-
-    def found(self, finding: Finding) -> None:
-        """Something is wrong."""
-
-    def note(self, text: str) -> None:
-        """Something worth knowing that is no fault."""
-
-
 class Row(NamedTuple):
     """A row that counts, and the picture it came from."""
 

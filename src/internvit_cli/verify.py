@@ -16,6 +16,7 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.errors import OutputError
+from internvit_cli.observer import BYTES, SILENT, Observer
 from internvit_cli.options import named_path
 from internvit_cli.output_names import PARTIAL, missing
 from internvit_cli.picture_check import PictureState, look_at_pictures
@@ -28,24 +29,26 @@ from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.storage.soundness import check_alike
 from internvit_cli.table import count_statuses
 from internvit_cli.untrusted import kind_of
-from internvit_cli.verdict import Finding, LoadedShard, PictureCheck, Row, Verdict, VerifyObserver
+from internvit_cli.verdict import Finding, LoadedShard, PictureCheck, Row, Verdict
+from internvit_cli.words import counted, counted_of
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from internvit_cli.observer import Phase
     from internvit_cli.storage.output import ManifestEntry
     from internvit_cli.verdict import Comparison, VerifyOptions
 
 NO_DIGEST = bytes(32)
 
 
-def verify(options: VerifyOptions, observer: VerifyObserver | None = None) -> Verdict:
+def verify(options: VerifyOptions, observer: Observer = SILENT) -> Verdict:
     """Check an output; nothing is written, and a run that fills it is not disturbed.
 
     Args:
         options: the output, and what to check.
-        observer: told of progress and of each finding.
+        observer: told how it goes; findings and notes come with the verdict.
 
     Returns:
         What was checked and what is wrong; damage is a finding, not an error.
@@ -53,7 +56,7 @@ def verify(options: VerifyOptions, observer: VerifyObserver | None = None) -> Ve
     Raises:
         OutputError: there is no output at the path.
     """
-    return _Verification(options, observer or VerifyObserver()).run()
+    return _Verification(options, observer).run()
 
 
 @dataclass(slots=True)
@@ -66,7 +69,7 @@ class _RowTotals:
 class _Verification:
     """One verification: finds the shards, then runs check after check."""
 
-    def __init__(self, options: VerifyOptions, observer: VerifyObserver) -> None:
+    def __init__(self, options: VerifyOptions, observer: Observer) -> None:
         self._options = options
         self._observer = observer
         self._path = named_path(options.path)
@@ -76,10 +79,11 @@ class _Verification:
 
     def run(self) -> Verdict:
         """All checks, the cheap ones first."""
-        shards = list(self._shards())
-        self._check_together(shards)
-        for shard in shards:
-            self._check_records(shard)
+        with self._observer.phase("reading the index"):
+            shards = list(self._shards())
+            self._check_together(shards)
+            for shard in shards:
+                self._check_records(shard)
         totals = self._check_rows(shards)
         self._check_skip_log(shards)
         pictures = self._check_pictures(shards) if self._options.pictures else None
@@ -102,13 +106,10 @@ class _Verification:
         )
 
     def _report(self, check: str, path: str, key: str | None, problem: str) -> None:
-        finding = Finding(check, path, key, problem)
-        self._findings.append(finding)
-        self._observer.found(finding)
+        self._findings.append(Finding(check, path, key, problem))
 
     def _note(self, text: str) -> None:
         self._notes.append(text)
-        self._observer.note(text)
 
     # ------------------------------------------------------------------------------------------------ index and recipe
 
@@ -199,21 +200,21 @@ class _Verification:
     def _check_rows(self, shards: list[LoadedShard]) -> _RowTotals:
         committed = [_committed(shard) for shard in shards]
         totals = _RowTotals()
-        self._observer.stage("rows", sum(rows.nbytes for rows in committed), "B")
         started = time.perf_counter()
-        for shard, rows in zip(shards, committed, strict=True):
-            self._check_shard_rows(shard, rows, totals)
+        with self._observer.phase("checking rows", BYTES, sum(rows.nbytes for rows in committed)) as phase:
+            for shard, rows in zip(shards, committed, strict=True):
+                self._check_shard_rows(shard, rows, totals, phase)
         totals.seconds = time.perf_counter() - started
         return totals
 
-    def _check_shard_rows(self, shard: LoadedShard, rows: CommittedRows, totals: _RowTotals) -> None:
+    def _check_shard_rows(self, shard: LoadedShard, rows: CommittedRows, totals: _RowTotals, phase: Phase) -> None:
         try:
             for checked in rows.check(self._threads):
                 totals.rows += checked.images
                 totals.nbytes += checked.nbytes
                 for row, problem in checked.problems:
                     self._report("rows", shard.path, os.fsdecode(shard.table.keys[row]), problem)
-                self._observer.progress(totals.nbytes)
+                phase.at(totals.nbytes)
         except ReplacedError as error:
             self._report("rows", shard.path, None, f"{error.message}; {error.hint}")
 
@@ -227,7 +228,7 @@ class _Verification:
             self._report("rows", shard.path, os.fsdecode(keys[row]), "it was skipped, but has a digest of its picture")
         pending = np.flatnonzero(status == Status.PENDING).tolist()
         if pending and shard.is_partial:
-            self._note(f"{shard.path} is unfinished: {len(pending):,} of {len(status):,} images are pending")
+            self._note(f"{shard.path} is unfinished: {counted_of(len(pending), len(status), 'image')} pending")
             return
         for row in pending:
             self._report("rows", shard.path, os.fsdecode(keys[row]), "it is pending in a finished file")
@@ -252,22 +253,22 @@ class _Verification:
                 problem = f"it was skipped as {word}; {path} says {', '.join(sorted(listed))}"
                 self._report("rows", row.shard.path, row.key, problem)
         if unlisted:
-            self._note(f"{unlisted:,} skipped images have no line in {path}, which says why")
+            self._note(f"{counted(unlisted, 'skipped image')} without a line in {path}, which says why")
 
     # -------------------------------------------------------------------------------------------- pictures and encoding
 
     def _check_pictures(self, shards: list[LoadedShard]) -> PictureCheck:
         rows = [row for row in _rows(shards, {Status.DONE}) if row.digest != NO_DIGEST]
-        self._observer.stage("pictures", len(rows), "pictures")
         started, nbytes = time.perf_counter(), 0
         keys: dict[PictureState, list[str]] = {state: [] for state in PictureState}
-        for number, (row, picture) in enumerate(look_at_pictures(rows, self._threads), 1):
-            keys[picture.state].append(row.key)
-            nbytes += picture.nbytes
-            if picture.state is PictureState.CONTRADICTS:
-                problem = "its picture has another digest, though its size and time are those of then"
-                self._report("pictures", row.shard.path, row.key, problem)
-            self._observer.progress(number)
+        with self._observer.phase("checking pictures", "picture", len(rows)) as phase:
+            for number, (row, picture) in enumerate(look_at_pictures(rows, self._threads), 1):
+                keys[picture.state].append(row.key)
+                nbytes += picture.nbytes
+                if picture.state is PictureState.CONTRADICTS:
+                    problem = "its picture has another digest, though its size and time are those of then"
+                    self._report("pictures", row.shard.path, row.key, problem)
+                phase.at(number)
         return PictureCheck(
             unchanged=len(keys[PictureState.UNCHANGED]),
             changed=tuple(keys[PictureState.CHANGED]),

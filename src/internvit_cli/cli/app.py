@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from collections.abc import Callable
 
@@ -28,9 +27,10 @@ from internvit_cli.cli import (
     verify,
 )
 from internvit_cli.cli.command import ROOT_OPTIONS, TYPERS_OWN, USAGE_ERROR, Call, Group, add_command
-from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json
+from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json, take_lost_output
 from internvit_cli.cli.declarations import as_typer_function
 from internvit_cli.cli.settings import is_on
+from internvit_cli.cli.signals import end_on_interrupt, ignore_stop_signals
 from internvit_cli.errors import ExitCode, InternvitError, NoSpaceError, UsageError
 
 app = typer.Typer(
@@ -99,12 +99,11 @@ for _name, _command in COMMANDS.items():
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit with its code."""
     open_missing_streams()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C is no traceback; `extract` has handlers of its own
+    end_on_interrupt()
     if sys.platform == "win32":
         sys.exit(fail(InternvitError("Windows is not supported", "use Linux, or WSL")))
     code = run(sys.argv[1:] if arguments is None else arguments) if _has_working_directory() else ExitCode.CANNOT_RUN
-    for number in extract.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # all is done and said; the interpreter takes a moment to end
+    ignore_stop_signals()
     sys.exit(code)
 
 
@@ -120,7 +119,16 @@ def _has_working_directory() -> bool:
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line; returns the exit code. A result that could not be written is an error at the end."""
+    code = _run(arguments)
+    lost = take_lost_output()
+    if lost is None:
+        return code
+    failed = fail(lost)
+    return failed if code in (ExitCode.DONE, ExitCode.SKIPPED) else code
+
+
+def _run(arguments: list[str]) -> int:
     call = Call(as_json="--json" in arguments or is_on("json", {}), debug="--debug" in arguments)
     try:
         return app(arguments, prog_name="internvit", standalone_mode=False, obj=call) or ExitCode.DONE

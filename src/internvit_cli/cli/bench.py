@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from internvit_cli.cli.arguments import MOST_TILES, takes_extract_options
-from internvit_cli.cli.console import human_bytes, observer, print_json, print_line, say
+from internvit_cli.cli.console import human_bytes, print_json, print_line, say
 from internvit_cli.cli.plan import print_expected, with_output
+from internvit_cli.cli.progress import progress
 from internvit_cli.cli.values import UnusableWordError, member
 from internvit_cli.config import ComputeDtype
 from internvit_cli.errors import ExitCode
 from internvit_cli.options import ExtractOptions
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from internvit_cli.bench import Benchmark
@@ -72,9 +74,9 @@ def bench_command(
 
     how = BenchOptions(seconds, batch_sizes, dtypes)
     options = with_output(options)
-    watcher = observer(quiet=quiet)
-    found = survey(options, watcher, sys.stdin.buffer)
-    benchmark = run_benchmark(options, found, how, watcher)
+    with progress(quiet=quiet) as observer:
+        found = survey(options, observer, sys.stdin.buffer)
+        benchmark = run_benchmark(options, found, how, observer)
     if json:
         print_json(benchmark.to_json() | {"exit_code": int(ExitCode.DONE), "error": None})
     else:
@@ -92,11 +94,12 @@ def print_benchmark(benchmark: Benchmark) -> None:
     if decode := benchmark.decode:
         print_line(
             f"decode   {decode.images_per_second:,.1f} images/s, {decode.megapixels_per_second:,.0f} megapixels/s with "
-            f"{decode.workers} workers ({decode.images:,} images)"
+            f""
+            f"{counted(decode.workers, 'worker')} ({counted(decode.images, 'image')})"
         )
     print_line(f"write    {human_bytes(benchmark.write_bytes_per_second)}/s")
     if benchmark.prediction is not None:
-        print_line(f"images   {benchmark.prediction.images:,}")
+        print_line(f"images   {benchmark.prediction.images:,} to encode")
         print_expected(benchmark.prediction)
     for note in benchmark.notes:
         say(f"note: {note}")

@@ -29,6 +29,7 @@ EXIT_CODES = {
     ExitCode.OTHER_RECIPE: "the output exists with another recipe or another root",
     ExitCode.NO_SPACE: "not enough disk space",
     ExitCode.LOCKED: "another run holds the output; try again later",
+    ExitCode.SIGHUP: "stopped by SIGHUP, such as by a terminal that was closed; the same command continues",
     ExitCode.SIGINT: "stopped by SIGINT; the same command continues",
     ExitCode.SIGUSR1: "stopped by SIGUSR1; the same command continues",
     ExitCode.SIGTERM: "stopped by SIGTERM; the same command continues",

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internvit_cli.cli.console import Bar, fail, print_json, print_line, say
+from internvit_cli.cli.console import fail, print_json, print_line, say
+from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import InternvitError
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,8 +44,8 @@ def diff_command(
     """
     from internvit_cli.exchange.compare import DiffOptions, diff
 
-    with Bar(quiet=quiet) as bar:
-        found = diff(DiffOptions(found_output(one), found_output(other), not no_tokens, worst, threshold), bar.progress)
+    with progress(quiet=quiet) as observer:
+        found = diff(DiffOptions(found_output(one), found_output(other), not no_tokens, worst, threshold), observer)
     code = found.exit_code
     error = _below(found) if code else None
     if json:
@@ -80,7 +82,8 @@ def _print(found: Difference) -> None:
 
 def _print_common(found: Difference) -> None:
     tokens = "" if found.equal_tokens is None else f", {found.equal_tokens:,} with equal tokens"
-    print_line(f"common      {found.common:,} images with features, {found.equal_vectors:,} with equal vectors{tokens}")
+    images = counted(found.common, "image")
+    print_line(f"common      {images} with features, {found.equal_vectors:,} with equal vectors{tokens}")
 
 
 def _print_keys(what: str, keys: Sequence[str]) -> None:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internvit_cli.cli.console import Bar, print_json, print_line
+from internvit_cli.cli.console import print_json, print_line
+from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode
 from internvit_cli.output_names import check_file_name
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from internvit_cli.use.duplicates import Duplicates
 
 
@@ -50,11 +50,12 @@ def duplicates_command(
     from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
 
     options = DuplicateOptions(found_output(path), threshold, raw, exact, bytes_only)
-    with Bar(quiet=quiet) as bar:
-        found = find_duplicates(options, bar.progress)
-    is_drawn = sheet is not None and bool(found.similar or found.identical)
-    if sheet is not None and is_drawn:
-        _write_sheet(found, sheet)
+    with progress(quiet=quiet) as observer:
+        found = find_duplicates(options, observer)
+        is_drawn = sheet is not None and bool(found.similar or found.identical)
+        if sheet is not None and is_drawn:
+            with observer.phase("drawing the sheet"):
+                _write_sheet(found, sheet)
     if json:
         extra = {"sheet": sheet if is_drawn else None, "exit_code": int(ExitCode.DONE), "error": None}
         print_json(found.to_json() | extra)
@@ -74,20 +75,16 @@ def _write_sheet(found: Duplicates, path: str) -> None:
 
 def _print(found: Duplicates) -> None:
     for number, identical in enumerate(found.identical, 1):
-        print_line(f"identical {number}: {len(identical):,} files")
+        print_line(f"identical {number}: {counted(len(identical), 'file')}")
         for image in identical:
             print_line(f"          {image.key}")
     for number, group in enumerate(found.similar, 1):
-        print_line(f"similar {number}: {len(group):,} images")
+        print_line(f"similar {number}: {counted(len(group), 'image')}")
         for member in group:
             size = f"{member.image.width} x {member.image.height}"
             print_line(f"  {member.similarity:.4f}  {member.image.key}  ({size})")
     how = f"{found.space.name} cosine of at least {found.threshold:g}, {found.how}"
     print_line(
-        f"{found.images:,} images: {_groups(found.identical)} of identical files, "
-        f"{_groups(found.similar)} of similar images ({how}); {found.redundant:,} to spare"
+        f"{counted(found.images, 'image')}: {counted(len(found.identical), 'group')} of identical files, "
+        f"{counted(len(found.similar), 'group')} of similar images ({how}); {found.redundant:,} to spare"
     )
-
-
-def _groups(groups: Sequence[object]) -> str:
-    return f"{len(groups):,} group{'' if len(groups) == 1 else 's'}"

@@ -12,17 +12,20 @@ import typer
 
 from internvit_cli.cli.arguments import shard_bytes_for
 from internvit_cli.cli.completion import complete_keys
-from internvit_cli.cli.console import Bar, human_bytes, human_seconds, print_json, print_line, say
-from internvit_cli.cli.extract import stop_on_signals
+from internvit_cli.cli.console import human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.cli.progress import progress
+from internvit_cli.cli.signals import exit_code_of, stop_on_signals
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import size
 from internvit_cli.errors import ExitCode, StoppedError, UsageError, one_line
 from internvit_cli.exchange.targets import Target, choose_target
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from internvit_cli.exchange.export import Written
+    from internvit_cli.observer import Observer
     from internvit_cli.stopping import StopRequest
 
 
@@ -99,8 +102,7 @@ def export_command(
     if keys_from is not None and not keys:
         raise UsageError(f"--keys-from {one_line(keys_from)}: it names no image", "write one key a line")
     options = ExportOptions(found_output(path), write, tuple(key or ()), keys, tokens=not no_tokens)
-    with Bar(quiet=quiet) as bar:
-        return run_stoppable(lambda stop: export(options, stop, bar.progress), as_json=json, quiet=quiet)
+    return run_stoppable(lambda stop, observer: export(options, stop, observer), as_json=json, quiet=quiet)
 
 
 def read_keys(path: str, *, null_separated: bool) -> list[str]:
@@ -122,16 +124,17 @@ def read_keys(path: str, *, null_separated: bool) -> list[str]:
     return [os.fsdecode(key) for key in keys if key]
 
 
-def run_stoppable(work: Callable[[StopRequest], Written], *, as_json: bool, quiet: bool) -> int:
+def run_stoppable(work: Callable[[StopRequest, Observer], Written], *, as_json: bool, quiet: bool) -> int:
     """Do it, and print what was made; a signal ends it and leaves nothing. Returns the exit code."""
     with stop_on_signals() as stop:
         try:
-            written = work(stop)
+            with progress(quiet=quiet) as observer:
+                written = work(stop, observer)
         except StoppedError as stopped:
             say(stopped.message)
             if as_json:
-                print_json({"exit_code": 128 + stop.signal, "error": stopped.message})
-            return 128 + stop.signal
+                print_json({"exit_code": exit_code_of(stop.signal), "error": stopped.message})
+            return exit_code_of(stop.signal)
     if as_json:
         print_json(written.to_json() | {"exit_code": int(ExitCode.DONE), "error": None})
     elif not quiet:
@@ -141,14 +144,15 @@ def run_stoppable(work: Callable[[StopRequest], Written], *, as_json: bool, quie
 
 def _print(written: Written) -> None:
     images = ", ".join(f"{count:,} {word}" for word, count in written.images.items())
-    files = f" in {written.files:,} files" if written.files > 1 else ""
+    files = f" in {counted(written.files, 'file')}" if written.files > 1 else ""
     rate = written.bytes / written.seconds if written.seconds else 0.0
-    print_line(f"{written.output}: {sum(written.images.values()):,} images ({images}), {written.tiles:,} tiles")
+    total = counted(sum(written.images.values()), "image")
+    print_line(f"{written.output}: {total} ({images}), {counted(written.tiles, 'tile')}")
     print_line(
         f"{human_bytes(written.bytes)} as {written.format}{files} in {human_seconds(written.seconds)}, "
         f"{human_bytes(rate)}/s"
     )
     if written.pending:
-        say(f"note: {written.pending:,} images are left out: they are not encoded yet")
+        say(f"note: {counted(written.pending, 'image')} left out: not encoded yet")
     for note in written.notes:
         say(f"note: {note}")

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from internvit_cli.cli.arguments import RUN, require_sources, takes_extract_options
-from internvit_cli.cli.console import fail, human_bytes, human_seconds, observer, print_json, print_line, say
+from internvit_cli.cli.console import fail, human_bytes, human_seconds, print_json, print_line, say
 from internvit_cli.cli.plan import show_plan
+from internvit_cli.cli.progress import progress
+from internvit_cli.cli.signals import exit_code_of, stop_on_signals
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.errors import ExitCode, InternvitError, StoppedError, UsageError
 from internvit_cli.options import ExtractOptions
-from internvit_cli.stopping import StopRequest
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from internvit_cli.report import Summary
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class AllowedSkips(NamedTuple):
@@ -85,13 +82,14 @@ def extract_command(
 
     with stop_on_signals() as stop:
         try:
-            summary = extract(options, stop, observer(quiet=quiet), sys.stdin.buffer)
+            with progress(quiet=quiet) as observer:
+                summary = extract(options, stop, observer, sys.stdin.buffer)
         except StoppedError as stopped:
             message = f"{stopped.message} by {signal.Signals(stop.signal).name}; run the same command again"
             say(message)
             if json:
-                print_json({"exit_code": 128 + stop.signal, "error": message})
-            return 128 + stop.signal
+                print_json({"exit_code": exit_code_of(stop.signal), "error": message})
+            return exit_code_of(stop.signal)
         return _report(summary, allow_skipped, as_json=json, quiet=quiet)
 
 
@@ -107,45 +105,23 @@ def _report(summary: Summary, allowed: AllowedSkips, *, as_json: bool, quiet: bo
     return fail(error) if error else int(code)
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Let the first signal end the run after the batch in flight, and the second end it at once."""
-    stop = StopRequest()
-
-    def handle(number: int, _frame: Any) -> None:
-        if stop.signal:
-            os._exit(128 + number)
-        if stop.is_working:
-            # print() is not for signal handlers: it may be what was interrupted. Whoever reads stderr may have got the
-            # same signal: `2>&1 | tee log` ends with a Ctrl-C.
-            with suppress(OSError):
-                os.write(2, b"\nstopping after the batch in flight; a second signal stops at once\n")
-        stop.request(number)
-
-    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def print_summary(summary: Summary) -> None:
     """The run in a few lines: every image accounted for, and where the time went."""
     counts, stages = summary.counts, summary.stages
     print_line(
-        f"{summary.output}: {counts.found:,} images found = "
+        f"{summary.output}: {counted(counts.found, 'image')} found = "
         f"{counts.done:,} done + {counts.skipped:,} skipped + {counts.pending:,} pending"
     )
     if counts.reasons:
         print_line("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.reasons.items())))
         print_line(f"reasons: {summary.skipped_path}")
     if counts.kept:
-        print_line(f"kept: {counts.kept:,} rows of pictures that are no longer in the sources")
-    if summary.encoded or summary.tiles:
+        print_line(f"kept: {counted(counts.kept, 'row')} of pictures that are not in these sources")
+    if summary.encoded:
         rate = summary.tiles / stages.wall if stages.wall else 0.0
         print_line(
-            f"encoded {summary.encoded:,} images, {summary.tiles:,} tiles in {human_seconds(summary.seconds)} "
+            f"encoded {counted(summary.encoded, 'image')}, {counted(summary.tiles, 'tile')} "
+            f"in {human_seconds(summary.seconds)} "
             f"({rate:.1f} tiles/s while encoding, {summary.dtype} on {summary.device})"
         )
         shares = {"decode": stages.decode, "device": stages.device, "write": stages.write, "idle": stages.idle}
@@ -154,7 +130,7 @@ def print_summary(summary: Summary) -> None:
             + ", ".join(f"{name} {100 * value / stages.wall:.0f} %" for name, value in shares.items() if stages.wall)
         )
         print_line(stages.bottleneck)
-    elif not counts.pending:
+    elif summary.is_up_to_date and not summary.is_useless:
         print_line("nothing new to do")
     print_line(f"{human_bytes(summary.bytes)} on disk")
     for note in summary.notes:

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from internvit_cli.cli.arguments import shard_bytes_for
-from internvit_cli.cli.console import Bar
 from internvit_cli.cli.export import run_stoppable
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import one_of, size
@@ -74,5 +73,4 @@ def merge_command(
     shard_bytes = shard_bytes_for(shard_size, has_shards=not is_single_file(output))
     write = WriteOptions(output, target, shard_bytes, overwrite=overwrite, lock=not no_lock)
     options = MergeOptions(tuple(map(found_output, paths)), write, None if prefer is None else Prefer(prefer))
-    with Bar(quiet=quiet) as bar:
-        return run_stoppable(lambda stop: merge(options, stop, bar.progress), as_json=json, quiet=quiet)
+    return run_stoppable(lambda stop, observer: merge(options, stop, observer), as_json=json, quiet=quiet)

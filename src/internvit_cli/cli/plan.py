@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from internvit_cli.cli.arguments import require_sources, takes_extract_options
-from internvit_cli.cli.console import human_bytes, human_seconds, observer, print_json, print_line, say
+from internvit_cli.cli.console import human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.cli.progress import progress
 from internvit_cli.errors import ExitCode
 from internvit_cli.options import ExtractOptions
 
@@ -47,13 +48,14 @@ def show_plan(options: ExtractOptions, *, with_bench: bool = False, as_json: boo
 
     require_sources(options)
     options = with_output(options)
-    watcher = observer(quiet=quiet)
-    found = survey(options, watcher, sys.stdin.buffer)
-    planned, expected = summarize_plan(found), None
-    if with_bench:
-        from internvit_cli.bench import BenchOptions, run_benchmark
+    expected = None
+    with progress(quiet=quiet) as observer:
+        found = survey(options, observer, sys.stdin.buffer)
+        planned = summarize_plan(found)
+        if with_bench:
+            from internvit_cli.bench import BenchOptions, run_benchmark
 
-        expected = run_benchmark(options, found, BenchOptions(seconds=1.0, batches=()), watcher).prediction
+            expected = run_benchmark(options, found, BenchOptions(seconds=1.0, batches=()), observer).prediction
     if as_json:
         values = planned.to_json() | {"expected": asdict(expected) if expected else None}
         print_json(values | {"exit_code": int(ExitCode.DONE), "error": None})
@@ -80,16 +82,16 @@ def print_expected(expected: Prediction) -> None:
 
 def print_plan(planned: PlanSummary) -> None:
     """The plan for a person, with the tile histogram drawn."""
-    print_line(
-        f"images   {planned.images:,}" + (f", of which {planned.skipped:,} cannot be read" if planned.skipped else "")
-    )
+    skipped = f" + {planned.skipped:,} skipped" if planned.skipped else ""
+    print_line(f"images   {planned.images:,} found = {planned.images - planned.skipped:,} to encode{skipped}")
     for reason, count in sorted(planned.reasons.items()):
         print_line(f"         {count:,} {reason}")
     print_line(f"tiles    {planned.tiles:,}, thumbnails included")
     most = max(planned.histogram.values(), default=1)
     for tiles, images in planned.histogram.items():
         bar = "#" * max(1, round(BAR_WIDTH * images / most))
-        print_line(f"  {tiles:4d} tiles {images:9,d} images  {bar}")
+        tiles_word, images_word = "tile" if tiles == 1 else "tiles", "image" if images == 1 else "images"
+        print_line(f"  {tiles:4d} {tiles_word:<5} {images:9,d} {images_word:<6}  {bar}")
     print_line(f"model    {planned.model}")
     print_line(f"output   {planned.output}: {planned.bytes:,} bytes ({human_bytes(planned.bytes)})")
     fits = "" if planned.bytes <= planned.free_bytes else ": NOT ENOUGH"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internvit_cli.cli.console import Bar, human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.cli.console import human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.cli.progress import progress
+from internvit_cli.cli.signals import compiled_code_may_take_long
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.config import Projection
 from internvit_cli.errors import ExitCode, one_line
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from internvit_cli.use.report.build import Report
@@ -66,13 +70,20 @@ def report_command(
         seed=seed,
         workers=workers,
     )
-    with Bar(quiet=quiet) as bar:
-        report = write_report(options, bar.progress)
+    is_compiled = projection is Projection.UMAP
+    with progress(quiet=quiet) as observer, compiled_code_may_take_long() if is_compiled else nullcontext():
+        report = write_report(options, observer)
     _say_notes(report)
     if json:
         print_json({"path": path} | report.to_json() | {"exit_code": int(ExitCode.DONE), "error": None})
     elif not quiet:
-        facts = f"{report.points:,} images on the map, {report.thumbnails:,} thumbnails, {report.token_maps} token maps"
+        facts = ", ".join(
+            (
+                f"{counted(report.points, 'image')} on the map",
+                counted(report.thumbnails, "thumbnail"),
+                counted(report.token_maps, "token map"),
+            )
+        )
         print_line(f"{output}: {human_bytes(report.bytes)} in {human_seconds(report.seconds)}; {facts}")
     return int(ExitCode.DONE)
 
@@ -83,4 +94,4 @@ def _say_notes(report: Report) -> None:
     for key, problem in list(report.missing.items())[:MOST_MISSING]:
         say(f"note: no thumbnail of {one_line(key)}: {problem}")
     if len(report.missing) > MOST_MISSING:
-        say(f"note: {len(report.missing):,} images have no thumbnail in all")
+        say(f"note: {counted(len(report.missing), 'image')} without a thumbnail in all")

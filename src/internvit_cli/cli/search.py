@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from internvit_cli.cli.completion import complete_keys
-from internvit_cli.cli.console import Bar, fail, print_json, print_line, say
+from internvit_cli.cli.console import fail, print_json, print_line, say
+from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode, InternvitError
 from internvit_cli.output_names import check_file_name
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from internvit_cli.use.search import Found
@@ -77,10 +79,11 @@ def search_command(
         model=model,
         device=device,
     )
-    with Bar(quiet=quiet) as bar:
-        found = search(options, bar.progress)
-    if sheet is not None:
-        _write_sheet(found, sheet)
+    with progress(quiet=quiet) as observer:
+        found = search(options, observer)
+        if sheet is not None:
+            with observer.phase("drawing the sheet"):
+                _write_sheet(found, sheet)
     code = found.exit_code
     error = (
         InternvitError("not one picture can be used", "the reasons are listed with the pictures")
@@ -112,4 +115,4 @@ def _print(found: Found) -> None:
             print_line(f"{rank:4d}  {hit.similarity:7.4f}  {hit.image.key}")
     space = f"{found.space.name} vectors" + (f", fitted to {found.space.fitted_on:,}" if found.space.fitted_on else "")
     built = " (the index is new)" if found.index_is_new else ""
-    say(f"{found.images:,} images compared in {found.seconds:.1f} s, {found.how}{built}, {space}")
+    say(f"{counted(found.images, 'image')} compared in {found.seconds:.1f} s, {found.how}{built}, {space}")

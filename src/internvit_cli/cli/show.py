@@ -11,6 +11,7 @@ import typer
 
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import one_line, print_json, print_line, say, write_raw
+from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Graphics, TokenMapKind
@@ -106,17 +107,18 @@ def show_command(
     )
     chosen = _chosen_graphics(graphics) if terminal else None
     images: list[dict[str, Any]] = []
-    figures = show(options)
-    for shown in figures:
-        written = _write(shown, output, separate=separate)
-        for note in shown.notes:
-            say(f"note: {note}")
-        if chosen is not None:
-            _draw(shown, chosen)
-        if not (json or quiet):
-            for file in written:
-                print_line(file)
-        images.append({"key": shown.key, "files": written, "notes": list(shown.notes)} | shown.facts)
+    with progress(quiet=quiet) as observer:
+        figures = show(options, observer)
+        for shown in figures:
+            written = _write(shown, output, separate=separate)
+            for note in shown.notes:
+                say(f"note: {note}")
+            if chosen is not None:
+                _draw(shown, chosen)
+            if not (json or quiet):
+                for file in written:
+                    print_line(file)
+            images.append({"key": shown.key, "files": written, "notes": list(shown.notes)} | shown.facts)
     code = ExitCode.SKIPPED if figures.skipped else ExitCode.DONE
     for key in figures.skipped:
         say(f"note: {one_line(key)} has no features and is not drawn")

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internvit_cli.cli.console import (
-    PLAIN_SECONDS,
-    human_bytes,
-    human_seconds,
-    knows_its_size,
-    print_json,
-    print_line,
-    say,
-)
+from internvit_cli.cli.console import human_bytes, human_seconds, print_json, print_line
+from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import UsageError
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
-    from internvit_cli.verdict import Comparison, Finding, PictureCheck, Verdict, VerifyObserver
+    from internvit_cli.verdict import Comparison, Finding, PictureCheck, Verdict
 
 KEYS_SHOWN = 10
 """Changed or missing pictures that are listed by name; --json has them all."""
@@ -83,7 +74,8 @@ def verify_command(
         device=device,
         threads=threads,
     )
-    verdict = verify(options, _observer(quiet=quiet))
+    with progress(quiet=quiet) as observer:
+        verdict = verify(options, observer)
     code = int(verdict.exit_code)
     if json:
         print_json(verdict.to_json() | {"exit_code": code, "error": _summary(verdict) if code else None})
@@ -104,7 +96,7 @@ def print_verdict(verdict: Verdict, *, quiet: bool = False) -> None:
 
 def _print_checks(verdict: Verdict) -> None:
     images = ", ".join(f"{count:,} {word}" for word, count in verdict.images.items())
-    shards = "" if verdict.shards == 1 else f" in {verdict.shards} shards"
+    shards = "" if verdict.shards == 1 else f" in {counted(verdict.shards, 'shard')}"
     print_line(
         f"images      {sum(verdict.images.values()):,}{shards}: {images}" if images else f"images      none{shards}"
     )
@@ -129,11 +121,11 @@ def _print_pictures(pictures: PictureCheck) -> None:
         for key in keys[:KEYS_SHOWN]:
             print_line(f"note: {key}: its picture is {word}; its row stays what it was")
         if len(keys) > KEYS_SHOWN:
-            print_line(f"note: {len(keys) - KEYS_SHOWN:,} more pictures are {word} (--json lists them)")
+            print_line(f"note: {counted(len(keys) - KEYS_SHOWN, 'more picture')} {word} (--json lists them)")
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    print_line(f"{comparison.check:<11} {comparison.images:,} images with {comparison.encoder}")
+    print_line(f"{comparison.check:<11} {counted(comparison.images, 'image')} with {comparison.encoder}")
     equal = (
         "every value bit-equal"
         if comparison.bit_equal == comparison.images
@@ -154,63 +146,3 @@ def _words(finding: Finding) -> str:
 def _summary(verdict: Verdict) -> str:
     count = len(verdict.findings)
     return f"{count:,} {'thing is' if count == 1 else 'things are'} wrong" if count else "all is right"
-
-
-def _observer(*, quiet: bool) -> VerifyObserver | None:
-    if quiet:
-        return None
-    return _progress(is_terminal=sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
-
-
-def _progress(*, is_terminal: bool) -> VerifyObserver:
-    """A bar on a terminal; elsewhere a line now and then."""
-    from internvit_cli.verdict import VerifyObserver
-
-    class Progress(VerifyObserver):
-        """Shows the check at hand; findings and notes come with the verdict."""
-
-        def __init__(self) -> None:
-            self._bar: Any = None
-            self._name, self._total = "", 0
-            self._printed = time.monotonic()
-
-        def stage(self, name: str, total: int, unit: str) -> None:
-            """Begin a bar."""
-            self._close()
-            self._name, self._total = name, total
-            if is_terminal and total:
-                self._bar = _bar(name, total, unit)
-
-        def progress(self, done: int) -> None:
-            """Move the bar, or print a line when it is time."""
-            if self._bar is not None:
-                self._bar.update(done - self._bar.n)
-                if done >= self._total:
-                    self._close()
-            elif time.monotonic() - self._printed >= PLAIN_SECONDS:
-                self._printed = time.monotonic()
-                say(f"{self._name}: {100 * done / max(1, self._total):.0f} %")
-
-        def _close(self) -> None:
-            if self._bar is not None:
-                self._bar.close()
-                self._bar = None
-
-    return Progress()
-
-
-def _bar(name: str, total: int, unit: str) -> Any:
-    from tqdm import tqdm
-
-    known = knows_its_size(sys.stderr)
-    return tqdm(
-        desc=name,
-        total=total,
-        unit="B" if unit == "B" else f" {unit}",
-        unit_scale=unit == "B",
-        file=sys.stderr,
-        ncols=None if known else 80,
-        nrows=None if known else 24,
-        dynamic_ncols=known,
-        leave=False,
-    )

@@ -12,7 +12,7 @@ from internvit_cli.config import PixelRule, Skipped, Status
 from internvit_cli.decode.pictures import Decoded, decode_tiles
 from internvit_cli.decode.slots import Slots, SlotShape
 from internvit_cli.headers import Header
-from internvit_cli.tiling import Grid
+from internvit_cli.tiling import Grid, decoded_tile_count
 from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class FailedImage:
 
     row: int
     skipped: Skipped
+    tiles: int
+    """Tiles that it would have had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,7 @@ class Decoder:
             descriptors=(self._slots.descriptor,),
             memory_bytes=options.memory_bytes + shape.nbytes,
         )
+        self._rule = options.rule
         self._pixels_in_flight = options.pixels_in_flight
         self._pool = WorkerPool(spec, options.workers, options.timeout_seconds)
         self._given: dict[int, tuple[DecodeJob, int, bool]] = {}
@@ -187,16 +190,18 @@ class Decoder:
 
     def _result(self, job: DecodeJob, slot: int, outcome: Finished | Lost) -> DecodedImage | FailedImage:
         if isinstance(outcome, Lost):
-            self._free.append(slot)
-            return FailedImage(job.row, Skipped(outcome.status, "", outcome.message))
+            return self._failed(job, slot, Skipped(outcome.status, "", outcome.message))
         self.busy_seconds += outcome.seconds
         match outcome.result:
             case Decoded(tiles=count, digest=digest):
                 tiles = self._slots.tiles(slot, count)
                 return DecodedImage(job.row, tiles, digest, lambda: self._free.append(slot))
             case skipped:
-                self._free.append(slot)
-                return FailedImage(job.row, skipped)
+                return self._failed(job, slot, skipped)
+
+    def _failed(self, job: DecodeJob, slot: int, skipped: Skipped) -> FailedImage:
+        self._free.append(slot)
+        return FailedImage(job.row, skipped, decoded_tile_count(job.grid, self._rule))
 
 
 def tile_decoder(rule: PixelRule, shape: SlotShape, descriptor: int) -> Callable[[Any], Decoded | Skipped]:

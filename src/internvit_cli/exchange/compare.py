@@ -15,10 +15,12 @@ from internvit_cli.exchange.likeness import Kernels, cosines
 from internvit_cli.exchange.merge import recipe_differences
 from internvit_cli.exchange.selection import Selection, select_all
 from internvit_cli.exchange.tokens_compared import ComparedTokens, compare_tokens, why_not_comparable
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.layout import POOLED
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -108,26 +110,27 @@ class Difference:
         return values | {"identical": self.is_identical}
 
 
-def diff(options: DiffOptions, on_progress: Callable[[str, int, int], None]) -> Difference:
+def diff(options: DiffOptions, observer: Observer = SILENT) -> Difference:
     """Compare two outputs.
 
     Args:
         options: which, and how.
-        on_progress: told how far it is.
+        observer: told how it goes.
 
     Raises:
         OutputError: one is damaged, or not there.
     """
-    return _Comparison(options, on_progress).run()
+    return _Comparison(options, observer).run()
 
 
 class _Comparison:
     """One comparison, with the images that both outputs have."""
 
-    def __init__(self, options: DiffOptions, on_progress: Callable[[str, int, int], None]) -> None:
+    def __init__(self, options: DiffOptions, observer: Observer) -> None:
         self._options = options
-        self._on_progress = on_progress
-        self._one, self._other = select_all(options.one), select_all(options.other)
+        self._observer = observer
+        with observer.phase("reading the outputs"):
+            self._one, self._other = select_all(options.one), select_all(options.other)
         places = {key: position for position, key in enumerate(self._other.table.keys)}
         keys = self._one.table.keys
         there = np.fromiter((places.get(key, -1) for key in keys), np.int64, len(keys))
@@ -168,7 +171,7 @@ class _Comparison:
     def _note_pending(self) -> None:
         for selection, path in ((self._one, self._options.one), (self._other, self._options.other)):
             if selection.pending:
-                self._notes.append(f"{selection.pending:,} images of {path} are left out: they are not encoded yet")
+                self._notes.append(f"{counted(selection.pending, 'image')} of {path} left out: not encoded yet")
 
     def _keys(self, numbers: NDArray[Any]) -> Iterator[str]:
         return (os.fsdecode(self._one.table.keys[int(self._done[number, 0])]) for number in numbers.tolist())
@@ -194,15 +197,16 @@ class _Comparison:
         kernels = Kernels(*widths) if with_cka and len(self._done) else None
         found, equal = np.empty(len(self._done)), 0
         step = max(1, BLOCK_BYTES // (4 * max(widths)))
-        for start in range(0, len(self._done), step):
-            pairs = self._done[start : start + step]
-            first, second = _vectors_of(self._one, pairs[:, 0]), _vectors_of(self._other, pairs[:, 1])
-            if kernels is not None:
-                kernels.add(first, second)
-            if is_comparable:
-                found[start : start + len(pairs)] = cosines(first, second)
-                equal += int((first.view(np.uint32) == second.view(np.uint32)).all(axis=1).sum())
-            self._on_progress("comparing vectors", start + len(pairs), len(self._done))
+        with self._observer.phase("comparing vectors", "image", len(self._done)) as phase:
+            for start in range(0, len(self._done), step):
+                pairs = self._done[start : start + step]
+                first, second = _vectors_of(self._one, pairs[:, 0]), _vectors_of(self._other, pairs[:, 1])
+                if kernels is not None:
+                    kernels.add(first, second)
+                if is_comparable:
+                    found[start : start + len(pairs)] = cosines(first, second)
+                    equal += int((first.view(np.uint32) == second.view(np.uint32)).all(axis=1).sum())
+                phase.at(start + len(pairs))
         spread = self._spread(found, np.arange(len(found))) if is_comparable else None
         return equal, spread, kernels.alignment if kernels is not None else None
 
@@ -231,9 +235,10 @@ class _Comparison:
         if why := why_not_comparable(one, other):
             self._notes.append(why)
             return None, None
-        found = compare_tokens(one, other, self._done, self._on_progress)
+        with self._observer.phase("comparing tokens", "image", len(self._done)) as phase:
+            found = compare_tokens(one, other, self._done, phase.at)
         if left_out := len(self._done) - len(found.numbers):
-            self._notes.append(f"tokens of {left_out:,} images are not compared: their tiles differ")
+            self._notes.append(f"tokens of {counted(left_out, 'image')} not compared: their tiles differ")
         return found, self._spread(np.array(found.lowest), np.array(found.numbers, np.int64))
 
 

@@ -13,13 +13,12 @@ from internvit_cli.exchange.blocks import read_blocks
 from internvit_cli.exchange.destination import Destination
 from internvit_cli.exchange.selection import Selection, select_all
 from internvit_cli.exchange.targets import Place, Target, choose_target
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.stopping import Interruption
 from internvit_cli.storage.durable import check_space, disk_errors, unsynced_folder
 from internvit_cli.table import count_statuses
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from internvit_cli.exchange.writer import Made, Writer
     from internvit_cli.stopping import StopRequest
 
@@ -75,13 +74,13 @@ class Written:
         return asdict(self)
 
 
-def export(options: ExportOptions, stop: StopRequest, on_progress: Callable[[str, int, int], None]) -> Written:
+def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILENT) -> Written:
     """Write an output in another format.
 
     Args:
         options: what, and where to.
         stop: a signal ends the work at once; only publishing is not interrupted.
-        on_progress: told how far it is.
+        observer: told how it goes.
 
     Raises:
         StoppedError: a signal came; nothing has the result's name.
@@ -91,12 +90,13 @@ def export(options: ExportOptions, stop: StopRequest, on_progress: Callable[[str
     check_options(place, options.write)
     destination = Destination(place, [options.source], overwrite=options.write.overwrite, lock=options.write.lock)
     try:
-        selection = select_all(options.source)
+        with observer.phase("reading the output"):
+            selection = select_all(options.source)
         if options.words or options.keys:
             selection = selection.take(selection.positions_of(options.words, options.keys, options.source))
         if not options.tokens:
             selection = selection.without_tokens()
-        return write(selection, Job(place, destination, options.write, (options.source,)), stop, on_progress)
+        return write(selection, Job(place, destination, options.write, (options.source,)), stop, observer)
     except Interruption:
         raise StoppedError("stopped before all was written; nothing is left") from None
 
@@ -127,7 +127,7 @@ def check_options(place: Place, options: WriteOptions) -> None:
         )
 
 
-def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callable[[str, int, int], None]) -> Written:
+def write(selection: Selection, job: Job, stop: StopRequest, observer: Observer) -> Written:
     """Stream a selection to its destination, and publish it.
 
     Raises:
@@ -144,13 +144,15 @@ def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callab
             job.destination.path, needed, "--no-tokens" if selection.shape.tokens is not Tokens.NONE else "--key"
         )
         try:
-            _stream(selection, writer, job, on_progress)
-            made = writer.finish()
+            _stream(selection, writer, job, observer)
+            with observer.phase("finishing"):
+                made = writer.finish()
         finally:
             writer.close()
         stop.is_working = True
         nbytes, files = _size(job.destination, made)
-        job.destination.publish(made.names, made.obsolete, made.withdrawn)
+        with observer.phase("publishing"):
+            job.destination.publish(made.names, made.obsolete, made.withdrawn)
     return Written(
         sources=job.sources,
         output=job.place.path,
@@ -165,11 +167,12 @@ def write(selection: Selection, job: Job, stop: StopRequest, on_progress: Callab
     )
 
 
-def _stream(selection: Selection, writer: Writer, job: Job, on_progress: Callable[[str, int, int], None]) -> None:
-    writer.begin()
-    for block in read_blocks(selection, is_index=job.place.target is Target.CSV):
-        writer.add(block)
-        on_progress("writing", block.first + len(block), len(selection))
+def _stream(selection: Selection, writer: Writer, job: Job, observer: Observer) -> None:
+    with observer.phase("writing", "image", len(selection)) as phase:
+        writer.begin()
+        for block in read_blocks(selection, is_index=job.place.target is Target.CSV):
+            writer.add(block)
+            phase.at(block.first + len(block))
 
 
 def open_writer(selection: Selection, job: Job) -> Writer:

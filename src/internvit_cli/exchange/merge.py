@@ -11,12 +11,14 @@ from internvit_cli.exchange.destination import Destination
 from internvit_cli.exchange.export import Job, WriteOptions, Written, check_options, write
 from internvit_cli.exchange.selection import Selection, StoredOutput, select
 from internvit_cli.exchange.targets import choose_target
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.output_names import check_features_name
 from internvit_cli.reconcile import ROW_BITS
 from internvit_cli.stopping import Interruption
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from internvit_cli.config import Recipe
     from internvit_cli.stopping import StopRequest
@@ -49,7 +51,7 @@ class _Row(NamedTuple):
     digest: bytes
 
 
-def merge(options: MergeOptions, stop: StopRequest, on_progress: Callable[[str, int, int], None]) -> Written:
+def merge(options: MergeOptions, stop: StopRequest, observer: Observer = SILENT) -> Written:
     """Write the rows of several outputs as one feature file or folder.
 
     A key that several outputs have counts once: done before skipped, and the later one where both are of the same
@@ -69,12 +71,15 @@ def merge(options: MergeOptions, stop: StopRequest, on_progress: Callable[[str, 
     check_options(place, options.write)
     destination = Destination(place, options.sources, overwrite=options.write.overwrite, lock=options.write.lock)
     try:
-        selection, repeated = select_merged([StoredOutput.open(path) for path in options.sources], options.prefer)
-        written = write(selection, Job(place, destination, options.write, options.sources), stop, on_progress)
+        with observer.phase("reading the outputs"):
+            selection, repeated = select_merged([StoredOutput.open(path) for path in options.sources], options.prefer)
+        written = write(selection, Job(place, destination, options.write, options.sources), stop, observer)
     except Interruption:
         raise StoppedError("stopped before all was written; nothing is left") from None
     if repeated:
-        written = replace(written, notes=(*written.notes, f"{repeated:,} images were in more than one, and count once"))
+        written = replace(
+            written, notes=(*written.notes, f"{counted(repeated, 'image')} in more than one output, counted once")
+        )
     return written
 
 

@@ -60,7 +60,7 @@ def why_not_comparable(one: Selection, other: Selection) -> str:
 
 
 def compare_tokens(
-    one: Selection, other: Selection, pairs: NDArray[Any], on_progress: Callable[[str, int, int], None]
+    one: Selection, other: Selection, pairs: NDArray[Any], on_progress: Callable[[int], None]
 ) -> ComparedTokens:
     """Compare the tokens of images; those whose tiles differ are left out.
 
@@ -68,7 +68,7 @@ def compare_tokens(
         one: an output.
         other: another, with tokens of the same shape.
         pairs: positions of each image in both, [k, 2].
-        on_progress: told how far it is.
+        on_progress: called with the number of images compared.
     """
     found = ComparedTokens()
     grids = [_grids(selection, pairs[:, side]) for side, selection in enumerate((one, other))]
@@ -76,7 +76,7 @@ def compare_tokens(
     for number, (row, other_row) in enumerate(pairs.tolist()):
         if is_same[number]:
             _compare_image(found, number, _tiles(one, row, other, other_row))
-        on_progress("comparing tokens", number + 1, len(pairs))
+        on_progress(number + 1)
     return found
 
 

@@ -31,6 +31,7 @@ from internvit_cli.model.layouts import (
 )
 from internvit_cli.model.tiny import tiny_weights
 from internvit_cli.model.weights import choose_weights, read_stored
+from internvit_cli.observer import BYTES, SILENT, Observer
 from internvit_cli.untrusted import opened
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class Checkpoint:
         weights = {name: _weight(name, shapes[name], wanted[name], stored) for name in shapes}
         return cls(card, layer, weights, (chosen.note,) if chosen.note else ())
 
-    def digest(self) -> str:
+    def digest(self, observer: Observer = SILENT) -> str:
         """SHA-256 over the sorted names, types, shapes and bytes of the tensors used: equal across layouts.
 
         Raises:
@@ -115,12 +116,18 @@ class Checkpoint:
         """
         sha = hashlib.sha256()
         buffer = np.empty(READ_BYTES, np.uint8)
-        for name in sorted(self.weights):
-            weight = self.weights[name]
-            sha.update(f"{name}\0{weight.dtype}\0{','.join(map(str, weight.shape))}\0".encode())
-            for part in weight.parts:
-                for piece in _pieces(part, buffer):
-                    sha.update(piece)
+        done = 0
+        with observer.phase(
+            "hashing the weights", BYTES, sum(weight.nbytes for weight in self.weights.values())
+        ) as phase:
+            for name in sorted(self.weights):
+                weight = self.weights[name]
+                sha.update(f"{name}\0{weight.dtype}\0{','.join(map(str, weight.shape))}\0".encode())
+                for part in weight.parts:
+                    for piece in _pieces(part, buffer):
+                        sha.update(piece)
+                        done += len(piece)
+                        phase.at(done)
         return sha.hexdigest()
 
     def read(self, name: str) -> np.ndarray:

@@ -24,12 +24,23 @@ CHECKPOINT_BYTES = 256_000_000
 
 
 def take_over(
-    old: FinishedShard, table: ImageTable, writer: ShardWriter, stopped: Callable[[], bool] = lambda: False
+    old: FinishedShard,
+    table: ImageTable,
+    writer: ShardWriter,
+    stopped: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> int:
     """Copy the rows of images that are pending in `table` and done, from the same file, in `old`.
 
     Each row's CRC is checked on the way; a damaged row is left pending and encoded again. Once `stopped` turns true
     what is copied is committed, and no more.
+
+    Args:
+        old: where rows are.
+        table: of the shard to fill.
+        writer: of the shard to fill.
+        stopped: asked before each image.
+        on_progress: called with the number of pending images looked at, and of all.
 
     Returns:
         The number of images copied.
@@ -38,7 +49,9 @@ def take_over(
     rows = {key: row for row, key in enumerate(source.table.keys) if source.table.status[row] == Status.DONE}
     digests, checksums = old.backend.commit_records(old.path)
     copied = 0
-    for row in np.flatnonzero(writer.status == Status.PENDING).tolist():
+    pending = np.flatnonzero(writer.status == Status.PENDING).tolist()
+    for number, row in enumerate(pending):
+        on_progress(number, len(pending))
         if stopped():
             break
         before = rows.get(table.keys[row])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.errors import UsageError
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.durable import check_space
 from internvit_cli.storage.reader import open_features
 from internvit_cli.use.pairs import exact_pairs, hashed_pairs
@@ -105,34 +106,30 @@ class Duplicates:
         )
 
 
-def find_duplicates(
-    options: DuplicateOptions, on_progress: Callable[[str, int, int], None] = lambda *_: None
-) -> Duplicates:
+def find_duplicates(options: DuplicateOptions, observer: Observer = SILENT) -> Duplicates:
     """Group the images of an output that are the same file, and those that look the same.
 
     Args:
         options: what counts as the same.
-        on_progress: called with what is done, how much of it so far, and of all.
+        observer: told how it goes.
 
     Raises:
         OutputError: there is no output, or it is damaged.
         NoSpaceError: the temporary file for very many vectors does not fit.
     """
-    features = open_features(options.path).done
-    groups, firsts = _identical(_digests(features))
+    with observer.phase("reading the output"):
+        features = open_features(options.path).done
+        groups, firsts = _identical(_digests(features))
     identical = tuple(tuple(features[int(number)] for number in group) for group in groups)
     similar: tuple[tuple[Member, ...], ...] = ()
     space, is_exact = RAW, True
     if not options.bytes_only and len(firsts) > 1:
         vectors = features[firsts].vectors()
-        space = RAW if options.raw else fit_whitening(vectors)
+        space = RAW if options.raw else fit_whitening(vectors, observer)
         is_exact = _is_exact(options, space, len(vectors))
-
-        def tell(done: int) -> None:
-            on_progress("comparing", done, len(vectors))
-
-        with _embedded(vectors, space, lambda done: on_progress("embedding", done, len(vectors))) as embedded:
-            linked = _linked(embedded, options.least, tell, is_exact)
+        with _embedded(vectors, space, observer) as embedded:
+            with observer.phase("comparing", "image", len(vectors)) as phase:
+                linked = _linked(embedded, options.least, phase.at, is_exact)
             similar = tuple(_group(vectors, embedded, numbers) for numbers in linked)
     how = "exact" if is_exact else "hashed"
     return Duplicates(options.path, len(features), identical, similar, options.least, space, how)
@@ -239,7 +236,7 @@ def _group(vectors: PooledVectors, embedded: NDArray[Any], numbers: NDArray[Any]
 
 
 @contextmanager
-def _embedded(vectors: PooledVectors, space: Space, on_progress: Callable[[int], None]) -> Iterator[NDArray[Any]]:
+def _embedded(vectors: PooledVectors, space: Space, observer: Observer) -> Iterator[NDArray[Any]]:
     """All vectors embedded, [n, d] float32: in memory, or where they are many in a file that goes with the block."""
     size = 4 * len(vectors) * vectors.shape[1]
     with tempfile.TemporaryFile() as file:
@@ -248,9 +245,10 @@ def _embedded(vectors: PooledVectors, space: Space, on_progress: Callable[[int],
         else:
             check_space(tempfile.gettempdir(), size)
             embedded = np.memmap(file, np.float32, "w+", shape=vectors.shape)
-        for start, block in vectors.blocks():
-            embedded[start : start + len(block)] = space.embed(block)
-            on_progress(start + len(block))
+        with observer.phase("embedding", "image", len(vectors)) as phase:
+            for start, block in vectors.blocks():
+                embedded[start : start + len(block)] = space.embed(block)
+                phase.at(start + len(block))
         yield embedded
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, Skipped, Status, Tokens
 from internvit_cli.errors import ClosedError, UsageError
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.recipes import ModelInUse, encoder_options, encoder_options_of_run, pixel_rule
 from internvit_cli.recorded import open_recorded
 from internvit_cli.storage.layout import POOLED, TILE_POOLED
@@ -89,6 +90,7 @@ class Extractor:
         tokens: Tokens | str | None = None,
         model: str | os.PathLike[str] | None = None,
         device: str = "auto",
+        observer: Observer = SILENT,
     ) -> Self:
         """An extractor that goes on where a feature file left off: its recipe, its weights.
 
@@ -97,6 +99,7 @@ class Extractor:
             tokens: other tokens than the file's; `none` encodes little more than what the pooled vector needs.
             model: where the weights are, when not where the file says.
             device: auto, cpu, cuda, cuda:N or mps.
+            observer: told how the loading goes.
 
         Raises:
             ModelError: the weights cannot be had, or are not those of the file.
@@ -110,7 +113,8 @@ class Extractor:
         recipe, attributes = opened.recipe, opened.attributes
         if tokens is not None:
             recipe = replace(recipe, tokens=choice("tokens", Tokens, tokens))
-        checkpoint = open_recorded(recipe, attributes, None if model is None else model_name(model))
+        name = None if model is None else model_name(model)
+        checkpoint = open_recorded(recipe, attributes, name, observer)
         self = cls.__new__(cls)
         batch_tiles = int(attributes.get("batch_tiles", 0)) or None
         self._start(checkpoint, recipe, encoder_options(recipe, device, batch_tiles), DEFAULT_MAX_PIXELS)

@@ -20,6 +20,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 
 from internvit_cli.errors import InternvitError
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.durable import (
     create,
     disk_errors,
@@ -100,7 +101,7 @@ def open_index(
     vectors: PooledVectors,
     make_space: Callable[[], Space],
     name: str,
-    on_progress: Callable[[int], None] = lambda _: None,
+    observer: Observer = SILENT,
 ) -> NearIndex:
     """The index of an output in a space; built when there is none, or when the output is another one by now.
 
@@ -109,7 +110,7 @@ def open_index(
         vectors: all its vectors.
         make_space: fits the space, when it has to be.
         name: of the space.
-        on_progress: called with the number of vectors that are in, while it is built.
+        observer: told how it goes.
 
     Raises:
         InternvitError: usearch is not installed, or the index cannot be written.
@@ -125,8 +126,10 @@ def open_index(
         except (RuntimeError, ValueError, OSError, TypeError, AttributeError):
             pass  # a damaged graph is made again, as a missing one is
     space = make_space()
-    graph = _build(usearch, vectors, space, on_progress)
-    _save(base, graph, space, digest)
+    with observer.phase("indexing", "image", len(vectors)) as phase:
+        graph = _build(usearch, vectors, space, phase.at)
+    with observer.phase("writing the index"):
+        _save(base, graph, space, digest)
     return NearIndex(space, True, graph)
 
 

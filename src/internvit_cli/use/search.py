@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.errors import ExitCode, OutputError, UsageError
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.reader import Features, bounded, open_features
 from internvit_cli.use.near_index import open_index
 from internvit_cli.use.nearest import nearest
 from internvit_cli.use.spaces import RAW, Space, fit_whitening
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -102,15 +103,12 @@ class Found:
         return facts | self.space.facts() | {"queries": [_answer_json(answer) for answer in self.answers]}
 
 
-def search(
-    options: SearchOptions,
-    on_progress: Callable[[str, int, int], None] = lambda *_: None,
-) -> Found:
+def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
     """Find the images most like each picture and each key.
 
     Args:
         options: what to look for.
-        on_progress: called with what is done, the number of vectors so far, and of all.
+        observer: told how it goes.
 
     Raises:
         UsageError: nothing to look for, or a key that is not there.
@@ -120,17 +118,18 @@ def search(
     """
     if not options.pictures and not options.keys:
         raise UsageError("nothing to search for", "name a picture, or an image of the output with --key")
-    features = open_features(options.path)
-    vectors = features.vectors()
+    with observer.phase("reading the output"):
+        features = open_features(options.path)
+        vectors = features.vectors()
     if not len(vectors):
         raise OutputError(
             f"{options.path} has no image with features", f"internvit ls -l {options.path} lists the images by status"
         )
     stored = list(bounded(features, options.keys, MOST_QUERIES).values()) if options.keys else []
-    encoded = _encode(features, options) if options.pictures else []
+    encoded = _encode(features, options, observer) if options.pictures else []
     queries = [*encoded, *stored]
     started = time.perf_counter()
-    comparison = _Comparison(options, features, vectors, on_progress)
+    comparison = _Comparison(options, features, vectors, observer)
     usable = [query for query in queries if query.is_done]
     # One more than asked for, since an image of the output finds itself.
     numbers, similarities = comparison.nearest(usable, options.count + bool(stored))
@@ -149,22 +148,14 @@ def search(
 class _Comparison:
     """Queries against all vectors of an output, exactly or through an index."""
 
-    def __init__(
-        self,
-        options: SearchOptions,
-        features: Features,
-        vectors: PooledVectors,
-        on_progress: Callable[[str, int, int], None],
-    ) -> None:
+    def __init__(self, options: SearchOptions, features: Features, vectors: PooledVectors, observer: Observer) -> None:
         self._vectors = vectors
-        self._on_progress = on_progress
+        self._observer = observer
         self._index = None
         self.index_is_new = False
         if options.index:
             name = "raw" if options.raw else "whitened"
-            self._index = open_index(
-                features, vectors, lambda: self._fit(raw=options.raw), name, self._tell("indexing")
-            )
+            self._index = open_index(features, vectors, lambda: self._fit(raw=options.raw), name, observer)
             self.space, self.index_is_new = self._index.space, self._index.is_new
         else:
             self.space = self._fit(raw=options.raw)
@@ -176,21 +167,27 @@ class _Comparison:
         embedded = self.space.embed(np.stack([query.pooled for query in queries]))
         if self._index is not None:
             return self._index.nearest(self._vectors, embedded, count)
-        return nearest(self._vectors, self.space, embedded, count, self._tell("comparing"))
+        with self._observer.phase("comparing", "image", len(self._vectors)) as phase:
+            return nearest(self._vectors, self.space, embedded, count, phase.at)
 
     def _fit(self, *, raw: bool) -> Space:
-        return RAW if raw else fit_whitening(self._vectors)
-
-    def _tell(self, what: str) -> Callable[[int], None]:
-        return lambda done: self._on_progress(what, done, len(self._vectors))
+        return RAW if raw else fit_whitening(self._vectors, self._observer)
 
 
-def _encode(features: Features, options: SearchOptions) -> list[ImageFeatures]:
+def _encode(features: Features, options: SearchOptions, observer: Observer) -> list[ImageFeatures]:
     """The pictures' features under the output's recipe; the vector does not depend on which tokens are stored."""
     from internvit_cli.use.extractor import Extractor
 
-    with Extractor.like(features, tokens="none", model=options.model, device=options.device) as extractor:
-        return extractor(list(options.pictures))
+    with observer.phase("loading the model"):
+        extractor = Extractor.like(
+            features, tokens="none", model=options.model, device=options.device, observer=observer
+        )
+    encoded = []
+    with extractor, observer.phase("encoding", "picture", len(options.pictures)) as phase:
+        for image in extractor.stream(options.pictures):
+            encoded.append(image)
+            phase.at(len(encoded))
+    return encoded
 
 
 def _hits(

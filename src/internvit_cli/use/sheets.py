@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.draw.sheet import CELL, Cell, Row, contact_sheet
 from internvit_cli.use.photograph import load_photograph
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,10 +43,10 @@ def duplicates_sheet(found: Duplicates) -> Image.Image:
             _cell(member.image, (f"{member.similarity:.3f}", member.image.key), is_marked=place == 0)
             for place, member in enumerate(group[:MOST_CELLS])
         ]
-        rows.append(Row(f"similar {number}: {len(group):,} images", cells))
+        rows.append(Row(f"similar {number}: {counted(len(group), 'image')}", cells))
     for number, identical in enumerate(found.identical, 1):
         cells = [_cell(image, ("same bytes", image.key)) for image in identical[:MOST_CELLS]]
-        rows.append(Row(f"identical {number}: {len(identical):,} files", cells))
+        rows.append(Row(f"identical {number}: {counted(len(identical), 'file')}", cells))
     return contact_sheet(rows[:MOST_ROWS])
 
 

@@ -13,11 +13,13 @@ import numpy as np
 from internvit_cli.config import Preprocess, TokenMapKind, Tokens
 from internvit_cli.draw.figure import Panel, figure
 from internvit_cli.errors import UsageError, one_line
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.durable import folder_for, write_file
 from internvit_cli.storage.reader import Features, SkippedImageError, bounded, open_features
 from internvit_cli.use.maps import Fitted, TokenMap, fit, likeness, likeness_scale, spread, tile_pattern
 from internvit_cli.use.panels import Canvas, mark_outliers, mark_point, outlier_caption
 from internvit_cli.use.photograph import load_photograph
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -100,14 +102,19 @@ class Figures:
         return self.shown
 
 
-def show(options: ShowOptions) -> Figures:
+def show(options: ShowOptions, observer: Observer = SILENT) -> Figures:
     """Draw the named images, one after another.
+
+    Args:
+        options: what to draw, and how.
+        observer: told how it goes.
 
     Raises:
         UsageError: a key or a point that is not there, or a map that the file cannot give.
         SkippedImageError: not one of them has features.
     """
-    features = open_features(options.path)
+    with observer.phase("reading the output"):
+        features = open_features(options.path)
     if not options.keys:
         first = f", such as {one_line(next(iter(features)))}" if len(features) else ""
         raise UsageError("no keys given", f"name one or more images of {options.path}{first}")
@@ -118,9 +125,17 @@ def show(options: ShowOptions) -> Figures:
             f"{images[0].key!r} has no features: {images[0].status.word}",
             f"internvit ls -l {options.path} lists the images by status",
         )
-    drawing = _Drawing(options, features, done)
+    with observer.phase("fitting colors"):
+        drawing = _Drawing(options, features, done)
     skipped = tuple(image.key for image in images if not image.is_done)
-    return Figures((drawing.draw(image) for image in done), skipped)
+    return Figures(_drawn(drawing, done, observer), skipped)
+
+
+def _drawn(drawing: _Drawing, images: list[ImageFeatures], observer: Observer) -> Iterator[Shown]:
+    with observer.phase("drawing", "image", len(images)) as phase:
+        for number, image in enumerate(images, 1):
+            yield drawing.draw(image)
+            phase.at(number)
 
 
 class _Drawing:
@@ -188,7 +203,7 @@ class _Drawing:
 
     def _component_captions(self, fitted: Fitted) -> tuple[str, ...]:
         red, green, blue = (f"{100 * share:.0f} %" for share in fitted.explained)
-        together = "" if len(self._images) == 1 else f", fitted to {len(self._images)} images"
+        together = "" if len(self._images) == 1 else f", fitted to {counted(len(self._images), 'image')}"
         without = "" if self._options.position else ", places in the tile taken off"
         return (f"red {red}, green {green}, blue {blue} of the variance{together}{without}",)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.observer import SILENT, Observer
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -60,13 +62,18 @@ class Space:
 RAW = Space("raw")
 
 
-def fit_whitening(vectors: PooledVectors) -> Space:
+def fit_whitening(vectors: PooledVectors, observer: Observer = SILENT) -> Space:
     """Estimate mean and covariance of a file's vectors.
 
     The covariance is shrunk towards a multiple of the identity as Ledoit and Wolf (2004) derive: fully for a handful of
     images, which leaves them centred, hardly for many. Where nothing varies there is nothing to whiten, and vectors are
     compared as they are.
     """
+    with observer.phase("fitting the space"):
+        return _whitening(vectors)
+
+
+def _whitening(vectors: PooledVectors) -> Space:
     count = min(len(vectors), MOST_FITTED)
     mean = sum((block.sum(axis=0, dtype=np.float64) for block in _blocks(vectors)), np.zeros(vectors.shape[1]))
     mean /= max(1, count)

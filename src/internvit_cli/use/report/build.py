@@ -14,6 +14,7 @@ import internvit_cli
 from internvit_cli.config import Projection, Tokens
 from internvit_cli.draw.palette import SEQUENTIAL
 from internvit_cli.errors import OutputError
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.output_names import check_file_name
 from internvit_cli.storage.durable import write_file
 from internvit_cli.storage.reader import open_features
@@ -25,11 +26,9 @@ from internvit_cli.use.report.selection import Selection, select
 from internvit_cli.use.report.token_maps import TokenMaps, draw_token_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from internvit_cli.storage.reader import Features
-
-    OnProgress = Callable[[str, int, int], None]
 
 SUFFIXES = (".html", ".htm")
 PHOTOGRAPH_SIDE = 384
@@ -93,12 +92,12 @@ class Report:
         }
 
 
-def write_report(options: ReportOptions, on_progress: OnProgress = lambda *_: None) -> Report:
+def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
     """Write the page of an output; it is either there and whole, or as it was before.
 
     Args:
         options: what to show, and where.
-        on_progress: called with what is done, how much of it so far, and of all.
+        observer: told how it goes.
 
     Raises:
         UsageError: the page has a name or a place that it can't have, or UMAP too few images.
@@ -107,19 +106,21 @@ def write_report(options: ReportOptions, on_progress: OnProgress = lambda *_: No
     """
     started = time.perf_counter()
     _check_place(options.output)
-    require(options.projection)
-    features = open_features(options.path)
-    facts = gather_facts(features)
-    chosen = select(features, options.samples, options.points, options.seed, on_progress)
+    require(options.projection, observer)
+    with observer.phase("reading the output"):
+        features = open_features(options.path)
+        facts = gather_facts(features)
+    chosen = select(features, options.samples, options.points, options.seed, observer)
     done = features.done
-    on_progress("laying out the map", 0, len(chosen.points))
-    plane = lay_out(done.vectors(), chosen.points, options.projection, options.seed)
+    plane = lay_out(done.vectors(), chosen.points, options.projection, options.seed, observer)
     sample = [done[number] for number in chosen.sample]
-    maps = draw_token_maps(sample, lambda count: on_progress("drawing token maps", count, len(sample)))
-    thumbnails, photographs = _pictures(done, chosen, options, with_maps=bool(maps.maps), on_progress=on_progress)
-    parts = _Parts(done, chosen, plane, maps, thumbnails, photographs, options)
-    page = as_page(f"{facts.path} - internvit report", parts.to_json(facts))
-    write_file(options.output, page)
+    with observer.phase("drawing token maps", "image", len(sample)) as phase:
+        maps = draw_token_maps(sample, phase.at)
+    thumbnails, photographs = _pictures(done, chosen, options, observer, with_maps=bool(maps.maps))
+    with observer.phase("writing the page"):
+        parts = _Parts(done, chosen, plane, maps, thumbnails, photographs, options)
+        page = as_page(f"{facts.path} - internvit report", parts.to_json(facts))
+        write_file(options.output, page)
     missing = {done[number].key: one.problem for number, one in thumbnails.items() if not one.jpeg}
     return Report(
         output=options.output,
@@ -148,14 +149,15 @@ def _check_place(output: str) -> None:
 
 
 def _pictures(
-    done: Features, chosen: Selection, options: ReportOptions, *, with_maps: bool, on_progress: OnProgress
+    done: Features, chosen: Selection, options: ReportOptions, observer: Observer, *, with_maps: bool
 ) -> tuple[dict[int, SmallPicture], list[SmallPicture]]:
     """Thumbnails by number, and the photographs that token maps lie on."""
     numbers = chosen.shuffled[: options.thumbnails].tolist()
     wanted = [Wanted(done[number], options.thumbnail_size) for number in numbers]
     if with_maps:
         wanted += [Wanted(done[number], PHOTOGRAPH_SIDE) for number in chosen.sample]
-    found = shrink(wanted, options.workers, lambda count: on_progress("reading pictures", count, len(wanted)))
+    with observer.phase("reading pictures", "picture", len(wanted)) as phase:
+        found = shrink(wanted, options.workers, phase.at)
     return dict(zip(numbers, found, strict=False)), found[len(numbers) :]
 
 

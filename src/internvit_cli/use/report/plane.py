@@ -13,13 +13,16 @@ import numpy as np
 
 from internvit_cli.config import Projection
 from internvit_cli.errors import InternvitError, OutputError, UsageError
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.use.maps import components, spread, unit
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     from numpy.typing import NDArray
 
+    from internvit_cli.observer import Phase
     from internvit_cli.storage.row_index import PooledVectors
 
 FITTED_BYTES = 32 << 20
@@ -45,17 +48,24 @@ class Plane:
     """Vectors that the axes were fitted to."""
 
 
-def require(projection: Projection) -> None:
+def require(projection: Projection, observer: Observer = SILENT) -> None:
     """Refuse early what cannot be done here.
+
+    Args:
+        projection: how images are to be laid out.
+        observer: told how it goes.
 
     Raises:
         InternvitError: umap-learn is not installed.
     """
     if projection is Projection.UMAP:
-        _umap()
+        with observer.phase("loading UMAP"):
+            _umap()
 
 
-def lay_out(vectors: PooledVectors, numbers: NDArray[Any], projection: Projection, seed: int) -> Plane:
+def lay_out(
+    vectors: PooledVectors, numbers: NDArray[Any], projection: Projection, seed: int, observer: Observer = SILENT
+) -> Plane:
     """Give images places.
 
     Args:
@@ -63,6 +73,7 @@ def lay_out(vectors: PooledVectors, numbers: NDArray[Any], projection: Projectio
         numbers: of those to lay out, [n].
         projection: how.
         seed: of what UMAP draws by chance.
+        observer: told how it goes.
 
     Raises:
         UsageError: too few images for UMAP.
@@ -75,6 +86,17 @@ def lay_out(vectors: PooledVectors, numbers: NDArray[Any], projection: Projectio
         )
     if not len(numbers):
         return Plane(np.empty((0, 2), np.float32), (), 0)
+    with observer.phase("projecting", "image", len(numbers)) as phase:
+        reduced, explained, fitted_on = _project(vectors, numbers, projection, phase.at)
+    if projection is Projection.UMAP:
+        return Plane(_unit_square(_embed(reduced, seed, observer)), (), fitted_on)
+    return Plane(_unit_square(reduced), explained, fitted_on)
+
+
+def _project(
+    vectors: PooledVectors, numbers: NDArray[Any], projection: Projection, on_progress: Callable[[int], None]
+) -> tuple[NDArray[Any], tuple[float, ...], int]:
+    """Images along principal components, [n, c] float32; their shares of the variance; vectors that they fit."""
     count = 2 if projection is Projection.PCA else min(UMAP_COMPONENTS, vectors.shape[1])
     chosen = numbers[spread(len(numbers), max(2, FITTED_BYTES // (4 * vectors.shape[1])))]
     sample = unit(vectors[chosen])
@@ -87,9 +109,8 @@ def lay_out(vectors: PooledVectors, numbers: NDArray[Any], projection: Projectio
     for start in range(0, len(numbers), BLOCK):
         block = vectors[numbers[start : start + BLOCK]]
         reduced[start : start + len(block)] = (unit(block) - mean) @ axes.T
-    if projection is Projection.UMAP:
-        return Plane(_unit_square(_embed(reduced, seed)), (), len(chosen))
-    return Plane(_unit_square(reduced), explained, len(chosen))
+        on_progress(start + len(block))
+    return reduced, explained, len(chosen)
 
 
 def _unit_square(places: NDArray[Any]) -> NDArray[Any]:
@@ -100,11 +121,32 @@ def _unit_square(places: NDArray[Any]) -> NDArray[Any]:
     return inside
 
 
-def _embed(reduced: NDArray[Any], seed: int) -> NDArray[Any]:
+class _Epochs:
+    """The file that UMAP's own progress bar writes to, which is the only one to tell of its epochs."""
+
+    FORMAT = "{n}/{total}"
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+
+    def write(self, text: str) -> None:
+        """Take what the bar draws."""
+        done, slash, total = text.strip().partition("/")
+        if slash and done.isdecimal() and total.isdecimal():
+            self._phase.at(int(done), int(total))
+
+    def flush(self) -> None:
+        """Nothing: there is no buffer."""
+
+
+def _embed(reduced: NDArray[Any], seed: int, observer: Observer) -> NDArray[Any]:
+    """Places in a plane of the same neighbourhoods, [n, 2]; most of the first half of the time counts no epochs yet."""
     neighbours = min(UMAP_NEIGHBOURS, len(reduced) - 1)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), observer.phase("laying out the map", "epoch") as phase:
         warnings.simplefilter("ignore")  # a seed makes it use one thread, which it warns of
-        places: NDArray[Any] = _umap().UMAP(n_neighbors=neighbours, random_state=seed).fit_transform(reduced)
+        bar = {"disable": False, "file": _Epochs(phase), "bar_format": _Epochs.FORMAT, "desc": ""}
+        umap = _umap().UMAP(n_neighbors=neighbours, random_state=seed, tqdm_kwds=bar)
+        places: NDArray[Any] = umap.fit_transform(reduced)
     finite: NDArray[Any] = np.nan_to_num(places)
     return finite
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from internvit_cli.observer import SILENT, Observer
 from internvit_cli.use.duplicates import DuplicateOptions, Duplicates, find_duplicates
 from internvit_cli.use.nearest import nearest
 from internvit_cli.use.spaces import Space, fit_whitening
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from internvit_cli.storage.reader import Features
     from internvit_cli.storage.row_index import PooledVectors
-
-    OnProgress = Callable[[str, int, int], None]
 
 NEIGHBOURS = 8
 MOST_GROUPS = 50
@@ -55,7 +54,7 @@ class Selection:
     """The same, those that the page's other parts show first, then the others by chance."""
 
 
-def select(features: Features, samples: int, most_points: int, seed: int, on_progress: OnProgress) -> Selection:
+def select(features: Features, samples: int, most_points: int, seed: int, observer: Observer = SILENT) -> Selection:
     """Choose the images of a page.
 
     Args:
@@ -63,16 +62,17 @@ def select(features: Features, samples: int, most_points: int, seed: int, on_pro
         samples: images of the sample.
         most_points: images on the map, beside those that other parts show.
         seed: of what is drawn by chance.
-        on_progress: called with what is done, how much of it so far, and of all.
+        observer: told how it goes.
     """
     done = features.done
     vectors = done.vectors()
     count = len(vectors)
     chance = np.random.default_rng(seed)
     sample = np.sort(chance.choice(count, min(samples, count), replace=False)) if count else np.empty(0, np.int64)
-    groups = _groups(done, on_progress)
-    space = fit_whitening(vectors) if count else groups.found.space
-    neighbours = _neighbours(vectors, space, sample, lambda seen: on_progress("finding neighbours", seen, count))
+    groups = _groups(done, observer)
+    space = fit_whitening(vectors, observer) if count else groups.found.space
+    with observer.phase("finding neighbors", "image", count) as phase:
+        neighbours = _neighbours(vectors, space, sample, phase.at)
     named = [*sample.tolist(), *(number for row in neighbours for number, _ in row)]
     named += [number for group in groups.similar for number, _ in group]
     named += [number for group in groups.identical for number in group]
@@ -83,8 +83,8 @@ def select(features: Features, samples: int, most_points: int, seed: int, on_pro
     return Selection(tuple(sample.tolist()), neighbours, space, groups, np.sort(shuffled), shuffled)
 
 
-def _groups(done: Features, on_progress: OnProgress) -> Groups:
-    found = find_duplicates(DuplicateOptions(done.path), on_progress)
+def _groups(done: Features, observer: Observer) -> Groups:
+    found = find_duplicates(DuplicateOptions(done.path), observer)
     identical = tuple(
         tuple(done.position(image.key) for image in group[:MOST_MEMBERS]) for group in found.identical[:MOST_GROUPS]
     )

@@ -1,0 +1,350 @@
+"""How far a command is, on stderr: one line that is drawn anew on a terminal, a plain line every 30 seconds elsewhere.
+
+The core reports phases (`observer`); a thread here looks at the innermost one now and then, so that work without a
+callback shows a sign of life too, and reporting costs the core next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from typing_extensions import Self
+
+from internvit_cli.cli.console import human_bytes, human_seconds, is_terminal, make_way_with, say, write_progress
+from internvit_cli.observer import BYTES, SILENT, Observer, Phase, State
+from internvit_cli.words import counted, counted_of
+
+PLAIN_SECONDS = 30.0
+"""Between two lines where there is no terminal."""
+DRAWN_SECONDS = 0.2
+"""Between two drawings on a terminal."""
+GOOD_BAR = 15
+"""Columns: figures give way to a narrower bar."""
+LEAST_BAR = 10
+"""Columns: a narrower bar tells nothing, and gives way to the figures."""
+UNKNOWN_WIDTH = 80
+"""Columns of a terminal that does not tell its size."""
+LEAST_SECONDS = 1.0
+"""Before that, a speed is chance."""
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Observer]:
+    """Show the phases of a command for as long as the block lasts, and nothing when quiet."""
+    if quiet:
+        yield SILENT
+        return
+    with TerminalDisplay() if is_terminal(sys.stderr) else PlainDisplay() as display:
+        yield display
+
+
+# --------------------------------------------------------------------------------------------------------- in words
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A phase at the moment of a look at it."""
+
+    name: str
+    unit: str
+    state: State
+    seconds: float
+    """How long it has been going on."""
+    before: int = 0
+    """Of the finer measure: what was done before it began."""
+
+    @property
+    def percent(self) -> int | None:
+        """Of what there is to do, 100 only when all is done; None when the total is unknown."""
+        state = self.state
+        if state.total is None:
+            return None
+        return 100 * state.done // state.total if state.total else 100
+
+    @property
+    def rate(self) -> float | None:
+        """Of the finer measure, or of bytes, a second; None where there is none, or no telling yet."""
+        work = self.state.work
+        done = work.done - self.before if work is not None else self.state.done if self.unit == BYTES else 0
+        return done / self.seconds if done > 0 and self.seconds >= LEAST_SECONDS else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the speed until now; None when nobody can tell."""
+        state = self.state
+        done, total = (state.work.done, state.work.total) if state.work is not None else (state.done, state.total)
+        if total is None or not self.before < done <= total or self.seconds < LEAST_SECONDS:
+            return None
+        return self.seconds * (total - done) / (done - self.before)
+
+
+def plain_line(view: View) -> str:
+    """Return a phase as a line of a log, such as `encoding: 3 of 9 images (33 %), 1.5 tiles/s, 12.0 s left`."""
+    state, rate, left = view.state, view.rate, view.seconds_left
+    parts = []
+    if view.unit:
+        parts.append(_amount(view) + ("" if view.percent is None else f" ({view.percent} %)"))
+    if rate is not None:
+        parts.append(_speed(view, rate))
+    parts.append(f"{human_seconds(view.seconds)} so far" if left is None else f"{human_seconds(left)} left")
+    if state.skipped:
+        parts.append(f"{state.skipped:,} skipped")
+    return f"{view.name}: " + ", ".join(parts)
+
+
+def _amount(view: View) -> str:
+    done, total = view.state.done, view.state.total
+    if view.unit == BYTES:
+        return human_bytes(done) if total is None else f"{human_bytes(done)} of {human_bytes(total)}"
+    return counted(done, view.unit) if total is None else counted_of(done, total, view.unit)
+
+
+def _speed(view: View, rate: float) -> str:
+    return f"{human_bytes(rate)}/s" if view.state.work is None else f"{rate:4,.1f} {view.state.work.unit}s/s"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a terminal; between its two parts there is a bar, if there is room for one."""
+
+    left: str
+    right: str
+    bar: int
+    """Columns of the bar; 0 for none."""
+
+
+def fit(view: View, width: int) -> Line:
+    """Return a phase as a line of at most `width` columns.
+
+    What gives way on a narrow terminal, until the bar is wide enough to be read: the unit, skipped images, the speed,
+    the time left; then the bar, and the name. Without a total there is no bar, and the time so far stands in the place
+    of the time left.
+    """
+    unit, short = _fraction(view, with_unit=True), _fraction(view, with_unit=False)
+    speed = "" if view.rate is None else _speed(view, view.rate)
+    skipped = f"{view.state.skipped:,} skipped" if view.state.skipped else ""
+    if view.percent is None:
+        so_far = clock(view.seconds)
+        return _first_that_fits(
+            width,
+            (view.name, unit, speed, so_far, skipped),
+            (view.name, unit, speed, so_far),
+            (view.name, short, so_far),
+            (view.name, so_far),
+            (view.name,),
+        )
+    percent = f"{view.percent:3d}%"
+    left = "" if view.seconds_left is None else f"ETA {clock(view.seconds_left)}"
+    rights = (
+        (percent, unit, speed, left, skipped),
+        (percent, short, speed, left, skipped),
+        (percent, unit, speed, left),
+        (percent, short, speed, left),
+        (percent, short, left),
+        (percent, short),
+    )
+    for wanted, columns in [(GOOD_BAR, columns) for columns in rights] + [(LEAST_BAR, rights[-1])]:
+        right = "  ".join(filter(None, columns))
+        bar = width - len(view.name) - len(right) - len(" || ")
+        if bar >= wanted:
+            return Line(f"{view.name} ", f" {right}", bar)
+    return _first_that_fits(
+        width, (view.name, percent.strip(), short), (view.name, percent.strip()), (percent.strip(),)
+    )
+
+
+def _first_that_fits(width: int, *candidates: tuple[str, ...]) -> Line:
+    """The first of some rows of columns that is not too wide, or else as much of the last as there is room for."""
+    texts = ["  ".join(filter(None, columns)) for columns in candidates]
+    return Line(next((text for text in texts if len(text) <= width), texts[-1][:width]), "", 0)
+
+
+def _fraction(view: View, *, with_unit: bool) -> str:
+    """What is done, of what; such as `1,234/2,900 images` or `1.2/3.4 GB`."""
+    done, total = view.state.done, view.state.total
+    if not view.unit:
+        return ""
+    if view.unit == BYTES:
+        return human_bytes(done) if total is None else f"{human_bytes(done)}/{human_bytes(total)}"
+    if total is None:
+        return counted(done, view.unit) if with_unit else f"{done:,}"
+    of = f"{total:,}"
+    return f"{done:>{len(of)},}/{counted(total, view.unit) if with_unit else of}"  # padded: the bar keeps its place
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as a clock shows it, such as `0:07` or `2:05:10`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+# ---------------------------------------------------------------------------------------------------------- displays
+
+
+class Display(Observer):
+    """Looks at the innermost phase now and then, in a thread of its own. Use it as a context, which ends the thread."""
+
+    def __init__(self, every: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._every = every
+        self._now = now
+        self._open: list[tuple[Phase, float]] = []
+        """Phases with the moments when they began, the innermost one last."""
+        self._lock = threading.RLock()
+        self._is_closed = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
+
+    @abstractmethod
+    def look(self, view: View) -> None:
+        """Show a phase as it is at the moment."""
+
+    def began(self, phase: Phase) -> None:
+        """Go into it."""
+        with self._lock:
+            self._open.append((phase, self._now()))
+
+    def ended(self, phase: Phase) -> None:
+        """Go back to the phase outside, if there is one."""
+        with self._lock:
+            self._open = [(one, since) for one, since in self._open if one is not phase]
+
+    def look_now(self) -> None:
+        """Show the innermost phase that has anything to do, if there is any."""
+        with self._lock:
+            for phase, since in reversed(self._open):
+                if phase.state.total != 0:
+                    self.look(View(phase.name, phase.unit, phase.state, self._now() - since, phase.before))
+                    return
+
+    def _tick(self) -> None:
+        while not self._is_closed.wait(self._every):
+            self.look_now()
+
+    def __enter__(self) -> Self:
+        self._ticker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_closed.set()
+        self._ticker.join()
+
+
+class PlainDisplay(Display):
+    """A line every 30 seconds, as logs and cron mails want it."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(PLAIN_SECONDS, now)
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        say(text)
+
+    def look(self, view: View) -> None:
+        """Print a line about it."""
+        say(plain_line(view))
+
+
+class TerminalDisplay(Display):
+    """One line at the bottom of a terminal, gone at the end. Each phase is drawn at least when it begins and ends."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(DRAWN_SECONDS, now)
+        self._bar: Any = None
+
+    def note(self, text: str) -> None:
+        """Print it above the line."""
+        say(text)
+
+    def began(self, phase: Phase) -> None:
+        """Draw it."""
+        super().began(phase)
+        self.look_now()
+
+    def ended(self, phase: Phase) -> None:
+        """Draw how it ended, then the phase outside, or nothing."""
+        self.look_now()
+        super().ended(phase)
+        self._clear()
+        self.look_now()
+
+    def look(self, view: View) -> None:
+        """Draw its line over the one that is there."""
+        width = terminal_width()
+        line = fit(view, width)
+        drawn = f"{_escaped(line.left)}|{{bar}}|{_escaped(line.right)}" if line.bar else _escaped(line.left)
+        if self._bar is None:
+            self._bar = _line_of_tqdm()
+        bar = self._bar
+        # Of a phase without a total there is nothing to draw but words; tqdm draws a bar of 0 as an empty one.
+        bar.n, bar.total, bar.ncols, bar.bar_format = view.state.done, view.state.total or None, width, drawn
+        bar.refresh()
+
+    def __enter__(self) -> Self:
+        make_way_with(self._above)
+        return super().__enter__()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        make_way_with(nullcontext)
+        if self._bar is not None:
+            self._bar.close()
+
+    @contextmanager
+    def _above(self) -> Iterator[None]:
+        """Leave the place of the line to another one, which scrolls up, and draw it anew below."""
+        with self._lock:
+            self._clear()
+            yield
+            self.look_now()
+
+    def _clear(self) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.clear()
+
+
+def terminal_width() -> int:
+    """Columns of the terminal behind stderr, as far as it tells."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or UNKNOWN_WIDTH
+    except (OSError, ValueError):  # it is gone
+        return UNKNOWN_WIDTH
+
+
+def _escaped(text: str) -> str:
+    """Text that str.format leaves as it is."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _line_of_tqdm() -> Any:
+    """What draws a line over the last one: tqdm, without its threads and its locks between processes."""
+    from tqdm import tqdm
+
+    class Line(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+        monitor_interval = 0
+
+    Line.set_lock(threading.RLock())
+    return Line(file=_Stderr(), ncols=UNKNOWN_WIDTH, nrows=24, bar_format=" ", leave=False, disable=False)
+
+
+class _Stderr:
+    """Stderr for tqdm: what cannot be written is dropped, and the work goes on."""
+
+    @property
+    def encoding(self) -> str:
+        """Tells which characters a bar can be made of."""
+        return getattr(sys.stderr, "encoding", None) or "ascii"
+
+    def write(self, text: str) -> None:
+        write_progress(text)
+
+    def flush(self) -> None:
+        """Nothing: each write is flushed."""

@@ -1,0 +1,89 @@
+"""What signals do to a command, from its first line to its last."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from internvit_cli.errors import ExitCode
+from internvit_cli.stopping import StopRequest
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def exit_code_of(number: int) -> int:
+    """Return the exit code of a command that a signal has ended."""
+    return 128 + number
+
+
+def end_on_interrupt() -> None:
+    """Let a Ctrl-C end the process at once and without a traceback, where there is no work to save."""
+    signal.signal(signal.SIGINT, _end)
+
+
+def _end(_number: int, _frame: Any) -> None:
+    if os.isatty(2):
+        with suppress(OSError):
+            os.write(2, b"\n")  # the prompt does not follow a half-drawn line
+    os._exit(ExitCode.SIGINT)
+
+
+@contextmanager
+def compiled_code_may_take_long() -> Iterator[None]:
+    """Let a Ctrl-C end the process inside compiled code too, which a handler in Python has to wait for."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def ignore_stop_signals() -> None:
+    """Keep signals from what all is done and said for; the interpreter takes a moment to end."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Let the first signal end the work after the batch in flight, and the second end it at once.
+
+    A terminal that closes sends SIGHUP once from the kernel and again from the shell, and a service manager sends it
+    after SIGTERM: none of these is somebody who cannot wait, so a SIGHUP never ends the work at once. Under nohup it is
+    ignored from the start, and stays so.
+    """
+    stop = StopRequest()
+    handler = _StopHandler(stop)
+    numbers = [one for one in STOP_SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+class _StopHandler:
+    """Turns signals into a request to stop."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+        self._is_last_warning = False
+        """Whether the next signal but SIGHUP ends the process."""
+
+    def __call__(self, number: int, _frame: Any) -> None:
+        if number != signal.SIGHUP:
+            if self._is_last_warning:
+                os._exit(exit_code_of(number))
+            self._is_last_warning = True
+        if self._stop.signal:
+            return
+        if self._stop.is_working:
+            # print() is not for signal handlers: it may be what was interrupted. Whoever reads stderr may have got the
+            # same signal: `2>&1 | tee log` ends with a Ctrl-C.
+            with suppress(OSError):
+                os.write(2, b"\nstopping after the batch in flight; a second signal stops at once\n")
+        self._stop.request(number)
