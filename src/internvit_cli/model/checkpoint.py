@@ -155,7 +155,7 @@ def _locate(
     if not towers:
         raise no_tower(stored_names, card.name)
     known = expected_shapes(card.vision, card.vision.num_layers, None)
-    tower = choose_tower(towers, [name for name in shapes if not name.startswith(PROJECTOR)], card.name)
+    tower = choose_tower(towers, known, [name for name in shapes if not name.startswith(PROJECTOR)], card.name)
     _refuse_others(tower, known, card.name)
     projector = find_projector(stored_names, card.name) if PROJECTOR + "1.weight" in shapes else None
     found = {}

@@ -18,6 +18,9 @@ MAX_INDEX_BYTES = 32 << 20
 MAX_CONTAINERS = 100_000
 """Objects and lists in one file: bounds the memory that a text of brackets would take once it is parsed."""
 
+LONGEST_NAME = 256
+"""Characters of a tensor's name: several times what real ones have; bounds every message that names one."""
+
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _BEGINNINGS = (
@@ -71,6 +74,16 @@ def refuse_foreign(path: str, beginning: bytes) -> None:
     for start, kind in _BEGINNINGS:
         if beginning.startswith(start):
             raise ModelError(f"{path}: this is {kind}", "download the file again, or name another")
+
+
+def check_tensor_name(name: str, path: str) -> None:
+    """Refuse a tensor's name that is too long to be shown, or searched.
+
+    Raises:
+        ModelError: it is.
+    """
+    if len(name) > LONGEST_NAME:
+        raise ModelError(f"{path}: a tensor's name of {len(name):,} characters: {short(name)}")
 
 
 def unreadable(path: str, error: OSError) -> ModelError:

@@ -143,25 +143,28 @@ def _slots(bare: Mapping[str, str], prefix: str, where: str) -> dict[Slot, str]:
     return slots
 
 
-def choose_tower(towers: list[Tower], wanted: Iterable[str], where: str) -> Tower:
-    """Return the one tower that is whole, or else the one that comes nearest to it.
+def choose_tower(towers: list[Tower], known: Iterable[str], wanted: Iterable[str], where: str) -> Tower:
+    """Return the one tower that is whole, or else whole enough for a run, or else the one that comes nearest to it.
 
     Args:
         towers: from `find_towers`, at least one.
-        wanted: standalone names that a whole tower has.
+        known: standalone names that a whole tower has.
+        wanted: those that a run uses, which may need fewer blocks.
         where: the checkpoint, for messages.
 
     Raises:
-        ModelError: several are whole.
+        ModelError: several are.
     """
-    wanted = list(wanted)
-    whole = [tower for tower in towers if not tower.missing(wanted)]
-    if len(whole) > 1:
-        raise ModelError(
-            f"{where}: {len(whole)} whole vision towers, under {', '.join(repr(tower.prefix) for tower in whole)}",
-            "save a checkpoint that holds one of them",
-        )
-    return whole[0] if whole else min(towers, key=lambda tower: len(tower.missing(wanted)))
+    for names in (list(known), list(wanted)):
+        whole = [tower for tower in towers if not tower.missing(names)]
+        if len(whole) > 1:
+            raise ModelError(
+                f"{where}: {len(whole)} whole vision towers, under {', '.join(repr(tower.prefix) for tower in whole)}",
+                "save a checkpoint that holds one of them",
+            )
+        if whole:
+            return whole[0]
+    return min(towers, key=lambda tower: len(tower.missing(names)))
 
 
 def find_projector(stored_names: Iterable[str], where: str) -> Tower:

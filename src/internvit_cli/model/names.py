@@ -68,6 +68,7 @@ def parse_model_name(name: str, revision: str | None = None) -> ModelName:
     if name == TINY_RANDOM:
         _refuse_revision(revision, "is built in memory")
         return ModelName(is_built_in=True)
+    name = os.path.expanduser(name)  # a variable or a configuration file, where no shell does it
     if _URL.match(name):
         return _of_address(name, revision)
     known = BY_NAME.get(name.casefold())

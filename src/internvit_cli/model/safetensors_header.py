@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.errors import ModelError
-from internvit_cli.model.json_files import refuse_foreign, unreadable
+from internvit_cli.model.json_files import check_tensor_name, refuse_foreign, short, unreadable
 from internvit_cli.untrusted import opened
 
 if TYPE_CHECKING:
@@ -102,15 +102,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: Any, path: str, start: int, file_size: int) -> StoredTensor:
+    check_tensor_name(name, path)
     if not isinstance(entry, dict):
         raise ModelError(f"{path}: tensor {name!r}: its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ModelError(f"{path}: tensor {name!r}: unknown dtype {dtype!r}")
+        raise ModelError(f"{path}: tensor {name!r}: unknown dtype {short(dtype)}")
     if not _are_sizes(shape):
-        raise ModelError(f"{path}: tensor {name!r}: shape {shape!r} is not a list of sizes")
+        raise ModelError(f"{path}: tensor {name!r}: shape {short(shape)} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ModelError(f"{path}: tensor {name!r}: data_offsets {offsets!r} are not two ascending offsets")
+        raise ModelError(f"{path}: tensor {name!r}: data_offsets {short(offsets)} are not two ascending offsets")
     begin, end = start + offsets[0], start + offsets[1]
     if end > file_size:
         raise ModelError(

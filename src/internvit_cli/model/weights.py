@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.errors import ModelError
 from internvit_cli.model.files import INDEX_FILE, SINGLE_FILE, WEIGHTS_SUFFIX, FolderFiles, HubFiles
-from internvit_cli.model.json_files import MAX_INDEX_BYTES, read_json
+from internvit_cli.model.json_files import MAX_INDEX_BYTES, check_tensor_name, read_json, short
 from internvit_cli.model.safetensors_header import StoredTensor, read_header
 
 if TYPE_CHECKING:
@@ -222,9 +222,10 @@ def _tensors_of(files: CheckpointFiles, name: str) -> dict[str, str]:
     if not isinstance(tensors, dict) or not tensors:
         raise ModelError(f"{path}: weight_map is missing")
     for tensor, shard in tensors.items():
+        check_tensor_name(tensor, path)
         if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard.endswith(WEIGHTS_SUFFIX):
             raise ModelError(
-                f"{path}: tensor {tensor!r} is said to be in {str(shard)[:100]!r}, which is no shard beside the index"
+                f"{path}: tensor {tensor!r} is said to be in {short(shard)}, which is no shard beside the index"
             )
     return tensors
 
