@@ -8,10 +8,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from model_helpers import FAMILIES, LAYOUTS, needs_reference, reference_card, tiny_card
 
 from internvit_cli.config import Pool, Tokens
-from internvit_cli.errors import ModelError, UsageError
+from internvit_cli.errors import InternvitError, ModelError, UsageError
 from internvit_cli.model.card import ModelCard, feature_shapes
 from internvit_cli.model.catalog import describe_model
 
@@ -197,3 +199,50 @@ def test_projected_tokens_need_a_projector():
 def test_a_tile_that_leaves_half_a_token_is_a_usage_error(tokens, size):
     with pytest.raises(UsageError, match="multiple of"):
         feature_shapes(tiny_card(), tokens, Pool.MEAN, size)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [*official(), *chat(), *native(), "num_hidden_layers", "image_size", "qkv_bias", "norm_type", "architectures"]
+KEYS += [
+    "architecture",
+    "model_args",
+    "pretrained_cfg",
+    "mm_vision_tower",
+    "select_layer",
+    "force_image_size",
+    "ps_version",
+]
+PIXEL_KEYS = [
+    "image_mean",
+    "image_std",
+    "rescale_factor",
+    "do_normalize",
+    "do_rescale",
+    "resample",
+    "image_processor_type",
+]
+
+
+@given(
+    st.sampled_from([official, chat, native]),
+    st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=5), json_values, max_size=4),
+    st.dictionaries(st.sampled_from(PIXEL_KEYS), json_values, max_size=3),
+    st.booleans(),
+)
+def test_whatever_a_config_says_it_is_a_card_or_one_bounded_line(kind, changes, pixels, inside):
+    config = kind()
+    if inside and "vision_config" in config:
+        config["vision_config"] |= changes
+    else:
+        config |= changes
+    try:
+        found = card(config, pixels)
+    except InternvitError as error:
+        assert "\n" not in error.message and len(error.message) < 500
+    else:
+        assert all(map(math.isfinite, (*found.mean, *found.std, found.normalization.rescale_factor)))
+        assert found.vision.num_layers <= 256

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from internvit_cli.config import DEFAULT_MODEL
 from internvit_cli.errors import InternvitError, ModelError, UsageError
@@ -126,3 +128,16 @@ def test_other_files_are_refused_by_what_they_are(tmp_path, name: str, words: st
 def test_whatever_is_given_is_refused_without_a_traceback(name: str) -> None:
     with pytest.raises(InternvitError):
         parse_model_name(name)
+
+
+parts = st.sampled_from(
+    ["huggingface.co", "hf.co", "hf:", "https:", "", "/", "//", "tree", "blob", "main", "@", "..", "a", "b"]
+)
+
+
+@given(st.text(max_size=60) | st.lists(parts, max_size=9).map("/".join) | st.lists(parts, max_size=9).map("".join))
+def test_any_text_is_a_name_or_one_line(text: str) -> None:
+    try:
+        parse_model_name(text)
+    except InternvitError as error:
+        assert "\n" not in error.message.replace(text, "")
