@@ -168,9 +168,32 @@ def test_optional_files_that_are_not_there_count_as_absent(
 ) -> None:
     hf_download(cache, "some/model", stored, absent=absent)
     assert opened("some/model").card.mean == (0.485, 0.456, 0.406)
-    asked = answer(monkeypatch, error=OSError("no network"))
+    answer(monkeypatch, error=OSError("no network"))
     assert opened("some/model", revision=COMMIT).card.mean == (0.485, 0.456, 0.406)
+
+
+def test_a_commit_that_is_whole_in_the_cache_is_asked_about_by_nobody(
+    cache: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_shards(stored)
+    (stored / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3}))
+    hf_download(cache, "some/model", stored)
+    asked = answer(monkeypatch, error=OSError("no network"))
+    assert opened("some/model", revision=COMMIT).card.mean == (0.5, 0.5, 0.5)
     assert asked == []
+
+
+def test_a_commit_whose_preprocessor_did_not_arrive_is_asked_about(
+    cache: Path, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stored / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3}))
+    hf_download(cache, "some/model", stored, without=["preprocessor_config.json"])
+
+    def download(repo: str, filename: str, **_: Any) -> str:
+        return str(stored / filename)
+
+    answer(monkeypatch, files=[path.name for path in stored.iterdir()], download=download)
+    assert describe_model("some/model", revision=COMMIT).mean == (0.5, 0.5, 0.5)
 
 
 def test_the_preprocessor_of_the_cache_counts(cache: Path, stored: Path) -> None:

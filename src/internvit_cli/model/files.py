@@ -10,6 +10,7 @@ from internvit_cli.config import DEFAULT_MODEL
 from internvit_cli.errors import ModelError
 from internvit_cli.model.hub import OFFLINE_MODE, HubUnavailableError, ask, download, is_offline
 from internvit_cli.model.hub_cache import COMMIT, CachedModel
+from internvit_cli.model.pixels import PREPROCESSOR_FILE, PROCESSOR_FILE
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard
@@ -110,7 +111,7 @@ class HubFiles:
     offline: str = ""
     """Why nothing is fetched; empty when files may be."""
     listed: frozenset[str] | None = None
-    """All files of the commit, where the hub was asked and told."""
+    """All files of the commit, where the hub was asked and told; None where the cache was found to be enough."""
 
     @property
     def where(self) -> str:
@@ -137,16 +138,9 @@ class HubFiles:
             raise
 
     def find(self, filename: str) -> str | None:
-        """Return the path in the cache of a file, or of what was fetched now.
-
-        A commit never changes: where its weights are in the cache, whatever else it has was fetched before them.
-        """
+        """Return the path in the cache of a file, or of what was fetched now; nobody is asked for it."""
         path = self.cached.find(self.commit, filename)
-        if path is not None or self.offline or self.cached.is_known_absent(self.commit, filename):
-            return path
-        if self.listed is None and STANDARD_WEIGHTS & self.cached.files(self.commit):
-            return None
-        return self._fetch(filename)
+        return path if path is not None or self.listed is None else self._fetch(filename)
 
     def _fetch(self, filename: str) -> str | None:
         listed = ask(self.repo, self.commit).files if self.listed is None else self.listed
@@ -208,7 +202,7 @@ def locate_on_hub(repo: str, revision: str | None, *, offline: bool = False) -> 
     """
     cached = CachedModel.of(repo)
     reason = OFFLINE_MODE if offline or is_offline() else ""
-    if not reason and revision is not None and COMMIT.fullmatch(revision) and cached.commit(revision):
+    if not reason and revision is not None and COMMIT.fullmatch(revision) and _is_whole(cached, revision):
         return HubFiles(repo, revision), ""
     if not reason:
         try:
@@ -220,6 +214,19 @@ def locate_on_hub(repo: str, revision: str | None, *, offline: bool = False) -> 
     if commit is None:
         raise HubUnavailableError(f"{repo}: not in the hub cache, and {reason}", download_hint(repo))
     return HubFiles(repo, commit, reason), _note(cached, commit, revision, reason)
+
+
+def _is_whole(cached: CachedModel, commit: str) -> bool:
+    """Return whether the cache holds enough of a commit, which never changes, to ask nobody about it.
+
+    Some of its shards may be missing, but not what decides how pixels are normalized: that file is optional, and
+    nothing else tells that it did not arrive.
+    """
+    here = cached.files(commit)
+    is_processor_known = any(
+        name in here or cached.is_known_absent(commit, name) for name in (PREPROCESSOR_FILE, PROCESSOR_FILE)
+    )
+    return bool(STANDARD_WEIGHTS & here) and is_processor_known
 
 
 def _note(cached: CachedModel, commit: str, revision: str | None, reason: str) -> str:
