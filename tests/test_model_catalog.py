@@ -20,6 +20,7 @@ from internvit_cli.model import hub
 from internvit_cli.model.catalog import KNOWN_MODELS, TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.layouts import expected_shapes
+from internvit_cli.observer import Observer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"model_type": "intern_vit_6b", "hidden_size": 64, "num_attention_heads": 2}
@@ -247,6 +248,30 @@ def test_from_the_hub_only_json_and_the_shards_with_wanted_tensors_are_fetched(t
     local = Checkpoint.open(describe_model(str(tmp_path / "stored")), layer=1)
     assert Checkpoint.open(card, layer=1).digest() == local.digest()
     assert fetched == ["config.json", "model.safetensors.index.json", "a.safetensors"]
+
+
+def test_a_download_tells_how_many_bytes_have_come_and_draws_nothing(tmp_path, monkeypatch, capsys):
+    states = []
+
+    class Watching(Observer):
+        def moved(self, phase):
+            states.append((phase.name, phase.unit, phase.state.done, phase.state.total))
+
+    def download(repo, filename, *, revision, etag_timeout, tqdm_class=None):
+        # As huggingface_hub does: `name` is its own, and large files have a second bar for what is written.
+        with (
+            tqdm_class(total=30, unit="B", unit_scale=True, desc=filename, name="hub") as bar,
+            tqdm_class(total=30) as written,
+        ):
+            bar.update(10)
+            written.update(5)
+            bar.update(20)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    hub.download("some/model", COMMIT, "a.safetensors", Watching())
+    assert states == [("fetching a.safetensors", "B", done, 30) for done in (10, 10, 30)]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_failing_download_is_one_clean_line(monkeypatch):

@@ -296,6 +296,8 @@ class _Extraction:
         with self._observer.phase("loading the model"):
             self._engine = engine = start_engine(self._model.checkpoint, engine_options, workload)
         self._model.recipe = replace(recipe, compute_dtype=engine.dtype)
+        if workload is None:  # only the types were of interest
+            return
         label = f"{self._model.card.name} in {engine.dtype.value} on {engine.device_name}"
         batch = counted(engine.batch_tiles, "tile")
         self._observer.note(f"encoding with {label}, {batch} per batch, {engine.kernels}")

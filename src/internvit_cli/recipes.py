@@ -127,7 +127,10 @@ class ModelInUse:
         """The model's weights, located and checked when first asked for, not yet read."""
         if self._checkpoint is None:
             self._checkpoint = Checkpoint.open(
-                self.card, layer=self.blocks, projector=self._options.store.tokens is Tokens.PROJECTED
+                self.card,
+                layer=self.blocks,
+                projector=self._options.store.tokens is Tokens.PROJECTED,
+                observer=self._observer,
             )
         return self._checkpoint
 

@@ -38,7 +38,8 @@ def open_recorded(
         card = describe_model(name, revision=revision)
         # What the run took from the model's JSON files, which may have changed since, is in the recipe.
         card = replace(card, normalization=Normalization(recipe.mean, recipe.std, recipe.rescale_factor))
-        checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=recipe.tokens is Tokens.PROJECTED)
+        projector = recipe.tokens is Tokens.PROJECTED
+        checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=projector, observer=observer)
         digest = checkpoint.digest(observer)
     except InternvitError as error:
         raise ModelError(

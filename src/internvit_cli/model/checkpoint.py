@@ -82,13 +82,14 @@ class Checkpoint:
         """What a user should know of how they were found."""
 
     @classmethod
-    def open(cls, card: ModelCard, *, layer: int, projector: bool = False) -> Checkpoint:
+    def open(cls, card: ModelCard, *, layer: int, projector: bool = False, observer: Observer = SILENT) -> Checkpoint:
         """Locate (on the hub: fetch) the tensors of a run and check their names, types and shapes.
 
         Args:
             card: the model.
             layer: how many blocks run, from `ModelCard.resolve_layer`.
             projector: True when projected tokens are wanted.
+            observer: told how the weights are fetched.
 
         Raises:
             ModelError: no weights, or a missing, extra, misshapen or broken tensor, named in the message.
@@ -101,7 +102,7 @@ class Checkpoint:
             arrays = tiny_weights(expected_shapes(card.vision, card.vision.num_layers, None))
             weights = {name: Weight("F32", shapes[name], (arrays[name],)) for name in shapes}
             return cls(card, layer, weights)
-        files = files_of(card)
+        files = files_of(card, observer)
         chosen = choose_weights(files, card.weights_file)
         wanted = _locate(list(chosen.tensors), card, shapes)
         stored = read_stored(files, chosen, [part for parts in wanted.values() for part in parts])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from internvit_cli.config import DEFAULT_MODEL
@@ -11,6 +11,7 @@ from internvit_cli.errors import ModelError
 from internvit_cli.model.hub import OFFLINE_MODE, HubUnavailableError, ask, download, is_offline
 from internvit_cli.model.hub_cache import COMMIT, CachedModel
 from internvit_cli.model.pixels import PREPROCESSOR_FILE, PROCESSOR_FILE
+from internvit_cli.observer import SILENT, Observer
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard
@@ -112,6 +113,8 @@ class HubFiles:
     """Why nothing is fetched; empty when files may be."""
     listed: frozenset[str] | None = None
     """All files of the commit, where the hub was asked and told; None where the cache was found to be enough."""
+    observer: Observer = field(default=SILENT, compare=False, repr=False)
+    """Told how a file is fetched."""
 
     @property
     def where(self) -> str:
@@ -144,7 +147,7 @@ class HubFiles:
 
     def _fetch(self, filename: str) -> str | None:
         listed = ask(self.repo, self.commit).files if self.listed is None else self.listed
-        return download(self.repo, self.commit, filename) if filename in listed else None
+        return download(self.repo, self.commit, filename, self.observer) if filename in listed else None
 
     def lacks(self, filename: str) -> bool:
         """Return whether the hub said that the commit has no such file."""
@@ -237,8 +240,12 @@ def _note(cached: CachedModel, commit: str, revision: str | None, reason: str) -
     return ""
 
 
-def files_of(card: ModelCard) -> CheckpointFiles:
+def files_of(card: ModelCard, observer: Observer = SILENT) -> CheckpointFiles:
     """Return where the files of a described model are.
+
+    Args:
+        card: the model.
+        observer: told how a file is fetched.
 
     Raises:
         ModelError: only its description is known.
@@ -246,6 +253,6 @@ def files_of(card: ModelCard) -> CheckpointFiles:
     if card.origin == "directory" and card.directory is not None:
         return FolderFiles(card.directory)
     if card.origin == "hub" and card.revision is not None:
-        return HubFiles(card.name, card.revision, card.offline)
+        return HubFiles(card.name, card.revision, card.offline, observer=observer)
     hint = download_hint(card.name if "/" in card.name else DEFAULT_MODEL)
     raise ModelError(f"{card.name}: its weights cannot be had from here", hint)

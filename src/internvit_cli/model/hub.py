@@ -5,18 +5,23 @@ HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honored by h
 
 from __future__ import annotations
 
+import inspect
 import queue
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from internvit_cli.errors import ModelError
 from internvit_cli.model.hub_cache import COMMIT
+from internvit_cli.observer import BYTES, SILENT, Observer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from internvit_cli.observer import Phase
 
 TIMEOUT_SECONDS = 10.0
 """The longest that the hub is waited for, whatever is slow about it: names, connections, proxies or answers."""
@@ -77,10 +82,16 @@ def ask(repo: str, revision: str | None) -> Commit:
     return Commit(info.sha, files)
 
 
-def download(repo: str, commit: str, filename: str) -> str | None:
+def download(repo: str, commit: str, filename: str, observer: Observer = SILENT) -> str | None:
     """Fetch one file of a commit to the hub cache and return its path; None when the commit has no such file.
 
     Whoever calls this has asked the hub before: huggingface_hub alone repeats for half a minute without network.
+
+    Args:
+        repo: hub id.
+        commit: 40 hex digits.
+        filename: in the repository.
+        observer: told how many bytes have come.
 
     Raises:
         HubUnavailableError: the hub cannot be reached.
@@ -90,7 +101,9 @@ def download(repo: str, commit: str, filename: str) -> str | None:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return hf_hub_download(repo, filename, revision=commit, etag_timeout=TIMEOUT_SECONDS)
+        with observer.phase(f"fetching {filename}", BYTES) as phase, _reporting(phase) as options:
+            path: str = hf_hub_download(repo, filename, revision=commit, etag_timeout=TIMEOUT_SECONDS, **options)
+            return path
     except LocalEntryNotFoundError as error:
         raise HubUnavailableError(f"{repo}: {filename} cannot be fetched: the hub cannot be reached") from error
     except EntryNotFoundError:
@@ -99,6 +112,57 @@ def download(repo: str, commit: str, filename: str) -> str | None:
         raise ModelError(
             f"{repo}: {filename} cannot be fetched ({_reason(error)})", "run the same command again"
         ) from error
+
+
+@contextmanager
+def _reporting(phase: Phase) -> Iterator[dict[str, Any]]:
+    """Yield the options with which huggingface_hub tells a phase how far it is, and draws nothing itself."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
+        yield {"tqdm_class": _bar_that_tells(phase)}
+        return
+    was_disabled = are_progress_bars_disabled()
+    if not was_disabled:
+        disable_progress_bars()
+    try:
+        yield {}
+    finally:
+        if not was_disabled:
+            enable_progress_bars()
+
+
+def _bar_that_tells(phase: Phase) -> type:
+    """Return a progress bar for huggingface_hub that draws nothing and tells a phase what it counts.
+
+    Large files have two bars, one for what has come and one for what is written; the phase goes by the first of them.
+    """
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+        monitor_interval = 0
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*arguments, **(options | {"file": _Nowhere(), "disable": False}))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            is_drawn: bool | None = super().update(n)
+            phase.at(max(phase.state.done, int(self.n)), int(self.total) if self.total else None)
+            return is_drawn
+
+    return Bar
+
+
+class _Nowhere:
+    """A file for what is not to be seen."""
+
+    def write(self, text: str) -> None:
+        """Drop it."""
+
+    def flush(self) -> None:
+        """Nothing: there is no buffer."""
 
 
 def is_offline() -> bool:
