@@ -315,6 +315,23 @@ def test_the_variables_of_the_hub_say_where_its_cache_is(
     assert json.loads(result.stdout)["models"][0]["cached"] == "yes"
 
 
+def test_a_plan_with_a_model_of_timm_fetches_no_weights(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_intern300m_patch14_448"}))
+    fetched = []
+
+    def download(repo: str, filename: str, **_: Any) -> str:
+        fetched.append(filename)
+        return str(tmp_path / filename)
+
+    answer(monkeypatch, files=["config.json", "model.safetensors"], download=download)
+    make_pictures(tmp_path / "imgs", 1)
+    result = internvit("plan", tmp_path / "imgs", "--model", "timm/vit_intern300m_patch14_448.ogvl_2pt5")
+    assert result.returncode == 0 and "a run fetches about 0.6 GB" in result.stderr
+    assert fetched == ["config.json"]
+
+
 def test_models_says_cached_only_where_a_run_would_work(cache: Path, stored: Path) -> None:
     hf_download(cache, DEFAULT_MODEL, stored)
     hf_download(cache, "OpenGVLab/InternViT-300M-448px", stored, without=["model.safetensors"])

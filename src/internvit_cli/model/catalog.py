@@ -31,7 +31,7 @@ from internvit_cli.model.pixels import (
     own_tiling,
     read_processor,
 )
-from internvit_cli.model.published import KNOWN_MODELS, VISION_TINY, KnownModel
+from internvit_cli.model.published import KNOWN_MODELS, TIMM_TOWERS, VISION_TINY, KnownModel
 from internvit_cli.model.shapes import vision_from_tensors
 from internvit_cli.model.weights import ADAPTER_CONFIG, adapter_refusal, choose_weights, other_weights, read_stored
 
@@ -70,7 +70,7 @@ def describe_model(
     assert named.repo is not None
     try:
         files, note = locate_on_hub(named.repo, named.revision, offline=offline)
-        card = _card_of(files, named)
+        card = _card_of(files, named, allow_catalog=allow_catalog)
     except HubUnavailableError as error:
         if named.known is not None and allow_catalog and named.revision is None:
             note = f"{error.message}: the model is described by the catalog of known models"
@@ -99,17 +99,17 @@ def _known_card(name: str, vision: VisionConfig, origin: Any) -> ModelCard:
     )
 
 
-def _card_of(files: FolderFiles | HubFiles, named: ModelName) -> ModelCard:
+def _card_of(files: FolderFiles | HubFiles, named: ModelName, *, allow_catalog: bool = False) -> ModelCard:
     """Return the card of a checkpoint at hand; every complaint says which one it is about."""
     try:
-        return _card(files, named)
+        return _card(files, named, allow_catalog=allow_catalog)
     except InternvitError as error:
         if error.message.startswith(files.where):
             raise
         raise type(error)(f"{files.where}: {error.message}", error.hint) from error
 
 
-def _card(files: FolderFiles | HubFiles, named: ModelName) -> ModelCard:
+def _card(files: FolderFiles | HubFiles, named: ModelName, *, allow_catalog: bool) -> ModelCard:
     config = _config(files)
     described = NOTHING if config is None else describe_config(config)
     processor, source = _processor(files, config or {}, described)
@@ -117,6 +117,8 @@ def _card(files: FolderFiles | HubFiles, named: ModelName) -> ModelCard:
     if isinstance(files, HubFiles) and files.offline and not source and named.known is None:
         notes = (f"no {PREPROCESSOR_FILE} of {files.repo} in the hub cache: pixels are normalized as ImageNet's",)
     vision = described.vision
+    if vision is None and allow_catalog and isinstance(files, HubFiles) and not files.has_weights:
+        vision = TIMM_TOWERS.get(described.timm)  # to plan with: its weights are not worth a download
     if vision is None:
         weights = choose_weights(files, named.weights_file)
         vision, note = vision_from_tensors(read_stored(files, weights, weights.tensors), described.heads, files.where)

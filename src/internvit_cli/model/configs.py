@@ -82,8 +82,8 @@ class Described:
     projector_size: int | None
     tile_size: int | None
     """Pixels; None is the tower's own size."""
-    timm: bool = False
-    """Whether timm wrote it."""
+    timm: str = ""
+    """The architecture, where timm wrote it."""
 
 
 NOTHING = Described(None, None, None, TokenOrder.V2, None, None)
@@ -141,7 +141,7 @@ def _describe_without_tower(config: Mapping[str, Any]) -> Described:
             )
         own = config.get("model_args")
         heads = own.get("num_heads") if isinstance(own, dict) else None
-        return Described(None, _heads(heads), None, TokenOrder.V2, None, None, timm=True)
+        return Described(None, _heads(heads), None, TokenOrder.V2, None, None, timm=architecture)
     other = config.get("vision_config")
     if isinstance(other, dict):
         raise ModelError(

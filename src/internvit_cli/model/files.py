@@ -126,6 +126,11 @@ class HubFiles:
         """What the cache holds."""
         return CachedModel.of(self.repo)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether some weights of the commit are in the cache."""
+        return any(name.endswith(WEIGHTS_SUFFIX) for name in self.cached.files(self.commit))
+
     def names(self) -> frozenset[str]:
         """Return what the cache holds when that can be run or nothing is fetched, else what the hub lists."""
         if self.listed is not None:
@@ -136,7 +141,7 @@ class HubFiles:
         try:
             return ask(self.repo, self.commit).files
         except HubUnavailableError:
-            if any(name.endswith(WEIGHTS_SUFFIX) for name in here):
+            if self.has_weights:
                 return here
             raise
 

@@ -42,6 +42,9 @@ KNOWN_MODELS = (
     KnownModel("OpenGVLab/InternViT-6B-224px", ("6b-224px",), _6B_224),
 )
 
+TIMM_TOWERS: Mapping[str, VisionConfig] = {"vit_intern300m_patch14_448": VISION_300M}
+"""By timm's architecture."""
+
 BY_NAME: Mapping[str, KnownModel] = {
     name.casefold(): model
     for model in KNOWN_MODELS
