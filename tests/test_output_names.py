@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import storage_helpers as helpers
 from exchange_helpers import fails, make, names_in, ok
-from run_helpers import extract, make_pictures, summary_of
+from run_helpers import extract, internvit, make_pictures, summary_of
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError, UsageError
@@ -222,6 +222,17 @@ def test_a_size_that_is_there_for_all_commands_is_passed_over_where_there_are_no
     monkeypatch.setenv("INTERNVIT_SHARD_SIZE", "1GB")
     assert extract(tmp_path / "pictures", "-o", tmp_path / "f.h5", "--tokens", "none").returncode == 0
     ok("export", tmp_path / "a.h5", tmp_path / "f.csv")
+
+
+def test_a_plan_without_an_output_is_for_a_folder_when_shards_are_spoken_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pictures(tmp_path / "pictures", 1)
+    monkeypatch.chdir(tmp_path)
+    plan = ("plan", tmp_path / "pictures", "--model", "tiny-random", "--json")
+    assert summary_of(internvit(*plan, "--shard-size", "1GB"))["output"] == "feats"
+    monkeypatch.setenv("INTERNVIT_SHARD_SIZE", "1GB")
+    assert summary_of(internvit(*plan))["output"] == "feats.h5"
 
 
 @pytest.mark.parametrize("shard_format", list(Format), ids=lambda f: f.value)

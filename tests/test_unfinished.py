@@ -50,6 +50,13 @@ def test_every_command_that_reads_finds_what_is_unfinished_and_says_how_to_go_on
     assert {path: state for path, state in state_of(tmp_path).items() if "/dir/" not in path} == before
 
 
+def test_an_index_of_what_is_unfinished_is_that_of_the_finished_file(tmp_path: Path) -> None:
+    pytest.importorskip("usearch")
+    make_partial(tmp_path / "f.h5", mixed_shard(), [0, 1])
+    assert internvit("search", tmp_path / "f.h5", "--key", KEY, "--index").returncode == 0
+    assert (tmp_path / "f.h5.search").is_dir() and not (tmp_path / "f.h5.partial.search").exists()
+
+
 def test_info_tells_what_is_unfinished_and_how_much_of_it(tmp_path: Path) -> None:
     make_partial(tmp_path / "f.h5", mixed_shard(), [0, 1])
     facts = json.loads(internvit("info", tmp_path / "f.h5", "--json").stdout)

@@ -368,7 +368,7 @@ def build_options(
         store=StoreOptions(
             output=output,
             format=shard_format,
-            shard_bytes=shard_bytes_for(shard_size, has_shards=not is_single_file(output)),
+            shard_bytes=shard_bytes_for(shard_size, has_shards=bool(output) and not is_single_file(output)),
             tokens=tokens,
             pool=pool,
             tile_pooled=tile_pooled,

@@ -67,8 +67,11 @@ def show_plan(options: ExtractOptions, *, with_bench: bool = False, as_json: boo
 
 
 def with_output(options: ExtractOptions) -> ExtractOptions:
-    """The options, with an output to plan for where none was named."""
-    return options if options.store.output else replace(options, store=replace(options.store, output="feats.h5"))
+    """The options, with an output to plan for where none was named: a folder where the size of shards was."""
+    if options.store.output:
+        return options
+    output = "feats.h5" if options.store.shard_bytes is None else "feats/"
+    return replace(options, store=replace(options.store, output=output))
 
 
 def print_expected(expected: Prediction) -> None:

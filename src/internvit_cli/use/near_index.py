@@ -21,6 +21,7 @@ import numpy as np
 
 from internvit_cli.errors import InternvitError
 from internvit_cli.observer import SILENT, Observer
+from internvit_cli.output_names import PARTIAL
 from internvit_cli.storage.durable import (
     create,
     disk_errors,
@@ -116,7 +117,8 @@ def open_index(
         InternvitError: usearch is not installed, or the index cannot be written.
     """
     usearch = _usearch()
-    base = os.path.join(features.path + FOLDER_SUFFIX, name)
+    # One that was made before the run had finished is found, and made again, when it has.
+    base = os.path.join(features.path.removesuffix(PARTIAL) + FOLDER_SUFFIX, name)
     digest = contents_digest(features)
     if (space := _stored_space(base, digest, vectors.shape[1])) is not None:
         try:
