@@ -21,7 +21,7 @@ from run_helpers import extract, internvit
 
 from internvit_cli import open_features
 from internvit_cli.config import Tokens
-from internvit_cli.errors import InternvitError, UsageError
+from internvit_cli.errors import InternvitError, OutputError, UsageError
 from internvit_cli.storage.layout import POOLED
 from internvit_cli.use import duplicates as duplicates_module
 from internvit_cli.use import near_index, nearest, pairs, spaces
@@ -205,16 +205,67 @@ def test_an_index_is_used_again_until_the_output_changes(many):
     assert not search(options).index_is_new
 
 
+DAMAGES = {
+    "removed": lambda path: None,
+    "garbage": lambda path: path.write_bytes(b"nonsense" * 40),
+    "empty": lambda path: path.touch(),
+    "a pipe": os.mkfifo,
+    "an endless link": lambda path: path.symlink_to("/dev/zero"),
+    "a sparse file": lambda path: (path.touch(), os.truncate(path, 8 << 30)),
+    "nested too deeply": lambda path: path.write_text("[" * 100_000),
+}
+
+
 @pytest.mark.parametrize("damage", ["whitened.json", "whitened.npz", "whitened.usearch"])
-@pytest.mark.parametrize("how", ["removed", "garbage", "empty"])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_index_is_made_again(many, damage, how):
     options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
     expected = [hit.image.key for hit in search(options).answers[0].hits]
     path = Path(f"{many}.search") / damage
-    path.unlink() if how == "removed" else path.write_bytes(b"nonsense" * 40 if how == "garbage" else b"")
+    path.unlink()
+    DAMAGES[how](path)
     again = search(options)
     assert again.index_is_new and [hit.image.key for hit in again.answers[0].hits] == expected
     assert not search(options).index_is_new
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"mean": np.zeros(24, np.float32), "matrix": np.zeros((24, 25), np.float32)},
+        {"mean": np.zeros(24), "matrix": np.eye(24)},
+        {"mean": np.zeros(24, np.float32), "matrix": np.zeros((1 << 14, 1 << 14), np.float32)},
+    ],
+    ids=["another shape", "another type", "compressed a thousandfold"],
+)
+def test_an_index_whose_space_is_of_another_shape_or_compressed_is_made_again(many, arrays):
+    """The files beside an output come from whoever sent it."""
+    options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
+    expected = [hit.image.key for hit in search(options).answers[0].hits]
+    base = f"{many}.search/whitened"
+    np.savez_compressed(f"{base}.npz", **arrays)
+    facts = json.loads(Path(f"{base}.json").read_text())
+    facts["bytes"]["npz"] = os.path.getsize(f"{base}.npz")
+    Path(f"{base}.json").write_text(json.dumps(facts))
+    again = search(options)
+    assert again.index_is_new and [hit.image.key for hit in again.answers[0].hits] == expected
+
+
+def test_an_index_that_names_vectors_which_are_not_there_is_an_error_with_a_hint(many):
+    options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
+    search(options)
+    base = f"{many}.search/whitened"
+    from usearch.index import Index
+
+    graph = Index(ndim=24, metric="ip", dtype="f16")
+    graph.add(np.arange(10_000, 13_000), anisotropic(3000, 24))
+    graph.save(f"{base}.usearch")
+    facts = json.loads(Path(f"{base}.json").read_text())
+    facts["bytes"]["usearch"] = os.path.getsize(f"{base}.usearch")
+    Path(f"{base}.json").write_text(json.dumps(facts))
+    with pytest.raises(OutputError, match="names vectors that are not there") as caught:
+        search(options)
+    assert caught.value.hint
 
 
 def test_without_usearch_an_index_is_an_error_that_says_how_to_get_it(many, monkeypatch):

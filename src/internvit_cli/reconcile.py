@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Status
-from internvit_cli.errors import InternvitError, OtherRecipeError, one_line
+from internvit_cli.errors import InternvitError, OtherRecipeError, UsageError, one_line
 from internvit_cli.sources.interface import Listing, Source
-from internvit_cli.storage.layout import recorded_sources
+from internvit_cli.storage.layout import SOURCES_BYTES, recorded_sources
 from internvit_cli.table import modified_ns
 from internvit_cli.untrusted import opened
 from internvit_cli.words import counted_of
@@ -251,8 +251,18 @@ def stored_sources(attributes: dict[str, Any], path: str, relocations: Sequence[
 
 
 def sources_to_json(sources: Sequence[Source]) -> str:
-    """Sources as a shard stores them."""
-    return json.dumps([{"root": os.fsdecode(source.root), "name": os.fsdecode(source.name)} for source in sources])
+    """Return sources as a shard stores them.
+
+    Raises:
+        UsageError: there are more than a shard can name.
+    """
+    text = json.dumps([{"root": os.fsdecode(source.root), "name": os.fsdecode(source.name)} for source in sources])
+    if len(text) > SOURCES_BYTES:
+        raise UsageError(
+            f"the pictures come from {len(sources):,} folders, each a source of its own: more than an output can name",
+            "give them a common --root, or name a folder above them",
+        )
+    return text
 
 
 def _file_digest(path: bytes) -> bytes:

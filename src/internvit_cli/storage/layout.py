@@ -31,8 +31,10 @@ FORMAT_VERSION = 1
 ALIGNMENT = 4096
 """Datasets start at multiples of this many bytes, so that rows can be written with direct or mapped I/O."""
 RUN_LOG_BYTES = 65536
-ATTRIBUTES_BYTES = 16 << 20
-"""More than the attributes of a shard take: the longest are its sources, one root each."""
+SOURCES_BYTES = 32 << 20
+"""Of the JSON that names a shard's sources, at most: some hundred thousand folders."""
+ATTRIBUTES_BYTES = SOURCES_BYTES + (1 << 20)
+"""More than all attributes of a shard take."""
 SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")
 SHARD_FILE = re.compile(
     r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_(?:tokens|scales))\.npy)(\.tmp)?"

@@ -69,6 +69,8 @@ COMMIT_DATASETS = (STATUS, DIGEST, CRC32, RUN_LOG)
 INDEX_FILE = "images.jsonl"
 ATTRIBUTES_FILE = "attributes.json"
 ATTRIBUTES_BLOCK = 4096
+ATTRIBUTES_FILE_BYTES = 2 * ATTRIBUTES_BYTES
+"""Quotes in an attribute take two bytes there; the log of starts is small."""
 LINES_BLOCK = 1 << 20
 DIGEST_BYTES = 32
 SUFFIX_HEAD, STATUS_PLACES = len(b', "status": 12, "digest": "'), [12, 13]
@@ -222,7 +224,7 @@ def _attributes(path: str) -> dict[str, Any]:
 
 
 def _read_attributes(path: str) -> dict[str, Any]:
-    attributes = parse_json(read_bounded(_beside(path, ATTRIBUTES_FILE), ATTRIBUTES_BYTES, follow_links=False))
+    attributes = parse_json(read_bounded(_beside(path, ATTRIBUTES_FILE), ATTRIBUTES_FILE_BYTES, follow_links=False))
     if not isinstance(attributes, dict):
         raise ValueError("its attributes are no JSON object")  # noqa: TRY004 - damage, not a mistake of the caller
     return attributes

@@ -179,8 +179,8 @@ def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
             if not isinstance(attributes.get(name, kind()), kind):
                 value = one_line(repr(attributes[name]), 80)
                 raise unknown_value(attributes, f"attribute {name} of {path} is {value}")
-    if any(len(value) > ATTRIBUTES_BYTES for value in attributes.values() if isinstance(value, str)):
-        raise damaged(path, f"an attribute has more than {ATTRIBUTES_BYTES:,} bytes")
+    if sum(len(value) for value in attributes.values() if isinstance(value, str)) > ATTRIBUTES_BYTES:
+        raise damaged(path, f"its attributes have more than {ATTRIBUTES_BYTES:,} bytes")
 
 
 # ------------------------------------------------------------------------------------------------------------- index

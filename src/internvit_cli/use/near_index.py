@@ -19,7 +19,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 
-from internvit_cli.errors import InternvitError
+from internvit_cli.errors import InternvitError, OutputError
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.output_names import PARTIAL
 from internvit_cli.storage.durable import (
@@ -80,16 +80,25 @@ class NearIndex:
     space: Space
     is_new: bool
     """Whether it was made just now."""
+    folder: str
+    """Where it is kept."""
     _graph: Any
 
     def nearest(self, vectors: PooledVectors, queries: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """As `nearest.nearest`, but for vectors that the graph misses; similarities are exact."""
+        """As `nearest.nearest`, but for vectors that the graph misses; similarities are exact.
+
+        Raises:
+            OutputError: the graph names vectors that there are not.
+        """
         wanted = min(len(vectors), max(LEAST_CANDIDATES, CANDIDATES_PER_HIT * count))
         self._graph.expansion_search = max(SEARCH_WIDTH, wanted)
         numbers, similarities = [], []
         for query in queries:
             found = self._graph.search(query, wanted).keys.astype(np.int64)
-            found = found[(found >= 0) & (found < len(vectors))]
+            if ((found < 0) | (found >= len(vectors))).any():
+                raise OutputError(
+                    f"the index in {self.folder} names vectors that are not there", "remove it: it is made again"
+                )
             scores = self.space.embed(vectors[found]) @ query
             kept_numbers, kept = best(found[None], scores[None], count)
             numbers.append(kept_numbers[0])
@@ -124,7 +133,7 @@ def open_index(
         try:
             graph = usearch.Index.restore(f"{base}.usearch", view=True)
             if graph.ndim == vectors.shape[1] and len(graph) == len(vectors):
-                return NearIndex(space, False, graph)
+                return NearIndex(space, False, os.path.dirname(base), graph)
         except (RuntimeError, ValueError, OSError, TypeError, AttributeError):
             pass  # a damaged graph is made again, as a missing one is
     space = make_space()
@@ -132,7 +141,7 @@ def open_index(
         graph = _build(usearch, vectors, space, phase.at)
     with observer.phase("writing the index"):
         _save(base, graph, space, digest)
-    return NearIndex(space, True, graph)
+    return NearIndex(space, True, os.path.dirname(base), graph)
 
 
 def _usearch() -> ModuleType:
