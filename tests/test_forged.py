@@ -34,16 +34,17 @@ def processes() -> Iterator[ProcessPoolExecutor]:
 
 
 @pytest.mark.parametrize("most", [FEW, pytest.param(ALL, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("is_unfinished", [False, True], ids=["finished", "unfinished"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forged_output_is_refused_in_one_line_or_changes_nothing_and_tells_of_no_other_file(
-    processes: ProcessPoolExecutor, kind: str, most: int
+    processes: ProcessPoolExecutor, kind: str, is_unfinished: bool, most: int
 ) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         places = [Path(folder, str(part)) for part in range(PROCESSES)]
         for place in places:
             place.mkdir()
         parts = [
-            processes.submit(forging.try_forgeries, str(place), kind, part, PROCESSES, most)
+            processes.submit(forging.try_forgeries, str(place), kind, is_unfinished, part, PROCESSES, most)
             for part, place in enumerate(places)
         ]
         results = [part.result() for part in parts]

@@ -159,6 +159,14 @@ def test_a_shard_of_images_without_tiles_is_readable(tmp_path, shard_format, tok
 
 
 @BOTH
+def test_a_model_in_a_folder_whose_name_is_not_utf8_is_named_by_its_bytes(tmp_path, shard_format):
+    shard = helpers.make_shard(helpers.make_table([(1, 1, 0)]))
+    shard.attributes["model"] = os.fsdecode(b"/models/\xff \xc3\xa9")
+    helpers.make_output(tmp_path / "feats", shard, shard_format)
+    assert os.fsencode(open_features(tmp_path / "feats").attributes["model"]) == b"/models/\xff \xc3\xa9"
+
+
+@BOTH
 def test_a_shard_of_one_image_is_readable(tmp_path, shard_format):
     shard = helpers.make_shard(helpers.make_table([(1, 1, 0)]))
     written = helpers.make_output(tmp_path / "feats", shard, shard_format)

@@ -23,7 +23,7 @@ from internvit_cli.picture_check import PictureState, look_at_pictures
 from internvit_cli.reconcile import stored_sources
 from internvit_cli.storage.checksums import CommittedRows, ReplacedError
 from internvit_cli.storage.layout import SHARD_FILE, ForeignFileError, stored_recipe
-from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output
+from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output, names_in
 from internvit_cli.storage.places import ShardPlace, places_in
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.storage.soundness import check_alike
@@ -144,7 +144,7 @@ class _Verification:
         partial = output.partial_path(number)
         if os.path.exists(partial):
             yield from self._load(ShardPlace(partial, output.backend))
-        elif not places and any(SHARD_FILE.fullmatch(name) for name in os.listdir(self._path)):
+        elif not places and any(SHARD_FILE.fullmatch(name) for name in names_in(self._path)):
             self._report("manifest", manifest, None, "it names no shard, and there are shards beside it")
         elif not places:
             raise OutputError(f"{self._path} holds no features", f"a feature folder has a {MANIFEST} and its shards")

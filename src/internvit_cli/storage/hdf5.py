@@ -96,7 +96,7 @@ def _write_structure(target: BinaryIO, shard: NewShard) -> None:
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, target)
     with h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, fapl=access)) as file:
         for name, value in shard.complete_attributes.items():
-            file.attrs[name] = value
+            _write_attribute(file, name, value)
         file.create_group("image")
         # Index first: what is read at every start stays together at the front of the file.
         _write_keys(file, shard.table.keys)
@@ -167,6 +167,13 @@ def run_log(path: str) -> list[dict[str, Any]]:
 def final_paths(final: str) -> list[str]:
     """The files that make up a published shard."""
     return [final]
+
+
+def _write_attribute(file: h5py.File, name: str, value: str | int) -> None:
+    if isinstance(value, str):  # as bytes, for the name of a folder need not be UTF-8
+        file.attrs.create(name, value.encode("utf-8", "surrogateescape"), dtype=h5py.string_dtype("utf-8"))
+    else:
+        file.attrs[name] = value
 
 
 def _lay_out(file: h5py.File, spec: DatasetSpec) -> None:

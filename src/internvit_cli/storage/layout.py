@@ -33,6 +33,8 @@ ALIGNMENT = 4096
 RUN_LOG_BYTES = 65536
 SOURCES_BYTES = 32 << 20
 """Of the JSON that names a shard's sources, at most: some hundred thousand folders."""
+TEXT_BYTES = 1 << 16
+"""Of any other attribute, at most."""
 ATTRIBUTES_BYTES = SOURCES_BYTES + (1 << 20)
 """More than all attributes of a shard take."""
 SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")

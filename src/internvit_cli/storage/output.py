@@ -210,7 +210,7 @@ class Output:
             raise OutputError(
                 f"cannot make the folder {self.path}: {system_words(error)}", "choose an output that can be written"
             ) from error
-        names = _names_in(self.path)
+        names = names_in(self.path)
         is_ours = any(name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names)
         if not is_ours and not self._has_slash and suffix_of(self.path) in SINGLE_FILE_SUFFIXES:
             raise OutputError(
@@ -312,7 +312,7 @@ class Output:
 
     def _present_format(self) -> Format:
         """The format of the shards that are there, so that a repeated command need not name it."""
-        names = _names_in(self.path) if os.path.isdir(self.path) else []
+        names = names_in(self.path) if os.path.isdir(self.path) else []
         return Format.H5 if any(SHARD_FILE.fullmatch(name) and ".h5" in name for name in names) else Format.NPY
 
     def _entries(self, manifest: str = "") -> list[ManifestEntry]:
@@ -472,7 +472,12 @@ def _length(path: str) -> _Length | None:
     return _Length(status.st_ino, status.st_size)
 
 
-def _names_in(folder: str) -> list[str]:
+def names_in(folder: str) -> list[str]:
+    """List what a folder holds.
+
+    Raises:
+        OutputError: it cannot be read.
+    """
     try:
         return os.listdir(folder)
     except OSError as error:

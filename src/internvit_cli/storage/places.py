@@ -10,7 +10,7 @@ from internvit_cli.errors import OutputError
 from internvit_cli.output_names import PARTIAL, missing
 from internvit_cli.storage.interface import ShardFormat, backend_of
 from internvit_cli.storage.layout import SHARD_FILE
-from internvit_cli.storage.output import MANIFEST, ManifestEntry, Output, load_shard, read_manifest
+from internvit_cli.storage.output import MANIFEST, ManifestEntry, Output, load_shard, names_in, read_manifest
 
 if TYPE_CHECKING:
     from internvit_cli.storage.output import FinishedShard
@@ -88,7 +88,7 @@ def find_all_places(path: str) -> list[ShardPlace]:
 
 def _unfinished_in(folder: str) -> list[ShardPlace]:
     """The first shard of a folder, which is being filled; empty where there is none."""
-    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if SHARD_FILE.fullmatch(name)]
+    paths = [os.path.join(folder, name) for name in sorted(names_in(folder)) if SHARD_FILE.fullmatch(name)]
     return [_place_of_unfinished(path) for path in paths if path.endswith(PARTIAL)][:1]
 
 

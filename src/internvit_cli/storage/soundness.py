@@ -18,7 +18,6 @@ from internvit_cli.accuracy import COMPUTE_ERROR, STORE_ERROR, from_attributes
 from internvit_cli.config import PATCH_SIZE, Preprocess, Recipe, Status, Tokens
 from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.layout import (
-    ATTRIBUTES_BYTES,
     CRC32,
     DIGEST,
     FEATURE_DATASETS,
@@ -26,7 +25,9 @@ from internvit_cli.storage.layout import (
     REMEDY,
     RUN_LOG,
     RUN_LOG_BYTES,
+    SOURCES_BYTES,
     STATUS,
+    TEXT_BYTES,
     TILE_POOLED,
     DatasetSpec,
     StoredShard,
@@ -171,6 +172,9 @@ def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
     for name, value in attributes.items():
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise unknown_value(attributes, f"attribute {one_line(name, 80)} of {path} is {one_line(repr(value), 80)}")
+        most = SOURCES_BYTES if name == "sources" else TEXT_BYTES
+        if isinstance(value, str) and (len(value) > most or not _is_storable(value)):
+            raise damaged(path, f"attribute {one_line(name, 80)} is no text of ours: {one_line(value, 80)}")
     for name in (*TEXTS, *NUMBERS):
         if name not in attributes:
             raise damaged(path, f"it has no attribute {name}")
@@ -179,8 +183,14 @@ def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
             if not isinstance(attributes.get(name, kind()), kind):
                 value = one_line(repr(attributes[name]), 80)
                 raise unknown_value(attributes, f"attribute {name} of {path} is {value}")
-    if sum(len(value) for value in attributes.values() if isinstance(value, str)) > ATTRIBUTES_BYTES:
-        raise damaged(path, f"its attributes have more than {ATTRIBUTES_BYTES:,} bytes")
+
+
+def _is_storable(text: str) -> bool:
+    """Whether a text is one in every format: bytes that are not UTF-8 are, as in names of files; NUL is not."""
+    try:
+        return b"\0" not in text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------- index
