@@ -22,7 +22,7 @@ ROWS = [
     {"model"},
     {"encoder_options"},
     {"encoder", "encoder_cpu", "encoder_batches", "encoder_cuda", "encoder_devices", "encoder_quantisation"},
-    {"options", "report"},
+    {"options", "report", "finding"},
     {"output_names"},
     {"storage"},
     {"reconcile"},

@@ -18,6 +18,8 @@ from run_helpers import extract, internvit, make_pictures
 import internvit_cli
 from internvit_cli import open_features
 from internvit_cli.config import Status
+from internvit_cli.sources.extensions import EXTENSIONS
+from internvit_cli.sources.rules import DEFAULT_EXCLUDES
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMED_TEST = re.compile(r"`(test_\w+\.py)`\s+`(test_\w+)`")
@@ -110,6 +112,14 @@ def test_the_readers_in_the_description_of_the_format_read(outputs: Path, monkey
     names = {}
     exec(from_npy, names)
     np.testing.assert_array_equal(names["first"], open_features("feats")[names["images"][0]["key"]].visual_tokens)
+
+
+def test_the_page_on_sources_has_every_extension_and_everything_that_is_left_out_by_default() -> None:
+    text = (ROOT / "docs" / "sources.md").read_text()
+    listed = set(re.search(r"any case of letters: `([^`]*)`", text)[1].split())  # type: ignore[index]
+    assert listed == {extension.decode() for extension in EXTENSIONS}
+    for pattern in DEFAULT_EXCLUDES:
+        assert f"`{pattern}`" in text, pattern
 
 
 def test_the_description_of_the_format_has_every_dataset_attribute_and_status(outputs: Path) -> None:

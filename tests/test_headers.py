@@ -18,7 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from internvit_cli.config import PixelRule, Preprocess, Skipped, Status, TilingRule
 from internvit_cli.decode.files import classify, open_regular
-from internvit_cli.headers import Header, exif_orientation, read_header, read_headers
+from internvit_cli.draw.png import encode_png
+from internvit_cli.headers import Drawn, Header, exif_orientation, read_header, read_headers
 from internvit_cli.quick_headers import QuickHeader, quick_header
 
 if TYPE_CHECKING:
@@ -46,6 +47,16 @@ def skipped(path: bytes, rule: PixelRule = RULE) -> Skipped:
     found = read_header(path, rule)
     assert isinstance(found, Skipped), found
     return found
+
+
+def test_a_drawing_of_ours_is_told_apart_whatever_its_size_and_is_a_picture_like_any_other(tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(encode_png(Image.new("RGB", (300, 200))))
+    assert read_headers([path], RULE) == [Drawn(header(path))]
+    assert header(path)[:3] == (300, 200, 1)
+    (small,) = read_headers([path], PixelRule(max_pixels=10))
+    assert isinstance(small, Drawn) and isinstance(small.outcome, Skipped)
+    assert small.outcome.status is Status.TOO_LARGE
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from run_helpers import extract, internvit
 
 from internvit_cli.config import Status
 from internvit_cli.decode.files import readable_formats
@@ -21,6 +22,7 @@ from internvit_cli.errors import NoImagesError, UsageError
 from internvit_cli.sources import DiscoverOptions, Listing, discover
 from internvit_cli.sources.extensions import EXTENSIONS, looks_like_picture
 from internvit_cli.sources.lists import read_list
+from internvit_cli.sources.selection import Selection
 from internvit_cli.sources.walk import walk
 
 if TYPE_CHECKING:
@@ -231,6 +233,231 @@ def test_a_list_reads_the_same_in_blocks_of_any_size(names: list[bytes], block: 
     assert list(read_list(Trickle(b"\0".join(names)), null_separated=True)) == names
 
 
+# ----------------------------------------------------------------------------------------------- lists that went wrong
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("null_separated", [False, True])
+def test_a_mark_of_utf_8_in_front_of_a_list_is_no_part_of_the_first_name(tmp_path: Path, null_separated: bool) -> None:
+    end = b"\0" if null_separated else b"\r\n"
+    touch(tmp_path, "a.jpg", "b.jpg")
+    for lines in (BOM + b"a.jpg" + end + b"b.jpg" + end, BOM + end + b"a.jpg" + end + b"b.jpg"):
+        assert keys(find("-", stdin=lines, root=str(tmp_path), null_separated=null_separated)) == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("names", ["a.jpg\r\nb.jpg\r\n", "\u72ac.jpg\n\u732b.jpg\n", "\u72ac\u72ac\u72ac\r\n"])
+def test_a_list_in_utf_16_is_refused_by_name(encoding: str, names: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        find("-", stdin=names.encode(encoding))
+    assert "UTF-16" in caught.value.message or encoding != "utf-16"
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x1f\x8b\x08\0rest",
+        b"PK\x03\x04rest\n",
+        b"PAR1\x15\x04\n",
+        b"%PDF-1.4\n",
+        b"\x89HDF\r\n\x1a\n",
+        b"\x89PNG\r\n\x1a\n",
+    ],
+)
+def test_a_list_that_is_no_text_is_refused_by_what_it_is(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "list").write_bytes(data)
+    with pytest.raises(UsageError, match="the list is a") as caught:
+        find(files_from=str(tmp_path / "list"))
+    assert "plain text" in caught.value.hint
+
+
+def test_quotes_around_a_line_are_no_part_of_it_unless_a_file_is_named_so(tmp_path: Path) -> None:
+    touch(tmp_path, "a b.jpg", "'c'.jpg", "'d.jpg'", "d.jpg", 'e"f.jpg')
+    lines = b'"a b.jpg"\n\'\'c\'.jpg\'\n\'d.jpg\'\n"e""f.jpg"\n"gone.jpg"\n'
+    listing = find("-", stdin=lines, root=str(tmp_path))
+    assert set(keys(listing)) == {"a b.jpg", "'c'.jpg", "'d.jpg'", 'e"f.jpg', '"gone.jpg"'}
+    exact = find("-", stdin=b'"a b.jpg"\0', root=str(tmp_path), null_separated=True)
+    assert keys(exact) == ['"a b.jpg"']
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("path,label\nin/a.jpg,1\n", "a table", "tail -n +2 LIST | cut -d, -f1 | internvit extract -"),
+        ("in/a.jpg,1\nin/b.jpg,2\n", "a table", "cut -d, -f1 LIST"),
+        ("id;file\n1;in/a.jpg\n", "a table", "tail -n +2 LIST | cut -d';' -f2"),
+        ("1\tin/a.jpg\n", "a table", "cut -f2 LIST"),
+        ("in/a.jpg 0\nin/b.jpg 1\n", "a table", "cut -d' ' -f1 LIST"),
+        ('{"id": 1, "image": "in/a.jpg"}\n', "a table", "jq -r .image LIST"),
+        ("x,y\nz,1\n", "like a table", "the paths alone"),
+        ('{"id": 1, "image": "nowhere.jpg"}\n', "like JSON", "the paths alone"),
+        ("[\n  1\n]\n", "like JSON", "the paths alone"),
+        ("https://x.y/a.jpg\nhttps://x.y/b.jpg\n", "URLs", "download"),
+        ("gone.jpg\nmy own picture.jpg\n", "names no file", "--root"),
+    ],
+)
+def test_a_list_that_names_no_file_that_is_there_says_what_it_seems_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, what: str, hint: str
+) -> None:
+    touch(tmp_path, "in/a.jpg")
+    (tmp_path / "list").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for listing in (find(files_from="list"), find("-", stdin=text.encode())):
+        assert listing.is_missing
+        (missing,) = listing.missing_lists
+        assert what in missing.message and "names no file that is there" in missing.message
+    assert hint.replace("LIST", "list") in find(files_from="list").missing_lists[0].hint
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if "in/a.jpg" in text:
+        assert f"--root {tmp_path}" in find(files_from="../list").missing_lists[0].hint
+
+
+def test_a_list_whose_files_lie_beside_it_says_which_root_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "data set/a.jpg", "elsewhere/x")
+    (tmp_path / "data set/list").write_text("a.jpg\nb.jpg\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (missing,) = find(files_from="../data set/list").missing_lists
+    assert f"--root '{tmp_path}/data set'" in missing.hint
+
+
+def test_a_table_of_absolute_paths_is_told_from_paths_outside_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "in/a.jpg", "elsewhere/x")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match="the list is a table") as caught:
+        find("-", stdin=f"path,label\n{tmp_path}/in/a.jpg,1\n".encode())
+    assert "tail -n +2 LIST | cut -d, -f1" in caught.value.hint
+
+
+def test_a_list_with_one_file_that_is_there_is_a_list(tmp_path: Path) -> None:
+    touch(tmp_path, "b.jpg")
+    listing = find("-", stdin=b"path,label\na.jpg,1\nb.jpg\n", root=str(tmp_path))
+    assert not listing.missing_lists and len(listing) == 3
+
+
+def test_beside_other_sources_a_list_of_missing_files_is_a_note(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.jpg")
+    listing = find(tmp_path / "in", "-", stdin=b"gone.jpg\n", root=str(tmp_path))
+    assert len(listing.missing_lists) == 1 and not listing.is_missing
+
+
+def test_a_run_over_a_list_of_missing_files_makes_nothing_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "in/a.jpg")
+    (tmp_path / "list.csv").write_text("path,label\nin/a.jpg,1\n")
+    monkeypatch.chdir(tmp_path)
+    result = extract("--files-from", "list.csv", "-o", "f.h5")
+    assert result.returncode == 1
+    assert "it is a table" in result.stderr and "cut -d, -f1" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "list.csv"]
+
+
+# ------------------------------------------------------------------------------------------- sources that are no files
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("http://a.b/c.jpg", "download"),
+        ("https://a.b/*.jpg?w=1", "download"),
+        ("s3://bucket/imgs", "aws s3 sync"),
+        ("gs://bucket", "gcloud storage"),
+        ("hf://datasets/a/b", "hf download"),
+        ("azure://x/y", "copy"),
+        ("file:///tmp/a.jpg", "path alone"),
+        ("HTTPS://A.B", "download"),
+    ],
+)
+def test_a_url_is_refused_with_how_to_get_its_files(url: str, hint: str) -> None:
+    for sources in ({"arguments": [url]}, {"arguments": [], "files_from": url}):
+        with pytest.raises(UsageError, match="is a URL") as caught:
+            find(*sources.pop("arguments"), **sources)
+        assert hint in caught.value.hint
+
+
+def test_what_exists_wins_over_its_meaning_as_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "s3:/bucket/a.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert keys(find("s3://bucket")) == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "what", "hint"),
+    [
+        ("a.zip", b"PK\x03\x04", "an archive", "unpack"),
+        ("a.tar", bytes(257) + b"ustar\0", "an archive", "unpack"),
+        ("a.tar.gz", b"\x1f\x8b\x08", "an archive", "unpack"),
+        ("a.tgz", b"", "an archive", "unpack"),
+        ("imgs", b"\x1f\x8b\x08", "an archive", "unpack"),
+        ("a.jpg.zip", b"PK\x03\x04", "an archive", "unpack"),
+        ("a.parquet", b"PAR1\x15", "a packed data set", "to files"),
+        ("a.tfrecord", b"x", "a packed data set", "to files"),
+        ("a.csv", b"path,label\n", "a table", "--files-from"),
+        ("a.TSV", b"path\tlabel\n", "a table", "--files-from"),
+        ("a.jsonl", b"{}", "a table", "--files-from"),
+        ("a.json", b"{}", "a table", "--files-from"),
+        ("a.pdf", b"%PDF-1.4", "a document", "pdftoppm"),
+        ("a.mp4", b"\0\0\0\x18ftypisom", "a video", "ffmpeg"),
+        ("a.mov", b"", "a video", "ffmpeg"),
+        ("a.txt", b"b.jpg\n", "a text", "--files-from"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "a file of features", "internvit info"),
+        ("feats.h5.partial", b"\x89HDF\r\n\x1a\n", "a file of features", "internvit info"),
+        ("a.npy", b"\x93NUMPY", "a file of features", "internvit info"),
+    ],
+)
+def test_a_file_that_holds_pictures_or_their_names_is_refused_with_what_to_do(
+    tmp_path: Path, name: str, data: bytes, what: str, hint: str
+) -> None:
+    touch(tmp_path, "b.jpg")
+    (tmp_path / name).write_bytes(data)
+    for sources in ([tmp_path / name], [tmp_path / "b.jpg", tmp_path / name], [tmp_path, tmp_path / name]):
+        with pytest.raises(UsageError, match=f"is {what}") as caught:
+            find(*sources)
+        assert hint in caught.value.hint
+        assert (f"name the folder ({tmp_path})" in caught.value.hint) == (len(sources) > 1)
+
+
+def test_a_picture_is_taken_though_its_name_says_archive(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.zip", "PNG")
+    assert keys(find(tmp_path / "a.zip")) == ["a.zip"]
+
+
+def test_a_refused_source_makes_no_output_and_asks_for_no_model(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
+    for source in (tmp_path / "a.zip", "https://x.y/a.jpg"):
+        for command in (["extract", "-o", tmp_path / "f.h5"], ["plan"]):
+            result = internvit(*command, source, "--model", tmp_path / "no model")
+            assert result.returncode == 2, result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize("name", ["feats", "feats.h5"])
+def test_an_output_of_ours_is_no_source(tmp_path: Path, name: str) -> None:
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "in/a.png")
+    assert extract(tmp_path / "in", "-o", tmp_path / name).returncode == 0
+    with pytest.raises(UsageError, match="features") as caught:
+        find(tmp_path / name)
+    assert "internvit info" in caught.value.hint
+
+
+def test_pictures_that_lie_in_an_output_are_found(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"format": "internvit-features"}')
+    touch(tmp_path, "a.jpg")
+    assert keys(find(tmp_path)) == ["a.jpg"]
+
+
+# --------------------------------------------------------------------------------------------------------------- links
+
+
 def test_links_to_files_inside_are_followed_and_links_outside_are_not(tmp_path: Path) -> None:
     touch(tmp_path, "in/a.jpg", "out/b.jpg")
     for name, target in {"l": "a.jpg", "m": "../out/b.jpg", "n": tmp_path / "out/b.jpg", "o": "m.jpg"}.items():
@@ -299,7 +526,7 @@ def test_a_folder_that_cannot_be_listed_is_a_problem_without_a_row(tmp_path: Pat
 
 
 def test_a_folder_that_vanishes_is_a_problem_without_a_row(tmp_path: Path) -> None:
-    found = walk(os.fsencode(tmp_path / "gone"), follow_links=False)
+    found = walk(os.fsencode(tmp_path / "gone"), Selection(DiscoverOptions()), follow_links=False)
     assert [problem.skipped.status for problem in found.unreadable_folders] == [Status.VANISHED]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.config import Status
+from internvit_cli.finding import listing_notes
 from internvit_cli.model.catalog import TINY_RANDOM
 from internvit_cli.reconcile import StoredImages
 from internvit_cli.report import Counts, Outlook, Stages, Summary, Tally
@@ -43,13 +44,15 @@ class Totals:
     clamped: int = 0
     """Values that were clamped to the stored type's range."""
     dropped: int = 0
-    """Rows of deleted pictures."""
+    """Rows of pictures that were deleted or are excluded now."""
     unsynced: str = ""
     """What is not promised where the output is, for its folder cannot be synced."""
     is_up_to_date: bool = True
     """Whether there was nothing to do."""
     mistrusted: int = 0
     """Images that are done again because what was recorded of them is damaged."""
+    drawn_and_named: int = 0
+    """Planned pictures that this program drew, and that a user named outright."""
 
     def add(self, filled: Filled) -> None:
         """Another shard was filled."""
@@ -78,6 +81,7 @@ def summarize(account: Account, engine: Engine | None, *, seconds: float, stoppe
         skipped_path=account.output.skipped_path,
         model=(existing.attributes or {}).get("model", account.options.model.name),
         counts=_counts(StoredImages(existing.shards), account.listing, totals),
+        left_out=account.listing.left_out,
         tiles=totals.tally.tiles,
         encoded=totals.tally.images,
         is_up_to_date=totals.is_up_to_date,
@@ -140,14 +144,12 @@ def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
     if totals.unsynced:
         notes.append(totals.unsynced)
     if totals.dropped:
-        notes.append(f"{counted(totals.dropped, 'row')} of deleted pictures dropped")
+        notes.append(f"{counted(totals.dropped, 'row')} of deleted or excluded pictures dropped")
     if totals.mistrusted:
         notes.append(f"{counted(totals.mistrusted, 'image')} of an earlier run damaged on the disk, and done again")
     if totals.clamped:
         notes.append(f"{counted(totals.clamped, 'value')} clamped to the range of the stored type")
-    if links := account.listing.unfollowed_links:
-        notes.append(f"{counted(links, 'link')} to folders not followed (--follow-links)")
-    return tuple(notes)
+    return (*notes, *listing_notes(account.listing, totals.drawn_and_named))
 
 
 def _bytes_on_disk(shard: FinishedShard) -> int:

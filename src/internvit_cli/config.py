@@ -27,6 +27,9 @@ DEFAULT_MODEL = "OpenGVLab/InternViT-300M-448px-V2_5"
 DEFAULT_MAX_PIXELS = 178_956_970
 """Pillow's own error limit: twice its warning limit of 1 GiB of RGBA."""
 
+DRAWN_BY = ("Software", "internvit")
+"""The text in front of the pixels of every PNG that this program draws: such a picture is none of its sources'."""
+
 
 class Choice(str, Enum):
     """A word among several, which prints as itself."""

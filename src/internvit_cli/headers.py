@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from internvit_cli.config import DEFAULT_MAX_PIXELS, PixelRule, Skipped, Status
+from internvit_cli.config import DEFAULT_MAX_PIXELS, DRAWN_BY, PixelRule, Skipped, Status
 from internvit_cli.decode.files import classify, open_regular, pillow_limits, readable_formats
 from internvit_cli.quick_headers import EXIF_SIGNATURE, quick_header
 from internvit_cli.table import modified_ns
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from typing import BinaryIO
 
 UPRIGHT = 1
+_MARK = b"tEXt" + "\0".join(DRAWN_BY).encode()
+_MARK_AT = 8 + 25 + 4
+"""Behind a PNG's signature, its first chunk and the length of the second: where `draw.png` puts it."""
 _ORIENTATION_TAG = 0x0112
 _INTEGER_TYPES = {1: ("B", 1), 3: ("H", 2), 4: ("L", 4)}
 """TIFF field type: struct code and bytes."""
@@ -38,12 +41,20 @@ class Header(NamedTuple):
     file_mtime_ns: int
 
 
+class Drawn(NamedTuple):
+    """A picture that this program drew of others, and that a source holds by chance."""
+
+    outcome: Header | Skipped
+    """What it is like any other picture."""
+
+
 def read_header(path: bytes, rule: PixelRule) -> Header | Skipped:
-    """Read one file's header; see `read_headers`."""
-    return read_headers((path,), rule)[0]
+    """Read the header of one file, whoever made it; see `read_headers`."""
+    found = read_headers((path,), rule)[0]
+    return found.outcome if isinstance(found, Drawn) else found
 
 
-def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | Skipped]:
+def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | Drawn | Skipped]:
     """Read the headers of files; one thread of a process at a time.
 
     Args:
@@ -57,7 +68,7 @@ def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | Skipp
         return [_read(path, rule) for path in paths]
 
 
-def header_reader(rule: PixelRule) -> Callable[[list[bytes]], list[Header | Skipped]]:
+def header_reader(rule: PixelRule) -> Callable[[list[bytes]], list[Header | Drawn | Skipped]]:
     """What a planning worker runs: `read_headers` under one rule."""
     return lambda paths: read_headers(paths, rule)
 
@@ -97,7 +108,7 @@ def _first_value(data: bytes, order: str, kind: int, values: int, field: bytes) 
     return value
 
 
-def _read(path: bytes, rule: PixelRule) -> Header | Skipped:
+def _read(path: bytes, rule: PixelRule) -> Header | Drawn | Skipped:
     opened = open_regular(path)
     if isinstance(opened, Skipped):
         return opened
@@ -107,16 +118,25 @@ def _read(path: bytes, rule: PixelRule) -> Header | Skipped:
         try:
             return _inspect(file, opened.status, rule)
         except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
-            return classify(error)
+            return _marked(file, classify(error))
 
 
-def _inspect(file: BinaryIO, status: os.stat_result, rule: PixelRule) -> Header | Skipped:
+def _inspect(file: BinaryIO, status: os.stat_result, rule: PixelRule) -> Header | Drawn | Skipped:
     quick = quick_header(file.fileno(), status.st_size)
     if quick is not None:
-        width, height, orientation = _upright(quick.width, quick.height, quick.exif if rule.exif else b"")
-    else:
-        width, height, orientation = upright_size(Image.open(file, formats=readable_formats()), rule)
+        return _usable(_upright(quick.width, quick.height, quick.exif if rule.exif else b""), status, rule)
+    image = Image.open(file, formats=readable_formats())
+    return _marked(file, _usable(upright_size(image, rule), status, rule))
+
+
+def _usable(upright: tuple[int, int, int], status: os.stat_result, rule: PixelRule) -> Header | Skipped:
+    width, height, orientation = upright
     return unusable_size(width, height, rule) or Header(width, height, orientation, status.st_size, modified_ns(status))
+
+
+def _marked(file: BinaryIO, outcome: Header | Skipped) -> Header | Drawn | Skipped:
+    """What a file is, told apart from others when its mark says that this program drew it."""
+    return Drawn(outcome) if os.pread(file.fileno(), len(_MARK), _MARK_AT) == _MARK else outcome
 
 
 def upright_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:

@@ -19,9 +19,10 @@ from internvit_cli.engine import Engine, EngineOptions, ShardJob, Workload
 from internvit_cli.errors import InternvitError, OutputError, StoppedError
 from internvit_cli.existing import Existing, load_existing, settle
 from internvit_cli.filling import FillRules, unusable
+from internvit_cli.finding import find_images, require_images
 from internvit_cli.observer import SILENT, Observer, Phase, Work
 from internvit_cli.plan import Plan, PlanOptions, plan_images
-from internvit_cli.preview import check_words, find_images, find_output
+from internvit_cli.preview import check_words, find_output
 from internvit_cli.recipes import ModelInUse, encoder_options_of_run, feature_shape, pixel_rule
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Summary, Tally, run_log_entry
@@ -145,9 +146,14 @@ class _Extraction:
         self._totals.dropped = len(dropped)
         del stored
         self._log_unreadable_folders()
-        if existing.partial is not None or changes.entries or dropped or is_moved(existing.shards, self._relocations):
+        if not existing.shards:
+            self._shard_size(self._shape())  # refuses what cannot be before a million headers are read
+        plan, replaced = self._plan(changes)
+        if existing.partial is not None or plan.table.keys or dropped or is_moved(existing.shards, self._relocations):
             self._totals.is_up_to_date = False
-            self._make(existing, changes, dropped)
+            self._make(existing, changes, plan, {*replaced, *dropped})
+            if dropped and not self._stop.signal and not self._output.is_file:
+                self._output.drop_rows(self._by_shard(dropped))
         if not self._stop.signal:
             self._output.complete()
             if store.prune:
@@ -184,19 +190,23 @@ class _Extraction:
 
     # -------------------------------------------------------------------------------------------------- what is to do
 
-    def _make(self, existing: Existing, changes: Changes, dropped: list[bytes]) -> None:
-        """Encode what is missing: first what an earlier run planned, then what is new."""
-        shape = feature_shape(self._options, self._model.card, self._model.recipe)
-        size = None if self._output.is_file else self._shard_size(shape)
+    def _make(self, existing: Existing, changes: Changes, plan: Plan, gone: set[bytes]) -> None:
+        """Encode what is missing: first what an earlier run planned, then what is new.
+
+        Args:
+            existing: what is at the output.
+            changes: what of the listing is not in it as it is now.
+            plan: of these.
+            gone: keys whose rows do not count any more.
+        """
+        shape = self._shape()
+        rules = DraftRules(self._shard_size(shape), self._listing.sources, self._relocations)
         self._model.confirm_weights()
         for note in self._model.notes:
             self._observer.note(note)
-        plan = self._plan(changes.entries)
         if plan.skipped and self._options.run.strict:
             row, skipped = min(plan.skipped.items())
             raise unusable(plan.table.keys[row], skipped)
-        gone = {*dropped, *(self._listing.keys[entry] for entry in changes.changed)}
-        rules = DraftRules(size, self._listing.sources, self._relocations)
         drafts = draft_shards(existing.finished, gone, plan.table, rules)
         self._check_space(existing, [self._new_shard(draft, shape) for draft in drafts])
         if drafts and self._output.is_file and existing.finished:
@@ -208,7 +218,7 @@ class _Extraction:
         self._start(plan)
         if drafts:
             self._measure_accuracy(plan)
-        self._skip_log.append((self._listing.keys[changes.entries[row]], skip) for row, skip in plan.skipped.items())
+        self._skip_log.append((plan.table.keys[row], skip) for row, skip in plan.skipped.items())
         if existing.partial is not None:
             stored = existing.partial.stored
             self._fill(stored.table, stored.attributes, drafts)
@@ -221,23 +231,39 @@ class _Extraction:
             with self._observer.phase("setting space aside"):
                 create_shard(self._output.backend, self._output.partial_path(self._output.next_number()), shard)
             self._fill(shard.table, shard.complete_attributes, drafts[number:])
-        if dropped and not self._stop.signal and not self._output.is_file:
-            self._output.drop_rows(self._by_shard(dropped))
+
+    def _shape(self) -> FeatureShape:
+        return feature_shape(self._options, self._model.card, self._model.recipe)
 
     def _new_shard(self, draft: Draft, shape: FeatureShape) -> NewShard:
         batch_tiles = self._engine.batch_tiles_to_record if self._engine else 0
         measured = Measured(batch_tiles, self._accuracy)
         return new_shard(draft, shape, self._model.recipe, self._model.card, measured)
 
-    def _shard_size(self, shape: FeatureShape) -> ShardSize:
+    def _shard_size(self, shape: FeatureShape) -> ShardSize | None:
+        """How large the shards of a folder are; None for one file."""
+        if self._output.is_file:
+            return None
         nothing = self._new_shard(Draft(EMPTY_TABLE, self._listing.sources), shape)
         return ShardSize.of(self._options.store.shard_bytes, self._output.backend, shape, nothing.attributes)
 
-    def _plan(self, entries: list[int]) -> Plan:
-        run = self._options.run
+    def _plan(self, changes: Changes) -> tuple[Plan, list[bytes]]:
+        """Read the headers of what is new or changed; drawings of ours among it leave the listing.
+
+        Returns:
+            The plan, and the keys whose rows it replaces.
+
+        Raises:
+            NoImagesError: there is nothing but drawings.
+        """
+        listing, entries, run = self._listing, changes.entries, self._options.run
         how = PlanOptions(self._rule, usable_cpus(), run.decode_timeout, run.worker_memory)
         with self._observer.phase("reading headers", "image", len(entries)) as phase:
-            return plan_images(self._listing, entries, how, phase.at)
+            plan = plan_images(listing, entries, how, phase.at)
+        self._listing = require_images(listing.without_drawn(plan.drawn))
+        self._totals.drawn_and_named = plan.drawn_and_named
+        drawn = set(plan.drawn)
+        return plan, [listing.keys[entry] for entry in changes.changed if entry not in drawn]
 
     def _check_space(self, existing: Existing, shards: list[NewShard]) -> None:
         """Refuse before any work what cannot fit. An unfinished shard has had its space from its creation."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped, Status
-from internvit_cli.headers import Header
+from internvit_cli.headers import Drawn, Header
 from internvit_cli.table import ImageTable, modified_ns
 from internvit_cli.tiling import choose_grid, has_thumbnail
 from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec
@@ -30,6 +30,10 @@ class Plan:
     table: ImageTable
     skipped: dict[int, Skipped]
     """Rows whose header could not be read, with the reason."""
+    drawn: tuple[int, ...] = ()
+    """Entries of the listing without a row: pictures that this program drew, found in a source."""
+    drawn_and_named: int = 0
+    """Pictures that this program drew and that have rows, since a user named them outright."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,17 @@ def plan_images(
         on_progress: called with the number of headers read so far.
 
     Returns:
-        One row an entry; those that cannot be read are rows without tiles.
+        One row an entry; those that cannot be read are rows without tiles. Entries that turn out to be drawings of
+        ours have no row.
     """
     facts = np.zeros((len(entries), 5), np.int64)
     skipped = {row: listing.skipped[entry] for row, entry in enumerate(entries) if entry in listing.skipped}
     rows = [row for row in range(len(entries)) if row not in skipped]
-    for done, (row, found) in enumerate(_read_headers(listing, entries, rows, options), 1):
+    drawn: list[int] = []
+    for done, (row, outcome) in enumerate(_read_headers(listing, entries, rows, options), 1):
+        if isinstance(outcome, Drawn):
+            drawn.append(row)
+        found = outcome.outcome if isinstance(outcome, Drawn) else outcome
         if isinstance(found, Skipped):
             skipped[row] = found
             facts[row, 3:] = _size_and_time(listing.path(entries[row]))
@@ -67,12 +76,28 @@ def plan_images(
             facts[row] = found
         if done % HEADER_CHUNK == 0 or done == len(rows):
             on_progress(done)
-    return Plan(_build_table(listing, entries, facts, skipped, options.rule), skipped)
+    left_out = sorted(row for row in drawn if not listing.is_named(entries[row]))
+    plan = Plan(_build_table(listing, entries, facts, skipped, options.rule), skipped)
+    return replace(
+        _without(plan, left_out),
+        drawn=tuple(entries[row] for row in left_out),
+        drawn_and_named=len(drawn) - len(left_out),
+    )
+
+
+def _without(plan: Plan, rows: Sequence[int]) -> Plan:
+    """The plan without some rows."""
+    if not rows:
+        return plan
+    kept = np.setdiff1d(np.arange(len(plan.table)), rows)
+    place = {row: number for number, row in enumerate(kept.tolist())}
+    skipped = {place[row]: reason for row, reason in plan.skipped.items() if row in place}
+    return Plan(plan.table.take(kept), skipped)
 
 
 def _read_headers(
     listing: Listing, entries: Sequence[int], rows: Sequence[int], options: PlanOptions
-) -> Iterable[tuple[int, Header | Skipped]]:
+) -> Iterable[tuple[int, Header | Drawn | Skipped]]:
     """Headers by row, in the order in which they come."""
     if not rows:
         return
@@ -102,7 +127,7 @@ class _Chunks:
             self._next_id += 1
         return bool(self._waiting)
 
-    def receive(self, outcome: Finished | Lost) -> Iterable[tuple[int, Header | Skipped]]:
+    def receive(self, outcome: Finished | Lost) -> Iterable[tuple[int, Header | Drawn | Skipped]]:
         chunk, alone = self._given.pop(outcome.task_id)
         if isinstance(outcome, Finished):
             return zip(chunk, outcome.result, strict=True)

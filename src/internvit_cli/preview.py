@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -11,7 +10,8 @@ import numpy as np
 from internvit_cli.config import ComputeDtype, Status, Tokens
 from internvit_cli.devices import ALL_DEVICES, find_devices
 from internvit_cli.encoder_options import AUTO_DEVICE, check_kind, parse_device
-from internvit_cli.errors import InternvitError, ModelError, NoImagesError, UsageError
+from internvit_cli.errors import InternvitError, ModelError, UsageError
+from internvit_cli.finding import EMPTY_LISTING, find_images, listing_notes, require_images
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.hub import HubUnavailableError
@@ -23,11 +23,9 @@ from internvit_cli.plan import PlanOptions, plan_images
 from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make_recipe, pixel_rule
 from internvit_cli.report import PlanSummary
 from internvit_cli.sharding import EMPTY_TABLE, Draft, ShardSize, new_shard
-from internvit_cli.sources import Listing, discover
 from internvit_cli.storage.durable import disk_errors, free_bytes
 from internvit_cli.storage.output import Output
 from internvit_cli.table import count_statuses
-from internvit_cli.words import counted
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
@@ -36,10 +34,10 @@ if TYPE_CHECKING:
     from internvit_cli.config import PixelRule, Recipe
     from internvit_cli.model.card import ModelCard
     from internvit_cli.options import ExtractOptions, RunOptions
+    from internvit_cli.sources import Listing
     from internvit_cli.storage.layout import FeatureShape
     from internvit_cli.table import ImageTable
 
-EMPTY_LISTING = Listing((), [], array("I"), {}, (), 0)
 UNKNOWN_DIGEST = "0" * 64
 """Stands for the weights' digest: the weights are not looked at, and only its length matters."""
 
@@ -56,6 +54,8 @@ class Survey:
     """Of unknown weights, and of an unknown compute type."""
     shape: FeatureShape
     output: Output
+    drawn_and_named: int = 0
+    """Pictures that this program drew, and that a user named outright."""
 
     @property
     def rule(self) -> PixelRule:
@@ -105,8 +105,9 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     rule = pixel_rule(recipe, options.pictures.max_pixels)
     how = PlanOptions(rule, usable_cpus(), options.run.decode_timeout, options.run.worker_memory)
     with observer.phase("reading headers", "image", len(listing)) as phase:
-        table = plan_images(listing, range(len(listing)), how, phase.at).table
-    return Survey(options, listing, table, card, recipe, shape, output)
+        plan = plan_images(listing, range(len(listing)), how, phase.at)
+    listing = require_images(listing.without_drawn(plan.drawn)) if plan.drawn else listing
+    return Survey(options, listing, plan.table, card, recipe, shape, output, plan.drawn_and_named)
 
 
 def summarize_plan(found: Survey) -> PlanSummary:
@@ -124,6 +125,7 @@ def summarize_plan(found: Survey) -> PlanSummary:
         reasons["unreadable_folder"] = len(listing.unreadable_folders)
     tiles_of_images = table.tile_counts[table.status == Status.PENDING]
     sizes, images = np.unique(tiles_of_images, return_counts=True)
+    notes = (*card.notes, *_model_notes(found), *_device_notes(found.options.run))
     return PlanSummary(
         output=output.path,
         model=card.name,
@@ -134,7 +136,8 @@ def summarize_plan(found: Survey) -> PlanSummary:
         histogram={int(size): int(count) for size, count in zip(sizes, images, strict=True)},
         bytes=planned_bytes,
         free_bytes=free_bytes(output.path),
-        notes=tuple(note for note in (*card.notes, *_model_notes(found), *_device_notes(found.options.run)) if note),
+        left_out=listing.left_out,
+        notes=(*filter(None, notes), *listing_notes(listing, found.drawn_and_named)),
     )
 
 
@@ -204,19 +207,3 @@ def _model_notes(found: Survey) -> Iterator[str]:
 
 def _gigabytes(card: ModelCard) -> str:
     return f"about {download_bytes(card) / 1e9:.1f} GB of weights"
-
-
-def find_images(options: ExtractOptions, stdin: BinaryIO | None, observer: Observer = SILENT) -> Listing:
-    """The listing of a command's sources.
-
-    Raises:
-        NoImagesError: there is nothing in them.
-    """
-    with observer.phase("looking for images"):
-        listing = discover(options.sources, options.discover, stdin)
-    if len(listing) or listing.unreadable_folders:
-        return listing
-    hint = "pictures are found by their extension, such as .jpg or .png; name other files outright or with --files-from"
-    if listing.unfollowed_links:
-        hint = f"{counted(listing.unfollowed_links, 'link')} to folders not followed: --follow-links"
-    raise NoImagesError("no pictures found in the given sources", hint)

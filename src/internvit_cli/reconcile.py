@@ -210,7 +210,7 @@ class StoredImages:
 
 
 def prunable(stored: StoredImages, changes: Changes, listing: Listing, *, confirmed: bool) -> list[bytes]:
-    """Keys of rows whose pictures were deleted, from the sources of this listing.
+    """Keys of rows whose pictures were deleted from the sources of this listing, or are excluded there now.
 
     Raises:
         InternvitError: it looks like a disk that is not mounted rather than like deleted pictures.
@@ -226,16 +226,19 @@ def prunable(stored: StoredImages, changes: Changes, listing: Listing, *, confir
         root = os.fsdecode(listing.sources[min(empty)].root)
         raise InternvitError(f"--prune: {one_line(root)} holds no pictures at all", "is its disk mounted?")
     dropped = [
-        key
-        for key in changes.unlisted
-        if stored.source(key) in listing.sources and not os.path.lexists(stored.path(key))
+        key for key in changes.unlisted if stored.source(key) in listing.sources and _is_out(stored.path(key), listing)
     ]
     if 2 * len(dropped) > len(stored) and not confirmed:
         raise InternvitError(
             f"--prune would drop {counted_of(len(dropped), len(stored), 'row')}",
-            "add --yes if that many pictures were deleted",
+            "add --yes if that many pictures were deleted or excluded",
         )
     return dropped
+
+
+def _is_out(path: bytes, listing: Listing) -> bool:
+    """Whether a picture that is not in a listing is not there any more, or excluded by its patterns."""
+    return not os.path.lexists(path) or listing.excludes(path)
 
 
 def stored_sources(attributes: dict[str, Any], path: str, relocations: Sequence[Relocation] = ()) -> list[Source]:

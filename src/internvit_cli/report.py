@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from internvit_cli.errors import ExitCode
+from internvit_cli.sources.left_out import LeftOut
 from internvit_cli.words import counted
 
 BUSY = 0.85
@@ -147,6 +148,8 @@ class Summary:
     batch_tiles: int = 0
     kernels: str = ""
     """What the encoder computed with, and why where that is not the fastest."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What lies in the sources and was not taken, beside the images found."""
     notes: tuple[str, ...] = ()
     """What a user should know beside the numbers."""
     is_up_to_date: bool = False
@@ -182,6 +185,7 @@ class Summary:
             "skipped_path": self.skipped_path if self.counts.skipped else None,
             "model": self.model,
             **counts,
+            "left_out": self.left_out.to_json(),
             "encoded": self.encoded,
             "tiles": self.tiles,
             "bytes": self.bytes,
@@ -238,8 +242,11 @@ class PlanSummary:
     """Size of the output on disk."""
     free_bytes: int
     """Free where the output would be."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What lies in the sources and would not be taken, beside the images found."""
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The flat object of `--json`."""
-        return asdict(self) | {"fits": self.bytes <= self.free_bytes, "notes": list(self.notes)}
+        values = asdict(self) | {"left_out": self.left_out.to_json(), "notes": list(self.notes)}
+        return values | {"fits": self.bytes <= self.free_bytes}

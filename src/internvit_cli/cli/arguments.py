@@ -110,6 +110,39 @@ def build_options(
             "--follow-links", help="Follow links that leave a source, and links to folders.", rich_help_panel=SOURCES
         ),
     ] = False,
+    exclude: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave out files and folders that fit PATTERN, written as in a .gitignore, such as thumbs/; "
+            "!PATTERN takes back.",
+            rich_help_panel=SOURCES,
+        ),
+    ] = None,
+    include: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="PATTERN",
+            help="Take only pictures that fit PATTERN, or lie in a folder that does.",
+            rich_help_panel=SOURCES,
+        ),
+    ] = None,
+    no_default_excludes: Annotated[
+        bool,
+        typer.Option(
+            "--no-default-excludes",
+            help="Take thumbnails, deleted files, snapshots and the like, which are left out by default.",
+            rich_help_panel=SOURCES,
+        ),
+    ] = False,
+    sniff: Annotated[
+        bool,
+        typer.Option(
+            "--sniff",
+            help="Also take files that are pictures by their first bytes, whatever their name.",
+            rich_help_panel=SOURCES,
+        ),
+    ] = False,
     model: Annotated[
         str,
         typer.Option(
@@ -318,7 +351,12 @@ def build_options(
         typer.Option("--overwrite", help="Replace an output that was made with another recipe.", rich_help_panel=RUN),
     ] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Drop the rows of pictures that were deleted.", rich_help_panel=RUN)
+        bool,
+        typer.Option(
+            "--prune",
+            help="Drop the rows of pictures that were deleted, or that are excluded now.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", help="Let --prune drop more than half of the rows.", rich_help_panel=RUN)
@@ -353,7 +391,16 @@ def build_options(
     """
     return ExtractOptions(
         sources=tuple(sources or ()),
-        discover=DiscoverOptions(files_from=files_from, null_separated=null, root=root, follow_links=follow_links),
+        discover=DiscoverOptions(
+            files_from=files_from,
+            null_separated=null,
+            root=root,
+            follow_links=follow_links,
+            exclude=tuple(exclude or ()),
+            include=tuple(include or ()),
+            default_excludes=not no_default_excludes,
+            sniff=sniff,
+        ),
         model=ModelOptions(model, revision, layer),
         pictures=PictureOptions(
             tile_size=tile_size,

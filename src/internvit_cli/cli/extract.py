@@ -115,6 +115,8 @@ def print_summary(summary: Summary) -> None:
     if counts.reasons:
         print_line("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.reasons.items())))
         print_line(f"reasons: {summary.skipped_path}")
+    for line in summary.left_out.lines:
+        print_line(f"left out: {line}")
     if counts.kept:
         print_line(f"kept: {counted(counts.kept, 'row')} of pictures that are not in these sources")
     if summary.encoded:

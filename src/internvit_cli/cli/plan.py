@@ -89,6 +89,8 @@ def print_plan(planned: PlanSummary) -> None:
     print_line(f"images   {planned.images:,} found = {planned.images - planned.skipped:,} to encode{skipped}")
     for reason, count in sorted(planned.reasons.items()):
         print_line(f"         {count:,} {reason}")
+    for line in planned.left_out.lines:
+        print_line(f"left out {line}")
     print_line(f"tiles    {planned.tiles:,}, thumbnails included")
     most = max(planned.histogram.values(), default=1)
     for tiles, images in planned.histogram.items():

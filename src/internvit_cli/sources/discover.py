@@ -6,10 +6,13 @@ import os
 from array import array
 from typing import TYPE_CHECKING
 
-from internvit_cli.errors import NoImagesError, UsageError, one_line
+from internvit_cli.errors import UsageError, one_line
 from internvit_cli.sources import globs
 from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, below, child
-from internvit_cli.sources.lists import read_list
+from internvit_cli.sources.lists import read_list, unquoted
+from internvit_cli.sources.missing import LOOKED_AT, MissingList, explain_missing, how_to_cut
+from internvit_cli.sources.refusals import refuse_container, refuse_output, refuse_url
+from internvit_cli.sources.selection import Selection
 from internvit_cli.sources.walk import walk
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ def discover(arguments: Sequence[str], options: DiscoverOptions, stdin: BinaryIO
 
     A source is a folder, a file, `NAME=DIR`, a pattern, or `-` for a list on standard input. What exists under a
     name wins over what the name would mean otherwise. Files named outright, in a list too, are taken whatever their
-    extension, and need not be there: whoever opens them finds out.
+    extension, and need not be there: whoever opens them finds out. Only the user's own patterns leave them out.
 
     Args:
         arguments: as typed on the command line.
@@ -37,12 +40,12 @@ def discover(arguments: Sequence[str], options: DiscoverOptions, stdin: BinaryIO
         The listing, sorted by the bytes of its keys; empty when the folders hold no pictures.
 
     Raises:
-        UsageError: a source that is not there, a key outside its root, or two files with one key.
+        UsageError: a source that is not there or holds no files, a key outside its root, or two files with one key.
         NoImagesError: a pattern that nothing fits.
     """
     collection = _Collection(options, stdin)
     for argument in arguments:
-        collection.add_argument(argument)
+        collection.add_argument(argument, is_alone=len(arguments) == 1)
     if options.files_from is not None:
         collection.add_list(options.files_from)
     return collection.listing()
@@ -53,27 +56,38 @@ class _Collection:
         self._options = options
         self._stdin = stdin
         self._root = None if options.root is None else _root_folder(options.root)
+        self._selection = Selection(options)
         self._sources: dict[Source, int] = {}
         self._walked: set[Source] = set()
+        self._tops: dict[bytes, None] = {}
         self._keys: list[bytes] = []
         self._owners = array("I")
+        self._named = bytearray()
         self._skipped: dict[int, Skipped] = {}
+        self._missing: list[MissingList] = []
+        self._found = 0
+        """Of the keys, those that are not in a list of which no file is there."""
         self._unreadable_folders: list[FolderProblem] = []
         self._unfollowed_links = 0
 
-    def add_argument(self, argument: str) -> None:
+    def add_argument(self, argument: str, *, is_alone: bool) -> None:
         """Take one source of the command line."""
         path = os.fsencode(argument)
         if argument == STANDARD_INPUT:
             self.add_list(argument)
+        elif os.path.isdir(path):
+            self._add_folder(Source(absolute(path)))
         elif os.path.lexists(path):
-            self._add_existing(path)
-        elif (named := _named_folder(path)) is not None:
-            self._add_folder(named)
-        elif globs.is_pattern(path):
-            self._add_pattern(path)
+            refuse_container(path, is_alone=is_alone)
+            self._add_file(path, is_named=True)
         else:
-            raise _missing(path)
+            refuse_url(path)
+            if (named := _named_folder(path)) is not None:
+                self._add_folder(named)
+            elif globs.is_pattern(path):
+                self._add_pattern(path)
+            else:
+                raise _missing(path)
 
     def add_list(self, name: str) -> None:
         """Take the paths of a list: relative to `--root`, by default to the working directory."""
@@ -83,11 +97,12 @@ class _Collection:
             if self._stdin is None:
                 raise UsageError("standard input can be read only once", "name - as a source or for --files-from")
             stream, self._stdin = self._stdin, None
-            self._add_lines(stream, root, owner)
+            self._add_lines(stream, "", root, owner)
             return
+        refuse_url(os.fsencode(name))
         try:
             with open(name, "rb") as file:
-                self._add_lines(file, root, owner)
+                self._add_lines(file, name, root, owner)
         except OSError as error:
             raise UsageError(f"cannot read the list {one_line(name)}: {error.strerror}", "check the path") from error
 
@@ -95,69 +110,116 @@ class _Collection:
         """Sort, drop what was named twice, and refuse keys that mean two files."""
         keys: list[bytes] = []
         owners = array("I")
+        named = bytearray(len(self._keys))
         skipped: dict[int, Skipped] = {}
         for i in sorted(range(len(self._keys)), key=self._keys.__getitem__):
             if keys and keys[-1] == self._keys[i]:
                 self._check_same_file(keys[-1], owners[-1], self._owners[i])
+                named[len(keys) - 1] |= self._named[i]
                 if i not in self._skipped:  # One of its two mentions is a file named outright, which may be a link.
                     skipped.pop(len(keys) - 1, None)
                 continue
             if i in self._skipped:
                 skipped[len(keys)] = self._skipped[i]
+            named[len(keys)] = self._named[i]
             keys.append(self._keys[i])
             owners.append(self._owners[i])
-        folders = tuple(sorted(self._unreadable_folders, key=lambda problem: problem.path))
-        return Listing(tuple(self._sources), keys, owners, skipped, folders, self._unfollowed_links)
+        return Listing(
+            sources=tuple(self._sources),
+            keys=keys,
+            source_index=owners,
+            skipped=skipped,
+            unreadable_folders=tuple(sorted(self._unreadable_folders, key=lambda problem: problem.path)),
+            unfollowed_links=self._unfollowed_links,
+            named=bytes(named[: len(keys)]),
+            left_out=self._selection.left_out,
+            missing_lists=tuple(self._missing),
+            is_missing=bool(self._missing) and not self._found,
+            selection=self._selection,
+            tops=tuple(self._tops),
+        )
 
     def _source(self, source: Source) -> int:
         return self._sources.setdefault(source, len(self._sources))
-
-    def _add_existing(self, path: bytes) -> None:
-        if os.path.isdir(path):
-            self._add_folder(Source(absolute(path)))
-        else:
-            self._add_file(path)
 
     def _add_folder(self, source: Source) -> None:
         if source in self._walked:
             return
         self._walked.add(source)
+        self._tops[source.root] = None
+        if source.root != b"/":
+            self._check_patterns(source.root)
         owner, offset = self._source(source), len(self._keys)
-        found = walk(source.root, self._options.follow_links)
+        found = walk(source.root, self._selection, follow_links=self._options.follow_links)
+        if not found.keys:
+            refuse_output(source.root)
         self._keys += [source.prefix + key for key in found.keys] if source.prefix else found.keys
         self._owners.extend(array("I", [owner]) * len(found.keys))
+        self._named.extend(bytes(len(found.keys)))
+        self._found += len(found.keys)
         self._skipped.update({offset + i: skipped for i, skipped in found.skipped.items()})
         self._unreadable_folders += found.unreadable_folders
         self._unfollowed_links += found.unfollowed_links
 
-    def _add_file(self, path: bytes) -> None:
+    def _check_patterns(self, root: bytes) -> None:
+        """Refuse a pattern that is a path below the source: with a slash in front it is relative to the source."""
+        for text in (*self._options.exclude, *self._options.include):
+            path = os.fsencode(text.removeprefix("!"))
+            inside = below(path, root)
+            if inside is not None and not os.path.lexists(child(root, path.split(b"/")[1])):
+                raise UsageError(
+                    f"the pattern {one_line(text)} is a path, and patterns are relative to {one_line(root)}",
+                    f"write /{one_line(inside)}",
+                )
+
+    def _add_file(self, path: bytes, *, is_named: bool) -> None:
         folder, name = os.path.split(path)
         folder = absolute(folder or b".")
         root = self._root or folder
         key = below(child(folder, name), root)
         if key is None:
             raise _outside(path, root)
-        self._add_key(key, self._source(Source(root)))
+        self._tops[root] = None
+        if not is_named or self._selection.takes_named(key):
+            self._add_key(key, self._source(Source(root)), is_named=is_named)
+            self._found += 1
 
     def _add_pattern(self, pattern: bytes) -> None:
-        matches = globs.expand(pattern)
+        matches = globs.expand(pattern, self._selection)
+        self._tops[absolute(matches.base or b".")] = None
         self._unreadable_folders += matches.unreadable_folders
         if not matches.files and not matches.folders:
-            raise NoImagesError(
-                f"no picture fits the pattern {one_line(pattern)}", "check it; files of any extension can be listed"
-            )
+            raise self._selection.left_out.no_images(f"no picture fits the pattern {one_line(pattern)}")
         for folder in matches.folders:
             self._add_folder(Source(absolute(folder)))
         for path in matches.files:
-            self._add_file(path)
+            self._add_file(path, is_named=False)
 
-    def _add_lines(self, stream: BinaryIO, root: bytes, owner: int) -> None:
-        for path in read_list(stream, self._options.null_separated):
-            self._add_key(_key_of_line(path, root), owner)
+    def _add_lines(self, stream: BinaryIO, name: str, root: bytes, owner: int) -> None:
+        self._tops[root] = None
+        looked_at: list[bytes] = []
+        first = len(self._keys)
+        for line in read_list(stream, self._options.null_separated):
+            if len(looked_at) < LOOKED_AT:
+                looked_at.append(line)
+            try:
+                key = _key_of_line(line if self._options.null_separated else unquoted(line, root), root)
+            except UsageError as error:
+                if hint := how_to_cut(looked_at, name, root, root):
+                    raise UsageError(f"{error.message}; the list is a table", hint) from error
+                raise
+            if self._selection.takes_named(key):
+                self._add_key(key, owner, is_named=True)
+        added = self._keys[first:]
+        if added and not any(os.path.lexists(child(root, key)) for key in added):
+            self._missing.append(explain_missing(looked_at, name, root))
+        else:
+            self._found += len(added)
 
-    def _add_key(self, key: bytes, owner: int) -> None:
+    def _add_key(self, key: bytes, owner: int, *, is_named: bool) -> None:
         self._keys.append(key)
         self._owners.append(owner)
+        self._named.append(is_named)
 
     def _check_same_file(self, key: bytes, first: int, second: int) -> None:
         if first == second:

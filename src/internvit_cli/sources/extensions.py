@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 EXTENSIONS = frozenset(
     b"""
     apng avif avifs blp bmp bw cur dcx dds dib fit fits flc fli ftc ftu gbr gif icb icns ico j2c j2k jfif jp2 jpc
@@ -11,8 +13,26 @@ EXTENSIONS = frozenset(
 )
 """Lower case, without the dot. Not EPS and WMF, which start other programs, nor containers that Pillow only names."""
 
+NO_EXTENSION = "no extension"
+_PLAIN = re.compile(rb"[0-9a-z_~+-]{1,12}")
+
 
 def looks_like_picture(name: bytes) -> bool:
-    """Whether a file name has one of the extensions, in any case; a name that is only an extension has none."""
+    """Return whether a file name has one of the extensions, in any case; a name that is only an extension has none."""
     stem, _, extension = name.rpartition(b".")
     return extension.lower() in EXTENSIONS and stem.strip(b".") != b""
+
+
+def label_of(name: bytes) -> str:
+    """Return what a file that is no picture by its name is counted under.
+
+    That is its extension in lower case, such as `.heic`; `.jpg?...` for a picture's name with the query of a URL
+    behind it; and `no extension` for all others, a name that is only a picture's extension included.
+    """
+    address, question_mark, _ = name.partition(b"?")
+    if question_mark and looks_like_picture(address):
+        return f".{address.rpartition(b'.')[2].lower().decode()}?..."
+    _, dot, extension = name.lower().rpartition(b".")
+    if dot and extension not in EXTENSIONS and _PLAIN.fullmatch(extension):
+        return f".{extension.decode()}"
+    return NO_EXTENSION

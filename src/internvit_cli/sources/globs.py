@@ -6,10 +6,13 @@ import fnmatch
 import os
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from internvit_cli.sources.extensions import looks_like_picture
 from internvit_cli.sources.interface import FolderProblem, child
 from internvit_cli.sources.walk import folder_problem
+
+if TYPE_CHECKING:
+    from internvit_cli.sources.selection import Selection
 
 _MAGIC = re.compile(rb"[*?[]")
 _ANY_DEPTH = b"**"
@@ -19,8 +22,11 @@ _ANY_DEPTH = b"**"
 class Matches:
     """Paths that fit a pattern, in no particular order, relative when the pattern is."""
 
+    base: bytes
+    """The folder before the first wildcard, which rules are relative to; empty for the working directory."""
+
     files: list[bytes] = field(default_factory=list)
-    """Names that look like pictures; links are not resolved."""
+    """Those that the selection takes; links are not resolved."""
     folders: list[bytes] = field(default_factory=list)
     """As the shell gives them; none for a pattern with `**`, whose files are below them already."""
     unreadable_folders: list[FolderProblem] = field(default_factory=list)
@@ -31,13 +37,14 @@ def is_pattern(text: bytes) -> bool:
     return _MAGIC.search(text) is not None
 
 
-def expand(pattern: bytes) -> Matches:
+def expand(pattern: bytes, selection: Selection) -> Matches:
     """Find what fits a pattern, listing each folder once.
 
     As in the shell, a wildcard does not match a leading dot, and `**` follows no links to folders.
 
     Args:
         pattern: a path with at least one wildcard.
+        selection: what of the files that fit is taken, and which folders are not even listed.
 
     Returns:
         The matches; a folder that could not be listed is among its problems.
@@ -46,36 +53,50 @@ def expand(pattern: bytes) -> Matches:
     literal = next(i for i, part in enumerate(parts) if is_pattern(part))
     base = b"/" if pattern.startswith(b"/") else b""
     base = os.path.join(base, *parts[:literal]) if literal else base
-    return _Expansion(parts[literal:]).run(base)
+    return _Expansion(parts[literal:], base, selection).run()
+
+
+_Below = tuple[bytes, frozenset[int], bool]
+"""A folder relative to the base, the parts that what is in it may fit, and whether an `--include` fits the folder."""
 
 
 class _Expansion:
     """Walks with the set of pattern parts that may fit next, so that several `**` cost no second walk."""
 
-    def __init__(self, parts: list[bytes]) -> None:
+    def __init__(self, parts: list[bytes], base: bytes, selection: Selection) -> None:
         if parts[-1] == _ANY_DEPTH:
             parts = [*parts, b"*"]
         self.parts = parts
         self.tests = [re.compile(fnmatch.translate(os.fsdecode(part))) for part in parts]
         self.with_folders = _ANY_DEPTH not in parts
-        self.matches = Matches()
+        self.selection = selection
+        self.matches = Matches(base)
 
-    def run(self, base: bytes) -> Matches:
-        stack = [(base, self._closure({0}))]
+    def run(self) -> Matches:
+        stack: list[_Below] = [(b"", self._closure({0}), False)]
         while stack:
-            folder, positions = stack.pop()
+            relative, positions, wanted = stack.pop()
+            folder = self._path(relative)
             try:
                 with os.scandir(folder or b".") as entries:
                     for entry in entries:
-                        path = child(folder, entry.name) if folder else entry.name
-                        following = self._entry(entry, path, positions)
+                        path = child(relative, entry.name) if relative else entry.name
+                        following = self._entry(entry, path, positions, wanted=wanted)
                         if following:
-                            stack.append((path, following))
+                            inner = self.selection.enters(path, wanted=wanted)
+                            if inner is not None:
+                                stack.append((path, following, inner))
             except (FileNotFoundError, NotADirectoryError):
                 continue  # A pattern may name a folder that is not there: then nothing fits.
             except OSError as error:
                 self.matches.unreadable_folders.append(folder_problem(folder or b".", error))
         return self.matches
+
+    def _path(self, relative: bytes) -> bytes:
+        """From a path below the base to one from where we are."""
+        if not relative:
+            return self.matches.base
+        return child(self.matches.base, relative) if self.matches.base else relative
 
     def _closure(self, positions: set[int]) -> frozenset[int]:
         """A `**` may also stand for no folder at all."""
@@ -85,7 +106,9 @@ class _Expansion:
                 reached.add(position + 1)
         return frozenset(reached)
 
-    def _entry(self, entry: os.DirEntry[bytes], path: bytes, positions: frozenset[int]) -> frozenset[int]:
+    def _entry(
+        self, entry: os.DirEntry[bytes], path: bytes, positions: frozenset[int], *, wanted: bool
+    ) -> frozenset[int]:
         """Record an entry that fits; returns the parts that what is below it may fit."""
         text, following = os.fsdecode(entry.name), set()
         for position in positions:
@@ -100,15 +123,15 @@ class _Expansion:
                     if _leads_to_folder(entry):
                         following.add(position + 1)
                 else:
-                    self._record(entry, path)
+                    self._record(entry, path, wanted=wanted)
         return self._closure(following)
 
-    def _record(self, entry: os.DirEntry[bytes], path: bytes) -> None:
+    def _record(self, entry: os.DirEntry[bytes], path: bytes, *, wanted: bool) -> None:
         if _leads_to_folder(entry):
-            if self.with_folders:
-                self.matches.folders.append(path)
-        elif looks_like_picture(entry.name):
-            self.matches.files.append(path)
+            if self.with_folders and self.selection.enters(path, wanted=wanted) is not None:
+                self.matches.folders.append(self._path(path))
+        elif self.selection.takes(path, entry, wanted=wanted):
+            self.matches.files.append(self._path(path))
 
 
 def _leads_to_folder(entry: os.DirEntry[bytes]) -> bool:

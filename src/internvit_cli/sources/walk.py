@@ -7,11 +7,14 @@ import os
 import stat
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from internvit_cli.config import Skipped, Status
 from internvit_cli.errors import one_line
-from internvit_cli.sources.extensions import looks_like_picture
 from internvit_cli.sources.interface import FolderProblem, below, child
+
+if TYPE_CHECKING:
+    from internvit_cli.sources.selection import Selection
 
 _KERNEL_FOLDERS = (b"/proc", b"/sys", b"/dev")
 _SHARED_MEMORY = b"/dev/shm"
@@ -31,7 +34,7 @@ class Found:
     unfollowed_links: int = 0
 
 
-def walk(root: bytes, follow_links: bool) -> Found:
+def walk(root: bytes, selection: Selection, *, follow_links: bool) -> Found:
     """Find all pictures below a folder with one `os.scandir` of each.
 
     Links to files are followed as long as they stay below the root. `follow_links` lifts that, and follows links to
@@ -40,37 +43,43 @@ def walk(root: bytes, follow_links: bool) -> Found:
 
     Args:
         root: absolute path of a folder; it may itself be a link.
+        selection: what is taken, and which folders are not even listed.
         follow_links: follow links to folders, and links that leave the root.
 
     Returns:
         The pictures; folders that could not be listed are among its problems, never an exception.
     """
-    walker = _Walker(root, follow_links)
-    walker.tree(b"")
+    walker = _Walker(root, selection, follow_links=follow_links)
+    walker.tree((b"", False))
     while walker.linked_folders:
         walker.tree(heapq.heappop(walker.linked_folders))
     return walker.found
 
 
+_Folder = tuple[bytes, bool]
+"""A folder's key, empty for the root, and whether an `--include` fits it."""
+
+
 class _Walker:
-    def __init__(self, root: bytes, follow_links: bool) -> None:
+    def __init__(self, root: bytes, selection: Selection, *, follow_links: bool) -> None:
         self.root = root
         self.follow_links = follow_links
         self.found = Found()
-        self.linked_folders: list[bytes] = []
+        self.linked_folders: list[_Folder] = []
+        self._selection = selection
         self._seen: set[tuple[int, int]] = set()
         self._real_folder = lru_cache(maxsize=4096)(os.path.realpath)
         self._real_root = os.path.realpath(root)
 
-    def tree(self, top: bytes) -> None:
+    def tree(self, top: _Folder) -> None:
         """Walk a folder and the real folders below it; an explicit stack, since trees can be deeper than Python's."""
         stack = [top]
         while stack:
-            folder = stack.pop()
+            folder, wanted = stack.pop()
             path = child(self.root, folder) if folder else self.root
             try:
                 if not self.follow_links or self._first_visit(path):
-                    stack += self._folder(path, folder + b"/" if folder else b"")
+                    stack += self._folder(path, folder + b"/" if folder else b"", wanted=wanted)
             except OSError as error:
                 self.found.unreadable_folders.append(folder_problem(path, error))
 
@@ -82,23 +91,25 @@ class _Walker:
         self._seen.add(identity)
         return True
 
-    def _folder(self, path: bytes, prefix: bytes) -> list[bytes]:
-        """Take the pictures of one folder; returns the keys of its real subfolders."""
-        keys, subfolders = self.found.keys, []
+    def _folder(self, path: bytes, prefix: bytes, *, wanted: bool) -> list[_Folder]:
+        """Take the pictures of one folder; returns its real subfolders."""
+        keys, selection, subfolders = self.found.keys, self._selection, []
         with os.scandir(path) as entries:
             for entry in entries:
-                name = entry.name
+                key = prefix + entry.name
                 if entry.is_symlink():
-                    self._link(prefix + name, name)
+                    self._link(key, entry, wanted=wanted)
                 elif entry.is_dir(follow_symlinks=False):
-                    subfolders.append(prefix + name)
-                elif looks_like_picture(name):
+                    inner = selection.enters(key, wanted=wanted)
+                    if inner is not None:
+                        subfolders.append((key, inner))
+                elif selection.takes(key, entry, wanted=wanted):
                     if not entry.is_file(follow_symlinks=False):
                         self.found.skipped[len(keys)] = _not_regular("a pipe, socket or device")
-                    keys.append(prefix + name)
+                    keys.append(key)
         return subfolders
 
-    def _link(self, key: bytes, name: bytes) -> None:
+    def _link(self, key: bytes, entry: os.DirEntry[bytes], *, wanted: bool) -> None:
         path = child(self.root, key)
         end = self._end_of_link(path)
         try:
@@ -106,16 +117,20 @@ class _Walker:
         except OSError:
             mode = None  # Dangling, or a loop: whoever opens it finds out which.
         if mode is not None and stat.S_ISDIR(mode):
-            self._link_to_folder(key)
-        elif looks_like_picture(name):
-            refusal = self._refusal(end, mode)
+            self._link_to_folder(key, wanted=wanted)
+            return
+        refusal = self._refusal(end, mode)
+        if self._selection.takes(key, entry, wanted=wanted, may_open=refusal is None and mode is not None):
             if refusal:
                 self.found.skipped[len(self.found.keys)] = refusal
             self.found.keys.append(key)
 
-    def _link_to_folder(self, key: bytes) -> None:
+    def _link_to_folder(self, key: bytes, *, wanted: bool) -> None:
+        inner = self._selection.enters(key, wanted=wanted)
+        if inner is None:
+            return
         if self.follow_links:
-            heapq.heappush(self.linked_folders, key)
+            heapq.heappush(self.linked_folders, (key, inner))
         else:
             self.found.unfollowed_links += 1
 
@@ -125,7 +140,9 @@ class _Walker:
         if mode is not None and not stat.S_ISREG(mode):
             return _not_regular("links to a pipe, socket or device")
         if not self.follow_links and below(end, self._real_root) is None:
-            return Skipped(Status.LINK_OUTSIDE, "", f"links to {one_line(end)}, outside its source")
+            return Skipped(
+                Status.LINK_OUTSIDE, "", f"links to {one_line(end)}, outside its source; --follow-links reads it"
+            )
         return None
 
     def _end_of_link(self, path: bytes) -> bytes:

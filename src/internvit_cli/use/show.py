@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from internvit_cli.config import Preprocess, TokenMapKind, Tokens
 from internvit_cli.draw.figure import Panel, figure
+from internvit_cli.draw.png import encode_png
 from internvit_cli.errors import UsageError, one_line
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.durable import folder_for, write_file
@@ -277,10 +277,8 @@ def save_png(image: Image.Image, path: str) -> None:
     Raises:
         InternvitError: it cannot be written.
     """
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=False)
     with folder_for(path):
-        write_file(path, stream.getvalue())
+        write_file(path, encode_png(image))
 
 
 def _choose_maps(options: ShowOptions, images: list[ImageFeatures]) -> list[TokenMapKind]:

@@ -1,0 +1,153 @@
+"""What lies in the sources and is not taken: counted on the way, told at the end, with what makes pictures of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli.errors import NoImagesError
+from internvit_cli.sources.extensions import NO_EXTENSION, label_of
+from internvit_cli.sources.kinds import KINDS, Kind, kind_of
+from internvit_cli.words import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MOST_COUNTED = 1000
+"""Different extensions that are counted apart: names of random letters must not fill the memory."""
+MOST_TOLD = 5
+MOST_IN_JSON = 20
+OTHERS = "others"
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Files that were found and not taken. They have no rows, and stand beside the counts of images."""
+
+    extensions: Mapping[str, int] = field(default_factory=dict)
+    """Files that are no pictures by their names, by what `extensions.label_of` says of them."""
+    excluded: Mapping[str, int] = field(default_factory=dict)
+    """Files, and folders that were not walked, by the pattern that excludes them."""
+    drawn: int = 0
+    """Pictures that this program drew."""
+    sniffed: bool = False
+    """Whether the first bytes of the files under `extensions` were looked at."""
+
+    @property
+    def total(self) -> int:
+        """All of them; what an excluded folder holds is not known."""
+        return sum(self.extensions.values()) + sum(self.excluded.values()) + self.drawn
+
+    @property
+    def lines(self) -> list[str]:
+        """What a user should know, one line each; those first that look like pictures somebody wants."""
+        told = [
+            f"{_listed(counts)} ({kind.plural} are not read: {kind.remedy})"
+            for kind, counts in self._by_kind().items()
+            if kind is not None and kind.remedy
+        ]
+        if unknown := self._by_kind().get(None):
+            look = "no pictures by their first bytes either" if self.sniffed else "--sniff looks at their first bytes"
+            told.append(f"{_listed(unknown)} ({look})")
+        if side := self._side_files():
+            told.append(f"{counted(sum(side.values()), 'side file')} ({_listed(side)})")
+        return told + self._refused()
+
+    def no_images(self, message: str) -> NoImagesError:
+        """Return the error that no picture was found, with what was found in its place and what would help."""
+        found = ([_listed(self.extensions)] if self.extensions else []) + self._refused()
+        return NoImagesError(f"{message}: {', '.join(found)}" if found else message, self._remedy())
+
+    def _refused(self) -> list[str]:
+        """Pictures by their names that were left out all the same."""
+        told = [f"{counted(self.drawn, 'picture')} that internvit drew itself"] if self.drawn else []
+        if self.excluded:
+            told.append(f"{sum(self.excluded.values()):,} excluded ({_listed(self.excluded, 'by ')})")
+        return told
+
+    def _remedy(self) -> str:
+        """What makes pictures of most of what was left out."""
+        kinds = {kind: sum(counts.values()) for kind, counts in self._by_kind().items() if _is_meant(kind)}
+        if self.sniffed:
+            kinds.pop(None, None)
+        if kinds:
+            most = max(kinds, key=lambda kind: kinds[kind])
+            return f"{most.plural} are not read: {most.remedy}" if most else "--sniff looks at the first bytes of files"
+        if self.excluded:
+            return "look at --exclude, --include and --no-default-excludes"
+        return "pictures are found by their extension, such as .jpg or .png; --sniff and --files-from take others too"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts as JSON has them; of many different ones the most frequent."""
+        extensions, other_extensions = _most_frequent(self.extensions, MOST_IN_JSON)
+        excluded, other_excluded = _most_frequent(self.excluded, MOST_IN_JSON)
+        return {
+            "total": self.total,
+            "extensions": extensions,
+            "other_extensions": other_extensions,
+            "excluded": excluded,
+            "other_excluded": other_excluded,
+            "own_pictures": self.drawn,
+        }
+
+    def _by_kind(self) -> dict[Kind | None, dict[str, int]]:
+        """The counts of each kind, in the order of `KINDS`; under None those of unknown names."""
+        found: dict[Kind | None, dict[str, int]] = {}
+        for label, count in self.extensions.items():
+            found.setdefault(kind_of(label.removeprefix(".").encode()), {})[label] = count
+        return {kind: found[kind] for kind in (*KINDS, None) if kind in found}
+
+    def _side_files(self) -> dict[str, int]:
+        return {
+            label: count
+            for kind, counts in self._by_kind().items()
+            if not _is_meant(kind)
+            for label, count in counts.items()
+        }
+
+
+class LeftOutCounter:
+    """Counts what is left out while the sources are walked."""
+
+    def __init__(self) -> None:
+        self._extensions: Counter[str] = Counter()
+        self._excluded: Counter[str] = Counter()
+
+    def unread(self, name: bytes) -> None:
+        """Count a file that is no picture by its name."""
+        label = label_of(name)
+        if label not in self._extensions and len(self._extensions) >= MOST_COUNTED:
+            label = OTHERS
+        self._extensions[label] += 1
+
+    def excluded(self, pattern: str) -> None:
+        """Count a file or a folder that a pattern excludes."""
+        self._excluded[pattern] += 1
+
+    def result(self, *, sniffed: bool) -> LeftOut:
+        """Return all that was counted."""
+        return LeftOut(dict(self._extensions), dict(self._excluded), sniffed=sniffed)
+
+
+def _is_meant(kind: Kind | None) -> bool:
+    """Whether somebody may take files of a kind for pictures; those of unknown names too."""
+    return kind is None or bool(kind.remedy)
+
+
+def _listed(counts: Mapping[str, int], preposition: str = "") -> str:
+    """The most frequent, such as `3,000 .heic, 2 .heif and 7 others`."""
+    kept, others = _most_frequent(counts, MOST_TOLD)
+    listed = ", ".join(f"{count:,} {preposition}{_told(label)}" for label, count in kept.items())
+    return f"{listed} and {counted(others, 'other')}" if others else listed
+
+
+def _told(label: str) -> str:
+    return "without an extension" if label == NO_EXTENSION else label
+
+
+def _most_frequent(counts: Mapping[str, int], most: int) -> tuple[dict[str, int], int]:
+    """So many entries, the most frequent first, and how many files the rest stands for."""
+    ranked = sorted(counts.items(), key=lambda entry: (entry[0] == OTHERS, -entry[1], entry[0]))
+    kept = dict(entry for entry in ranked[:most] if entry[0] != OTHERS)
+    return kept, sum(counts.values()) - sum(kept.values())

@@ -1,0 +1,143 @@
+"""What a list seems to be that names no file that is there: a table, URLs, or paths relative to another folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from internvit_cli.errors import one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+LOOKED_AT = 100
+"""Lines of a list that are looked at."""
+_TABLES = {".csv": "a table (csv)", ".tsv": "a table (tsv)"}
+_JSON = (".json", ".jsonl", ".ndjson")
+
+
+class _Separator(NamedTuple):
+    """What parts the columns of a table."""
+
+    character: str
+    name: str
+    option: str
+    """Of cut."""
+
+
+_SEPARATORS = (
+    _Separator("\t", "tabs", ""),
+    _Separator(",", "commas", " -d,"),
+    _Separator(";", "semicolons", " -d';'"),
+    _Separator("|", "bars", " -d'|'"),
+    _Separator(" ", "spaces", " -d' '"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MissingList:
+    """Why a list names no file that is there, and what to do."""
+
+    message: str
+    hint: str
+
+
+def explain_missing(lines: Sequence[bytes], name: str, root: bytes) -> MissingList:
+    """Return what a list seems to be.
+
+    Args:
+        lines: the first `LOOKED_AT` of it, at least one.
+        name: its path; empty for standard input.
+        root: the folder that it was taken to be relative to.
+    """
+    told = f"the list {one_line(name) if name else 'on standard input'} names no file that is there"
+    if all(b"://" in line for line in lines):
+        return MissingList(f"{told}: it names URLs", "download them first, and list the files")
+    beside = os.path.dirname(os.path.abspath(os.fsencode(name))) if name else root
+    for folder in (root, beside):
+        if _any_there(lines, folder):
+            return MissingList(f"{told}: its paths are relative to another folder", f"add{_root_option(folder, root)}")
+        if hint := how_to_cut(lines, name, folder, root):
+            return MissingList(f"{told}: it is a table", hint)
+    relative = f"paths are relative to {one_line(root)}; --root names another folder"
+    if table := _looks_like(lines, name):
+        return MissingList(f"{told}: it looks like {table}", f"list the paths alone, one a line; {relative}")
+    return MissingList(told, relative)
+
+
+def how_to_cut(lines: Sequence[bytes], name: str, folder: bytes, root: bytes) -> str:
+    """Return how to make a list of a table that has a column of paths; empty for what is none.
+
+    Args:
+        lines: the first of it, at least one.
+        name: its path; empty for standard input.
+        folder: the folder that its paths may be relative to.
+        root: the folder that they are taken to be relative to.
+    """
+    command = _cutting(lines, folder)
+    if not command:
+        return ""
+    listing = command.replace("LIST", shlex.quote(name) if name else "LIST")
+    return f"cut out the column of paths: {listing} | internvit extract -{_root_option(folder, root)} ..."
+
+
+def _root_option(folder: bytes, root: bytes) -> str:
+    return "" if folder == root else f" --root {shlex.quote(os.fsdecode(folder))}"
+
+
+def _any_there(paths: Iterable[bytes], folder: bytes) -> bool:
+    return any(path and b"\0" not in path and os.path.lexists(os.path.join(folder, path)) for path in paths)
+
+
+def _cutting(lines: Sequence[bytes], folder: bytes) -> str:
+    """The command that cuts the paths out of a table called LIST; empty where no column holds any."""
+    for field, values in _fields(lines).items():
+        if _any_there(values, folder):
+            return f"jq -r {shlex.quote('.' + field)} LIST"
+    for separator in _SEPARATORS:
+        for number, (head, *cells) in enumerate(_columns(lines, separator.character), 1):
+            if _any_there([head], folder):
+                return f"cut{separator.option} -f{number} LIST"
+            if _any_there(cells, folder):
+                return f"tail -n +2 LIST | cut{separator.option} -f{number}"
+    return ""
+
+
+def _columns(lines: Sequence[bytes], separator: str) -> Iterator[list[bytes]]:
+    """The columns of a table; none where its lines have a single one."""
+    try:
+        rows = list(csv.reader(map(os.fsdecode, lines), delimiter=separator))
+    except csv.Error:
+        return
+    width = min(map(len, rows))
+    for column in range(width if width > 1 else 0):
+        yield [os.fsencode(row[column]) for row in rows]
+
+
+def _fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
+    """The texts of lines that are objects of JSON, by their field."""
+    found: dict[str, list[bytes]] = {}
+    for line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        for field, text in value.items() if isinstance(value, dict) else ():
+            if isinstance(text, str):
+                found.setdefault(field, []).append(text.encode("utf-8", "replace"))
+    return found
+
+
+def _looks_like(lines: Sequence[bytes], name: str) -> str:
+    """What kind of table it is by its name or its lines; empty for none."""
+    extension = os.path.splitext(name)[1].lower()
+    if extension in _JSON or lines[0].lstrip()[:1] in {b"{", b"["}:
+        return "JSON"
+    if extension in _TABLES:
+        return _TABLES[extension]
+    parting = (one for one in _SEPARATORS[:-1] if all(one.character.encode() in line for line in lines))
+    return next((f"a table with columns between {one.name}" for one in parting), "")
