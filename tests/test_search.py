@@ -22,14 +22,17 @@ from run_helpers import extract, internvit
 from internvit_cli import open_features
 from internvit_cli.config import Tokens
 from internvit_cli.errors import InternvitError, OutputError, UsageError
+from internvit_cli.observer import SILENT
 from internvit_cli.storage.layout import POOLED
+from internvit_cli.use import ann_index, lsh, nearest, pairs, same_pictures, similarity_space
 from internvit_cli.use import duplicates as duplicates_module
-from internvit_cli.use import near_index, nearest, pairs, spaces
 from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
+from internvit_cli.use.links import Links
+from internvit_cli.use.lsh import hashed_pairs, table_shape
 from internvit_cli.use.nearest import best
-from internvit_cli.use.pairs import exact_pairs, hashed_pairs, table_shape
+from internvit_cli.use.pairs import BestPairs, exact_pairs
 from internvit_cli.use.search import SearchOptions, search
-from internvit_cli.use.spaces import RAW, fit_whitening
+from internvit_cli.use.similarity_space import RAW, choose_space
 
 if TYPE_CHECKING:
     from internvit_cli.storage.row_index import PooledVectors
@@ -79,53 +82,65 @@ def vectors_of(path: Path) -> PooledVectors:
 # ---------------------------------------------------------------------------------------------------------- the spaces
 
 
-def test_whitened_vectors_vary_alike_in_every_direction(tmp_path):
-    vectors = anisotropic(4000, 12)
-    space = fit_whitening(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
-    assert space.shrinkage == spaces.LEAST_SHRINKAGE and space.fitted_on == 4000
-    moved = (vectors - space.mean) @ space.matrix
-    variances = np.linalg.eigvalsh(np.cov(moved.T))
-    before = np.linalg.eigvalsh(np.cov(vectors.T))
-    assert before[-1] / before[0] > 1000 and variances[-1] < 1.06
+def test_in_the_balanced_space_no_direction_holds_more_than_its_share(tmp_path):
+    vectors = anisotropic(4000, 64)
+    space = choose_space(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
+    assert space.name == "balanced" and space.fitted_on == 4000 and 0 < len(space.scales) < 64
+    centered = vectors - space.mean
+    moved = centered + ((centered @ space.directions.T) * (space.scales - 1)) @ space.directions
+    before, after = (np.linalg.eigvalsh(np.cov(part.T)) for part in (centered, moved))
+    assert before[-1] > 0.05 * before.sum()
+    assert after[-1] < 1.01 * similarity_space.MOST_SHARE * before.sum()
+    small = before < 0.9 * similarity_space.MOST_SHARE * before.sum()
+    assert np.allclose(np.sort(after)[: small.sum()], before[small], rtol=1e-3), "the others are left as they are"
     cosines = space.embed(vectors[:200]) @ space.embed(vectors[200:400]).T
     raw = RAW.embed(vectors[:200]) @ RAW.embed(vectors[200:400]).T
-    assert abs(np.median(cosines)) < 0.1 and np.median(raw) > 0.9
+    assert abs(np.median(cosines)) < 0.1 and np.median(raw) > 0.85
 
 
-def test_the_shrinkage_is_that_of_ledoit_and_wolf(tmp_path):
-    """Against the formula written out: the distance of each sample's own covariance from the mean one."""
-    vectors = anisotropic(30, 12)
-    space = fit_whitening(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
-    centred = vectors.astype(np.float64) - vectors.astype(np.float64).mean(axis=0)
-    covariance = centred.T @ centred / 30
-    target = np.trace(covariance) / 12 * np.eye(12)
-    error = sum(((np.outer(x, x) - covariance) ** 2).sum() for x in centred) / 30**2
-    expected = min(1.0, error / ((covariance - target) ** 2).sum())
-    assert space.shrinkage == pytest.approx(max(expected, spaces.LEAST_SHRINKAGE), rel=1e-6)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_a_handful_of_images_is_compared_without_nonsense(tmp_path, count):
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 31])
+def test_few_images_are_compared_raw_and_it_is_said_why(tmp_path, count):
     vectors = anisotropic(count, 12)
-    space = fit_whitening(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
-    embedded = space.embed(vectors)
-    assert np.isfinite(embedded).all()
-    assert np.allclose(np.linalg.norm(embedded, axis=1), 1, atol=1e-5)
-    assert (space is RAW) is (count == 1)
+    space = choose_space(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
+    assert space.name == "raw" and "fewer than 32 images" in space.words
+    assert np.allclose(space.embed(vectors) @ space.embed(vectors).T, RAW.embed(vectors) @ RAW.embed(vectors).T)
 
 
-def test_vectors_that_are_all_the_same_are_left_as_they_are(tmp_path):
-    vectors = np.tile(anisotropic(1, 12), (20, 1))
-    assert fit_whitening(vectors_of(write_vectors(tmp_path / "feats.h5", vectors))) is RAW
-    assert not RAW.embed(np.zeros((3, 4), np.float32)).any(), "a vector without direction is like nothing"
+@pytest.mark.parametrize("noise", [0, 1e-3, 0.02])
+def test_images_that_are_all_alike_are_compared_raw_and_it_is_said_why(tmp_path, noise):
+    vectors = anisotropic(1, 48)[0] * (1 + noise * np.random.default_rng(0).standard_normal((200, 48)))
+    space = choose_space(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
+    assert space.name == "raw" and "nearly alike" in space.words
+
+
+def test_the_common_part_does_not_decide_the_space(tmp_path):
+    """Vectors of which any two have a raw cosine above 0.9, as InternViT's do, are not alike."""
+    vectors = np.random.default_rng(0).standard_normal((300, 48)) + 4 * np.random.default_rng(1).standard_normal(48)
+    raw = RAW.embed(vectors.astype(np.float32))
+    assert np.median(raw @ raw.T) > 0.92
+    space = choose_space(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
+    assert space.name == "balanced"
+
+
+def test_a_vector_without_direction_is_like_nothing():
+    assert not RAW.embed(np.zeros((3, 4), np.float32)).any()
+
+
+def test_the_leading_directions_are_those_of_the_eigenvectors():
+    rng = np.random.default_rng(0)
+    spread = np.concatenate([np.geomspace(9, 3, 12), np.full(188, 0.5)])
+    turn, _ = np.linalg.qr(rng.standard_normal((200, 200)))
+    variances, directions = similarity_space._leading(turn @ np.diag(spread) @ turn.T)
+    assert np.allclose(np.sort(variances)[::-1][:12], spread[:12], rtol=1e-6)
+    assert np.allclose(np.abs(directions @ turn)[::-1][:12, :12], np.eye(12), atol=1e-4)
 
 
 def test_of_very_many_vectors_evenly_spread_ones_are_fitted_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(spaces, "MOST_FITTED", 500)
+    monkeypatch.setattr(similarity_space, "MOST_FITTED", 500)
     path = write_vectors(tmp_path / "feats.h5", anisotropic(3000, 12))
-    some = fit_whitening(vectors_of(path))
+    some = choose_space(vectors_of(path))
     monkeypatch.undo()
-    every = fit_whitening(vectors_of(path))
+    every = choose_space(vectors_of(path))
     assert some.fitted_on == 500 and every.fitted_on == 3000
     probe = anisotropic(50, 12, seed=0)
     one, other = (space.embed(probe) @ space.embed(probe).T for space in (some, every))
@@ -154,7 +169,7 @@ def test_blocks_and_shards_find_what_one_product_finds(tmp_path, monkeypatch, is
     for part in np.array_split(np.arange(600), shards):
         write_vectors(path, vectors[part], first=int(part[0]))
     stored = vectors_of(path)
-    space = RAW if is_raw else fit_whitening(stored)
+    space = choose_space(stored, raw=is_raw)
     queries = space.embed(vectors[:20] + 0.1)
     monkeypatch.setattr(nearest, "BLOCK_BYTES", 4 * 12 * 37)
     told: list[int] = []
@@ -197,7 +212,7 @@ def test_an_index_is_used_again_until_the_output_changes(many):
     first, second = search(options), search(options)
     assert (first.index_is_new, second.index_is_new) == (True, False)
     assert [hit.image.key for hit in first.answers[0].hits] == [hit.image.key for hit in second.answers[0].hits]
-    assert sorted(os.listdir(f"{many}.search")) == ["whitened.json", "whitened.npz", "whitened.usearch"]
+    assert sorted(os.listdir(f"{many}.search")) == ["chosen.json", "chosen.npz", "chosen.usearch"]
     assert search(SearchOptions(str(many), keys=["0007.jpg"], index=True, raw=True)).index_is_new
     many.unlink()
     write_vectors(many, anisotropic(3000, 24, seed=5))
@@ -216,7 +231,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", ["whitened.json", "whitened.npz", "whitened.usearch"])
+@pytest.mark.parametrize("damage", ["chosen.json", "chosen.npz", "chosen.usearch"])
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_index_is_made_again(many, damage, how):
     options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
@@ -282,9 +297,9 @@ def test_the_digest_of_an_output_follows_its_rows(tmp_path):
     other[17, 3] += 1
     digests = set()
     for number, vectors in enumerate((one, other)):
-        digests.add(near_index.contents_digest(open_features(write_vectors(tmp_path / f"{number}.h5", vectors))))
+        digests.add(ann_index.contents_digest(open_features(write_vectors(tmp_path / f"{number}.h5", vectors))))
     same = open_features(write_vectors(tmp_path / "same.h5", one))
-    assert len(digests) == 2 and near_index.contents_digest(same) in digests
+    assert len(digests) == 2 and ann_index.contents_digest(same) in digests
 
 
 # ----------------------------------------------------------------------------------- photographs, and what becomes of
@@ -366,7 +381,7 @@ def test_json_is_one_object_and_a_sheet_is_drawn(stored_photos, tmp_path):
     result = internvit("search", stored_photos, *arguments, "--json", "--device", "cpu")
     assert result.returncode == 3, result.stderr
     told = json.loads(result.stdout)
-    assert (told["exit_code"], told["error"], told["space"], told["images"]) == (3, None, "whitened", 42)
+    assert (told["exit_code"], told["error"], told["space"], told["images"]) == (3, None, "balanced", 42)
     first, bad, key = told["queries"]
     assert first["picture"] == str(picture) and first["hits"][0]["key"] == "040_imageio_768x512.png"
     assert bad["hits"] == [] and "not_an_image" in bad["problem"]
@@ -390,7 +405,11 @@ def test_a_table_tells_rank_similarity_and_key(stored_photos):
     [
         ((), 2, "nothing to search for"),
         (("--key", "021_exif.jpg"), 2, "has no image"),
-        (("missing.jpg",), 1, "not one picture"),
+        (("a dog",), 2, "'a dog' is no file: search finds images that are like a picture, and InternViT reads no text"),
+        (("missing.jpg", "--key", TWINS[0][0]), 2, "'missing.jpg' is no file"),
+        (("/",), 2, "is a folder"),
+        ((TWINS[0][0],), 2, "is no file"),
+        ((os.devnull,), 1, "not one picture"),
         (("--key", TWINS[0][0], "--sheet", "x.txt"), 2, "not a PNG"),
         (("--key", TWINS[0][0], "-n", "0"), 2, "--count is '0'"),
     ],
@@ -400,6 +419,20 @@ def test_what_cannot_be_searched_for_is_said_with_a_way_out(stored_photos, argum
     assert result.returncode == code and words in result.stderr and "hint:" in result.stderr
     told = internvit("search", stored_photos, *arguments, "--json")
     assert json.loads(told.stdout)["exit_code"] == code and json.loads(told.stdout)["error"]
+
+
+def test_a_query_that_is_no_picture_is_refused_before_weights_are_loaded(stored_photos, monkeypatch):
+    """With a hint that fits: a key is one, a folder has pictures, and words find nothing."""
+    monkeypatch.setattr("internvit_cli.use.search._encode", lambda *_: pytest.fail("weights are loaded"))
+    for query, hint in (
+        ("a dog", "name a picture file"),
+        (TWINS[0][0], f"--key '{TWINS[0][0]}'"),
+        (str(stored_photos.parent), "such as"),
+        ("", "name a picture file"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            search(SearchOptions(str(stored_photos), [query]))
+        assert hint in caught.value.hint
 
 
 def test_another_model_is_refused(stored_photos, reference):
@@ -467,7 +500,7 @@ def test_exact_pairs_are_all_pairs_whatever_the_blocks(count, threshold):
 
 @pytest.mark.parametrize("threshold", [0.8, 0.9, 0.98])
 def test_hashed_pairs_are_right_and_miss_next_to_nothing(threshold, monkeypatch):
-    monkeypatch.setattr(pairs, "PAIRS_AT_ONCE", 1000)
+    monkeypatch.setattr(lsh, "PAIRS_AT_ONCE", 1000)
     vectors = planted(6000, 32)
     expected = as_set(exact_pairs(vectors, threshold))
     found = as_set(hashed_pairs(vectors, threshold, lambda first, second: np.ones(len(first), bool)))
@@ -495,16 +528,16 @@ def test_pairs_at_the_threshold_meet_with_the_promised_probability():
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 50))
 def test_all_pairs_of_one_code_come_once(codes, at_once):
     array = np.array(codes, np.uint8)[:, None]
-    before = pairs.PAIRS_AT_ONCE
-    pairs.PAIRS_AT_ONCE = at_once
+    before = lsh.PAIRS_AT_ONCE
+    lsh.PAIRS_AT_ONCE = at_once
     try:
         found = [
             (min(pair), max(pair))
-            for first, second in pairs._sharing(array)
+            for first, second in lsh._sharing(array)
             for pair in zip(first.tolist(), second.tolist(), strict=True)
         ]
     finally:
-        pairs.PAIRS_AT_ONCE = before
+        lsh.PAIRS_AT_ONCE = before
     expected = [(i, j) for j in range(len(codes)) for i in range(j) if codes[i] == codes[j]]
     assert sorted(found) == sorted(expected)
 
@@ -533,11 +566,13 @@ def families(found: Any) -> set[frozenset[str]]:
     return {frozenset(member.image.key for member in group) for group in found.similar}
 
 
-@pytest.mark.parametrize("is_hashed", [False, True])
-def test_copies_and_re_encodings_are_grouped_and_nothing_else(stored_copies, monkeypatch, is_hashed):
-    monkeypatch.setattr(duplicates_module, "EXACT_UP_TO", 10 if is_hashed else 1000)
+@pytest.mark.parametrize("how", ["each with each", "exact", "hashed"])
+def test_copies_and_re_encodings_are_grouped_and_nothing_else(stored_copies, monkeypatch, how):
+    monkeypatch.setattr(duplicates_module, "EXACT_UP_TO", 10 if how == "hashed" else 1000)
+    monkeypatch.setattr(duplicates_module, "EACH_WITH_EACH", 256 if how == "each with each" else 1)
     found = find_duplicates(DuplicateOptions(str(stored_copies)))
-    assert found.how == ("hashed" if is_hashed else "exact")
+    assert found.comparison.how == ("hashed" if how == "hashed" else "exact")
+    assert found.comparison.pictures.unseen == 0 and "random weights" in found.notes[0]
     names = sorted(os.listdir(stored_copies.parent / "pictures"))
     copies = {frozenset((name, name.partition("-copy")[0])) for name in names if "-copy" in name}
     assert {frozenset(image.key for image in group) for group in found.identical} == copies
@@ -550,7 +585,7 @@ def test_copies_and_re_encodings_are_grouped_and_nothing_else(stored_copies, mon
         assert group[0].similarity == pytest.approx(1, abs=1e-5) and len({m.image.key for m in group}) == len(group)
         sizes = [member.image.width * member.image.height for member in group]
         assert sizes[0] == max(sizes)
-        assert all(member.similarity > 0.85 for member in group)
+        assert all(member.similarity > 0.8 for member in group)
     assert found.redundant == sum(len(group) - 1 for group in (*found.identical, *found.similar))
 
 
@@ -567,7 +602,7 @@ def test_shards_memory_limits_and_formats_change_nothing(stored_copies, tmp_path
 
 
 def test_identical_files_alone_need_no_vectors(stored_copies, monkeypatch):
-    monkeypatch.setattr(duplicates_module, "fit_whitening", lambda *_: pytest.fail("vectors are read"))
+    monkeypatch.setattr(duplicates_module, "choose_space", lambda *_: pytest.fail("vectors are read"))
     found = find_duplicates(DuplicateOptions(str(stored_copies), bytes_only=True))
     assert len(found.identical) == 11 and not found.similar
 
@@ -578,7 +613,79 @@ def test_raw_vectors_beyond_the_exact_size_are_refused_unless_asked_for(stored_c
         find_duplicates(DuplicateOptions(str(stored_copies), raw=True))
     assert "--exact" in caught.value.hint
     found = find_duplicates(DuplicateOptions(str(stored_copies), raw=True, exact=True))
-    assert found.how == "exact" and found.space is RAW and found.threshold == 0.999
+    assert (found.comparison.how, found.comparison.space) == ("exact", RAW)
+
+
+def test_images_that_are_all_alike_are_compared_raw_and_each_with_each_however_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates_module, "EXACT_UP_TO", 10)
+    monkeypatch.setattr(duplicates_module, "EACH_WITH_EACH", 1)
+    vectors = anisotropic(1, 48) * (1 + 1e-3 * np.random.default_rng(0).standard_normal((90, 48)))
+    found = find_duplicates(DuplicateOptions(str(write_vectors(tmp_path / "feats.h5", vectors))))
+    assert (found.comparison.space.name, found.comparison.how) == ("raw", "exact")
+    assert [len(group) for group in found.similar] == [90]
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_copies_whose_pictures_are_gone_are_one_group_and_others_none(tmp_path, count):
+    copy = anisotropic(1, 48)
+    copies = copy * (1 + 1e-3 * np.random.default_rng(0).standard_normal((count, 48)))
+    found = find_duplicates(DuplicateOptions(str(write_vectors(tmp_path / "copies.h5", copies))))
+    assert [len(group) for group in found.similar] == [count] and found.comparison.space.name == "raw"
+    others = np.random.default_rng(1).standard_normal((count, 48)) + 3 * copy / np.linalg.norm(copy) * 48**0.5
+    assert not find_duplicates(DuplicateOptions(str(write_vectors(tmp_path / "others.h5", others)))).similar
+
+
+def test_a_threshold_has_vectors_decide_and_looks_at_no_picture(stored_copies, monkeypatch):
+    monkeypatch.setattr(duplicates_module, "link_same", lambda *_: pytest.fail("pictures are compared"))
+    for threshold, fewest in ((0.9, 10), (0.99, 1)):
+        found = find_duplicates(DuplicateOptions(str(stored_copies), threshold=threshold))
+        assert found.comparison.threshold == threshold and len(found.similar) >= fewest
+        assert found.comparison.pictures is None
+
+
+def test_no_more_pictures_are_read_than_allowed_those_of_the_nearest_pairs_first(stored_copies, monkeypatch):
+    monkeypatch.setattr(same_pictures, "MOST_PICTURES", 8)
+    told = find_duplicates(DuplicateOptions(str(stored_copies))).comparison.pictures
+    assert told.same >= 3 and told.unseen > 0
+
+
+def test_an_image_is_compared_with_a_few_that_differ_and_no_more(monkeypatch):
+    """Of a long burst each is near each; only so many comparisons are made, however the pairs come."""
+    monkeypatch.setattr(
+        same_pictures, "read_looks", lambda _, count, __: (np.zeros((count, 64, 64)), np.ones(count, bool))
+    )
+    compared = []
+
+    def differ(ones, others):
+        compared.append(len(ones))
+        return np.zeros(len(ones))
+
+    monkeypatch.setattr(same_pictures, "agreement", differ)
+    first, second = np.triu_indices(60, 1)
+    vectors: Any = type("Vectors", (), {"__len__": lambda _: 60, "image": lambda _, number: number})()
+    links = Links(60)
+    told = same_pictures.link_same(links, vectors, (first, second, np.ones(len(first))), 0.9, SILENT)
+    assert told.same == 0 and told.different == sum(compared) <= 60 * same_pictures.MOST_REFUSALS
+    assert not links.groups()
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 20)), max_size=60), st.integers(1, 4))
+def test_the_best_pairs_of_each_are_kept_whatever_the_order(triples, each):
+    pairs_of = {(min(a, b), max(a, b)): similarity / 20 for a, b, similarity in triples if a != b}
+    best = BestPairs(10, each)
+    for start in range(0, len(pairs_of), 3):
+        part = list(pairs_of.items())[start : start + 3]
+        first, second = np.array([pair for pair, _ in part]).T
+        best.add((first, second, np.array([value for _, value in part], np.float32)))
+        best._drop()
+    first, second, similarities = best.best_first()
+    assert list(similarities) == sorted(similarities, reverse=True)
+    found = list(zip(first.tolist(), second.tolist(), strict=True))
+    assert len(set(found)) == len(found) and set(found) <= set(pairs_of)
+    for number in range(10):
+        values = sorted((value for pair, value in pairs_of.items() if number in pair), reverse=True)[:each]
+        kept = sorted((pairs_of[pair] for pair in found if number in pair), reverse=True)[:each]
+        assert kept == values
 
 
 def test_a_crowd_of_copies_is_one_group(tmp_path, monkeypatch):
@@ -597,6 +704,21 @@ def test_equal_vectors_pass_any_threshold(tmp_path):
     for threshold in (0.5, 0.99999, 1.0):
         found = find_duplicates(DuplicateOptions(path, threshold=threshold))
         assert {"0007.jpg", "0031.jpg"} in [{member.image.key for member in group} for group in found.similar]
+
+
+def test_identical_files_alone_are_told_without_a_word_on_similarity(stored_copies):
+    result = internvit("duplicates", stored_copies, "--bytes-only")
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == "75 images: 11 groups of identical files; 11 images to spare"
+    assert "cosine" not in result.stdout + result.stderr and "similar" not in result.stdout + result.stderr
+    told = json.loads(internvit("duplicates", stored_copies, "--bytes-only", "--json").stdout)
+    assert (told["threshold"], told["space"], told["pictures"], told["similar"]) == (None, None, None, [])
+
+
+def test_one_image_is_counted_as_one(tmp_path):
+    path = write_vectors(tmp_path / "feats.h5", anisotropic(1, 12))
+    assert "1 image: 0 groups of identical files; 0 images to spare" in internvit("duplicates", path).stdout
+    assert "1 image compared" in internvit("search", path, "--key", "0000.jpg").stderr
 
 
 def test_the_command_prints_groups_json_and_a_sheet(stored_copies, tmp_path):
@@ -625,7 +747,7 @@ def test_stored_vectors_are_never_held_all_at_once(tmp_path, monkeypatch):
         return block
 
     monkeypatch.setattr(type(vectors), "__getitem__", watched)
-    for module in (nearest, spaces):
+    for module in (nearest, similarity_space):
         monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
     search(SearchOptions(str(path), keys=["0001.jpg"]))
     assert 0 < largest <= 20_000

@@ -138,18 +138,18 @@ def test_the_folder_of_a_search_index_is_never_a_link(tmp_path: Path) -> None:
     assert extract(tmp_path / "pictures", "-o", tmp_path / "a.h5", "--tokens", "none").returncode == 0
     key = next(iter(open_features(tmp_path / "a.h5")))
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "whitened.json").write_text("years of work")
+    (tmp_path / "other" / "chosen.json").write_text("years of work")
     (tmp_path / "a.h5.search").symlink_to("other")
     line = ("search", tmp_path / "a.h5", "--key", key, "--index")
     result = internvit(*line)
     assert result.returncode == 1 and "a.h5.search is a link" in result.stderr
-    assert (tmp_path / "other" / "whitened.json").read_text() == "years of work"
+    assert (tmp_path / "other" / "chosen.json").read_text() == "years of work"
     (tmp_path / "a.h5.search").unlink()
     (tmp_path / "a.h5.search").mkdir()
-    for name in ("whitened.tmp", "whitened.npz", "whitened.usearch", "whitened.json"):
+    for name in ("chosen.tmp", "chosen.npz", "chosen.usearch", "chosen.json"):
         plant(tmp_path / "a.h5.search" / name, tmp_path / "thesis.txt", "soft")
     assert internvit(*line).returncode == 0
-    assert names_in(tmp_path / "a.h5.search") == ["whitened.json", "whitened.npz", "whitened.usearch"]
+    assert names_in(tmp_path / "a.h5.search") == ["chosen.json", "chosen.npz", "chosen.usearch"]
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from internvit_cli.cli.console import print_json, print_line
+from internvit_cli.cli.console import print_json, print_line, say
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode
@@ -14,7 +14,7 @@ from internvit_cli.output_names import check_file_name
 from internvit_cli.words import counted
 
 if TYPE_CHECKING:
-    from internvit_cli.use.duplicates import Duplicates
+    from internvit_cli.use.duplicates import Comparison, Duplicates
 
 
 def duplicates_command(
@@ -22,10 +22,11 @@ def duplicates_command(
     threshold: Annotated[
         float | None,
         typer.Option(
-            metavar="COSINE", help="Group pairs that are at least this similar.", show_default="0.9; with --raw 0.999"
+            metavar="COSINE",
+            help="Group pairs that are at least this similar, without comparing their pictures.",
         ),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Compare raw vectors, neither centered nor whitened.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Compare vectors as they are stored.")] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="Compare all pairs, even of more than 100,000 images.")
     ] = False,
@@ -37,11 +38,11 @@ def duplicates_command(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Find identical files and pictures that look the same.
+    """Find identical files and pictures that show the same.
 
-    Pooled vectors are compared after centering and whitening: a picture that was saved again or made smaller has a
-    cosine of 0.9 or more, and different pictures are near 0. Groups are linked by pairs, so two images of one group may
-    be less similar than the threshold.
+    Images with similar pooled vectors are candidates. Their pictures, read from where they were encoded, decide: a copy
+    may be saved again, resized, or cropped by up to a tenth at each border. Without its picture, an image is judged by
+    its vector alone.
 
     Example: internvit duplicates feats.h5 --sheet same.png
     """
@@ -67,7 +68,7 @@ def duplicates_command(
 
 
 def _write_sheet(found: Duplicates, path: str) -> None:
-    from internvit_cli.use.sheets import duplicates_sheet
+    from internvit_cli.use.contact_sheets import duplicates_sheet
     from internvit_cli.use.show import save_png
 
     save_png(duplicates_sheet(found), path)
@@ -83,8 +84,25 @@ def _print(found: Duplicates) -> None:
         for member in group:
             size = f"{member.image.width} x {member.image.height}"
             print_line(f"  {member.similarity:.4f}  {member.image.key}  ({size})")
-    how = f"{found.space.name} cosine of at least {found.threshold:g}, {found.how}"
-    print_line(
-        f"{counted(found.images, 'image')}: {counted(len(found.identical), 'group')} of identical files, "
-        f"{counted(len(found.similar), 'group')} of similar images ({how}); {found.redundant:,} to spare"
-    )
+    groups = [f"{counted(len(found.identical), 'group')} of identical files"]
+    if found.comparison is not None:
+        groups.append(f"{counted(len(found.similar), 'group')} of similar images")
+    print_line(f"{counted(found.images, 'image')}: {', '.join(groups)}; {counted(found.redundant, 'image')} to spare")
+    if found.comparison is not None:
+        print_line(_how(found.comparison))
+    for note in found.notes:
+        say(f"note: {note}")
+
+
+def _how(comparison: Comparison) -> str:
+    """One line on how similar images were told."""
+    by = f"compared by {comparison.space.words}, {comparison.how}"
+    pictures = comparison.pictures
+    if pictures is None:
+        return f"{by}: {comparison.threshold:g} and more is similar, and no picture was looked at"
+    near = counted(pictures.same + pictures.different, "near pair")
+    told = f"{by}; pictures of {near} laid over each other, {pictures.same:,} of them agree"
+    if pictures.unseen:
+        unseen = counted(pictures.unseen, "pair")
+        told += f"; {unseen} without both pictures, similar from a cosine of {comparison.threshold:g}"
+    return told

@@ -36,7 +36,7 @@ def search_command(
         ),
     ] = None,
     count: Annotated[int, typer.Option("-n", "--count", min=1, max=100_000, help="Find N images for each.")] = 10,
-    raw: Annotated[bool, typer.Option("--raw", help="Compare raw vectors, neither centered nor whitened.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Compare vectors as they are stored.")] = False,
     index: Annotated[
         bool, typer.Option("--index", help="Use an approximate index beside OUT, and build it if there is none.")
     ] = False,
@@ -60,8 +60,9 @@ def search_command(
 ) -> int:
     """Find the images of an output that are most similar to a picture.
 
-    Pictures are encoded as those of OUT were, with the same weights; --key searches for an image of OUT itself. Pooled
-    vectors are compared after centering and whitening, because raw InternViT vectors are all similar.
+    Pictures are encoded as those of OUT were, with the same weights; --key searches for an image of OUT itself. The
+    similarity is a cosine of pooled vectors in the space that suits OUT, which the last line names: balanced (0 is as
+    similar as any two images of OUT), or raw for a few images or images that are nearly the same.
 
     Example: internvit search feats.h5 holiday.jpg --sheet found.png
     """
@@ -101,7 +102,7 @@ def search_command(
 
 
 def _write_sheet(found: Found, path: str) -> None:
-    from internvit_cli.use.sheets import search_sheet
+    from internvit_cli.use.contact_sheets import search_sheet
     from internvit_cli.use.show import save_png
 
     save_png(search_sheet(found.answers), path)
@@ -113,6 +114,8 @@ def _print(found: Found) -> None:
         print_line(f"{kind} {answer.query.key}" + (f": {answer.problem}" if answer.problem else ""))
         for rank, hit in enumerate(answer.hits, 1):
             print_line(f"{rank:4d}  {hit.similarity:7.4f}  {hit.image.key}")
-    space = f"{found.space.name} vectors" + (f", fitted to {found.space.fitted_on:,}" if found.space.fitted_on else "")
     built = " (the index is new)" if found.index_is_new else ""
-    say(f"{counted(found.images, 'image')} compared in {found.seconds:.1f} s, {found.how}{built}, {space}")
+    images = counted(found.images, "image")
+    say(f"{images} compared in {found.seconds:.1f} s, {found.how}{built}; similarity is the {found.space.words}")
+    for note in found.notes:
+        say(f"note: {note}")

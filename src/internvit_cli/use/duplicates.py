@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,20 +13,30 @@ from internvit_cli.errors import UsageError
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.durable import check_space
 from internvit_cli.storage.reader import open_features
-from internvit_cli.use.pairs import exact_pairs, hashed_pairs
-from internvit_cli.use.spaces import RAW, Space, fit_whitening
+from internvit_cli.use.links import Links
+from internvit_cli.use.lsh import hashed_pairs
+from internvit_cli.use.pairs import BestPairs, exact_pairs
+from internvit_cli.use.same_pictures import Compared, link_same
+from internvit_cli.use.similarity_space import RAW, Space, caveats, choose_space
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
     from internvit_cli.storage.image import ImageFeatures
     from internvit_cli.storage.reader import Features
     from internvit_cli.storage.row_index import PooledVectors
+    from internvit_cli.use.pairs import Pairs
 
-WHITENED_THRESHOLD, RAW_THRESHOLD = 0.9, 0.999
-"""Measured (docs/search.md): re-encoded and halved photographs lie above, different ones below."""
+LEAST_ALONE = {"raw": 0.995, "balanced": 0.9}
+"""By space, the cosine from which vectors alone make two images similar (docs/search.md has what was measured)."""
+LEAST_NEAR = {"raw": 0.8, "balanced": 0.45}
+"""By space, the cosine from which the pictures are compared: hardly a copy lies below, few others above."""
+EACH_WITH_EACH = 256
+"""Of so few images all are compared that have a raw cosine of 0.8: copies may be most of them, whatever the space."""
+NEAR_EACH = 32
+"""Pairs kept for each image."""
 EXACT_UP_TO = 100_000
 """Images that are compared each with each; of more, those that meet in a table of hashes."""
 IN_MEMORY_BYTES = 512 << 20
@@ -39,9 +49,9 @@ class DuplicateOptions:
 
     path: str
     threshold: float | None = None
-    """Least similarity; None is the default of the space."""
+    """Similarity from which vectors alone make two images similar; None has near images' pictures compared."""
     raw: bool = False
-    """Plain cosines instead of centred and whitened ones."""
+    """Compare the vectors as they are stored."""
     exact: bool = False
     """Compare each with each, however many there are."""
     bytes_only: bool = False
@@ -50,13 +60,6 @@ class DuplicateOptions:
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise UsageError(f"--threshold {self.threshold}: not above 0 and up to 1", "give a cosine, such as 0.9")
-
-    @property
-    def least(self) -> float:
-        """The threshold."""
-        if self.threshold is not None:
-            return self.threshold
-        return RAW_THRESHOLD if self.raw else WHITENED_THRESHOLD
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,24 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """How images were told to be similar."""
+
+    space: Space
+    how: str
+    """`exact`, or `hashed`."""
+    threshold: float
+    """The cosine from which vectors alone make two images similar."""
+    pictures: Compared | None
+    """What the pictures of near images said; None when vectors alone were to decide."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its part of the object of `--json`."""
+        facts = {"threshold": self.threshold, "how": self.how} | self.space.facts()
+        return facts | {"pictures": None if self.pictures is None else asdict(self.pictures)}
+
+
+@dataclass(frozen=True, slots=True)
 class Duplicates:
     """What there is more than once."""
 
@@ -78,11 +99,11 @@ class Duplicates:
     identical: tuple[tuple[ImageFeatures, ...], ...]
     """Files with the same bytes."""
     similar: tuple[tuple[Member, ...], ...]
-    """Images linked by pairs over the threshold, the largest picture first; of identical files the first only."""
-    threshold: float
-    space: Space
-    how: str
-    """`exact`, or `hashed`."""
+    """Images linked by pairs that are similar, the largest picture first; of identical files the first only."""
+    comparison: Comparison | None
+    """None when identical files alone were looked for, or there is no second image to compare."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know first."""
 
     @property
     def redundant(self) -> int:
@@ -91,23 +112,24 @@ class Duplicates:
 
     def to_json(self) -> dict[str, Any]:
         """The object of `--json`."""
-        facts = {"path": self.path, "images": self.images, "threshold": self.threshold, "how": self.how}
-        return (
-            facts
-            | self.space.facts()
-            | {
-                "redundant": self.redundant,
-                "identical": [[_facts(image) for image in group] for group in self.identical],
-                "similar": [
-                    [_facts(member.image) | {"similarity": round(member.similarity, 6)} for member in group]
-                    for group in self.similar
-                ],
-            }
-        )
+        facts: dict[str, Any] = {"path": self.path, "images": self.images, "notes": list(self.notes)}
+        nothing = {"threshold": None, "how": None, "space": None, "pictures": None}
+        facts |= nothing if self.comparison is None else self.comparison.to_json()
+        return facts | {
+            "redundant": self.redundant,
+            "identical": [[_facts(image) for image in group] for group in self.identical],
+            "similar": [
+                [_facts(member.image) | {"similarity": round(member.similarity, 6)} for member in group]
+                for group in self.similar
+            ],
+        }
 
 
 def find_duplicates(options: DuplicateOptions, observer: Observer = SILENT) -> Duplicates:
     """Group the images of an output that are the same file, and those that look the same.
+
+    Vectors tell which images are near each other, and their pictures whether they show the same. Where a picture is
+    not there any more, or a threshold is given, vectors decide alone.
 
     Args:
         options: what counts as the same.
@@ -115,51 +137,100 @@ def find_duplicates(options: DuplicateOptions, observer: Observer = SILENT) -> D
 
     Raises:
         OutputError: there is no output, or it is damaged.
+        UsageError: too many images to compare their raw vectors, without `exact`.
         NoSpaceError: the temporary file for very many vectors does not fit.
     """
     with observer.phase("reading the output"):
         features = open_features(options.path).done
         groups, firsts = _identical(_digests(features))
     identical = tuple(tuple(features[int(number)] for number in group) for group in groups)
-    similar: tuple[tuple[Member, ...], ...] = ()
-    space, is_exact = RAW, True
-    if not options.bytes_only and len(firsts) > 1:
-        vectors = features[firsts].vectors()
-        space = RAW if options.raw else fit_whitening(vectors, observer)
-        is_exact = _is_exact(options, space, len(vectors))
-        with _embedded(vectors, space, observer) as embedded:
-            with observer.phase("comparing", "image", len(vectors)) as phase:
-                linked = _linked(embedded, options.least, phase.at, is_exact)
-            similar = tuple(_group(vectors, embedded, numbers) for numbers in linked)
-    how = "exact" if is_exact else "hashed"
-    return Duplicates(options.path, len(features), identical, similar, options.least, space, how)
+    if options.bytes_only or len(firsts) < 2:
+        return Duplicates(options.path, len(features), identical, (), None)
+    similar, comparison = _similar(options, features, firsts, observer)
+    notes = caveats(features)
+    return Duplicates(options.path, len(features), identical, similar, comparison, notes)
+
+
+def _similar(
+    options: DuplicateOptions, features: Features, numbers: NDArray[Any], observer: Observer
+) -> tuple[tuple[tuple[Member, ...], ...], Comparison]:
+    """Groups of similar images among these, and how they were told."""
+    space = choose_space(features.vectors(), observer, raw=options.raw)
+    vectors = features[numbers].vectors()
+    is_exact = _is_exact(options, space, len(vectors))
+    least = LEAST_ALONE[space.name] if options.threshold is None else options.threshold
+    links, compared = Links(len(vectors)), None
+    with _embedded(vectors, space, observer) as embedded:
+        search = _PairSearch(embedded, is_exact, observer)
+        if options.threshold is not None:
+            search.link(links, least)
+        else:
+            if len(vectors) <= EACH_WITH_EACH:
+                pairs = _near_of_few(vectors, embedded, least)
+            else:
+                pairs = search.near(LEAST_NEAR[space.name] if is_exact else least)
+            compared = link_same(links, vectors, pairs, least, observer)
+        similar = tuple(_group(vectors, embedded, group) for group in links.groups())
+    return similar, Comparison(space, "exact" if is_exact else "hashed", least, compared)
 
 
 def _is_exact(options: DuplicateOptions, space: Space, count: int) -> bool:
+    """Whether each is compared with each; raw vectors always are, since hashing tells nothing apart there."""
     if options.exact or count <= EXACT_UP_TO:
         return True
-    if space is RAW:
+    if options.raw:
         raise UsageError(
             f"--raw with {count:,} images: raw vectors all lie on one side, and hashing them tells nothing apart",
             "compare each with each all the same (--exact), or leave out --raw",
         )
-    return False
+    return space.name == RAW.name
 
 
-def _linked(
-    embedded: NDArray[Any], least: float, on_progress: Callable[[int], None], is_exact: bool
-) -> list[NDArray[Any]]:
-    """Groups of numbers that pairs over the threshold link."""
-    links = _Links(len(embedded))
-    # Rounding must not part a picture from itself: two equal vectors have a cosine of 1 to some 1e-7.
-    least = min(least, 1 - 1e-6)
-    if is_exact:
-        pairs = exact_pairs(embedded, least, on_progress)
-    else:
-        pairs = hashed_pairs(embedded, least, links.are_apart, on_progress)
-    for first, second, _ in pairs:
-        links.add(first, second)
-    return links.groups()
+def _near_of_few(vectors: PooledVectors, embedded: NDArray[Any], least_alone: float) -> Pairs:
+    """All pairs of few images that may be similar, with their similarities, the highest raw cosine first."""
+    raw = RAW.embed(vectors[:])
+    cosines, similarities = raw @ raw.T, embedded @ embedded.T
+    first, second = np.nonzero(np.triu((cosines >= LEAST_NEAR["raw"]) | (similarities >= least_alone), 1))
+    order = np.argsort(-cosines[first, second], kind="stable")
+    first, second = first[order], second[order]
+    return first, second, similarities[first, second]
+
+
+class _PairSearch:
+    """Pairs of near vectors, each against each or through hashes."""
+
+    def __init__(self, embedded: NDArray[Any], is_exact: bool, observer: Observer) -> None:
+        self._embedded = embedded
+        self._is_exact = is_exact
+        self._observer = observer
+
+    def link(self, links: Links, least: float) -> None:
+        """Link all pairs at or above a similarity."""
+        # Rounding must not part a picture from itself: two equal vectors have a cosine of 1 to some 1e-7.
+        least = min(least, 1 - 1e-6)
+        with self._observer.phase("comparing", "image", len(self._embedded)) as phase:
+            if self._is_exact:
+                pairs = exact_pairs(self._embedded, least, phase.at)
+            else:
+                pairs = hashed_pairs(self._embedded, least, links.are_apart, phase.at)
+            for first, second, _ in pairs:
+                links.add(first, second)
+
+    def near(self, least: float) -> Pairs:
+        """The nearest pairs of every vector at or above a similarity, the most similar first."""
+        best = BestPairs(len(self._embedded), NEAR_EACH)
+        if self._is_exact:
+            with self._observer.phase("comparing", "image", len(self._embedded)) as phase:
+                for pairs in exact_pairs(self._embedded, least, phase.at):
+                    best.add(pairs)
+            return best.best_first()
+        # Hashing finds what hangs together without looking at every pair of a crowd; the pairs are found in there.
+        crowds = Links(len(self._embedded))
+        self.link(crowds, least)
+        for crowd in crowds.groups():
+            for first, second, products in exact_pairs(np.asarray(self._embedded[crowd]), least):
+                best.add((crowd[first], crowd[second], products))
+        return best.best_first()
 
 
 def _digests(features: Features) -> NDArray[Any]:
@@ -185,44 +256,6 @@ def _identical(digests: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]
     groups = [group for group in np.split(order, bounds[1:]) if len(group) > 1 and digests[group[0]].any()]
     without = np.flatnonzero(~digests.any(axis=1))
     return sorted(groups, key=lambda group: int(group[0])), np.union1d(firsts, without)
-
-
-class _Links:
-    """Which numbers hang together, by way of pairs."""
-
-    def __init__(self, count: int) -> None:
-        self._root = np.arange(count)
-        """For each number one that it hangs together with, at last the lowest."""
-
-    def add(self, first: NDArray[Any], second: NDArray[Any]) -> None:
-        """Link pairs of numbers."""
-        new = self.are_apart(first, second)
-        for one, other in zip(first[new].tolist(), second[new].tolist(), strict=True):
-            root, other_root = self._find(one), self._find(other)
-            self._root[max(root, other_root)] = min(root, other_root)
-
-    def are_apart(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-        """Of pairs, a mask of those that do not hang together yet."""
-        self._settle()
-        apart: NDArray[Any] = self._root[first] != self._root[second]
-        return apart
-
-    def groups(self) -> list[NDArray[Any]]:
-        """Numbers that hang together with others, in order."""
-        self._settle()
-        order = np.argsort(self._root, kind="stable")
-        bounds = np.flatnonzero(np.diff(self._root[order], prepend=-1))
-        return [group for group in np.split(order, bounds[1:]) if len(group) > 1]
-
-    def _settle(self) -> None:
-        """Have every number name its root itself."""
-        while (self._root[self._root] != self._root).any():
-            self._root = self._root[self._root]
-
-    def _find(self, number: int) -> int:
-        while self._root[number] != number:
-            number = int(self._root[number])
-        return number
 
 
 def _group(vectors: PooledVectors, embedded: NDArray[Any], numbers: NDArray[Any]) -> tuple[Member, ...]:

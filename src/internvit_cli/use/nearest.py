@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.storage.row_index import PooledVectors
-    from internvit_cli.use.spaces import Space
+    from internvit_cli.use.similarity_space import Space
 
 BLOCK_BYTES = 32 << 20
 

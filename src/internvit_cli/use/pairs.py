@@ -1,17 +1,11 @@
-"""All pairs of unit vectors that are more alike than a threshold: exactly, or through random hyperplanes.
+"""Pairs of unit vectors that are more alike than a threshold, each vector against each, and the best of them.
 
-Exactly, every block of vectors meets every other: n * n * d multiplications, memory for two blocks and their products.
-
-Through hyperplanes, which side of b random planes a vector lies on is its code. Two vectors at an angle a have one code
-with probability (1 - a / pi) ** b; so many tables of codes are made that a pair exactly at the threshold meets in at
-least one of them with probability `RECALL`, and a likelier one surely does. Pairs that meet are then compared exactly:
-what is reported is right, and at most a thousandth of what is just over the threshold is missed.
+Every block of vectors meets every other: n * n * d multiplications, memory for two blocks and their products.
 """
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -20,22 +14,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-RECALL = 0.999
-BLOCK_BYTES = 32 << 20
+    Pairs: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+    """First numbers, second numbers, and dot products, [k] each."""
+
 PRODUCT_ROWS = 2048
 """Rows and columns of the products that are in memory at a time: 16 MiB."""
-MOST_BITS = 30
-SKETCH_BYTES = 32
-"""Of a second, longer code that drops pairs which met by chance: 256 planes."""
-SKETCH_DEVIATIONS = 5.0
-"""A pair at the threshold is dropped when its sketch deviates by more standard deviations: once in three million."""
-PAIRS_AT_ONCE = 1 << 20
-POPCOUNT = np.array([number.bit_count() for number in range(256)], np.uint8)
+PAIRS_WAITING = 1 << 21
+"""Pairs that are gathered before those are dropped that are not among the best."""
 
 
 def exact_pairs(
     vectors: NDArray[Any], threshold: float, on_progress: Callable[[int], None] = lambda _: None
-) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+) -> Iterator[Pairs]:
     """Every pair at or above a threshold, some at a time.
 
     Args:
@@ -58,95 +48,50 @@ def exact_pairs(
         on_progress(start + len(rows))
 
 
-def hashed_pairs(
-    vectors: NDArray[Any],
-    threshold: float,
-    is_wanted: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]],
-    on_progress: Callable[[int], None] = lambda _: None,
-) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-    """As `exact_pairs`, but for a thousandth of the pairs just over the threshold; some pairs come more than once.
+class BestPairs:
+    """The most similar pairs of every number, as far as memory for a few of each goes.
 
-    Args:
-        vectors: unit vectors, [n, d] float32, in memory or mapped; centred, or they lie on one side of most planes.
-        threshold: least dot product.
-        is_wanted: of pairs that met, a mask of those worth a comparison.
-        on_progress: called with the number of vectors, as shares of the work go.
+    Of a crowd of images that are all alike, every pair would be one: n * n of them.
     """
-    count = len(vectors)
-    bits, tables = table_shape(count, threshold)
-    generator = np.random.default_rng(0)
-    sketches = _codes(vectors, generator, 8 * SKETCH_BYTES)
-    farthest = _farthest_sketch(threshold)
-    for table in range(tables):
-        codes = _codes(vectors, generator, bits)
-        for met in _sharing(codes):
-            first, second = _only(met, is_wanted(*met))
-            apart = POPCOUNT[sketches[first] ^ sketches[second]].sum(axis=1, dtype=np.int64)
-            first, second = _only((first, second), apart <= farthest)
-            products = _products(vectors, first, second)
-            found = products >= threshold
-            if found.any():
-                yield first[found], second[found], products[found]
-        on_progress(count * (table + 1) // tables)
 
+    def __init__(self, count: int, each: int) -> None:
+        self._each = each
+        self._least = np.full(count, -np.inf, np.float32)
+        """For each number the similarity that a pair must reach to be among its best."""
+        self._kept: list[Pairs] = []
+        self._waiting = 0
 
-def table_shape(count: int, threshold: float) -> tuple[int, int]:
-    """Bits of a code and number of tables: about one vector a code, and `RECALL` at the threshold."""
-    bits = min(MOST_BITS, max(8, math.ceil(math.log2(max(2, count)))))
-    agreement = (1 - math.acos(min(1.0, max(-1.0, threshold))) / math.pi) ** bits
-    tables = 1 if agreement > 1 - 1e-12 else math.ceil(math.log(1 - RECALL) / math.log(1 - agreement))
-    return bits, max(1, tables)
+    def add(self, pairs: Pairs) -> None:
+        """Take in pairs, those left out that neither number has room for."""
+        first, second, products = pairs
+        wanted = products >= np.minimum(self._least[first], self._least[second])
+        if wanted.any():
+            self._kept.append((first[wanted], second[wanted], products[wanted]))
+            self._waiting += int(wanted.sum())
+        if self._waiting > PAIRS_WAITING:
+            self._drop()
 
+    def best_first(self) -> Pairs:
+        """All that are kept, the most similar first, of equal ones the lowest numbers; no pair twice."""
+        self._drop()
+        return self._kept[0] if self._kept else (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
-def _farthest_sketch(threshold: float) -> int:
-    """Most planes of the sketch that may lie between two vectors at the threshold."""
-    planes = 8 * SKETCH_BYTES
-    share = math.acos(min(1.0, max(-1.0, threshold))) / math.pi
-    return math.ceil(planes * share + SKETCH_DEVIATIONS * math.sqrt(planes * share * (1 - share)) + 1)
-
-
-def _codes(vectors: NDArray[Any], generator: np.random.Generator, bits: int) -> NDArray[np.uint8]:
-    """On which side of `bits` random planes each vector lies, [n, bytes] packed bits."""
-    planes = generator.standard_normal((vectors.shape[1], bits), np.float32)
-    step = max(1, BLOCK_BYTES // (4 * vectors.shape[1]))
-    codes = [
-        np.packbits(np.asarray(vectors[start : start + step]) @ planes > 0, axis=1)
-        for start in range(0, len(vectors), step)
-    ]
-    return np.concatenate(codes)
-
-
-def _sharing(codes: NDArray[np.uint8]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """All pairs of vectors with one code, lower number first, a bounded number at a time."""
-    keys = np.zeros((len(codes), 4), np.uint8)
-    keys[:, -codes.shape[1] :] = codes
-    numbers = keys.view(">u4").ravel()
-    order = np.argsort(numbers, kind="stable")
-    starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
-    sizes = np.diff(starts, append=len(order))
-    # The place of a vector in its bucket is the number of earlier ones that it meets there.
-    place = np.arange(len(order)) - np.repeat(starts, sizes)
-    step, begin = 0, 0
-    totals = np.cumsum(place)
-    while begin < len(order):
-        end = max(begin + 1, int(np.searchsorted(totals, step + PAIRS_AT_ONCE, side="right")))
-        here = place[begin:end]
-        second = np.repeat(np.arange(begin, end), here)
-        back = np.arange(len(second)) - np.repeat(np.cumsum(here) - here, here)
-        if len(second):
-            yield order[second - 1 - back], order[second]
-        step, begin = int(totals[end - 1]), end
-
-
-def _only(pairs: tuple[NDArray[Any], NDArray[Any]], mask: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    return pairs[0][mask], pairs[1][mask]
-
-
-def _products(vectors: NDArray[Any], first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-    """Dot products of pairs, [k]."""
-    step = max(1, BLOCK_BYTES // (8 * vectors.shape[1]))
-    parts = [
-        np.einsum("kd,kd->k", vectors[first[start : start + step]], vectors[second[start : start + step]])
-        for start in range(0, len(first), step)
-    ]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+    def _drop(self) -> None:
+        """Keep the best of each number."""
+        if not self._kept:
+            return
+        first, second, products = (np.concatenate(part) for part in zip(*self._kept, strict=True))
+        _, once = np.unique(first.astype(np.int64) * len(self._least) + second, return_index=True)
+        order = once[np.argsort(-products[once], kind="stable")]
+        first, second, products = first[order], second[order], products[order]
+        # Of each number's pairs, in this order, those that come before its place `each`.
+        numbers = np.concatenate([first, second])
+        pairs = np.tile(np.arange(len(first)), 2)
+        by_number = np.lexsort((pairs, numbers))
+        numbers, pairs = numbers[by_number], pairs[by_number]
+        place = np.arange(len(numbers)) - np.searchsorted(numbers, numbers)
+        is_last = place == self._each - 1
+        self._least[numbers[is_last]] = products[pairs[is_last]]
+        wanted = np.unique(pairs[place < self._each])
+        self._kept = [(first[wanted], second[wanted], products[wanted])]
+        self._waiting = 0

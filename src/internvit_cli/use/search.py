@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ import numpy as np
 from internvit_cli.errors import ExitCode, OutputError, UsageError
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.reader import Features, bounded, open_features
-from internvit_cli.use.near_index import open_index
+from internvit_cli.use.ann_index import open_index
 from internvit_cli.use.nearest import nearest
-from internvit_cli.use.spaces import RAW, Space, fit_whitening
+from internvit_cli.use.similarity_space import Space, caveats, choose_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +40,7 @@ class SearchOptions:
     count: int = 10
     """Hits for each."""
     raw: bool = False
-    """Plain cosines of the vectors as they are stored."""
+    """Compare the vectors as they are stored."""
     index: bool = False
     """Ask an approximate index, and make it where it is missing or stale."""
     model: str | None = None
@@ -88,6 +89,8 @@ class Found:
     index_is_new: bool
     seconds: float
     """Of the comparison, without encoding the pictures."""
+    notes: tuple[str, ...]
+    """What a reader should know first."""
 
     @property
     def exit_code(self) -> ExitCode:
@@ -100,6 +103,7 @@ class Found:
     def to_json(self) -> dict[str, Any]:
         """The object of `--json`."""
         facts = {"path": self.path, "images": self.images, "how": self.how, "seconds": round(self.seconds, 3)}
+        facts["notes"] = list(self.notes)
         return facts | self.space.facts() | {"queries": [_answer_json(answer) for answer in self.answers]}
 
 
@@ -111,7 +115,7 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
         observer: told how it goes.
 
     Raises:
-        UsageError: nothing to look for, or a key that is not there.
+        UsageError: nothing to look for, a picture that is no file, or a key that is not there.
         ModelError: the weights are not those of the output.
         OutputError: the output has no vectors, or is damaged.
         InternvitError: no index is to be had.
@@ -125,6 +129,8 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
         raise OutputError(
             f"{options.path} has no image with features", f"internvit ls -l {options.path} lists the images by status"
         )
+    for picture in options.pictures:
+        _check_query(picture, features)
     stored = list(bounded(features, options.keys, MOST_QUERIES).values()) if options.keys else []
     encoded = _encode(features, options, observer) if options.pictures else []
     queries = [*encoded, *stored]
@@ -141,8 +147,16 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
         hits = _hits(vectors, own, options.count, *next(rows)) if query.is_done else ()
         answers.append(Answer(query, is_picture, hits))
     seconds = time.perf_counter() - started
-    how = "approximate" if options.index else "exact"
-    return Found(options.path, len(vectors), comparison.space, tuple(answers), how, comparison.index_is_new, seconds)
+    return Found(
+        path=options.path,
+        images=len(vectors),
+        space=comparison.space,
+        answers=tuple(answers),
+        how="approximate" if options.index else "exact",
+        index_is_new=comparison.index_is_new,
+        seconds=seconds,
+        notes=caveats(features),
+    )
 
 
 class _Comparison:
@@ -150,15 +164,16 @@ class _Comparison:
 
     def __init__(self, options: SearchOptions, features: Features, vectors: PooledVectors, observer: Observer) -> None:
         self._vectors = vectors
+        self._raw = options.raw
         self._observer = observer
         self._index = None
         self.index_is_new = False
         if options.index:
-            name = "raw" if options.raw else "whitened"
-            self._index = open_index(features, vectors, lambda: self._fit(raw=options.raw), name, observer)
+            name = "raw" if options.raw else "chosen"
+            self._index = open_index(features, vectors, self._choose, name, observer)
             self.space, self.index_is_new = self._index.space, self._index.is_new
         else:
-            self.space = self._fit(raw=options.raw)
+            self.space = self._choose()
 
     def nearest(self, queries: Sequence[ImageFeatures], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Numbers and similarities of the most similar vectors, [q, k] each."""
@@ -170,8 +185,27 @@ class _Comparison:
         with self._observer.phase("comparing", "image", len(self._vectors)) as phase:
             return nearest(self._vectors, self.space, embedded, count, phase.at)
 
-    def _fit(self, *, raw: bool) -> Space:
-        return RAW if raw else fit_whitening(self._vectors, self._observer)
+    def _choose(self) -> Space:
+        return choose_space(self._vectors, self._observer, raw=self._raw)
+
+
+def _check_query(picture: str, features: Features) -> None:
+    """Refuse, before weights are loaded, a query that is no picture: words above all.
+
+    Raises:
+        UsageError: there is no such file, or it is a folder.
+    """
+    if os.path.isdir(picture):
+        raise UsageError(f"{picture!r} is a folder", f"name the pictures to search for, such as {picture}/*.jpg")
+    if os.path.lexists(picture):
+        return
+    is_key = features.get(picture) is not None
+    raise UsageError(
+        f"{picture!r} is no file: search finds images that are like a picture, and InternViT reads no text",
+        f"it is an image of the output: --key {picture!r}"
+        if is_key
+        else "name a picture file, or an image of the output with --key (internvit ls OUT lists them)",
+    )
 
 
 def _encode(features: Features, options: SearchOptions, observer: Observer) -> list[ImageFeatures]:

@@ -254,8 +254,6 @@ class _Parts:
         groups = self.chosen.groups
         found = groups.found
         return {
-            "threshold": found.threshold,
-            "how": found.how,
             "redundant": found.redundant,
             "identical": [[self._place(number) for number in group] for group in groups.identical],
             "similar": [self._placed(group) for group in groups.similar],
@@ -263,7 +261,7 @@ class _Parts:
             "similar_groups": len(found.similar),
             "identical_sizes": [len(group) for group in found.identical[: len(groups.identical)]],
             "similar_sizes": [len(group) for group in found.similar[: len(groups.similar)]],
-        } | found.space.facts()
+        } | ({} if found.comparison is None else found.comparison.to_json())
 
 
 def _base64(data: bytes) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.use.duplicates import DuplicateOptions, Duplicates, find_duplicates
 from internvit_cli.use.nearest import nearest
-from internvit_cli.use.spaces import Space, fit_whitening
+from internvit_cli.use.similarity_space import Space, choose_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +70,7 @@ def select(features: Features, samples: int, most_points: int, seed: int, observ
     chance = np.random.default_rng(seed)
     sample = np.sort(chance.choice(count, min(samples, count), replace=False)) if count else np.empty(0, np.int64)
     groups = _groups(done, observer)
-    space = fit_whitening(vectors, observer) if count else groups.found.space
+    space = choose_space(vectors, observer)
     with observer.phase("finding neighbors", "image", count) as phase:
         neighbours = _neighbours(vectors, space, sample, phase.at)
     named = [*sample.tolist(), *(number for row in neighbours for number, _ in row)]

@@ -45,8 +45,15 @@ function card(image, caption, isFirst = false) {
 }
 
 function spaceWords(found) {
-  if (found.space === 'raw') return 'cosines of the stored vectors';
-  return `cosines of centred and whitened vectors, fitted to ${count(found.fitted_on)}: 0 is no more alike than any two images here, 1 the same`;
+  if (found.space === 'raw') return `raw cosines of the stored vectors, ${found.space_reason}`;
+  return `balanced cosines, fitted to ${plural(found.fitted_on, 'image')}: 0 is as alike as any two images here, 1 the same`;
+}
+
+function howTold(found) {
+  if (!found.pictures) return `${spaceWords(found)}, from ${found.threshold} on`;
+  const { same, different, unseen } = found.pictures;
+  const alone = unseen ? `; of ${plural(unseen, 'pair')} a picture was not there, and a cosine of ${found.threshold} decided` : '';
+  return `the pictures of ${plural(same + different, 'near pair')} were laid over each other, and ${count(same)} agree${alone}. Captions are ${spaceWords(found)}`;
 }
 
 function showNeighbours() {
@@ -67,12 +74,12 @@ function showDuplicates() {
   const section = byId('duplicates');
   const found = data.duplicates;
   if (!found.similar.length && !found.identical.length) {
-    const all = images.keys.length > 1 ? `None: no two images have a cosine of ${found.threshold} or the same bytes.` : 'It takes two images with features to compare.';
+    const all = images.keys.length > 1 ? 'None: no two pictures show the same or have the same bytes.' : 'It takes two images with features to compare.';
     section.append(make('p', {}, all));
     return;
   }
   section.append(make('p', { class: 'faint' },
-    `${plural(found.redundant, 'image')} to spare. Similar images are linked by cosines of at least ${found.threshold} (${found.how}); ${spaceWords(found)}. The largest picture is framed.`));
+    `${plural(found.redundant, 'image')} to spare. ${found.how ? `Similar images: ${howTold(found)}. ` : ''}The largest picture is framed.`));
   showGroups(section, 'similar images', found.similar, found.similar_sizes, found.similar_groups, ([image, cosine], place) => card(image, place ? cosine.toFixed(3) : 'largest', !place));
   showGroups(section, 'identical files', found.identical, found.identical_sizes, found.identical_groups, (image, place) => card(image, 'same bytes', !place));
 }

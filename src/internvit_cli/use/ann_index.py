@@ -1,7 +1,8 @@
 """An approximate index beside an output, through usearch: made when it is first asked for, and again when it is stale.
 
-`feats.h5.search/` holds for each space the graph (`whitened.usearch`), the space itself (`whitened.npz`), and last the
-file that vouches for both (`whitened.json`) and names the contents of the output that they were made from.
+`feats.h5.search/` holds the graph (`chosen.usearch`), the space of its vectors (`chosen.npz`), and last the file that
+vouches for both (`chosen.json`) and names the contents of the output that they were made from. The same for `raw`,
+which is the index of `--raw`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from internvit_cli.storage.durable import (
 )
 from internvit_cli.untrusted import opened, parse_json, read_bounded
 from internvit_cli.use.nearest import best
-from internvit_cli.use.spaces import Space
+from internvit_cli.use.similarity_space import MOST_DIRECTIONS, Space
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from internvit_cli.storage.row_index import PooledVectors
 
 FOLDER_SUFFIX = ".search"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 LEAST_CANDIDATES = 100
 """Vectors that the graph proposes for each query at least; what it proposes is then compared exactly."""
 CANDIDATES_PER_HIT = 5
@@ -57,6 +58,8 @@ SEARCH_WIDTH = 512
 PARTS = ("usearch", "npz")
 FACTS_BYTES = 1 << 20
 """More than the facts of an index take, or the headers of its arrays."""
+SUPERSEDED = ("whitened.json", "whitened.npz", "whitened.usearch")
+"""What an index of version 1 left, which nothing reads any more."""
 
 
 def contents_digest(features: Features) -> str:
@@ -74,7 +77,7 @@ def contents_digest(features: Features) -> str:
 
 
 @dataclass(frozen=True)
-class NearIndex:
+class AnnIndex:
     """A graph over the embedded vectors of an output."""
 
     space: Space
@@ -112,14 +115,14 @@ def open_index(
     make_space: Callable[[], Space],
     name: str,
     observer: Observer = SILENT,
-) -> NearIndex:
+) -> AnnIndex:
     """The index of an output in a space; built when there is none, or when the output is another one by now.
 
     Args:
         features: the output.
         vectors: all its vectors.
         make_space: fits the space, when it has to be.
-        name: of the space.
+        name: of the index, `chosen` or `raw`.
         observer: told how it goes.
 
     Raises:
@@ -133,7 +136,7 @@ def open_index(
         try:
             graph = usearch.Index.restore(f"{base}.usearch", view=True)
             if graph.ndim == vectors.shape[1] and len(graph) == len(vectors):
-                return NearIndex(space, False, os.path.dirname(base), graph)
+                return AnnIndex(space, False, os.path.dirname(base), graph)
         except (RuntimeError, ValueError, OSError, TypeError, AttributeError):
             pass  # a damaged graph is made again, as a missing one is
     space = make_space()
@@ -141,7 +144,7 @@ def open_index(
         graph = _build(usearch, vectors, space, phase.at)
     with observer.phase("writing the index"):
         _save(base, graph, space, digest)
-    return NearIndex(space, True, os.path.dirname(base), graph)
+    return AnnIndex(space, True, os.path.dirname(base), graph)
 
 
 def _usearch() -> ModuleType:
@@ -177,14 +180,16 @@ def _save(base: str, graph: Any, space: Space, digest: str) -> None:
         try:
             _save_graph(graph, os.path.join(staging, "usearch"))
             with create(os.path.join(staging, "npz")) as file:
-                arrays = {} if space.mean is None else {"mean": space.mean, "matrix": space.matrix}
-                np.savez(file, **arrays)  # type: ignore[arg-type]
+                np.savez(file, **space.arrays())  # type: ignore[arg-type]
             for suffix in PARTS:
                 sync_path(os.path.join(staging, suffix))
                 rename_durably(os.path.join(staging, suffix), f"{base}.{suffix}")
         finally:
             remove(staging)
+        for name in SUPERSEDED:
+            remove(os.path.join(folder, name))
     facts = {"version": INDEX_VERSION, "contents": digest, "bytes": _sizes(base)} | space.facts()
+    facts["directions"] = 0 if space.scales is None else len(space.scales)
     write_file(f"{base}.json", json.dumps(facts, indent=1).encode() + b"\n")
 
 
@@ -210,9 +215,14 @@ def _stored_space(base: str, digest: str, width: int) -> Space | None:
         vouched = facts["version"], facts["contents"], facts["bytes"]
         if vouched != (INDEX_VERSION, digest, _sizes(base)):
             return None
-        arrays = _stored_arrays(f"{base}.npz", {"mean": (width,), "matrix": (width, width)})
-        fitted_on, shrinkage = int(facts.get("fitted_on", 0)), float(facts.get("shrinkage", 0))
-        return Space(str(facts["space"]), arrays.get("mean"), arrays.get("matrix"), fitted_on, shrinkage)
+        count = int(facts["directions"])
+        if not 0 <= count <= MOST_DIRECTIONS:
+            return None
+        shapes = {"mean": (width,), "directions": (count, width), "scales": (count,)}
+        arrays = _stored_arrays(f"{base}.npz", shapes)
+        mean, directions, scales = (arrays.get(name) for name in shapes)
+        reason, fitted_on = str(facts.get("space_reason", "")), int(facts.get("fitted_on", 0))
+        return Space(str(facts["space"]), reason, mean, directions, scales, fitted_on)
     except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, OverflowError):
         return None
 

@@ -1,0 +1,107 @@
+"""Outputs of vectors that no model made: what `extract` would have stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from internvit_cli.config import (
+    ComputeDtype,
+    OnOverflow,
+    Pool,
+    Preprocess,
+    Recipe,
+    Status,
+    StoreDtype,
+    TokenOrder,
+    Tokens,
+)
+from internvit_cli.reconcile import sources_to_json
+from internvit_cli.sources.interface import Source
+from internvit_cli.storage.commit import create_shard
+from internvit_cli.storage.layout import DIGEST, FORMAT, FORMAT_VERSION, POOLED, STATUS, FeatureShape, NewShard
+from internvit_cli.storage.output import Output
+from internvit_cli.table import COLUMN_DTYPES, ImageTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+RECIPE = Recipe(
+    weights_digest="0" * 64,
+    layer=24,
+    tile_size=448,
+    min_tiles=1,
+    max_tiles=12,
+    thumbnail=True,
+    preprocess=Preprocess.TILES,
+    exif=True,
+    background=None,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    tokens=Tokens.NONE,
+    token_order=TokenOrder.V2,
+    pool=Pool.MEAN,
+    tile_pooled=False,
+    compute_dtype=ComputeDtype.BFLOAT16,
+    store_dtype=StoreDtype.FLOAT16,
+    on_overflow=OnOverflow.SKIP,
+)
+
+
+def write_output(
+    path: Path,
+    keys: Sequence[str],
+    width: int,
+    blocks: Iterable[NDArray[np.float32]],
+    *,
+    digests: NDArray[np.uint8],
+    sizes: Sequence[tuple[int, int]] = (),
+    root: str = "/nowhere",
+) -> None:
+    """Write a finished feature file of pooled vectors.
+
+    Args:
+        path: where to.
+        keys: of the images, sorted.
+        width: of the vectors.
+        blocks: the vectors, [k, width] at a time, in order.
+        digests: SHA-256 of the pictures, [n, 32].
+        sizes: width and height of the pictures; none where no picture is to be found.
+        root: the folder that the keys are relative to.
+    """
+    columns = {name: np.zeros(len(keys), dtype) for name, dtype in COLUMN_DTYPES.items()}
+    columns["columns"][:] = columns["rows"][:] = columns["orientation"][:] = 1
+    if sizes:
+        columns["width"][:], columns["height"][:] = np.array(sizes).T
+    table = ImageTable.build([key.encode() for key in keys], np.zeros(len(keys), np.uint8), columns)
+    attributes = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "recipe": RECIPE.to_json(),
+        "recipe_digest": RECIPE.digest,
+        "sources": sources_to_json([Source(root=root.encode())]),
+        "created_by": "benchmark",
+        "model": "none",
+        "model_revision": "",
+        "weights_digest": "0" * 64,
+        "batch_tiles": 0,
+        "pooled_from": "global_view",
+    }
+    shard = NewShard(table, FeatureShape(Tokens.NONE, 0, 0, width, StoreDtype.FLOAT16, False), attributes)
+    output = Output(str(path))
+    output.prepare()
+    partial = output.partial_path(0)
+    create_shard(output.backend, partial, shard)
+    extents = output.backend.extents(partial)
+    with open(partial, "r+b") as file:
+        file.seek(extents[POOLED].offset)
+        file.writelines(block.astype("<f4").tobytes() for block in blocks)
+        file.seek(extents[STATUS].offset)
+        file.write(np.full(len(keys), Status.DONE, np.uint8).tobytes())
+        file.seek(extents[DIGEST].offset)
+        file.write(digests.astype(np.uint8).tobytes())
+    output.publish(0, len(keys), table.tiles, {})

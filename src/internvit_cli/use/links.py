@@ -1,0 +1,48 @@
+"""Which images hang together, by way of pairs: a union-find over numbers that takes many pairs at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Links:
+    """Which numbers hang together, by way of pairs."""
+
+    def __init__(self, count: int) -> None:
+        self._root = np.arange(count)
+        """For each number one that it hangs together with, at last the lowest."""
+
+    def add(self, first: NDArray[Any], second: NDArray[Any]) -> None:
+        """Link pairs of numbers."""
+        new = self.are_apart(first, second)
+        for one, other in zip(first[new].tolist(), second[new].tolist(), strict=True):
+            root, other_root = self._find(one), self._find(other)
+            self._root[max(root, other_root)] = min(root, other_root)
+
+    def are_apart(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+        """Of pairs, a mask of those that do not hang together yet."""
+        self._settle()
+        apart: NDArray[Any] = self._root[first] != self._root[second]
+        return apart
+
+    def groups(self) -> list[NDArray[Any]]:
+        """Numbers that hang together with others, in order."""
+        self._settle()
+        order = np.argsort(self._root, kind="stable")
+        bounds = np.flatnonzero(np.diff(self._root[order], prepend=-1))
+        return [group for group in np.split(order, bounds[1:]) if len(group) > 1]
+
+    def _settle(self) -> None:
+        """Have every number name its root itself."""
+        while (self._root[self._root] != self._root).any():
+            self._root = self._root[self._root]
+
+    def _find(self, number: int) -> int:
+        while self._root[number] != number:
+            number = int(self._root[number])
+        return number
