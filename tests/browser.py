@@ -15,11 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from forking import PATIENCE
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE = 30.0
 """Seconds for any one answer; a busy machine is no failure."""
 LOCAL = ("file:", "data:", "about:", "blob:")
 
@@ -34,7 +35,7 @@ def why_no_browser() -> str:
     if os.environ.get("CI") and not browser_path() and os.geteuid() == 0 and shutil.which("apt-get"):
         command = ["apt-get", "install", "-y", "-q", "--no-install-recommends", "chromium"]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, capture_output=True, timeout=600)
+            subprocess.run(command, capture_output=True, timeout=PATIENCE)
     return "" if browser_path() else "chromium is not installed (Debian package chromium)"
 
 

@@ -10,13 +10,9 @@ import pytest
 from hypothesis import settings
 from shared_folder import SHARED
 
-HELPERS = [
-    path.stem
-    for path in Path(__file__).parent.glob("*.py")
-    if not path.stem.startswith(("test_", "conftest", "shared_"))
-]
-pytest.register_assert_rewrite(*HELPERS)  # a failed assert in a helper shows its values, as one in a test does
-pytest_plugins = ["report_helpers"]
+MODULES = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_")}
+pytest.register_assert_rewrite(*MODULES - {"conftest", "shared_folder"})  # a failed assert in a helper shows its values
+pytest_plugins = ["drivers", "report_helpers"]
 
 settings.register_profile("shared machine", deadline=None)  # A slow moment of the machine is no failure.
 settings.load_profile("shared machine")
@@ -54,5 +50,7 @@ def made(shared: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The tree of some 250 hostile inputs, with what to expect of each in MADE.tsv."""
     folder = tmp_path_factory.mktemp("made")
     photo = photos / "028_exif-samples_640x480.jpg"
-    subprocess.run([sys.executable, shared / "tools" / "make_hostile.py", folder, photo], check=True, timeout=120)
+    from forking import PATIENCE
+
+    subprocess.run([sys.executable, shared / "tools" / "make_hostile.py", folder, photo], check=True, timeout=PATIENCE)
     return folder

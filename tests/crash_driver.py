@@ -16,7 +16,6 @@ import itertools
 import math
 import os
 import sys
-import time
 import types
 import zlib
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from internvit_cli.decode.decoder import DecodedImage, FailedImage
 from internvit_cli.headers import header_reader
 from internvit_cli.storage import commit, takeover
 from internvit_cli.storage.commit import RowWriter, ShardWriter
-from internvit_cli.storage.durable import disk_errors, sync_data
+from internvit_cli.storage.durable import disk_errors, sync_data, sync_together
 from internvit_cli.storage.layout import FeatureShape
 from internvit_cli.storing import ShardSink
 from internvit_cli.workers import Finished
@@ -72,8 +71,6 @@ class Behaviour:
     """A file that takes all the space there is ..."""
     fill_disk_after: int = 0
     """... after so many pictures."""
-    pause: float = 0.0
-    """Seconds that a picture takes."""
     shard_images: int = 0
     """Images of a shard, however few bytes they are; 0 goes by --shard-size."""
 
@@ -135,7 +132,6 @@ class DigestDecoder:
                 return
             if self.behaviour.fill_disk and next(self.pictures) == self.behaviour.fill_disk_after:
                 fill_disk(self.behaviour.fill_disk)
-            time.sleep(self.behaviour.pause)
             facts = os.stat(job.path)
             if (facts.st_size, facts.st_mtime_ns) != (job.header.file_size, job.header.file_mtime_ns):
                 yield FailedImage(job.row, Skipped(Status.CHANGED, "", "the file changed after it was planned"), 0)
@@ -252,6 +248,9 @@ def sync_in_turn(descriptors: Mapping[str, int]) -> None:
             sync_data(descriptor)
 
 
+SPLIT = sharding.ShardSize.split
+
+
 def fill_disk(path: str) -> None:
     """Write a file until the disk is full."""
     with open(path, "wb", buffering=0) as file:
@@ -262,7 +261,7 @@ def fill_disk(path: str) -> None:
 
 
 def prepare(behaviour: Behaviour) -> None:
-    """Put the stand-ins in place, once a process."""
+    """Put the stand-ins in place."""
     stand_in = types.ModuleType("internvit_cli.encoder")
     stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
     sys.modules["internvit_cli.encoder"] = stand_in
@@ -273,13 +272,12 @@ def prepare(behaviour: Behaviour) -> None:
     pipeline.feature_shape = lambda options, card, recipe: shape
     storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
     takeover.CHECKPOINT_BYTES = behaviour.checkpoint_bytes
-    if behaviour.inline:
-        commit.sync_together = sync_in_turn
-        engine.ShardSink = InlineSink  # type: ignore[misc]
+    commit.sync_together = sync_in_turn if behaviour.inline else sync_together
+    engine.ShardSink = InlineSink if behaviour.inline else ShardSink  # type: ignore[misc]
     if behaviour.misordered:
         pipeline.ShardWriter = MisorderedWriter  # type: ignore[misc]
-    if behaviour.shard_images:
-        sharding.ShardSize.split = lambda _, table: cut(table, behaviour.shard_images)  # type: ignore[method-assign]
+    by_images = lambda _, table: cut(table, behaviour.shard_images)  # noqa: E731
+    sharding.ShardSize.split = by_images if behaviour.shard_images else SPLIT  # type: ignore[method-assign]
     if behaviour.no_reserve:
         commit.reserve = lambda path: None
     if behaviour.report:
@@ -325,9 +323,14 @@ def main() -> None:
     parser.add_argument("--fill-disk", default="")
     parser.add_argument("--fill-disk-after", type=int, default=0)
     parser.add_argument("--shard-images", type=int, default=0)
-    parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--moment", default="", help="when it is struck, as `moments.Moment.plan` gives it")
     options = vars(parser.parse_args(own))
+    moment = options.pop("moment")
     prepare(Behaviour(**options | {"tokens": tuple(options["tokens"])}))
+    if moment:
+        import moments
+
+        moments.arm(moment)
     assert "torch" not in sys.modules
     sys.exit(run(command))
 

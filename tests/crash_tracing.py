@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import crash_checks
 import crash_driver
+from forking import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +36,6 @@ CALLS = (
 SYNCS = ("fsync", "fdatasync")
 TRACE = "trace=" + ",".join(f"?{name}" for name in CALLS)
 ANY_PROCESS = -1
-HANG_SECONDS = 120
 PR_SET_PTRACER = 0x59616D61
 
 
@@ -52,7 +52,7 @@ def why_not_traceable() -> str:
     if not sys.platform.startswith("linux"):
         return "strace is for Linux"
     if shutil.which("strace") is None and os.geteuid() == 0 and shutil.which("apt-get"):
-        subprocess.run(["apt-get", "install", "-y", "-q", "strace"], capture_output=True, timeout=120)
+        subprocess.run(["apt-get", "install", "-y", "-q", "strace"], capture_output=True, timeout=PATIENCE)
     if shutil.which("strace") is None:
         return "strace is not installed (Debian package strace)"
     probe = ["strace", "-qq", "-e", "trace=none", "-e", "inject=getppid:error=EIO", "true"]
@@ -97,7 +97,7 @@ def run_traced(arguments: list[str], log: Path, *options: str) -> int:
     os.close(release)
     status = os.waitpid(child, 0)[1]
     if tracer is not None:
-        tracer.communicate(timeout=60)
+        tracer.communicate(timeout=PATIENCE)
     return os.waitstatus_to_exitcode(status)
 
 
@@ -112,7 +112,7 @@ def fork(work: Callable[[], int], log: Path) -> int:
     if child == 0:
         code = 70
         with contextlib.suppress(BaseException):
-            signal.alarm(HANG_SECONDS)
+            signal.alarm(int(PATIENCE))
             descriptor = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
             os.dup2(descriptor, 1)
             os.dup2(descriptor, 2)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import storage_helpers as helpers
+from forking import PATIENCE
 from run_helpers import Result, internvit
 
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
@@ -97,7 +98,7 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 

@@ -6,9 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,22 +40,37 @@ def internvit(*arguments: object) -> Result:
 
 
 def extract(*arguments: object) -> Result:
-    return internvit("extract", "--model", "tiny-random", *arguments)
+    """Extract with random weights, in float32 unless told otherwise: the fastest type is measured, and may change."""
+    dtype = () if "--dtype" in arguments else ("--dtype", "float32")
+    return internvit("extract", "--model", "tiny-random", *dtype, *arguments)
 
 
 def summary_of(result: Result) -> dict[str, object]:
     return json.loads(result.stdout)
 
 
+SHAPES = ((1, 1), (2, 1), (1, 1), (1, 2), (3, 2), (1, 3))
+"""Columns and rows of the tiles that pictures have: some of one, most of a few, since each costs its time."""
+
+
 def make_pictures(folder: Path, count: int, seed: int = 0, size: int = 120) -> list[Path]:
-    """Random pictures of many sizes, in two folders, JPEG and PNG in turn."""
+    """Random pictures of several sizes and shapes, in two folders, JPEG and PNG in turn.
+
+    Args:
+        folder: where they go.
+        count: how many.
+        seed: of their pixels.
+        size: the most that a side may have, pixels.
+    """
     random = np.random.default_rng(seed)
     paths = []
     for number in range(count):
-        width, height = random.integers(30, size, 2)
+        columns, rows = SHAPES[int(random.integers(len(SHAPES)))]
+        unit = int(random.integers(10, size // max(columns, rows)))
         path = folder / f"part{number % 2}" / f"{number:03d}.{'png' if number % 3 else 'jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(path)
+        pixels = random.integers(0, 255, (rows * unit, columns * unit, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
         paths.append(path)
     return paths
 
@@ -85,27 +98,3 @@ def state_of(folder: Path) -> dict[str, tuple[int, str]]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def wait_for(path: Path, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.005)
-
-
-def finish(arguments: list[str], code: int = 0) -> None:
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
-    assert run.returncode == code, run.stderr
-
-
-def bounds(arguments: list[str], output: Path) -> tuple[float, float]:
-    """Seconds from the start of an uninterrupted run until it touches its output, and until it ends."""
-    started = time.monotonic()
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    begun = 0.0
-    while process.poll() is None:
-        if not begun and any(output.parent.iterdir()):
-            begun = time.monotonic() - started
-        time.sleep(0.005)
-    return begun, time.monotonic() - started

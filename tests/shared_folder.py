@@ -1,4 +1,4 @@
-"""Where the material beside the repository lies."""
+"""Where the material beside the repository lies. Settings of whoever runs the tests are forgotten."""
 
 from __future__ import annotations
 
@@ -6,4 +6,6 @@ import os
 from pathlib import Path
 
 SHARED = Path(os.environ.pop("INTERNVIT_SHARED", "") or Path(__file__).resolve().parents[1].parent / "shared")
-"""The variable is taken away, because `internvit` tells of each one that begins like its own and sets nothing."""
+
+for _name in [name for name in os.environ if name.startswith("INTERNVIT_")]:
+    del os.environ[_name]

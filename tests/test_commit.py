@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import storage_helpers as helpers
+from forking import PATIENCE
 
 from internvit_cli.config import Format, Skipped, Status
 from internvit_cli.errors import ExitCode, InternvitError, LockedError, NoSpaceError, OutputError
@@ -301,7 +302,7 @@ def test_a_file_over_the_filesystems_limit_is_refused_like_a_full_disk(tmp_path,
         env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert run.returncode == ExitCode.NO_SPACE, run.stdout + run.stderr
     assert not any(name.endswith(".partial") for name in os.listdir(tmp_path / "feats"))
@@ -367,18 +368,21 @@ import sys, time
 from internvit_cli.storage.lock import exclusive
 with exclusive(sys.argv[1]):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds the output, ended with the test."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "feats.h5"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / "feats.h5"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
     process.wait()
+    process.stdin.close()
     process.stdout.close()
 
 

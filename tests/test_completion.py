@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import storage_helpers as helpers
+from forking import PATIENCE
 
 from internvit_cli.cli import completion
 from internvit_cli.config import ComputeDtype, Format
@@ -23,7 +24,11 @@ SHELLS = ("bash", "zsh", "fish")
 def internvit_for_shell(**variables: str) -> str:
     """What the command prints when a shell's script calls it."""
     result = subprocess.run(
-        [sys.executable, "-m", "internvit_cli"], capture_output=True, text=True, env=os.environ | variables, timeout=60
+        [sys.executable, "-m", "internvit_cli"],
+        capture_output=True,
+        text=True,
+        env=os.environ | variables,
+        timeout=PATIENCE,
     )
     assert result.stderr == ""
     return result.stdout
@@ -120,6 +125,6 @@ def test_nothing_is_proposed_for_an_output_that_is_too_large_or_not_there(
 def test_completion_is_installed_into_the_home_folder(tmp_path: Path, shell: str, place: str) -> None:
     environment = os.environ | {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     command = [sys.executable, "-m", "internvit_cli", "--install-completion", shell]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     assert f"_INTERNVIT_COMPLETE=complete_{shell}" in (tmp_path / place).read_text()

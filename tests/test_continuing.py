@@ -7,19 +7,17 @@ import json
 import os
 import pickle
 import resource
-import signal
-import subprocess
-import time
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import storage_helpers as helpers
 from filling_helpers import SIDE, Encoder, Shard
+from moments import SUBMIT, Moment, wait_until
 from PIL import Image
-from run_helpers import command, extract, internvit, make_pictures, summary_of
+from run_helpers import extract, internvit, make_pictures, summary_of
 
-from internvit_cli import open_features, workers
+from internvit_cli import filling, open_features, storing, workers
 from internvit_cli.config import Format, Status
 from internvit_cli.decode.decoder import DecodedImage
 from internvit_cli.errors import NoSpaceError, OutputError
@@ -175,7 +173,7 @@ def test_a_shard_for_which_there_is_no_room_leaves_nothing_behind(tmp_path, shar
 
 
 class SlowDecoder:
-    """One picture, then no other until that one is committed, or for too long."""
+    """One picture, then no other until that one is committed."""
 
     tile_size, tiles, busy_seconds, pids = SIDE, 1, 0.0, (1,)
 
@@ -186,14 +184,15 @@ class SlowDecoder:
     def run(self, jobs, stopped):
         for job in jobs:
             yield DecodedImage(job.row, np.full((1, SIDE, SIDE, 3), 7, np.uint8), bytes(32), lambda: None)
-            end = time.monotonic() + 20
-            while self._writer.status[job.row] == Status.PENDING and time.monotonic() < end:
-                time.sleep(0.05)
+            wait_until(lambda row=job.row: self._writer.status[row] != Status.PENDING)
             self._committed.append(bool(self._writer.status[job.row] == Status.DONE))
 
 
-def test_slow_decoding_does_not_hold_back_what_could_be_committed(tmp_path):
+def test_slow_decoding_does_not_hold_back_what_could_be_committed(tmp_path, monkeypatch):
     """A batch that takes minutes to fill goes off before it is full."""
+    monkeypatch.setattr(filling, "LAG_SECONDS", 0.05)
+    monkeypatch.setattr(filling, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(storing, "CHECKPOINT_SECONDS", 0.05)
     Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "a.png")
     shard = Shard([tmp_path / "a.png"], Output(str(tmp_path / "feats"), Format.NPY))
     committed: list[bool] = []
@@ -251,19 +250,11 @@ def test_a_signal_while_a_damaged_output_is_replaced_is_a_stop_like_any_other(tm
     assert extract(folder, "-o", output, *DTYPE).returncode == 0
     index = output if output.is_file() else output / "shard-00000.images.jsonl"
     index.write_bytes(index.read_bytes()[:2000])
-    make_pictures(folder, 40, seed=1)
+    make_pictures(folder, 12, seed=1)
     options = (folder, "-o", output, "--overwrite", "--batch-size", 4, "--max-tiles", 4, *DTYPE)
     for _ in range(2):
-        with subprocess.Popen(
-            command("extract", "--model", "tiny-random", *options), stderr=subprocess.PIPE
-        ) as process:
-            assert process.stderr is not None
-            for line in process.stderr:
-                if line.startswith(b"encoding with"):
-                    process.send_signal(signal.SIGINT)
-                    break
-            told = process.stderr.read().decode()
-        assert process.returncode == 130, told
-        assert "error" not in told
+        ended = Moment(SUBMIT, 2).run("SIGINT", "extract", "--model", "tiny-random", *options)
+        assert ended.returncode == 130, ended.stderr
+        assert "error" not in ended.stderr
     assert extract(*options).returncode == 0
-    assert len(open_features(output)) == 40
+    assert len(open_features(output)) == 12

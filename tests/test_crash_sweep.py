@@ -16,6 +16,7 @@ import crash_driver
 import crash_tracing as tracing
 import pytest
 from crash_checks import KINDS
+from drivers import PROCESSES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,6 @@ pytestmark = [
     pytest.mark.skipif(bool(tracing.why_not_traceable()), reason=tracing.why_not_traceable() or "strace"),
 ]
 
-PROCESSES = 2
 KILLED, DONE_WITH_SKIPS = -9, 3
 FIRST = ["a.png", "b.png", "bad.png", "c.png", "d/e.png", "spoiled.png", "g.png"]
 ADDED = ["aa.png", "d/f.png", "h.png", "spoiled-too.png"]
@@ -68,17 +68,6 @@ class Case:
         log = self.folder / f"{where.name}.log"
         code = tracing.run_traced(self.arguments(where), log)
         assert code == DONE_WITH_SKIPS, log.read_text()
-
-
-def begin_process() -> None:
-    tracing.warm_up(crash_driver.Behaviour(inline=True, shard_images=4))
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, context, begin_process) as pool:
-        yield pool
 
 
 @pytest.fixture

@@ -7,11 +7,9 @@ so that a crash or a hang of a library is seen.
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import tempfile
 import traceback
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +21,7 @@ import h5py
 import numpy as np
 import pytest
 from crash_checks import KINDS
+from drivers import PROCESSES
 
 from internvit_cli import open_features
 from internvit_cli.cli import app
@@ -30,12 +29,11 @@ from internvit_cli.config import Status
 from internvit_cli.errors import ExitCode, InternvitError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from concurrent.futures import ProcessPoolExecutor
 
     from numpy.typing import NDArray
 
-PROCESSES = 2
-FEW, MANY = 12, 170
+FEW, MANY = 5, 170
 """Cases of each scene and kind."""
 SCENES = ("unfinished", "unfinished after others", "finished", "finished and to be continued")
 FIRST = ["a.png", "b.png", "bad.png", "c.png", "d/e.png", "spoiled.png", "g.png"]
@@ -66,20 +64,6 @@ class Scene:
     def arguments(self, where: Path, *more: str) -> list[str]:
         options = [*KINDS[self.kind][1:], *more]
         return ["extract", str(self.pictures), "-o", str(self.output(where)), *options]
-
-
-def begin_process() -> None:
-    tracing.warm_up(crash_driver.Behaviour(inline=True, shard_images=4))
-    with tempfile.TemporaryDirectory() as folder:  # what verify and info import
-        for name in ("info", "verify"):
-            tracing.run_forked(lambda name=name: app.run([name, folder]), Path(folder, "log"))
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PROCESSES, context, begin_process) as pool:
-        yield pool
 
 
 def set_scene(folder: Path, kind: str, name: str) -> Scene:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +13,9 @@ import crash_checks as checks
 import numpy as np
 import pytest
 from crash_checks import KINDS
-from run_helpers import Result, command, extract, make_pictures, summary_of, wait_for
+from forking import run_apart
+from moments import COMMIT, EVERY_IMAGE, RECORD, ROWS, Moment, held, wait_until
+from run_helpers import Result, extract, make_pictures, summary_of
 
 from internvit_cli import open_features
 from internvit_cli.cli.arguments import chosen_devices, device_list
@@ -59,8 +59,8 @@ def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(pictures: Path, output: Path, *options: object) -> list[str]:
-    return command("extract", pictures, "-o", output, "--model", "tiny-random", *SHAPE, *DEVICES, *options)
+def arguments(pictures: Path, output: Path, *options: object) -> tuple[object, ...]:
+    return "extract", pictures, "-o", output, "--model", "tiny-random", *SHAPE, *DEVICES, *options
 
 
 def device_processes(parent: int) -> list[int]:
@@ -69,17 +69,8 @@ def device_processes(parent: int) -> list[int]:
     return [int(pid) for pid in children if b"serve_device" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-def committed(partial: Path) -> int:
-    if not partial.exists():
-        return 0
-    return sum(image.status is not Status.PENDING for image in open_features(partial).values())
-
-
-def wait_until_committed(output: Path, count: int, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while committed(Path(f"{output}.partial")) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def are_gone(processes: list[int]) -> bool:
+    return not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 
 @pytest.mark.parametrize("kind", [*KINDS][:1] + [pytest.param(kind, marks=pytest.mark.sweep) for kind in [*KINDS][1:]])
@@ -93,14 +84,21 @@ def test_two_devices_make_the_same_output_as_one(pictures: Path, whole: Path, tm
     checks.assert_same_output(tmp_path / name, whole / kind / name)
 
 
+def run_with_dying_devices(
+    line: tuple[object, ...], folder: Path, once: Path | None
+) -> subprocess.CompletedProcess[str]:
+    """Run; each device, or the first one, is killed when it has its third image to write."""
+    folder.mkdir()
+    dying = Moment(ROWS, 3).environment("SIGKILL", folder, "serve_device", once)
+    return run_apart(*line, env=dying)
+
+
 def test_a_device_that_dies_costs_no_image(pictures: Path, whole: Path, tmp_path: Path) -> None:
-    output = tmp_path / "feats.h5"
-    process = subprocess.Popen(arguments(pictures, output, "--json"), stdout=subprocess.PIPE, text=True)
-    wait_for(Path(f"{output}.partial"))
-    os.kill(device_processes(process.pid)[0], signal.SIGKILL)
-    stdout, _ = process.communicate(timeout=120)
-    summary = json.loads(stdout)
-    assert process.returncode == 3 and summary["done"] == PICTURES
+    output = tmp_path / "out" / "feats.h5"
+    output.parent.mkdir()
+    ended = run_with_dying_devices(arguments(pictures, output, "--json"), tmp_path / "site", tmp_path / "died")
+    summary = json.loads(ended.stdout)
+    assert ended.returncode == 3 and summary["done"] == PICTURES
     assert any("killed by SIGKILL" in note and "the others did its images" in note for note in summary["notes"])
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 
@@ -108,14 +106,14 @@ def test_a_device_that_dies_costs_no_image(pictures: Path, whole: Path, tmp_path
 def test_when_all_devices_die_what_is_done_stays_and_the_same_command_goes_on(
     pictures: Path, whole: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "feats.h5"
-    process = subprocess.Popen(arguments(pictures, output), stderr=subprocess.PIPE, text=True)
-    wait_for(Path(f"{output}.partial"))
-    for pid in device_processes(process.pid):
-        os.kill(pid, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "error: no device is left" in stderr and "Traceback" not in stderr
-    assert extract(pictures, "-o", output, *SHAPE, *DEVICES).returncode == 3
+    output = tmp_path / "out" / "feats.h5"
+    output.parent.mkdir()
+    ended = run_with_dying_devices(arguments(pictures, output), tmp_path / "site", None)
+    assert ended.returncode == 1 and "error: no device is left" in ended.stderr and "Traceback" not in ended.stderr
+    done = sum(image.status is Status.DONE for image in open_features(f"{output}.partial").values())
+    assert done == 4, "two of each"
+    summary = summary_of(extract(pictures, "-o", output, *SHAPE, *DEVICES, "--json"))
+    assert summary["encoded"] == PICTURES - done
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 
 
@@ -123,15 +121,16 @@ def test_when_all_devices_die_what_is_done_stays_and_the_same_command_goes_on(
 def test_a_signal_commits_what_every_device_has_encoded(
     pictures: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    output = tmp_path / "feats.h5"
-    process = subprocess.Popen(arguments(pictures, output, "--json"), stdout=subprocess.PIPE, text=True)
-    wait_for(Path(f"{output}.partial"))
-    time.sleep(0.5)
-    devices = device_processes(process.pid)
-    process.send_signal(number)
-    stdout, _ = process.communicate(timeout=15)
-    assert process.returncode == 128 + number
-    assert not any(Path(f"/proc/{pid}").exists() for pid in devices)
+    output = tmp_path / "out" / "feats.h5"
+    output.parent.mkdir()
+    line = arguments(pictures, output, "--json")
+    with held(Moment(RECORD, 3), tmp_path / "mark", *line, stdout=subprocess.PIPE) as held_run:
+        devices = device_processes(held_run.process.pid)
+        assert len(devices) == 2
+        held_run.process.send_signal(number)
+        stdout, _ = held_run.end()
+    assert held_run.process.returncode == 128 + number
+    assert are_gone(devices)
     first = json.loads(stdout)
     assert first["found"] == first["done"] + first["skipped"] + first["pending"]
     second = summary_of(extract(pictures, "-o", output, *SHAPE, *DEVICES, "--json"))
@@ -142,16 +141,15 @@ def test_a_signal_commits_what_every_device_has_encoded(
 def test_devices_end_with_a_killed_parent_and_one_device_finishes_what_two_began(
     pictures: Path, whole: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "feats.h5"
-    process = subprocess.Popen(arguments(pictures, output), stderr=subprocess.DEVNULL)
-    wait_until_committed(output, 1)
-    devices = device_processes(process.pid)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in devices):
-        assert time.monotonic() < deadline, "a device outlives its parent"
-        time.sleep(0.05)
+    output = tmp_path / "out" / "feats.h5"
+    output.parent.mkdir()
+    one_is_committed = Moment(COMMIT, 2, settings=EVERY_IMAGE)
+    with held(one_is_committed, tmp_path / "mark", *arguments(pictures, output)) as held_run:
+        devices = device_processes(held_run.process.pid)
+        assert len(devices) == 2
+        held_run.process.kill()
+    wait_until(lambda: are_gone(devices))
+    assert any(image.is_done for image in open_features(f"{output}.partial").values())
     assert extract(pictures, "-o", output, *SHAPE).returncode == 3
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
 import subprocess
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,27 +14,30 @@ import crash_driver
 import crash_tracing as tracing
 import pytest
 from crash_checks import KINDS
+from crash_driver import Behaviour
+from forking import PATIENCE
 
 from internvit_cli.errors import ExitCode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from concurrent.futures import ProcessPoolExecutor
 
-DRIVER = Path(__file__).with_name("crash_driver.py")
+    from drivers import Driver
+
 DISK = "64M"
 NAMES = [*(f"{number:02d}.png" for number in range(60)), "bad.png", "spoiled.png"]
-ROW_SIZE = ("--tokens", "256", "256", "--checkpoint-bytes", "2000000")
+ROWS = Behaviour(tokens=(256, 256), checkpoint_bytes=2_000_000)
 """A tile takes 128 kB: all pictures together fill about half of the disk."""
 
 
-def command(pictures: Path, output: Path, *own: str, options: tuple[str, ...] = ()) -> list[str]:
+def words(pictures: Path, output: Path, options: Sequence[str] = ()) -> tuple[object, ...]:
     cut = [] if output.suffix == ".h5" else ["--shard-size", "8MB"]
-    arguments = ["extract", str(pictures), "-o", str(output), *cut, *options]
-    return [sys.executable, str(DRIVER), *ROW_SIZE, *own, "--", *arguments]
+    return "extract", pictures, "-o", output, *cut, *options
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -67,69 +68,67 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_that_cannot_fit_ends_with_6_and_both_figures_before_any_work(
-    disk: Path, pictures: Path, kind: str
+    driver: Driver, disk: Path, pictures: Path, kind: str
 ) -> None:
     name, *options = KINDS[kind]
+    line = words(pictures, disk / name, options)
     filler = disk / "filler"
     crash_driver.fill_disk(str(filler))
     with filler.open("r+b") as file:
         file.truncate(filler.stat().st_size - (4 << 20))
-    result = run(command(pictures, disk / name, options=tuple(options)))
-    assert result.returncode == ExitCode.NO_SPACE, result.stderr
-    assert "bytes more, and" in result.stderr and "hint: free some space" in result.stderr
-    assert "encoding with" not in result.stderr and "Traceback" not in result.stderr
+    ended = driver.run(line, ROWS)
+    assert ended.code == ExitCode.NO_SPACE, ended.said
+    assert "bytes more, and" in ended.said and "hint: free some space" in ended.said
+    assert "encoding with" not in ended.said and "Traceback" not in ended.said
     assert not list(disk.rglob("*.partial*")), "nothing was begun"
     filler.unlink()
-    assert run(command(pictures, disk / name, options=tuple(options))).returncode == ExitCode.SKIPPED
+    assert driver.run(line, ROWS).code == ExitCode.SKIPPED
 
 
 @pytest.mark.parametrize("after", [0, pytest.param(7, marks=pytest.mark.sweep), 30])
 @pytest.mark.parametrize("kind", KINDS)
 def test_when_space_runs_out_in_the_middle_nothing_committed_is_lost_and_the_rerun_finishes(
-    disk: Path, pictures: Path, kind: str, after: int
+    driver: Driver, disk: Path, pictures: Path, kind: str, after: int
 ) -> None:
     """As where space cannot be set aside: some other program takes all of it while rows are written."""
     name, *options = KINDS[kind]
+    line = words(pictures, disk / name, options)
     known = {key: {digest} for key, digest in checks.digests_of(pictures).items()}
     filler = disk / "filler"
-    own = ("--no-reserve", "--report", "--fill-disk", str(filler), "--fill-disk-after", str(after))
-    result = run(command(pictures, disk / name, *own, options=tuple(options)))
-    assert result.returncode == ExitCode.NO_SPACE, (result.returncode, result.stderr)
-    assert "error: no room for" in result.stderr and "hint: " in result.stderr and "Traceback" not in result.stderr
-    said = [int(line) for line in result.stdout.splitlines() if line.isdigit()]
-    found = checks.check_output(disk / name, known)
-    assert found >= (said[-1] if said else 0)
+    ended = driver.run(line, replace(ROWS, no_reserve=True, report=True, fill_disk=str(filler), fill_disk_after=after))
+    assert ended.code == ExitCode.NO_SPACE, ended.said
+    assert "error: no room for" in ended.said and "hint: " in ended.said and "Traceback" not in ended.said
+    said = [int(line) for line in ended.said.splitlines() if line.isdigit()]
+    assert checks.check_output(disk / name, known) >= (said[-1] if said else 0)
     filler.unlink()
-    again = run(command(pictures, disk / name, options=tuple(options)))
-    assert again.returncode == ExitCode.SKIPPED, again.stderr
+    again = driver.run(line, ROWS)
+    assert again.code == ExitCode.SKIPPED, again.said
     assert checks.check_output(disk / name, known) == len(NAMES)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_space_that_was_set_aside_is_there_whatever_others_write(disk: Path, pictures: Path, kind: str) -> None:
+def test_space_that_was_set_aside_is_there_whatever_others_write(
+    driver: Driver, disk: Path, pictures: Path, kind: str
+) -> None:
     name, *options = KINDS[kind]
     if kind != "file":
         options += ["--shard-size", "1GB"]  # one shard: of later ones nothing is set aside
+    line = words(pictures, disk / name, options)
     filler = disk / "filler"
-    own = ("--fill-disk", str(filler), "--fill-disk-after", "5")
-    result = run(command(pictures, disk / name, *own, options=tuple(options)))
+    ended = driver.run(line, replace(ROWS, fill_disk=str(filler), fill_disk_after=5))
     known = {key: {digest} for key, digest in checks.digests_of(pictures).items()}
-    if result.returncode == ExitCode.SKIPPED:
+    if ended.code == ExitCode.SKIPPED:
         assert checks.check_output(disk / name, known) == len(NAMES)
         return
     # The list of skipped images and the published index are small files that come last; they had no room.
-    assert result.returncode == ExitCode.NO_SPACE, result.stderr
+    assert ended.code == ExitCode.NO_SPACE, ended.said
     assert checks.check_output(disk / name, known) >= len(NAMES) - 2
     filler.unlink()
-    assert run(command(pictures, disk / name, options=tuple(options))).returncode == ExitCode.SKIPPED
+    assert driver.run(line, ROWS).code == ExitCode.SKIPPED
     assert checks.check_output(disk / name, known) == len(NAMES)
 
 
 # --------------------------------------------------------------------------------------------------------- I/O errors
-
-
-def begin_process() -> None:
-    tracing.warm_up(crash_driver.Behaviour(inline=True, shard_images=4))
 
 
 def fail_each_sync(folder: Path, kind: str) -> tuple[int, list[str]]:
@@ -170,12 +169,9 @@ def fail_each_sync(folder: Path, kind: str) -> tuple[int, list[str]]:
 @pytest.mark.sweep
 @pytest.mark.skipif(bool(tracing.why_not_traceable()), reason=tracing.why_not_traceable() or "strace")
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_io_error_at_any_sync_is_fatal_and_the_next_run_finishes(tmp_path: Path, kind: str) -> None:
-    with (
-        tempfile.TemporaryDirectory(dir="/dev/shm") as folder,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_process) as pool,
-    ):
-        count, wrong = pool.submit(fail_each_sync, Path(folder), kind).result()
+def test_an_io_error_at_any_sync_is_fatal_and_the_next_run_finishes(processes: ProcessPoolExecutor, kind: str) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        count, wrong = processes.submit(fail_each_sync, Path(folder), kind).result()
     print(f"\n{kind}: {count} syncs failed in turn, {len(wrong)} went wrong")
     assert count > 8
     assert not wrong, "\n".join(wrong[:5])

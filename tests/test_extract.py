@@ -10,12 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from forking import Forked, run_apart
+from moments import DISK, EVERY_IMAGE, SUBMIT, WRITE, Moment, held
 from PIL import Image
 from run_helpers import (
     assert_same_content,
@@ -25,7 +26,6 @@ from run_helpers import (
     make_pictures,
     state_of,
     summary_of,
-    wait_for,
 )
 
 from internvit_cli import open_features
@@ -97,8 +97,8 @@ def test_a_second_run_does_nothing_touches_no_byte_and_loads_no_torch(
 def test_both_formats_hold_the_same_features(pictures: Path, tmp_path: Path) -> None:
     options = ("--tile-pooled", "--store-dtype", "bfloat16")
     assert extract(pictures, "-o", tmp_path / "one.h5", *options).returncode == 0
-    assert extract(pictures, "-o", tmp_path / "npy", "--shard-size", "3MB", *options).returncode == 0
-    assert extract(pictures, "-o", tmp_path / "h5s", "--shard-size", "3MB", "--format", "h5", *options).returncode == 0
+    assert extract(pictures, "-o", tmp_path / "npy", "--shard-size", "1MB", *options).returncode == 0
+    assert extract(pictures, "-o", tmp_path / "h5s", "--shard-size", "1MB", "--format", "h5", *options).returncode == 0
     assert len(list((tmp_path / "npy").glob("*.json"))) > 2
     one = open_features(tmp_path / "one.h5")
     for other in (open_features(tmp_path / "npy"), open_features(tmp_path / "h5s")):
@@ -161,6 +161,9 @@ def test_a_real_checkpoint_encodes_from_the_command_line(
 # ------------------------------------------------------------------------------------------------- stopped and resumed
 
 
+SHAPE = ("--dtype", "float32", "--max-tiles", 3)
+
+
 @pytest.fixture(scope="module")
 def many_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
@@ -171,27 +174,28 @@ def many_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(many_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("uninterrupted") / "feats.h5"
-    assert extract(many_pictures, "-o", output, "--dtype", "float32").returncode == 0
+    assert extract(many_pictures, "-o", output, *SHAPE).returncode == 0
     return output
 
 
-@pytest.mark.parametrize("delay", [0.15, 0.9, *(pytest.param(delay, marks=pytest.mark.sweep) for delay in (0.0, 0.4))])
+@pytest.mark.parametrize(
+    ("image", "call"), [(2, 3), (25, 8), *(pytest.param(*at, marks=pytest.mark.sweep) for at in ((1, 1), (40, 8)))]
+)
 def test_kill_9_in_the_middle_and_the_same_command_give_the_file_of_an_uninterrupted_run(
-    many_pictures: Path, uninterrupted: Path, tmp_path: Path, delay: float
+    many_pictures: Path, uninterrupted: Path, tmp_path: Path, image: int, call: int
 ) -> None:
+    """At a call of the disk while, or after, an image is written."""
     output = tmp_path / "feats.h5"
-    arguments = command("extract", many_pictures, "-o", output, "--model", "tiny-random", "--dtype", "float32")
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(Path(f"{output}.partial"))
-    time.sleep(delay)
-    process.kill()
-    process.wait()
+    arguments = ("extract", many_pictures, "-o", output, "--model", "tiny-random", *SHAPE)
+    moment = Moment(WRITE, image, settings=EVERY_IMAGE).then(DISK, call)
+    killed = moment.run("SIGKILL", *arguments)
+    assert killed.returncode == -9, killed.stderr
     assert not output.exists(), "a file under its final name is complete"
     with h5py.File(f"{output}.partial") as partial:
         done = partial["image/status"][...] == Status.DONE
         with h5py.File(uninterrupted) as whole:
             np.testing.assert_array_equal(partial["pooled"][done], whole["pooled"][done])
-    assert extract(many_pictures, "-o", output, "--dtype", "float32").returncode == 0
+    assert extract(many_pictures, "-o", output, *SHAPE).returncode == 0
     assert_same_content(output, uninterrupted)
 
 
@@ -202,48 +206,39 @@ def test_a_signal_commits_what_is_encoded_and_the_same_command_goes_on(
     many_pictures: Path, uninterrupted: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     output = tmp_path / "feats.h5"
-    arguments = command(
-        "extract", many_pictures, "-o", output, "--model", "tiny-random", "--dtype", "float32", "--json"
-    )
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    wait_for(Path(f"{output}.partial"))
-    time.sleep(0.5)
-    process.send_signal(number)
-    text, _ = process.communicate(timeout=15)
-    assert process.returncode == 128 + number
-    first = json.loads(text)
-    assert first["found"] == first["done"] + first["skipped"] + first["pending"]
+    arguments = ("extract", many_pictures, "-o", output, "--model", "tiny-random", *SHAPE, "--json", "--batch-size", 4)
+    process = Moment(SUBMIT, 5).run(number.name, *arguments)
+    assert process.returncode == 128 + number, process.stderr
+    first = json.loads(process.stdout)
+    assert first["found"] == first["done"] + first["skipped"] + first["pending"] and first["done"] and first["pending"]
     with h5py.File(f"{output}.partial") as partial:
         assert int((partial["image/status"][...] == Status.DONE).sum()) == first["done"]
-    second = summary_of(extract(many_pictures, "-o", output, "--dtype", "float32", "--json"))
+    second = summary_of(extract(many_pictures, "-o", output, *SHAPE, "--json"))
     assert second["encoded"] == first["pending"], "nothing that was committed is done again"
     assert_same_content(output, uninterrupted)
 
 
 def test_a_signal_while_planning_ends_the_run_at_once_with_nothing_made(tmp_path: Path) -> None:
     picture = make_pictures(tmp_path / "one", 1)[0].read_bytes()
-    for number in range(6000):
+    for number in range(2000):
         (tmp_path / f"{number:05d}.jpg").write_bytes(picture)
     output = tmp_path / "feats.h5"
-    arguments = command("extract", tmp_path, "-o", output, "--model", "tiny-random", "--max-tiles", 1, "--json")
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    wait_for(Path(f"{output}.lock"))
-    process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=10)
-    assert process.returncode == 143 and json.loads(text)["exit_code"] == 143
+    arguments = ("extract", tmp_path, "-o", output, "--model", "tiny-random", "--max-tiles", 1, "--json")
+    process = Moment(("internvit_cli.workers:WorkerPool.wait",)).run("SIGTERM", *arguments)
+    assert process.returncode == 143 and json.loads(process.stdout)["exit_code"] == 143
+    assert "images to encode" not in process.stderr, "the plan never came to its end"
     assert not list(tmp_path.glob("feats.h5*"))
 
 
 def test_a_killed_run_over_a_folder_of_shards_goes_on_with_the_next_shard(many_pictures: Path, tmp_path: Path) -> None:
     whole, output = tmp_path / "whole", tmp_path / "feats"
-    options = ("--shard-size", "6MB", "--dtype", "float32", "--max-tiles", "6")
+    options = (*SHAPE, "--shard-size", "6MB")
     assert extract(many_pictures, "-o", whole, *options).returncode == 0
-    arguments = command("extract", many_pictures, "-o", output, "--model", "tiny-random", *options)
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(output / "shard-00001.partial")
-    process.kill()
-    process.wait()
+    arguments = ("extract", many_pictures, "-o", output, "--model", "tiny-random", *options)
+    moment = Moment(("internvit_cli.pipeline:create_shard",), 2).then(WRITE)
+    assert moment.run("SIGKILL", *arguments).returncode == -9
     assert open_features(output), "the shards that the manifest names can be read"
+    assert (output / "shard-00001.partial").exists()
     assert extract(many_pictures, "-o", output, *options).returncode == 0
     arrays = sorted(path.name for path in whole.glob("*.npy"))
     assert sorted(path.name for path in output.glob("*.npy")) == arrays
@@ -428,14 +423,12 @@ def test_overwrite_keeps_the_old_output_until_the_new_one_is_complete(
 
 def test_a_second_run_on_the_same_output_is_told_who_holds_it(many_pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "feats.h5"
-    arguments = command("extract", many_pictures, "-o", output, "--model", "tiny-random", "-q")
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(Path(f"{output}.partial"))
-    second = extract(many_pictures, "-o", output)
-    assert second.returncode == 75 and f"process {process.pid}" in second.stderr
-    process.kill()
-    process.wait()
-    assert extract(many_pictures, "-o", output).returncode == 0, "a dead run's lock needs no human"
+    arguments = ("extract", many_pictures, "-o", output, "--model", "tiny-random", *SHAPE, "-q")
+    with held(Moment(WRITE), tmp_path / "mark", *arguments) as held_run:
+        second = extract(many_pictures, "-o", output, *SHAPE)
+        assert second.returncode == 75 and f"process {held_run.process.pid}" in second.stderr
+        held_run.process.kill()
+    assert extract(many_pictures, "-o", output, *SHAPE).returncode == 0, "a dead run's lock needs no human"
 
 
 def test_a_key_from_another_root_is_refused_with_both_named(tmp_path: Path) -> None:
@@ -473,8 +466,10 @@ def test_lists_come_from_files_and_from_standard_input(
     (tmp_path / "list").write_bytes(b"\0".join(key.encode() for key in keys))
     options = ("-0", "--root", pictures)
     assert extract("--files-from", tmp_path / "list", *options, "-o", tmp_path / "a.h5").returncode == 0
-    arguments = command("extract", "-", "-o", tmp_path / "b.h5", "--model", "tiny-random")
-    subprocess.run(arguments, input="\n".join(keys), text=True, capture_output=True, check=True)
+    (tmp_path / "lines").write_text("\n".join(keys))
+    with (tmp_path / "lines").open() as lines:
+        ended = run_apart("extract", "-", "-o", tmp_path / "b.h5", "--model", "tiny-random", stdin=lines.fileno())
+    assert ended.returncode == 0, ended.stderr
     assert list(open_features(tmp_path / "a.h5")) == list(open_features(tmp_path / "b.h5")) == keys
 
 
@@ -502,7 +497,13 @@ def test_plan_of_a_known_model_needs_no_network(pictures: Path, tmp_path: Path) 
     assert planned["bytes"] > planned["tiles"] * per_tile
 
 
-@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", "| true", "2>&1 | true"])
+@pytest.mark.parametrize(
+    "closing",
+    [
+        *("<&- >&- 2>&-", "2>&1 | true"),
+        *(pytest.param(one, marks=pytest.mark.sweep) for one in ("<&-", ">&-", "2>&-", "| true")),
+    ],
+)
 def test_closed_and_broken_streams_change_neither_the_work_nor_the_exit_code(
     pictures: Path, tmp_path: Path, closing: str
 ) -> None:
@@ -521,16 +522,14 @@ def test_progress_on_a_terminal_is_a_bar_and_elsewhere_a_line(pictures: Path, tm
     plain = extract(pictures, "-o", tmp_path / "a.h5")
     assert "\r" not in plain.stderr and "8 images found = 8 to encode (44 tiles)" in plain.stderr
     leader, follower = pty.openpty()
-    arguments = command("extract", pictures, "-o", tmp_path / "b.h5", "--model", "tiny-random")
-    with subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=follower, env=os.environ | {"TERM": "xterm"}
-    ) as process:
-        os.close(follower)
-        drawn = b""
-        try:
-            while block := os.read(leader, 65536):
-                drawn += block
-        except OSError:
-            pass  # the terminal closes with the process
+    arguments = ("extract", pictures, "-o", tmp_path / "b.h5", "--model", "tiny-random")
+    process = Forked(*arguments, stderr=follower, env=os.environ | {"TERM": "xterm"})
+    os.close(follower)
+    drawn = b""
+    try:
+        while block := os.read(leader, 65536):
+            drawn += block
+    except OSError:
+        pass  # the terminal closes with the process
     os.close(leader)
-    assert process.returncode == 0 and b"\r" in drawn and b"tiles/s" in drawn
+    assert process.wait() == 0 and b"\r" in drawn and b"tiles/s" in drawn

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
 CPU = {"dtype": "float32", "device": "cpu"}
+FEW, FEW_TILES = {"max_tiles": 3}, ("--max-tiles", 3)
 PHOTOS = ("028_exif-samples_640x480.jpg", "021_exif-orientation_1200x1800.jpg", "066_libwebp-gallery_800x600.webp")
 """The second is turned by its EXIF."""
 
@@ -78,14 +79,17 @@ def assert_same(ours: ImageFeatures, theirs: ImageFeatures) -> None:
 @pytest.fixture(scope="module")
 def stored(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Features:
     output = tmp_path_factory.mktemp("out") / "feats.h5"
-    assert extract(folder, "-o", output, "--tile-pooled", *FLOAT32).returncode == 0
+    assert extract(folder, "-o", output, "--tile-pooled", *FEW_TILES, *FLOAT32).returncode == 0
     return open_features(output)
 
 
 @pytest.mark.parametrize("source", ["paths", "pillow", "streamed"])
 def test_pictures_of_every_kind_give_the_bits_of_the_command_line(folder, stored, source):
     """EXIF, alpha, palettes, 16 bits, floats, CMYK, TIFF: as files and as Pillow images, batched across images."""
-    with Extractor("tiny-random", tile_pooled=True, batch_tiles=5, **CPU) as extractor, contextlib.ExitStack() as stack:
+    with (
+        Extractor("tiny-random", tile_pooled=True, max_tiles=4, batch_tiles=5, **CPU) as extractor,
+        contextlib.ExitStack() as stack,
+    ):
         paths = [folder / key for key in stored]
         if source == "paths":
             images = extractor(paths)
@@ -376,9 +380,9 @@ def test_one_picture_gives_one_image_and_a_list_gives_a_list(folder, stored):
 
 
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
-    "patch tokens, cls": ({"tokens": "patch", "pool": "cls"}, ("--tokens", "patch", "--pool", "cls")),
+    "patch tokens, cls": (FEW | {"tokens": "patch", "pool": "cls"}, (*FEW_TILES, "--tokens", "patch", "--pool", "cls")),
     "no tokens": ({"tokens": "none", "pool": "cls+mean"}, ("--tokens", "none", "--pool", "cls+mean")),
-    "no thumbnail": ({"thumbnail": False, "tile_pooled": True}, ("--no-thumbnail", "--tile-pooled")),
+    "no thumbnail": (FEW | {"thumbnail": False, "tile_pooled": True}, (*FEW_TILES, "--no-thumbnail", "--tile-pooled")),
     "few small tiles": ({"max_tiles": 4, "tile_size": 224}, ("--max-tiles", 4, "--tile-size", 224)),
     "squash, bfloat16": (
         {"preprocess": "squash", "store_dtype": "bfloat16"},
@@ -388,9 +392,12 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
         {"preprocess": "clip", "store_dtype": "float32"},
         ("--preprocess", "clip", "--store-dtype", "float32"),
     ),
-    "background, no exif": ({"background": "red", "exif": False}, ("--background", "red", "--no-exif")),
-    "an earlier layer": ({"layer": -2}, ("--layer", -2)),
-    "a low limit": ({"max_pixels": 300_000}, ("--max-pixels", 300_000)),
+    "background, no exif": (
+        FEW | {"background": "red", "exif": False},
+        (*FEW_TILES, "--background", "red", "--no-exif"),
+    ),
+    "an earlier layer": (FEW | {"layer": -2}, (*FEW_TILES, "--layer", -2)),
+    "a low limit": (FEW | {"max_pixels": 300_000}, (*FEW_TILES, "--max-pixels", 300_000)),
 }
 
 

@@ -46,12 +46,15 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-def test_thirty_runs_over_a_changing_folder_end_equal_to_one_run_over_the_last(output: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("turns", [11, pytest.param(30, marks=pytest.mark.sweep)])
+def test_many_runs_over_a_changing_folder_end_equal_to_one_run_over_the_last(
+    output: Path, tmp_path: Path, turns: int
+) -> None:
     random = np.random.default_rng(7)
     folder = tmp_path / "pictures"
     for number in range(5):
         put(folder / f"start{number}.png", random)
-    for turn in range(30):
+    for turn in range(turns):
         present = sorted(folder.rglob("*.png"))
         put(folder / f"new{turn % 4}" / f"{turn:02d}.png", random)
         if turn % 3 == 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import PATIENCE
 from kernel_cases import CASES, Setting, close, feature_model
 from model_helpers import random_tiles, relative_error, tiny_card
 from torch import nn
@@ -49,11 +50,11 @@ def no_gradients():
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    """What went wrong, by case, in Triton's interpreter: a process of its own, so that it is asked for in time."""
+    """By case that ran, what went wrong in Triton's interpreter: a process of its own, asked for it in time."""
     script = Path(__file__).with_name("kernel_cases.py")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", script], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "ignore", script], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -62,7 +63,7 @@ def interpreted() -> dict[str, str]:
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
 def test_in_tritons_interpreter_a_kernel_gives_what_its_twin_gives(case, interpreted):
-    assert interpreted.get(case, "") == ""
+    assert interpreted[case] == ""
 
 
 @needs_triton

@@ -1,50 +1,46 @@
-"""kill -9 at random moments: of the real command with tiny-random, and, by the score, of the crash driver."""
+"""kill -9 at random calls: of the real command with tiny-random, and, by the score, of the crash driver.
+
+Calls are counted, not seconds: every kill hits, however fast the machine is.
+"""
 
 from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import crash_checks as checks
 import pytest
 from crash_checks import KINDS
-from run_helpers import bounds, command, finish, make_pictures
+from crash_driver import Behaviour
+from forking import run_apart
+from moments import DISK, EVERY_IMAGE, WRITE, Moment
+from run_helpers import make_pictures
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from drivers import Driver
 
 PICTURES = 30
 KILLS = 30
 CHAIN = 20
-"""Kills of one run, one after another."""
-DRIVER = Path(__file__).with_name("crash_driver.py")
+"""Kills of one run, one after another, unless it comes to its end before."""
+SMALL_SHARDS = Behaviour(shard_images=4)
+LAST_CALLS = 12
+"""After the last image a run calls the disk more often than this."""
 
 
-def extract(pictures: Path, folder: Path, kind: str) -> list[str]:
+def extract(pictures: Path, folder: Path, kind: str) -> tuple[object, ...]:
     """The real command; shards are small, so that there are several."""
     name, *options = KINDS[kind]
     options += [*checks.shards_of(kind, "6MB"), *("--dtype", "float32"), *("--max-tiles", "4"), "--quiet"]
-    return command("extract", pictures, "-o", folder / name, "--model", "tiny-random", *options)
+    return "extract", pictures, "-o", folder / name, "--model", "tiny-random", *options
 
 
-def drive(pictures: Path, folder: Path, kind: str) -> list[str]:
-    """The same with the crash driver, slowed down so that there is something to kill."""
-    name, *options = KINDS[kind]
-    own = ["--pause", "0.004", "--shard-images", "4", "--"]
-    return [
-        *(sys.executable, str(DRIVER), *own),
-        *("extract", str(pictures), "-o", str(folder / name), "--quiet", *options),
-    ]
-
-
-def kill_after(arguments: list[str], seconds: float) -> bool:
-    """Run, and kill after a time; returns whether there was anything left to kill."""
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    return process.wait() == -9
+def finish(*arguments: object) -> None:
+    ended = run_apart(*arguments)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +55,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_killed_at_random_moments_ends_as_if_it_had_not_been(
     pictures: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Spread over the run from its first file to its end; each run is finished by the same command."""
-    (tmp_path / "whole").mkdir()
-    whole = tmp_path / "whole" / KINDS[kind][0]
-    begun, ended = bounds(extract(pictures, tmp_path / "whole", kind), whole)
-    kills, tries, chance = 0, KILLS // len(KINDS), random.Random(kind)
+    """Spread over the run from its first call of the disk to its last; each run is finished by the same command."""
+    whole, tries, chance = tmp_path / "whole", KILLS // len(KINDS), random.Random(kind)
+    whole.mkdir()
+    finish(*extract(pictures, whole, kind))
     for number in range(tries):
         folder = tmp_path / f"{number}"
         folder.mkdir()
-        arguments = extract(pictures, folder, kind)
-        kills += kill_after(arguments, begun + (number + chance.random()) / tries * (ended - begun))
-        finish(arguments)
-        checks.assert_same_output(folder / KINDS[kind][0], whole)
+        call = chance.randint(1, LAST_CALLS)
+        moment = Moment(WRITE, number * PICTURES // (tries - 1), settings=EVERY_IMAGE).then(DISK, call)
+        if not number:
+            moment = Moment(DISK, call)
+        assert moment.run("SIGKILL", *extract(pictures, folder, kind)).returncode == -9
+        finish(*extract(pictures, folder, kind))
+        checks.assert_same_output(folder / KINDS[kind][0], whole / KINDS[kind][0])
         shutil.rmtree(folder)
-    print(f"\n{kind}: {kills} kills of {tries} runs, 0 losses")
-    assert kills > tries // 2
+    print(f"\n{kind}: {tries} kills of {tries} runs, 0 losses")
 
 
 @pytest.mark.sweep
@@ -82,35 +79,49 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(pictures: Path,
     folders = [tmp_path / name for name in ("whole", "killed")]
     for folder in folders:
         folder.mkdir()
-    whole, killed = (folder / KINDS[kind][0] for folder in folders)
-    begun, ended = bounds(extract(pictures, folders[0], kind), whole)
+    finish(*extract(pictures, folders[0], kind))
     chance, kills = random.Random(kind), 0
     arguments = extract(pictures, folders[1], kind)
-    while kills < CHAIN and kill_after(arguments, begun + chance.random() * 0.4 * (ended - begun)):
+    while kills < CHAIN:
+        # After a third of the images at most, so that the second kill hits too whatever the first one left.
+        moment = Moment(WRITE, chance.randint(1, PICTURES // 3), settings=EVERY_IMAGE).then(DISK, chance.randint(1, 12))
+        code = moment.run("SIGKILL", *arguments).returncode
+        if code != -9:
+            assert code == 0
+            break
         kills += 1
-    finish(arguments)
-    checks.assert_same_output(killed, whole)
+    finish(*arguments)
+    checks.assert_same_output(*(folder / KINDS[kind][0] for folder in reversed(folders)))
     print(f"\n{kind}: {kills} kills of one run, 0 losses")
     assert kills > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_storage_protocol_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path, kind: str) -> None:
+def test_the_storage_protocol_killed_again_and_again_ends_as_if_it_had_not_been(
+    driver: Driver, tmp_path: Path, kind: str
+) -> None:
     """Every row's right content is known, and is looked at after every kill."""
     pictures, folders = tmp_path / "pictures", [tmp_path / name for name in ("whole", "killed")]
     checks.make_pictures(pictures, [*(f"{number:03d}.png" for number in range(60)), "bad.png", "spoiled.png"])
     known = {key: {digest} for key, digest in checks.digests_of(pictures).items()}
+    name, *options = KINDS[kind]
     for folder in folders:
         folder.mkdir()
-    whole, killed = (folder / KINDS[kind][0] for folder in folders)
-    begun, ended = bounds(drive(pictures, folders[0], kind), whole)
+    lines = [("extract", pictures, "-o", folder / name, "--quiet", *options) for folder in folders]
+    assert driver.run(lines[0], SMALL_SHARDS).code == 3
     chance, settled = random.Random(kind), [0]
-    arguments = drive(pictures, folders[1], kind)
-    while len(settled) <= CHAIN and kill_after(arguments, begun + chance.random() * 0.4 * (ended - begun)):
-        settled.append(checks.check_output(killed, known))
+    while len(settled) <= CHAIN:
+        # At most a third of the rows come to the disk between two kills: at least two of them hit.
+        moment = Moment(WRITE, chance.randint(1, 20)).then(DISK, chance.randint(1, LAST_CALLS))
+        ended = driver.run(lines[1], SMALL_SHARDS, moment)
+        if ended.code != -9:
+            assert ended.code == 3, ended.said
+            break
+        settled.append(checks.check_output(folders[1] / name, known))
         assert settled[-1] >= settled[-2], "images that were settled no more are"
-    finish(arguments, 3)
-    checks.check_output(killed, known)
-    checks.assert_same_output(killed, whole)
+    ended = driver.run(lines[1], SMALL_SHARDS)
+    assert ended.code == 3, ended.said
+    checks.check_output(folders[1] / name, known)
+    checks.assert_same_output(folders[1] / name, folders[0] / name)
     print(f"\n{kind}: {len(settled) - 1} kills of one run, images settled after each: {settled[1:]}")
     assert len(settled) > 2

@@ -5,17 +5,17 @@ from __future__ import annotations
 import fcntl
 import os
 import random
-import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import crash_checks as checks
 import pytest
 from crash_checks import KINDS, shards_of
+from forking import PATIENCE
+from moments import COMMIT, DISK, WRITE, Moment, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,9 @@ DISK_MEGABYTES = 192
 DRIVER = Path(__file__).with_name("crash_driver.py")
 CUTS = 7
 """Of each kind of output."""
-CONTROL_CUTS = 8
+CONTROL_CUTS = 3
+LAST_CALLS = 8
+"""After the last image a run calls the disk more often than this."""
 PICTURES = 40
 ROW_SIZE = ("--tokens", "256", "256")
 """A tile takes 128 kB, as those of real models take megabytes."""
@@ -67,7 +69,7 @@ class Disk:
 
 
 def _command(*arguments: str) -> None:
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)
     if run.returncode:
         raise OSError(f"{' '.join(arguments)}: {run.stderr.strip()}")
 
@@ -101,25 +103,29 @@ def driver(pictures: Path, disk: Disk, kind: str, *own: str) -> list[str]:
     return [sys.executable, str(DRIVER), *ROW_SIZE, *CHECKPOINT, *own, "--", *arguments]
 
 
-def run_and_cut(command: list[str], disk: Disk, seconds: float) -> int:
-    """Start the driver and cut the power so many seconds after its first checkpoint.
+def run_and_cut(disk: Disk, pictures: Path, kind: str, moment: Moment, *own: str) -> int:
+    """Run the driver up to a moment, and cut the power while it stands still there.
 
     Returns:
-        The images that it had said to be on the disk by then, as far as the last shard's count went.
+        The images that it had said to be on the disk by then.
     """
-    process = subprocess.Popen([*command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    command = driver(pictures, disk, kind, "--report", "--moment", moment.plan("SIGSTOP"), *own)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
     assert process.stdout is not None
-    first = process.stdout.readline()
-    time.sleep(seconds)
-    # Whoever reads the reports after the cut may see some that came later, so the process stands still first.
-    process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: is_stopped(process.pid), process)
     disk.cut_power()
     process.kill()
-    reports = [int(line) for line in [first, *process.stdout.read().split()] if line.strip()]
+    reports = [int(line) for line in process.stdout.read().split()]
     process.wait()
     disk.unmount()
     disk.mount()
     return total_of(reports)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of a process stands still: the signal that stops one takes a moment for the others."""
+    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
 
 
 def total_of(reports: list[int]) -> int:
@@ -133,7 +139,7 @@ def total_of(reports: list[int]) -> int:
 
 
 def finishes(command: list[str]) -> None:
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 3, run.stderr
 
 
@@ -142,22 +148,16 @@ def test_after_a_power_cut_every_committed_row_is_there_and_the_same_command_fin
     disk: Disk, pictures: Path, kind: str
 ) -> None:
     known = {key: {digest} for key, digest in checks.digests_of(pictures).items()}
-    command = driver(pictures, disk, kind, "--report")
-    disk.make()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
-    assert process.stdout is not None and process.stdout.readline()
-    started = time.monotonic()
-    assert process.communicate()[0] and process.returncode == 3
-    duration = time.monotonic() - started
-    disk.unmount()
     chance, settled = random.Random(kind), []
-    for _ in range(CUTS):
+    for cut in range(CUTS):
         disk.make()
-        said = run_and_cut(command, disk, chance.uniform(0, 1.1 * duration))
+        # Spread over the images, and there at any call of the disk; after the last image there are as many.
+        moment = Moment(WRITE, 1 + cut * (PICTURES - 1) // (CUTS - 1)).then(DISK, chance.randint(1, LAST_CALLS))
+        said = run_and_cut(disk, pictures, kind, moment)
         found = checks.check_output(disk.mount_point / KINDS[kind][0], known)
         assert found >= said, f"{said} images were said to be on the disk, and {found} are"
         settled.append(found)
-        finishes(command)
+        finishes(driver(pictures, disk, kind))
         assert checks.check_output(disk.mount_point / KINDS[kind][0], known) == PICTURES + 2
         disk.unmount()
     print(f"\n{kind}: {CUTS} power cuts, images committed at each: {sorted(settled)}, none lost")
@@ -166,11 +166,10 @@ def test_after_a_power_cut_every_committed_row_is_there_and_the_same_command_fin
 def test_the_power_cut_finds_statuses_that_are_written_before_their_rows(disk: Disk, pictures: Path) -> None:
     """The control: the wrong order, in the driver only, must be caught, or else the test above proves nothing."""
     known = {key: {digest} for key, digest in checks.digests_of(pictures).items()}
-    command = driver(pictures, disk, "file", "--report", "--misordered", "--pause", "0.01")
-    chance, caught = random.Random(0), 0
-    for _ in range(CONTROL_CUTS):
+    caught = 0
+    for number in range(2, 2 + CONTROL_CUTS):
         disk.make()
-        run_and_cut(command, disk, chance.uniform(0, 0.4))
+        run_and_cut(disk, pictures, "file", Moment(COMMIT, number), "--misordered", "--inline")
         caught += is_damaged(disk.mount_point / "feats.h5", known)
         disk.unmount()
     print(f"\ncontrol, statuses first: {caught} of {CONTROL_CUTS} power cuts found rows that were not there")

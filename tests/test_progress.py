@@ -11,12 +11,12 @@ import os
 import pathlib
 import shutil
 import signal
-import time
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moments import wait_until
 from run_helpers import command, extract, internvit, make_pictures
 from terminal_helpers import BAR, Terminal, on_terminal, process_on_terminal
 
@@ -153,14 +153,6 @@ def test_durations_read_as_on_a_clock(seconds: float, text: str) -> None:
 # ----------------------------------------------------------------------------------------------------------- displays
 
 
-def eventually(is_so: object) -> None:
-    """Wait for what a thread does in its own time."""
-    deadline = time.monotonic() + 60
-    while not is_so():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_work_without_a_callback_shows_a_sign_of_life_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     log = io.StringIO()
     monkeypatch.setattr("sys.stderr", log)
@@ -168,10 +160,10 @@ def test_work_without_a_callback_shows_a_sign_of_life_in_a_log(monkeypatch: pyte
     with progress(quiet=False) as observer:
         assert isinstance(observer, PlainDisplay)
         with observer.phase("hashing the weights"):
-            eventually(lambda: log.getvalue().count("hashing the weights: ") >= 2)
+            wait_until(lambda: log.getvalue().count("hashing the weights: ") >= 2)
         with observer.phase("encoding", "image", 3) as phase:
             phase.at(2)
-            eventually(lambda: "encoding: 2 of 3 images (66 %)" in log.getvalue())
+            wait_until(lambda: "encoding: 2 of 3 images (66 %)" in log.getvalue())
     assert "\r" not in log.getvalue()
 
 

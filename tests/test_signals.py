@@ -9,13 +9,15 @@ import re
 import shutil
 import signal
 import subprocess
-import time
+from subprocess import PIPE
 from typing import TYPE_CHECKING
 
 import crash_checks as checks
 import pytest
 from crash_checks import KINDS, shards_of
-from run_helpers import command, extract, finish, internvit, make_pictures
+from forking import PATIENCE, Forked, run_apart
+from moments import LOAD, SUBMIT, Moment, held, wait_until
+from run_helpers import command, extract, internvit, make_pictures
 from terminal_helpers import Terminal
 
 from internvit_cli import open_features
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 IMPATIENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Those of which a second one ends the run at once."""
-PATIENCE = 120
-"""Seconds in which whatever is waited for happens on the slowest machine; nothing else here is measured in time."""
+BATCHES_OF_A_PICTURE = 2
+"""Of four tiles each: more than the tiles of a picture."""
 MOMENTS = 4
 """Of each signal and kind of output."""
 PICTURES = 30
@@ -65,20 +67,6 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 main()
 """
 
-BLOCKED = """
-import sys, threading
-from internvit_cli import encoder
-from internvit_cli.__main__ import main
-
-def forever(*_):
-    print("it begins", file=sys.stderr, flush=True)
-    threading.Event().wait()
-
-setattr(encoder.Encoder, sys.argv.pop(1), forever)
-main()
-"""
-"""A run that stands still for ever in one method of the encoder."""
-
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -87,10 +75,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(pictures: Path, folder: Path, kind: str) -> list[str]:
+def words(pictures: Path, folder: Path, kind: str) -> tuple[object, ...]:
     name, *options = KINDS[kind]
     options += [*shards_of(kind, "6MB"), *("--dtype", "float32"), *("--max-tiles", "4"), "--json"]
-    return command("extract", pictures, "-o", folder / name, "--model", "tiny-random", *options)
+    return "extract", pictures, "-o", folder / name, "--model", "tiny-random", *options
+
+
+def arguments(pictures: Path, folder: Path, kind: str) -> list[str]:
+    return command(*words(pictures, folder, kind))
+
+
+def finish(*arguments: object) -> None:
+    ended = run_apart(*arguments)
+    assert ended.returncode == 0, ended.stderr
 
 
 def start(line: list[str]) -> subprocess.Popen[str]:
@@ -103,10 +100,10 @@ def end(process: subprocess.Popen[str], number: int) -> tuple[str, str]:
     return process.communicate(timeout=PATIENCE)
 
 
-def read_until(process: subprocess.Popen[str], text: str) -> None:
+def read_until(process: subprocess.Popen[str] | Forked, text: str) -> None:
     assert process.stderr is not None
-    while text not in process.stderr.readline():
-        assert process.poll() is None
+    while text not in (told := process.stderr.readline()):
+        assert told, "it ended without that word"
 
 
 def scripted(script: str, line: list[str], *arguments: object) -> list[str]:
@@ -140,7 +137,7 @@ def test_a_signal_at_any_moment_ends_the_run_and_the_same_command_finishes(
                 assert told["exit_code"] == ended.returncode
                 if "done" in told:
                     assert told["found"] == told["done"] + told["skipped"] + told["pending"] == PICTURES
-            finish(arguments(pictures, folder, kind))
+            finish(*words(pictures, folder, kind))
             checks.assert_same_output(folder / KINDS[kind][0], tmp_path / "whole" / KINDS[kind][0])
             shutil.rmtree(folder)
 
@@ -162,18 +159,33 @@ def test_an_interrupt_ends_a_command_that_has_nothing_to_save_with_130(command_l
     assert ended.returncode == 130 and "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_after_a_signal_no_more_goes_to_the_encoder_than_the_picture_at_hand(
+    pictures: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    line = (*words(pictures, tmp_path, "file"), "--batch-size", 4)
+    ended = Moment(SUBMIT, 3).run(number.name, *line, tell=tmp_path / "batches")
+    assert ended.returncode == 128 + number, ended.stderr
+    batches = (tmp_path / "batches").stat().st_size if (tmp_path / "batches").exists() else 0
+    assert batches <= BATCHES_OF_A_PICTURE
+    told = json.loads(ended.stdout)
+    assert told["done"] > 0 and told["found"] == told["done"] + told["skipped"] + told["pending"] == PICTURES
+
+
 @pytest.mark.parametrize("number", IMPATIENT)
 def test_a_second_signal_ends_the_run_at_once_and_what_was_committed_stays(
     pictures: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    line = arguments(pictures, tmp_path, "file")
-    process = start(scripted(BLOCKED, line, "submit"))
-    read_until(process, "it begins")
-    process.send_signal(number)
-    read_until(process, "stopping after the batch in flight")
-    _, stderr = end(process, number)
-    assert process.returncode == 128 + number and "Traceback" not in stderr
-    finish(line)
+    """While a batch is encoded that never comes to its end."""
+    line = words(pictures, tmp_path, "file")
+    with held(Moment(SUBMIT, 2), tmp_path / "mark", *line, stdout=PIPE, stderr=PIPE) as run:
+        run.process.send_signal(number)
+        read_until(run.process, "stopping after the batch in flight")
+        run.process.send_signal(number)
+        _, stderr = run.process.communicate()
+        assert run.process.returncode == 128 + number and "Traceback" not in stderr
+        assert run.mark.exists(), "the batch is still being encoded"
+    finish(*line)
     assert len(open_features(tmp_path / "feats.h5")) == PICTURES
 
 
@@ -181,11 +193,13 @@ def test_a_second_signal_ends_the_run_at_once_and_what_was_committed_stays(
 def test_a_signal_while_the_model_loads_ends_the_run_where_it_stands(
     pictures: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """A download of gigabytes, or the digest of a 6B, must not outlast what Slurm grants."""
-    process = start(scripted(BLOCKED, arguments(pictures, tmp_path, "file"), "load"))
-    read_until(process, "it begins")
-    stdout, stderr = end(process, number)
-    assert process.returncode == 128 + number, stderr
+    """A download of gigabytes, or the digest of a 6B, must not outlast what Slurm grants: here it never ends."""
+    line = words(pictures, tmp_path, "file")
+    with held(Moment(LOAD), tmp_path / "mark", *line, stdout=PIPE, stderr=PIPE) as run:
+        run.process.send_signal(number)
+        stdout, stderr = run.process.communicate()
+        assert run.process.returncode == 128 + number, stderr
+        assert run.mark.exists(), "it is still loading"
     assert json.loads(stdout)["error"].startswith("stopped before anything was encoded") and "Traceback" not in stderr
     assert sorted(path.name for path in tmp_path.glob("feats.h5*")) == []
 
@@ -195,20 +209,17 @@ def test_a_signal_while_the_model_loads_ends_the_run_where_it_stands(
 
 def test_a_terminal_that_closes_costs_no_finished_image(pictures: Path, tmp_path: Path) -> None:
     """The kernel and the shell both send SIGHUP, and nothing can be written any more."""
-    line = arguments(pictures, tmp_path, "file")
+    line = words(pictures, tmp_path, "file")
     terminal = Terminal()
     process = subprocess.Popen(
-        scripted(ON_A_TERMINAL_OF_ITS_OWN, [*line, "--batch-size", "1"]),
+        scripted(ON_A_TERMINAL_OF_ITS_OWN, command(*line, "--batch-size", "1")),
         stdin=terminal.follower,
         stdout=subprocess.PIPE,
         stderr=terminal.follower,
         env=os.environ | {"TERM": "xterm"},
         start_new_session=True,
     )
-    deadline = time.monotonic() + PATIENCE
-    while not re.search(rb"encoding \|[^\r]* [1-9]\d*/30", terminal.so_far):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: re.search(rb"encoding \|[^\r]* [1-9]\d*/30", terminal.so_far) is not None, process)
     terminal.hang_up()
     process.send_signal(signal.SIGHUP)
     stdout, _ = process.communicate(timeout=PATIENCE)
@@ -220,7 +231,7 @@ def test_a_terminal_that_closes_costs_no_finished_image(pictures: Path, tmp_path
     assert process.returncode == told["exit_code"] == 129
     assert told["done"] > 0 and told["found"] == told["done"] + told["pending"] == PICTURES
     assert len(open_features(tmp_path / "feats.h5.partial").done) == told["done"]
-    finish(line)
+    finish(*line)
 
 
 def test_under_nohup_a_closing_terminal_is_no_reason_to_stop(pictures: Path, tmp_path: Path) -> None:

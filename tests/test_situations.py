@@ -8,12 +8,13 @@ import os
 import pty
 import signal
 import subprocess
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import storage_helpers as helpers
-from run_helpers import Result, command, extract, internvit, make_pictures, summary_of, wait_for
+from forking import PATIENCE, run_apart
+from moments import WRITE, Moment, held
+from run_helpers import Result, command, extract, internvit, make_pictures, summary_of
 
 from internvit_cli.cli.app import run
 from internvit_cli.config import Format, Status
@@ -184,9 +185,9 @@ def test_what_another_run_made_pending_again_gets_no_final_name(
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is not there")
 def test_a_full_disk_under_the_log_changes_neither_the_work_nor_the_exit_code(tmp_path: Path) -> None:
     make_pictures(tmp_path / "pictures", 2)
-    line = command("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random", "--json")
+    line = ("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random", "--json")
     with open("/dev/full", "wb") as full:
-        ended = subprocess.run(line, stdout=subprocess.PIPE, stderr=full, text=True)
+        ended = run_apart(*line, stderr=full.fileno())
     assert ended.returncode == 0 and json.loads(ended.stdout)["done"] == 2
 
 
@@ -201,9 +202,12 @@ def test_a_result_that_cannot_be_written_is_an_error_and_no_traceback(
     assert extract(tmp_path / "pictures", "-o", output).returncode == 0
     model = ("--model", "tiny-random")
     words = {"extract": (tmp_path / "pictures", "-o", output, *model), "plan": (tmp_path / "pictures", *model)}
-    line = command(name, *words.get(name, (output,)), *json_option)
+    line = (name, *words.get(name, (output,)), *json_option)
     with open("/dev/full", "wb") as full:
-        ended = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+        if name == "extract":
+            ended = run_apart(*line, stdout=full.fileno())
+        else:
+            ended = subprocess.run(command(*line), stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 1
     assert "error: cannot write to standard output: No space left on device" in ended.stderr
     assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
@@ -211,15 +215,16 @@ def test_a_result_that_cannot_be_written_is_an_error_and_no_traceback(
 
 def test_a_run_survives_its_terminal(tmp_path: Path) -> None:
     """Whoever started it in the background has logged out: writes fail with an I/O error."""
-    make_pictures(tmp_path / "pictures", 30, size=300)
-    line = command("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random")
+    make_pictures(tmp_path / "pictures", 12)
+    line = ("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random")
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(line, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
-    wait_for(tmp_path / "feats.h5.partial")
-    os.close(ours)
-    assert process.wait(timeout=60) == 0
-    assert len(open_features(tmp_path / "feats.h5")) == 30
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with held(Moment(WRITE), tmp_path / "mark", *line, **streams, start_new_session=True) as held_run:
+        os.close(theirs)
+        os.close(ours)
+        held_run.end()
+    assert held_run.process.returncode == 0
+    assert len(open_features(tmp_path / "feats.h5")) == 12
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -227,17 +232,15 @@ def test_a_signal_that_ends_the_reader_of_stderr_too_still_stops_the_run_in_good
     tmp_path: Path, number: signal.Signals
 ) -> None:
     """Ctrl-C under `2>&1 | tee log`."""
-    make_pictures(tmp_path / "pictures", 60, size=500)
-    line = command("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random", "--json")
+    make_pictures(tmp_path / "pictures", 30)
+    line = ("extract", tmp_path / "pictures", "-o", tmp_path / "feats.h5", "--model", "tiny-random", "--json")
     ours, theirs = os.pipe()
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=theirs)
-    os.close(theirs)
-    wait_for(tmp_path / "feats.h5.partial")
-    time.sleep(0.5)
-    os.close(ours)
-    process.send_signal(number)
-    stdout, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
+    with held(Moment(WRITE), tmp_path / "mark", *line, stdout=subprocess.PIPE, stderr=theirs) as held_run:
+        os.close(theirs)
+        os.close(ours)
+        held_run.process.send_signal(number)
+        stdout, _ = held_run.end()
+    assert held_run.process.returncode == 128 + number
     told = json.loads(stdout)
     assert told["exit_code"] == 128 + number
     assert told["found"] == told["done"] + told["skipped"] + told["pending"]
@@ -254,19 +257,20 @@ def test_an_encoding_that_lacks_a_letter_shows_escapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["feats.h5", "feats"])
-@pytest.mark.parametrize("seconds", [-(2**31), -1, 0, 2**32, 9_223_372_035, 9_223_372_037, 15_000_000_000])
-def test_a_picture_of_any_year_is_one_like_the_others(tmp_path: Path, output: str, seconds: int) -> None:
+def test_a_picture_of_any_year_is_one_like_the_others(tmp_path: Path, output: str) -> None:
     """Nanoseconds since 1970 end in 2262; filesystems go on."""
-    picture = make_pictures(tmp_path / "pictures", 2)[0]
-    os.utime(picture, ns=(seconds * 10**9, seconds * 10**9))
+    years = [-(2**31), -1, 0, 2**32, 9_223_372_035, 9_223_372_037, 15_000_000_000]
+    pictures = make_pictures(tmp_path / "pictures", len(years) + 1)
+    for picture, seconds in zip(pictures, years, strict=False):
+        os.utime(picture, ns=(seconds * 10**9, seconds * 10**9))
     target = tmp_path / output
-    for encoded in (2, 0):
+    for encoded in (len(pictures), 0):
         result = extract(tmp_path / "pictures", "-o", target, "--json")
         assert result.returncode == 0, result.stderr
-        assert (summary_of(result)["done"], summary_of(result)["encoded"]) == (2, encoded)
+        assert (summary_of(result)["done"], summary_of(result)["encoded"]) == (len(pictures), encoded)
     assert internvit("plan", tmp_path / "pictures", "--model", "tiny-random").returncode == 0
-    verdict = summary_of(internvit("verify", target, "--re-extract", 2, "--json"))
-    assert verdict["exit_code"] == 0 and verdict["pictures"]["unchanged"] == 2
+    verdict = summary_of(internvit("verify", target, "--re-extract", len(pictures), "--json"))
+    assert verdict["exit_code"] == 0 and verdict["pictures"]["unchanged"] == len(pictures)
 
 
 # --------------------------------------------------------------------------------- what the system does not give
@@ -275,7 +279,7 @@ def test_a_picture_of_any_year_is_one_like_the_others(tmp_path: Path, output: st
 def limited(limit: str, *words: object) -> Result:
     """Run the command under a limit of the shell."""
     line = ["bash", "-c", f'{limit}; exec "$@"', "bash", *command(*words)]
-    ended = subprocess.run(line, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE)
     return Result(ended.returncode, ended.stdout, ended.stderr)
 
 
@@ -284,7 +288,7 @@ def limited(limit: str, *words: object) -> Result:
     [
         ("ulimit -n 8", (), 1),
         ("ulimit -n 12", ("--format", "npy"), 1),
-        ("ulimit -f 0", (), 6),
+        pytest.param("ulimit -f 0", (), 6, marks=pytest.mark.sweep),
         ("ulimit -f 1000", (), 6),
         ("ulimit -v 4000000", ("--batch-size", 65536), 1),
     ],
@@ -395,7 +399,7 @@ def test_a_pipe_under_the_name_of_an_output_is_refused_and_not_waited_for(tmp_pa
     os.mkfifo(pipe)
     for words in (("info", pipe), ("verify", pipe), ("extract", tmp_path / "pictures", "-o", pipe)):
         model = ("--model", "tiny-random") if words[0] == "extract" else ()
-        ended = subprocess.run(command(*words, *model), capture_output=True, text=True, timeout=30)
+        ended = subprocess.run(command(*words, *model), capture_output=True, text=True, timeout=PATIENCE)
         assert ended.returncode == 1 and "is not a regular file" in ended.stdout + ended.stderr
     assert pipe.is_fifo()
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import storage_helpers as helpers
 from damage_helpers import assert_found_or_harmless, damage, probe
+from forking import PATIENCE
 
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import OutputError, UsageError
@@ -810,7 +811,7 @@ def test_damage_to_an_hdf5_file_is_an_error_with_a_hint(tmp_path):
         env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr
     outcomes = [int(line.split()[1]) for line in run.stdout.splitlines()]

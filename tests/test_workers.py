@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from typing import TYPE_CHECKING, Any
 from unittest.mock import ANY
 
 import numpy as np
 import pytest
+from moments import wait_until
 from PIL import Image
+from worker_handlers import FOR_EVER
 
 from internvit_cli import workers
 from internvit_cli.config import PixelRule, Skipped, Status, TilingRule
@@ -27,7 +30,7 @@ from internvit_cli.tiling import choose_grid, tile_count
 from internvit_cli.workers import QUEUE_DEPTH, Finished, Lost, WorkerPool, WorkerSpec, map_in_workers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 OBEY = WorkerSpec("worker_handlers:obey")
@@ -52,11 +55,36 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.02)
+def wait_until_gone(pids: list[int]) -> None:
+    wait_until(lambda: not any(map(is_alive, pids)))
+
+
+class Clock:
+    """The time that a pool sees: it passes as a test says, so that no task is late for the machine's sake."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, passing: Callable[[float], float]) -> None:
+        """Replace the clock of `workers`.
+
+        Args:
+            monkeypatch: pytest's.
+            passing: called when a pool has waited in vain; gets the seconds that it meant to wait, and returns those
+                that have passed.
+        """
+        self._now = 0.0
+        self._passing = passing
+        self._wait = workers.wait
+        monkeypatch.setattr(workers, "time", types.SimpleNamespace(monotonic=self.monotonic, perf_counter=time.time))
+        monkeypatch.setattr(workers, "wait", self.wait)
+
+    def monotonic(self) -> float:
+        self._now += 1e-6  # no two looks at a clock are at the same time
+        return self._now
+
+    def wait(self, connections: list[Any], timeout: float | None) -> list[Any]:
+        ready = self._wait(connections, 0.01)
+        if not ready and timeout is not None:
+            self._now += self._passing(timeout)
+        return ready
 
 
 # -------------------------------------------------------------------------------------------------------- results
@@ -100,13 +128,13 @@ def test_mapping_yields_every_outcome_and_reads_its_input_lazily():
         assert list(map_in_workers(pool, [])) == []
 
 
-def test_waiting_has_a_time_limit():
-    with WorkerPool(OBEY, 1, 30) as pool:
+def test_waiting_has_a_time_limit(tmp_path):
+    with WorkerPool(OBEY, 1, FOR_EVER) as pool:
         assert pool.wait(0.01) == []
-        pool.submit(0, ("sleep", 20))
+        pool.submit(0, ("hang", str(tmp_path / "begun")))
         started = time.monotonic()
-        assert pool.wait(0.2) == []
-        assert 0.15 < time.monotonic() - started < 10
+        assert pool.wait(0.2) == [], "it came back, although the task never ends"
+        assert time.monotonic() - started > 0.15
         assert pool.outstanding == 1
 
 
@@ -128,48 +156,64 @@ def test_a_death_costs_the_task_at_hand_and_no_other(task, words):
         assert [outcomes[n].result for n in (0, 1, 3, 4, 5)] == [0, 1, 3, 4, 5]
 
 
-def test_a_hang_costs_one_task_and_its_worker():
+def test_a_hang_costs_one_task_and_its_worker(tmp_path, monkeypatch):
+    begun, pids = tmp_path / "begun", []
+    Clock(monkeypatch, lambda seconds: seconds if begun.exists() and is_alive(pids[0]) else 0.0)
     with WorkerPool(OBEY, 1, 0.5) as pool:
         pool.submit(0, ("pid", 0))
-        pids = [drain(pool)[0].result]
-        pool.submit(1, ("sleep", 60))
+        pids.append(drain(pool)[0].result)
+        pool.submit(1, ("hang", str(begun)))
         pool.submit(2, ("pid", 0))
-        started = time.monotonic()
         outcomes = drain(pool)
-        assert time.monotonic() - started < 20
         assert outcomes[1] == Lost(1, Status.TIMEOUT, "gave no result within 0.5 s")
         assert outcomes[2].result not in pids
         wait_until_gone(pids)
 
 
-def test_time_in_the_queue_does_not_count():
+def test_time_in_the_queue_does_not_count(tmp_path, monkeypatch):
     """A task's clock starts when its worker takes it up, not when it was given."""
+    files = [(tmp_path / f"begun{number}", tmp_path / f"end{number}") for number in range(4)]
+    left = dict.fromkeys(range(4), 0.6)
+
+    def passing(seconds: float) -> float:
+        """Each task takes six tenths of a second."""
+        at_hand = next((n for n, (begun, end) in enumerate(files) if begun.exists() and not end.exists()), None)
+        if at_hand is None:
+            return 0.0
+        step = min(seconds, left[at_hand])
+        left[at_hand] -= step
+        if left[at_hand] <= 0:
+            files[at_hand][1].touch()
+        return step
+
+    Clock(monkeypatch, passing)
     with WorkerPool(OBEY, 1, 1.0) as pool:
-        for number in range(4):
-            pool.submit(number, ("sleep", 0.6))
+        for number, (begun, end) in enumerate(files):
+            pool.submit(number, ("hold", (str(begun), str(end))))
         assert all(isinstance(outcome, Finished) for outcome in drain(pool).values())
+    assert not any(left.values()), "two seconds and more have passed"
 
 
-def test_time_in_which_everything_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_in_which_everything_was_stopped_does_not_count(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP and SIGCONT for all processes of a job, as a batch system suspends it."""
+    begun, end, stopped = tmp_path / "begun", tmp_path / "end", []
+
+    def passing(seconds: float) -> float:
+        if stopped or not begun.exists():
+            return 0.0
+        os.kill(first.result, signal.SIGSTOP)
+        stopped.append(True)
+        os.kill(first.result, signal.SIGCONT)
+        end.touch()
+        return seconds + 100.0
+
+    Clock(monkeypatch, passing)
     with WorkerPool(OBEY, 1, 1.0) as pool:
         pool.submit(0, ("pid", None))
         (first,) = pool.wait()
-        real, stopped = workers.wait, []
-
-        def stop_all(connections: list[Any], timeout: float | None) -> list[Any]:
-            if stopped:
-                return real(connections, timeout)
-            stopped.append(True)
-            os.kill(first.result, signal.SIGSTOP)
-            time.sleep(1.5)
-            os.kill(first.result, signal.SIGCONT)
-            return []
-
-        monkeypatch.setattr(workers, "wait", stop_all)
-        pool.submit(1, ("sleep", 0.4))
-        assert pool.wait() == [Finished(1, 0.4, ANY)]
-        assert pool.pids == [first.result]
+        pool.submit(1, ("hold", (str(begun), str(end))))
+        assert pool.wait() == [Finished(1, (str(begun), str(end)), ANY)]
+        assert pool.pids == [first.result] and stopped
 
 
 def test_a_task_that_must_be_alone_shares_its_worker_with_none(tmp_path):
@@ -238,28 +282,33 @@ def test_descriptors_are_inherited_when_they_are_named():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_signals_that_stop_a_run_leave_its_workers_alone(number):
+def test_signals_that_stop_a_run_leave_its_workers_alone(tmp_path, number):
     """The parent decides: tasks in hand are finished first."""
+    files = [(tmp_path / f"begun{place}", tmp_path / f"end{place}") for place in range(2)]
     with WorkerPool(OBEY, 2, 30) as pool:
         for task in range(2):
             pool.submit(task, ("sleep", 0))
         drain(pool)
         pids = pool.pids
-        for task in range(2, 4):
-            pool.submit(task, ("sleep", 0.3))
+        for task, (begun, end) in enumerate(files, 2):
+            pool.submit(task, ("hold", (str(begun), str(end))))
+        wait_until(lambda: all(begun.exists() for begun, _ in files))
         for pid in pids:
             os.kill(pid, number)
+        for _, end in files:
+            end.touch()
         outcomes = drain(pool)
         assert all(isinstance(outcome, Finished) for outcome in outcomes.values())
         assert pool.pids == pids
 
 
-def test_closing_a_pool_ends_its_workers_whatever_they_do():
-    pool = WorkerPool(OBEY, 2, 30)
-    pool.submit(0, ("sleep", 60))
+def test_closing_a_pool_ends_its_workers_whatever_they_do(tmp_path):
+    pool = WorkerPool(OBEY, 2, FOR_EVER)
+    pool.submit(0, ("hang", str(tmp_path / "begun")))
+    wait_until((tmp_path / "begun").exists)
     pids = pool.pids
     pool.close()
-    wait_until_gone(pids, 1)
+    wait_until_gone(pids)
     assert pool.outstanding == 0
 
 
@@ -274,14 +323,15 @@ while pool.outstanding:
 for number in range(2):
     pool.submit(number, ("sleep", 1.0))
 print(*pool.pids, flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
 
 
 def test_workers_end_when_their_parent_is_killed():
     """At once when they are idle, after the task at hand otherwise; nothing is left for a human to clean up."""
     environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
-    with subprocess.Popen([sys.executable, "-c", PARENT], env=environment, stdout=subprocess.PIPE, text=True) as parent:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", PARENT], env=environment, text=True, **pipes) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 3 and all(map(is_alive, pids))
         parent.send_signal(signal.SIGKILL)
@@ -466,14 +516,16 @@ def test_a_picture_that_kills_its_worker_is_tried_again_alone_and_then_skipped(p
     assert len(submitted) == 13 + sum(alone for row, alone in submitted if row != 5)
 
 
-def test_a_picture_that_takes_too_long_is_skipped_at_once(pictures, monkeypatch):
-    spec = decoder_module.WorkerSpec
+def test_a_picture_that_takes_too_long_is_skipped(pictures, tmp_path, monkeypatch):
+    spec, begun, pids = decoder_module.WorkerSpec, tmp_path / "begun", []
+    Clock(monkeypatch, lambda seconds: seconds if begun.exists() and is_alive(pids[0]) else 0.0)
     monkeypatch.setattr(
         decoder_module,
         "WorkerSpec",
-        lambda handler, arguments, **rest: spec("worker_handlers:endless", (b"01.png", *arguments), **rest),
+        lambda handler, arguments, **rest: spec("worker_handlers:endless", (b"01.png", str(begun), *arguments), **rest),
     )
-    decoder = Decoder(options(timeout=0.7))
+    decoder = Decoder(options(workers=1, timeout=0.7))  # time passes for all workers, so there is no other
+    pids += decoder.pids
     with contextlib.closing(decoder):
         outcomes = {}
         for image in decoder.run(jobs_for(pictures[:4])):

@@ -7,6 +7,13 @@ import signal
 import time
 from typing import Any
 
+FOR_EVER = 3600
+"""Seconds: longer than any test, and short enough that nothing stays for good when one fails."""
+
+
+def _touch(path: str) -> None:
+    open(path, "w").close()
+
 
 def double() -> Any:
     return lambda number: number * 2
@@ -22,7 +29,7 @@ def obey() -> Any:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "die once":  # a file that is there tells that it happened before
                 if not os.path.exists(argument):
-                    open(argument, "w").close()
+                    _touch(argument)
                     os.kill(os.getpid(), signal.SIGKILL)
             case "exit":
                 os._exit(argument)
@@ -30,6 +37,14 @@ def obey() -> Any:
                 raise ValueError(argument)
             case "sleep":
                 time.sleep(argument)
+            case "hang":  # a file tells that it has begun
+                _touch(argument)
+                time.sleep(FOR_EVER)
+            case "hold":  # from one file to the next: what to make when it begins, and what to wait for
+                begun, end = argument
+                _touch(begun)
+                while not os.path.exists(end):
+                    time.sleep(0.005)
             case "allocate":
                 try:
                     return len(bytearray(argument))
@@ -55,7 +70,7 @@ def dies_at_start() -> Any:
 def dies_at_first_start(marker: str) -> Any:
     """Killed while it starts, once; like a machine that is short of memory for a moment."""
     if not os.path.exists(marker):
-        open(marker, "w").close()
+        _touch(marker)
         os.kill(os.getpid(), signal.SIGKILL)
     return obey()
 
@@ -91,15 +106,16 @@ def deadly(name: bytes, rule: Any, shape: Any, descriptor: int) -> Any:
     return handle
 
 
-def endless(name: bytes, rule: Any, shape: Any, descriptor: int) -> Any:
-    """The real decoder, but for one picture that it never finishes."""
+def endless(name: bytes, marker: str, rule: Any, shape: Any, descriptor: int) -> Any:
+    """The real decoder, but for one picture that it never finishes; a file tells that it has begun."""
     from internvit_cli.decode.decoder import tile_decoder
 
     decode = tile_decoder(rule, shape, descriptor)
 
     def handle(task: Any) -> Any:
         if task[0].endswith(name):
-            time.sleep(600)
+            _touch(marker)
+            time.sleep(FOR_EVER)
         return decode(task)
 
     return handle
