@@ -516,11 +516,11 @@ def test_closed_and_broken_streams_change_neither_the_work_nor_the_exit_code(
     assert len(open_features(output)) == 4
 
 
-def test_progress_on_a_terminal_is_a_bar_and_elsewhere_a_line(pictures: Path, tmp_path: Path) -> None:
+def test_progress_is_drawn_on_a_terminal_and_elsewhere_told_in_lines(pictures: Path, tmp_path: Path) -> None:
     import pty
 
     plain = extract(pictures, "-o", tmp_path / "a.h5")
-    assert "\r" not in plain.stderr and "8 images found = 8 to encode (44 tiles)" in plain.stderr
+    assert "\r" not in plain.stderr and "8 images found = 8 to encode (26 tiles)" in plain.stderr
     leader, follower = pty.openpty()
     arguments = ("extract", pictures, "-o", tmp_path / "b.h5", "--model", "tiny-random")
     process = Forked(*arguments, stderr=follower, env=os.environ | {"TERM": "xterm"})
@@ -532,4 +532,4 @@ def test_progress_on_a_terminal_is_a_bar_and_elsewhere_a_line(pictures: Path, tm
     except OSError:
         pass  # the terminal closes with the process
     os.close(leader)
-    assert process.wait() == 0 and b"\r" in drawn and b"tiles/s" in drawn
+    assert process.wait() == 0 and b"\r" in drawn

@@ -87,7 +87,7 @@ def stored(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Features:
 def test_pictures_of_every_kind_give_the_bits_of_the_command_line(folder, stored, source):
     """EXIF, alpha, palettes, 16 bits, floats, CMYK, TIFF: as files and as Pillow images, batched across images."""
     with (
-        Extractor("tiny-random", tile_pooled=True, max_tiles=4, batch_tiles=5, **CPU) as extractor,
+        Extractor("tiny-random", tile_pooled=True, batch_tiles=5, **FEW, **CPU) as extractor,
         contextlib.ExitStack() as stack,
     ):
         paths = [folder / key for key in stored]

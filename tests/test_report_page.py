@@ -270,7 +270,7 @@ def test_a_page_of_20000_images_opens_and_answers(browser, tmp_path):
     )
     helpers.make_output(tmp_path / "feats.h5", helpers.make_shard(table, Tokens.NONE))
     result = internvit("report", tmp_path / "feats.h5", "-o", tmp_path / "page.html", "-q")
-    assert result.returncode == 0 and "2,000 images have no thumbnail" in result.stderr
+    assert result.returncode == 0 and "2,000 images without a thumbnail" in result.stderr
     tab = browser.page()
     tab.open(tmp_path / "page.html")
     assert tab.evaluate("images.keys.length") == 20_000 and painted(tab) > 1000

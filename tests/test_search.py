@@ -247,9 +247,9 @@ def test_a_damaged_index_is_made_again(many, damage, how):
 @pytest.mark.parametrize(
     "arrays",
     [
-        {"mean": np.zeros(24, np.float32), "matrix": np.zeros((24, 25), np.float32)},
-        {"mean": np.zeros(24), "matrix": np.eye(24)},
-        {"mean": np.zeros(24, np.float32), "matrix": np.zeros((1 << 14, 1 << 14), np.float32)},
+        {"mean": np.zeros(24, np.float32), "directions": np.zeros((24, 25), np.float32)},
+        {"mean": np.zeros(24), "directions": np.eye(24)},
+        {"mean": np.zeros(24, np.float32), "directions": np.zeros((1 << 14, 1 << 14), np.float32)},
     ],
     ids=["another shape", "another type", "compressed a thousandfold"],
 )
@@ -257,7 +257,7 @@ def test_an_index_whose_space_is_of_another_shape_or_compressed_is_made_again(ma
     """The files beside an output come from whoever sent it."""
     options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
     expected = [hit.image.key for hit in search(options).answers[0].hits]
-    base = f"{many}.search/whitened"
+    base = f"{many}.search/chosen"
     np.savez_compressed(f"{base}.npz", **arrays)
     facts = json.loads(Path(f"{base}.json").read_text())
     facts["bytes"]["npz"] = os.path.getsize(f"{base}.npz")
@@ -269,7 +269,7 @@ def test_an_index_whose_space_is_of_another_shape_or_compressed_is_made_again(ma
 def test_an_index_that_names_vectors_which_are_not_there_is_an_error_with_a_hint(many):
     options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
     search(options)
-    base = f"{many}.search/whitened"
+    base = f"{many}.search/chosen"
     from usearch.index import Index
 
     graph = Index(ndim=24, metric="ip", dtype="f16")
