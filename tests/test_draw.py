@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from internvit_cli.config import Graphics
+from internvit_cli.draw import figure as figure_module
 from internvit_cli.draw.figure import LEAST_WIDTH, MARGIN, Panel, figure
 from internvit_cli.draw.palette import DIVERGING, Scale, short_number, unit_colors
+from internvit_cli.draw.sheet import EMPTY, Cell, Row, contact_sheet
 from internvit_cli.draw.terminal import CELL_WIDTH, detect, render
-from internvit_cli.draw.text import PAPER, drawable, fitted, text_width
+from internvit_cli.draw.text import FAINT, PAPER, drawable, fitted, text_width, wrapped, write
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
 
@@ -68,7 +70,81 @@ def test_a_long_key_keeps_its_end():
     assert fitted(key, 13, 300).startswith("folder") and fitted(key, 13, 300).endswith("picture.jpg")
 
 
+@given(st.text(max_size=300), st.integers(30, 400))
+def test_wrapped_text_fits_and_loses_nothing(text, width):
+    lines = wrapped(text, 13, width)
+    assert all(text_width(line, 13) <= width for line in lines)
+    assert "".join(lines).replace(" ", "") == drawable(text).replace(" ", "")
+
+
+@pytest.mark.parametrize("size", [12, 13, 16, 20])
+@pytest.mark.parametrize("words", [("(L2", "norm)"), ("longer", "than"), ("f", "j"), ("1", "1")])
+def test_a_gap_between_words_is_seen(size, words):
+    """Wider than any gap between the letters of a word."""
+    paper = Image.new("RGB", (400, 60), PAPER)
+    write(paper, (10, 10), " ".join(words), size)
+    inked = (np.asarray(paper.convert("L")) < 200).any(axis=0)
+    columns = np.flatnonzero(inked)
+    assert np.diff(columns).max() >= size // 4 + 1
+
+
 # ------------------------------------------------------------------------------------------------------------- figures
+
+
+def texts_of(monkeypatch) -> list[tuple[float, float, float, str]]:
+    """Left, right and top of each line that is written on a figure, and its text; filled as figures are drawn."""
+    written = []
+    real = figure_module.write
+
+    def spy(sheet, place, text, size, *rest):
+        written.append((place[0], place[0] + text_width(text, size), place[1], text))
+        real(sheet, place, text, size, *rest)
+
+    monkeypatch.setattr(figure_module, "write", spy)
+    return written
+
+
+@pytest.mark.parametrize("shape", [(640, 427), (427, 640), (1600, 80), (80, 1600), (8, 8), (640, 640)])
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_no_word_of_a_figure_is_lost_overlaps_another_or_leaves_the_sheet(monkeypatch, shape, count):
+    written = texts_of(monkeypatch)
+    caption = "a sentence of some length below a picture, longer than " + "and ".join(map(str, range(20)))
+    panels = [Panel("x", "a title that is long", Image.new("RGB", shape), [caption], Scale(-1234, 1234))] * count
+    sheet = figure("key/" * 300, "facts " * 60, panels)
+    for left, right, _, text in written:
+        assert left >= 0 and right <= sheet.width, text
+    for number, (left, right, top, text) in enumerate(written):
+        for other_left, other_right, other_top, other in written[:number]:
+            assert not text or not other or abs(top - other_top) >= 12 or right <= other_left or other_right <= left
+    said = " ".join(text for _, _, _, text in written)
+    assert said.count(caption) == count and said.count("...") == 1, "the key is cut in its middle, no sentence is"
+
+
+def test_a_place_that_is_free_says_how_to_read_the_figure(monkeypatch):
+    written = texts_of(monkeypatch)
+    panels = [Panel("x", f"map {n}", Image.new("RGB", (640, 427)), meaning=f"What map {n} means.") for n in range(5)]
+    sheet = np.asarray(figure("title", "facts", panels))
+    assert {f"What map {n} means." for n in range(5)} <= {text for *_, text in written}
+    corner = sheet[len(sheet) // 2 :, -sheet.shape[1] // 4 :]
+    assert (corner != PAPER).any(), "the sixth place is not empty"
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((427, 640), 1), ((80, 1600), 1), ((1600, 80), 5), ((640, 427), 2)])
+def test_five_panels_are_laid_out_for_their_shape(shape, rows):
+    sheet = figure("title", "facts", [Panel("x", "a", Image.new("RGB", shape))] * 5)
+    assert rows * shape[1] < sheet.height < (rows + 1) * max(shape[1], 160) + 200
+    assert 0.5 < sheet.width / sheet.height < 4
+
+
+def test_a_sheet_says_why_a_picture_is_missing_within_its_place():
+    reason = "it changed since it was encoded, " * 20
+    cells = [Cell(PHOTO, ("a",)), Cell(None, ("b",), problem=reason)]
+    sheet = np.asarray(contact_sheet([Row("row", cells)]))
+    rows, columns = np.nonzero((sheet == EMPTY).all(axis=2))
+    place = sheet[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert (place == FAINT).all(axis=2).any() or (place.min(axis=(0, 1)) < EMPTY[0] - 60).all(), "it is written there"
+    border = np.concatenate([place[0], place[-1], place[:, 0], place[:, -1]])
+    assert (border == EMPTY).all(), "and nowhere beyond"
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,9 +31,13 @@ from internvit_cli.config import Projection, Skipped, Status, Tokens
 from internvit_cli.errors import InternvitError, UsageError
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.shard import OpenShard
-from internvit_cli.use.report import pictures, plane
+from internvit_cli.use import photograph
+from internvit_cli.use.caveats import caveats
+from internvit_cli.use.photograph import PictureFile
+from internvit_cli.use.report import pictures, plane, selection
 from internvit_cli.use.report.build import ReportOptions, write_report
 from internvit_cli.use.report.page import as_page, as_script_data
+from internvit_cli.use.similarity_space import RAW, Space, choose_space
 from internvit_cli.workers import WorkerSpec
 
 if TYPE_CHECKING:
@@ -94,7 +99,15 @@ def test_the_page_says_of_the_output_what_is_in_it(report_output, report_page):
     assert data["histogram"] == [[tiles, counts.count(tiles)] for tiles in sorted(set(counts))]
     assert dict(data["recipe"])["max_tiles"] == "4" and dict(data["recipe"])["thumbnail"] == "yes"
     assert ["pooled", f"{len(features)} x 64", "float32"] in data["datasets"]
-    assert data["notes"] == []
+    assert ["random weights" in note for note in data["notes"]] == [True]
+
+
+@pytest.mark.parametrize(
+    ("model", "is_random"), [("tiny-random", True), ("OpenGVLab/InternViT-300M-448px", False), ("", False)]
+)
+def test_random_weights_are_the_only_ones_that_carry_no_meaning(model, is_random):
+    features = SimpleNamespace(attributes={"model": model} if model else {})
+    assert bool(caveats(features)) is is_random
 
 
 def test_skipped_images_answer_with_their_reason(report_page):
@@ -120,14 +133,14 @@ def test_a_log_of_runs_that_somebody_has_edited_is_shown_as_far_as_it_makes_sens
     assert report(report_output, tmp_path)[1]["runs"] == [{"device": "c\\x1bpu"}, {}]
 
 
-def test_neighbours_and_duplicates_are_those_of_the_commands(report_output, report_page):
+def test_neighbors_and_duplicates_are_those_of_the_commands(report_output, report_page):
     data = data_of(report_page)
     keys = data["images"]["keys"]
-    row = next(row for row in data["neighbours"]["rows"] if keys[row["image"]].isascii())
+    row = next(row for row in data["neighbors"]["rows"] if keys[row["image"]].isascii())
     searched = internvit("search", report_output, "--key", keys[row["image"]], "-n", 8, "--json")
     hits = json.loads(searched.stdout)["queries"][0]["hits"]
     assert [cosine for _, cosine in row["hits"]] == pytest.approx([hit["similarity"] for hit in hits], abs=1e-3)
-    assert len(data["neighbours"]["rows"]) == 6
+    assert len(data["neighbors"]["rows"]) == 6
     told = json.loads(internvit("duplicates", report_output, "--json").stdout)
     found = data["duplicates"]
     assert {keys[place] for group in found["identical"] for place in group} == {"half.jpg", "same bytes.jpg"}
@@ -158,13 +171,44 @@ def test_the_same_command_shows_the_same_images_and_another_seed_others(report_o
     one, again = report(report_output, tmp_path, "--samples", 3)[1], report(report_output, tmp_path, "--samples", 3)[1]
     other = report(report_output, tmp_path, "--samples", 3, "--seed", 5)[1]
     assert one | {"made": ""} == again | {"made": ""}
-    sampled = [[row["image"] for row in data["neighbours"]["rows"]] for data in (one, other)]
+    sampled = [[row["image"] for row in data["neighbors"]["rows"]] for data in (one, other)]
     assert sampled[0] != sampled[1]
+
+
+def burst_of(scenes: int, frames: int) -> np.ndarray:
+    """Vectors of several scenes, each seen in many frames, the frames of one scene side by side."""
+    chance = np.random.default_rng(0)
+    one_per_scene = chance.standard_normal((scenes, 32))
+    return (np.repeat(one_per_scene, frames, axis=0) + 0.05 * chance.standard_normal((scenes * frames, 32))) + 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("scenes", "frames"), [(12, 9), (6, 4), (40, 3)])
+def test_the_sample_has_one_frame_of_every_scene_before_it_has_a_second_one_of_any(scenes, frames, seed):
+    vectors = burst_of(scenes, frames).astype(np.float32)
+    space = choose_space(vectors)
+    sample = selection._diverse(vectors, space, scenes, np.random.default_rng(seed))
+    assert sorted(sample // frames) == list(range(scenes))
+    assert np.array_equal(sample, selection._diverse(vectors, space, scenes, np.random.default_rng(seed)))
+
+
+@pytest.mark.parametrize(("images", "wanted", "got"), [(5, 3, 3), (5, 9, 5), (1, 1, 1), (5, 0, 0), (0, 4, 0)])
+def test_a_sample_of_equal_images_has_as_many_as_were_asked_for(images, wanted, got):
+    sample = selection._diverse(np.ones((images, 4), np.float32), RAW, wanted, np.random.default_rng(0))
+    assert len(sample) == len(set(sample.tolist())) == got
+
+
+def test_a_sample_of_many_images_looks_at_a_bounded_number_of_vectors(monkeypatch):
+    monkeypatch.setattr(selection, "LOOKED_AT_BYTES", 4 * 32 * 50)
+    looked_at = []
+    monkeypatch.setattr(Space, "embed", lambda _, vectors: looked_at.append(len(vectors)) or vectors)
+    assert len(selection._diverse(burst_of(100, 10), RAW, 12, np.random.default_rng(0))) == 12
+    assert looked_at == [50]
 
 
 def test_the_map_is_bounded_and_keeps_what_other_parts_of_the_page_show(report_output, tmp_path):
     told, data = report(report_output, tmp_path, "--points", 1, "--samples", 2)
-    named = {place for row in data["neighbours"]["rows"] for place in (row["image"], *(hit for hit, _ in row["hits"]))}
+    named = {place for row in data["neighbors"]["rows"] for place in (row["image"], *(hit for hit, _ in row["hits"]))}
     named |= {place for group in data["duplicates"]["identical"] for place in group}
     assert max(named) < len(data["images"]["keys"]) == told["points"] < data["map"]["of"]
 
@@ -228,7 +272,7 @@ def test_thumbnails_are_small_jpegs_and_no_more_than_were_asked_for(report_outpu
     told, data = report(report_output, tmp_path, "--thumbnails", 5, "--thumbnail-size", 40, "--samples", 2)
     small = data["thumbnails"]["pictures"]
     assert told["thumbnails"] == len(small) == 5 and not data["thumbnails"]["problems"]
-    assert {row["image"] for row in data["neighbours"]["rows"]} <= set(map(int, small)), (
+    assert {row["image"] for row in data["neighbors"]["rows"]} <= set(map(int, small)), (
         "what the page shows comes first"
     )
     for picture in small.values():
@@ -250,29 +294,62 @@ def test_pictures_that_are_gone_or_changed_have_no_thumbnail_and_say_why(report_
     assert set(told["without_thumbnail"]) == set(names[:3])
     problems = {data["images"]["keys"][int(place)]: why for place, why in data["thumbnails"]["problems"].items()}
     assert "No such file" in problems[names[0]] and "changed since" in problems[names[1]]
-    assert "cannot be read" in problems[names[2]]
+    assert "not a regular file" in problems[names[2]]
     plain = internvit("report", tmp_path / "feats.h5", "-o", tmp_path / "page.html")
     assert f"note: no thumbnail of {names[0]}" in plain.stderr and plain.returncode == 0
     without = [entry for entry in data["token_maps"]["maps"] if not entry["photograph"]]
     assert len(without) == 3 and all(entry["problem"] and entry["map"] for entry in without)
 
 
+def test_pictures_that_moved_are_found_in_the_folder_that_is_named(report_output, report_pictures, tmp_path):
+    shutil.copytree(report_pictures, tmp_path / "moved")
+    elsewhere = write_report(
+        ReportOptions(str(report_output), str(tmp_path / "a.html"), pictures=str(tmp_path / "moved"))
+    )
+    assert not elsewhere.missing
+    (tmp_path / "empty").mkdir()
+    empty = ("--pictures", tmp_path / "empty")
+    told, data = report(report_output, tmp_path, *empty)
+    assert told["thumbnails"] == 0 and len(told["without_thumbnail"]) == told["done"]
+    assert data["duplicates"]["pictures"]["same"] == data["duplicates"]["pictures"]["different"] == 0
+    plain = internvit("report", report_output, "-o", tmp_path / "page.html", *empty)
+    assert "--pictures DIR" in plain.stderr
+
+
+def test_a_picture_whose_digest_is_not_stored_or_not_its_own_is_never_embedded(report_output, tmp_path, monkeypatch):
+    """What the maker of a feature file wrote must not make its reader publish whatever lies at some path."""
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (96, 64), (1, 2, 3)).save(secret)
+    monkeypatch.setattr(OpenShard, "picture", lambda *_: os.fsencode(secret))
+    for digest in (bytes(32), b"\1" * 32):
+        monkeypatch.setattr(OpenShard, "digest", lambda *_, digest=digest: digest)
+        monkeypatch.setattr(OpenShard, "file_size", lambda *_: secret.stat().st_size)
+        written = write_report(ReportOptions(str(report_output), str(tmp_path / "page.html")))
+        data = data_of(tmp_path / "page.html")
+        assert written.thumbnails == 0 and not data["thumbnails"]["pictures"]
+        assert not any(entry["photograph"] for entry in data["token_maps"]["maps"])
+        words = "SHA-256 is not stored" if digest == bytes(32) else "changed since"
+        assert all(words in problem for problem in data["thumbnails"]["problems"].values())
+    monkeypatch.setattr(OpenShard, "digest", lambda *_: hashlib.sha256(secret.read_bytes()).digest())
+    assert write_report(ReportOptions(str(report_output), str(tmp_path / "page.html"))).thumbnails, "it can be shown"
+
+
 def deadly():
     """A worker's function that one kind of picture kills."""
 
     def shrink(wanted):
-        if wanted.image.key == "half.jpg":
+        if wanted.file.path.endswith(b"/half.jpg"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return pictures.small_picture(wanted.image, wanted.side)
+        return pictures.small_picture(wanted.file, wanted.side)
 
     return shrink
 
 
 def test_a_picture_that_kills_its_worker_costs_its_own_thumbnail(report_output, monkeypatch):
     spec = WorkerSpec("test_report:deadly")
-    monkeypatch.setattr(pictures, "WorkerSpec", lambda handler, memory_bytes: spec)
+    monkeypatch.setattr(photograph, "WorkerSpec", lambda handler, memory_bytes: spec)
     images = list(open_features(report_output).done.values())
-    found = pictures.shrink([pictures.Wanted(image, 50) for image in images], workers=2)
+    found = pictures.shrink([pictures.Wanted(PictureFile.of(image), 50) for image in images], workers=2)
     for image, small in zip(images, found, strict=True):
         assert bool(small.jpeg) == (image.key != "half.jpg")
     lost = found[[image.key for image in images].index("half.jpg")]
@@ -344,7 +421,7 @@ def test_a_folder_of_shards_an_unfinished_file_and_one_without_tokens_have_their
     writer.checkpoint()
     writer.close()
     told, data = report(tmp_path / "begun.h5.partial", tmp_path)
-    assert told["done"] == 2 and "unfinished: 3 images" in told["notes"][0] and data["notes"] == told["notes"]
+    assert told["done"] == 2 and "unfinished: 3 images" in told["notes"][-1] and data["notes"] == told["notes"]
 
 
 @pytest.mark.parametrize("done", [0, 1, 2])
@@ -372,11 +449,13 @@ def test_only_the_tokens_of_the_sample_are_read(report_output, tmp_path, monkeyp
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def test_the_command_names_its_file_and_says_nothing_when_quiet(report_output, tmp_path):
+def test_the_command_names_its_file_and_only_warns_when_quiet(report_output, tmp_path):
     loud = internvit("report", report_output, "-o", tmp_path / "a.html", "--samples", 1, "--thumbnails", 1)
     assert loud.stdout.startswith(f"{tmp_path}/a.html: ") and "1 token map" in loud.stdout
     quiet = internvit("report", report_output, "-o", tmp_path / "a.html", "-q", "--samples", 0, "--thumbnails", 0)
-    assert quiet.returncode == 0 and quiet.stdout == quiet.stderr == ""
+    assert quiet.returncode == 0 and quiet.stdout == ""
+    (note,) = quiet.stderr.splitlines()
+    assert "random weights" in note
     assert os.listdir(tmp_path) == ["a.html"], "no temporary file is left"
 
 

@@ -102,6 +102,108 @@ def test_the_page_fits_every_width_in_light_and_dark(browser, report_page, width
     tab.close()
 
 
+BOXES = """(selector) => [...document.querySelectorAll(selector)].map((one) => {
+    const { left, top, right, bottom } = one.getBoundingClientRect();
+    return [left, top, right, bottom, one.textContent.slice(0, 40) || one.alt];
+}).filter(([left, top, right, bottom]) => right > left && bottom > top)"""
+
+
+@pytest.mark.parametrize("width", [320, 390, 600, 820, 1280, 2000])
+def test_no_picture_or_caption_lies_over_another(browser, report_page, width):
+    tab = browser.page(width, 844)
+    tab.open(report_page)
+    boxes = tab.evaluate(f"({BOXES})('figure .overlay, figure .thumb, figcaption > *')")
+    assert len(boxes) > 50
+    for number, (left, top, right, bottom, name) in enumerate(boxes):
+        for other in boxes[:number]:
+            apart = left >= other[2] - 1 or right <= other[0] + 1 or top >= other[3] - 1 or bottom <= other[1] + 1
+            assert apart, (name, other)
+    tab.close()
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_no_table_is_cut_on_a_phone_and_every_value_keeps_its_name(browser, report_page, width):
+    tab = browser.page(width, 844)
+    tab.open(report_page)
+    tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    cut = """[...document.querySelectorAll('.scroll, table')]
+        .filter((one) => one.scrollWidth > one.clientWidth + 1).map((one) => one.outerHTML.slice(0, 60))"""
+    assert tab.evaluate(cut) == []
+    named = tab.evaluate("""[...document.querySelectorAll('#skipped td, #throughput td')]
+        .filter((one) => one.offsetHeight).map((one) => getComputedStyle(one, '::before').content)""")
+    assert {'"Key"', '"Reason"', '"Message"', '"Duration"', '"Images/s"'} <= set(named)
+    tab.close()
+
+
+def test_a_box_shows_where_more_of_it_can_be_scrolled_to_and_has_a_tab_stop_only_then(shown):
+    shown.evaluate("""document.querySelector('#skipped .scroll').style.width = '200px'""")
+    shown.wait("document.querySelector('#skipped .scroll').matches('.more-right:not(.more-left)[tabindex]')")
+    assert "36px" in shown.evaluate("getComputedStyle(document.querySelector('#skipped .scroll')).maskImage")
+    shown.evaluate("document.querySelector('#skipped .scroll').scrollLeft = 1e6")
+    shown.wait("document.querySelector('#skipped .scroll').matches('.more-left:not(.more-right)')")
+    shown.evaluate("document.querySelector('#skipped .scroll').style.width = ''")
+    shown.wait("!document.querySelector('#skipped .scroll').matches('.more-left, .more-right, [tabindex]')")
+
+
+@pytest.mark.parametrize("width", [390, 700, 1280])
+def test_a_row_of_neighbors_fills_its_width(browser, report_page, width):
+    tab = browser.page(width, 844)
+    tab.open(report_page)
+    rows = tab.evaluate("""[...document.querySelectorAll('#neighbors .row')].map((row) => {
+        const line = [...row.children].filter((one) => one.offsetTop === row.children[0].offsetTop);
+        const filled = line.at(-1).getBoundingClientRect().right - row.getBoundingClientRect().left;
+        return [row.children.length, filled, row.clientWidth];
+    })""")
+    assert rows
+    for members, filled, whole in rows:
+        assert members == 9 and filled > 0.97 * whole
+    tab.close()
+
+
+def test_thumbnails_on_the_map_do_not_overlap_(browser, report_page):
+    tab = browser.page()
+    tab.open(report_page)
+    tab.evaluate("""(() => {
+        const pen = CanvasRenderingContext2D.prototype;
+        const { clearRect, drawImage } = pen;
+        pen.clearRect = function (...box) {
+            window.drawn = [];
+            clearRect.call(this, ...box);
+        };
+        pen.drawImage = function (picture, ...box) {
+            drawn.push(box);
+            drawImage.call(this, picture, ...box);
+        };
+        document.querySelector('.zoom [aria-label="show all"]').click();
+    })()""")
+    tab.wait("window.drawn?.length > 3")
+    boxes = tab.evaluate("drawn")
+    assert len(boxes) < tab.evaluate("images.keys.length"), "some are left to be dots"
+    for number, (left, top, width, height) in enumerate(boxes):
+        for x, y, across, down in boxes[:number]:
+            assert left >= x + across or x >= left + width or top >= y + down or y >= top + height
+    assert not tab.complaints
+    tab.close()
+
+
+def test_random_weights_are_announced_above_everything_else(shown):
+    assert "random weights" in text(shown, "#notes .note")
+    top = "document.querySelector('{}').getBoundingClientRect().top"
+    assert shown.evaluate(f"{top.format('#notes')} < {top.format('#summary')}")
+
+
+def test_a_picture_that_is_not_shown_says_why_in_its_place(browser, report_output, tmp_path):
+    (tmp_path / "empty").mkdir()
+    arguments = ("-o", tmp_path / "page.html", "--pictures", tmp_path / "empty")
+    assert internvit("report", report_output, *arguments).returncode == 0
+    tab = browser.page(390, 844)
+    tab.open(tmp_path / "page.html")
+    assert text(tab, "#neighbors .thumb") == "No such file or directory"
+    assert "photograph not shown: " in text(tab, "#token-maps figcaption")
+    assert tab.evaluate("document.documentElement.scrollWidth") == 390 and not tab.complaints
+    tab.close()
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_all_text_has_the_contrast_that_people_need(browser, report_page, dark):
     """At least 4.5 to 1, as WCAG asks for text of this size."""
@@ -134,8 +236,8 @@ def test_all_text_has_the_contrast_that_people_need(browser, report_page, dark):
 
 def test_every_section_is_named_and_linked(shown):
     titles = shown.evaluate("[...document.querySelectorAll('nav a')].map((link) => link.textContent)")
-    wanted = "Summary, Map, Token maps, Nearest neighbours, Near duplicates, Tiles, Skipped images, Throughput, Recipe"
-    assert titles == wanted.split(", ")
+    wanted = "Summary, Map, Token maps, Nearest neighbors, Near duplicates, Tiles per image, Skipped images"
+    assert titles == [*wanted.split(", "), "Throughput", "Recipe"]
     assert shown.evaluate("[...document.querySelectorAll('nav a')].every((link) => document.querySelector(link.hash))")
     assert shown.evaluate("document.documentElement.lang") == "en"
     unnamed = "[...document.querySelectorAll('img')].filter((one) => !one.alt).length"
@@ -156,7 +258,7 @@ def test_a_search_lists_what_it_found_and_a_click_shows_it(shown):
     assert painted(shown) != before, "it is marked on the map"
     shown.evaluate("document.querySelector('.hits button').click()")
     assert "half.jpg" in text(shown, "#detail") and "384 x 256 px" in text(shown, "#detail")
-    assert shown.evaluate("document.querySelector('#detail img').naturalWidth") == 80
+    assert shown.evaluate("document.querySelector('#detail img').naturalWidth") == 112
     look_up(shown, "no such key")
     assert text(shown, "#found") == "0 images" and not shown.evaluate("document.querySelectorAll('.hits li').length")
 
@@ -171,7 +273,7 @@ def test_hovering_over_an_image_shows_its_thumbnail_and_key(shown):
     assert shown.evaluate("document.getElementById('tip').hidden")
     point_at(shown, "large.png")
     assert shown.evaluate(POINTED)[:2] == ["large.png", "768 x 512 px, " + shown.evaluate(POINTED)[1].split(", ")[1]]
-    shown.wait("document.querySelector('#tip img').naturalWidth === 80")
+    shown.wait("document.querySelector('#tip img').naturalWidth === 112")
     box = shown.evaluate("document.getElementById('tip').getBoundingClientRect().toJSON()")
     assert box["left"] >= 0 and box["right"] <= 1280 and box["top"] >= 0 and box["bottom"] <= 900
     shown.pointer("Moved", 5, 5)
@@ -211,9 +313,9 @@ def test_the_wheel_scrolls_the_page_until_the_map_is_clicked(shown):
     shown.wait(f"scrollY > {before}")
 
 
-def test_colours_follow_the_choice_and_the_legend_says_what_they_mean(shown):
+def test_colors_follow_the_choice_and_the_legend_says_what_they_mean(shown):
     assert "part-0 (4)" in text(shown, "#map .legend")
-    choose = "const select = document.getElementById('colour'); select.value = 'tiles'; select.onchange;"
+    choose = "const select = document.getElementById('color'); select.value = 'tiles'; select.onchange;"
     shown.evaluate(f"(() => {{ {choose} select.dispatchEvent(new Event('change')); }})()")
     assert "1 tile (" in text(shown, "#map .legend")
 
@@ -225,9 +327,9 @@ def test_maps_fade_over_their_photographs(shown):
     assert shown.evaluate("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
 
 
-def test_a_neighbour_leads_to_its_place_on_the_map(shown):
-    shown.evaluate("document.querySelector('#neighbours .strip button').click()")
-    hit = shown.evaluate("images.keys[data.neighbours.rows[0].hits[0][0]]")
+def test_a_neighbor_leads_to_its_place_on_the_map(shown):
+    shown.evaluate("document.querySelector('#neighbors .row figure:not(.first) button').click()")
+    hit = shown.evaluate("images.keys[data.neighbors.rows[0].hits[0][0]]")
     assert hit in text(shown, "#detail")
 
 

@@ -24,7 +24,7 @@ from internvit_cli.config import Tokens
 from internvit_cli.errors import InternvitError, OutputError, UsageError
 from internvit_cli.observer import SILENT
 from internvit_cli.storage.layout import POOLED
-from internvit_cli.use import ann_index, lsh, nearest, pairs, same_pictures, similarity_space
+from internvit_cli.use import ann_index, contact_sheets, lsh, nearest, pairs, same_pictures, similarity_space
 from internvit_cli.use import duplicates as duplicates_module
 from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
 from internvit_cli.use.links import Links
@@ -731,6 +731,52 @@ def test_the_command_prints_groups_json_and_a_sheet(stored_copies, tmp_path):
     for wrong in ("0", "1.5", "-1"):
         refused = internvit("duplicates", stored_copies, "--threshold", wrong, "--json")
         assert refused.returncode == 2 and json.loads(refused.stdout)["exit_code"] == 2
+
+
+def drawn_problems(monkeypatch) -> list[str]:
+    """Why pictures are missing on the sheets that are drawn, in order; empty words for those that are there."""
+    problems = []
+    real = contact_sheets.contact_sheet
+
+    def spy(rows):
+        problems.extend(cell.problem for row in rows for cell in row.cells)
+        assert all((cell.picture is None) == bool(cell.problem) for row in rows for cell in row.cells)
+        return real(rows)
+
+    monkeypatch.setattr(contact_sheets, "contact_sheet", spy)
+    return problems
+
+
+def test_sheets_show_pictures_of_the_named_folder_that_are_the_ones_that_were_encoded(
+    stored_photos, tmp_path, monkeypatch
+):
+    """A picture that is searched for is where its user says, whatever the folder."""
+    problems = drawn_problems(monkeypatch)
+    query = stored_photos.parent / "pictures" / TWINS[0][1]
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    shutil.copyfile(stored_photos.parent / "pictures" / TWINS[0][0], moved / TWINS[0][0])
+    (moved / TWINS[0][1]).write_bytes(query.read_bytes() + b"more")
+    sheet = ("--sheet", tmp_path / "sheet.png", "--pictures", moved)
+    arguments = (query, "--key", TWINS[0][0], "-n", 2, *sheet, "--device", "cpu")
+    assert internvit("search", stored_photos, *arguments).returncode == 0
+    by_picture, by_key = problems[:3], problems[3:]
+    assert by_picture[0] == "" and "changed since" in by_picture[1] and by_picture[2] == ""
+    assert by_key[0] == "" and "changed since" in by_key[1] and "No such file" in by_key[2]
+
+
+def test_duplicates_compare_and_draw_the_pictures_of_the_named_folder(stored_copies, tmp_path, monkeypatch):
+    problems = drawn_problems(monkeypatch)
+    pictures = open_features(stored_copies)
+    here = Path(pictures[0].path.removesuffix(pictures[0].key))
+    assert internvit("duplicates", stored_copies, "--sheet", tmp_path / "a.png", "--pictures", here).returncode == 0
+    assert problems and not any(problems)
+    problems.clear()
+    (tmp_path / "empty").mkdir()
+    arguments = ("--sheet", tmp_path / "b.png", "--pictures", tmp_path / "empty", "--json")
+    told = json.loads(internvit("duplicates", stored_copies, *arguments).stdout)
+    assert told["pictures"]["same"] == told["pictures"]["different"] == 0 < told["pictures"]["unseen"]
+    assert problems and all("No such file" in problem for problem in problems)
 
 
 def test_stored_vectors_are_never_held_all_at_once(tmp_path, monkeypatch):

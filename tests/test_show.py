@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ from internvit_cli import open_features
 from internvit_cli.config import Preprocess, TokenMapKind
 from internvit_cli.errors import UsageError
 from internvit_cli.tiling import clip_size, covered_box
-from internvit_cli.use import maps
-from internvit_cli.use.maps import TokenMap, components, fit, likeness, likeness_scale, tile_pattern
+from internvit_cli.use import maps, photograph
+from internvit_cli.use.maps import TokenMap, components, fit, similarity, similarity_scale, tile_pattern
 from internvit_cli.use.panels import GONE, Canvas, mark_outliers
-from internvit_cli.use.photograph import load_photograph
+from internvit_cli.use.photograph import PictureFile, load_photograph
 from internvit_cli.use.show import ShowOptions, file_name, show, token_at
+from internvit_cli.workers import WorkerSpec
 
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
 PHOTO, PORTRAIT = "040_imageio_768x512.png", "021_exif-orientation_1200x1800.jpg"
@@ -120,17 +123,17 @@ def test_lengths_far_from_the_others_are_outliers_and_do_not_stretch_the_colours
     assert fitted.lengths.high < 12
 
 
-def test_likeness_is_the_cosine_with_and_without_the_mean():
+def test_similarity_is_the_cosine_with_and_without_the_mean():
     tokens = random_map(5, 6, 8) + 3
     image, one = TokenMap.of(tokens), tokens[2, 3]
-    plain = likeness(image, image.directions[2, 3], None)
+    plain = similarity(image, image.directions[2, 3], None)
     expected = tokens @ one / np.linalg.norm(tokens, axis=-1) / np.linalg.norm(one)
     assert np.allclose(plain, expected, atol=1e-6) and plain[2, 3] == pytest.approx(1)
-    centred = likeness(image, image.directions[2, 3], image.directions.mean(axis=(0, 1)))
+    centred = similarity(image, image.directions[2, 3], image.directions.mean(axis=(0, 1)))
     assert centred[2, 3] == pytest.approx(1) and centred.min() < 0 < plain.min()
-    scale = likeness_scale([centred], centered=True)
+    scale = similarity_scale([centred], centered=True)
     assert scale.low == -scale.high
-    assert likeness_scale([plain], centered=False).high == 1.0
+    assert similarity_scale([plain], centered=False).high == 1.0
 
 
 def test_what_tokens_owe_to_their_place_is_taken_off():
@@ -189,7 +192,7 @@ def test_a_map_lies_exactly_over_its_picture(stored):
 
 def test_opacity_and_mask_let_the_photograph_through(stored, folder):
     image = open_features(stored)[PHOTO]
-    photo = load_photograph(image, 1280).picture
+    photo = load_photograph(PictureFile.of(image), 1280).picture
     red = np.zeros((32, 48, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
     faint = np.asarray(Canvas.of(image, photo, 640, 0.0).overlay(red), int)
     assert (faint[..., 0] == faint[..., 1]).all(), "nothing but the photograph in grey"
@@ -203,31 +206,125 @@ def test_opacity_and_mask_let_the_photograph_through(stored, folder):
 def test_the_photograph_is_turned_as_stored(stored, folder):
     image = open_features(stored)["turned.jpg"]
     assert image.orientation == 3
-    loaded = load_photograph(image, 2000)
+    loaded = load_photograph(PictureFile.of(image), 2000)
     expected = Image.open(folder / "turned.jpg").convert("RGB").transpose(Image.Transpose.ROTATE_180)
     assert not loaded.problem and loaded.picture.size == expected.size
     difference = np.abs(np.asarray(loaded.picture, int) - np.asarray(expected, int))
     assert difference.max() <= 3
 
 
-def test_a_picture_that_is_gone_changed_or_another_is_said_to_be(tmp_path, folder):
-    pictures = tmp_path / "pictures"
-    shutil.copytree(folder, pictures)
-    assert extract(pictures, "-o", tmp_path / "feats.h5", "--max-tiles", 1, *FLOAT32).returncode == 3
-    features = open_features(tmp_path / "feats.h5")
-    (pictures / PHOTO).unlink()
-    photo = Image.open(pictures / "turned.jpg")
-    photo.rotate(180).save(pictures / "turned.jpg", exif=photo.getexif())
-    Image.new("RGB", (5, 5)).save(pictures / "sub" / "small.png")
-    gone, changed, other = (load_photograph(features[key], 100) for key in (PHOTO, "turned.jpg", "sub/small.png"))
-    assert gone.picture is None and "No such file" in gone.problem
-    assert changed.picture is not None and "changed" in changed.problem
-    assert other.picture is None and "another size" in other.problem
-    (pictures / "sub" / "small.png").write_text("x")
-    assert "cannot be read" in load_photograph(features["sub/small.png"], 100).problem
-    (shown,) = show(ShowOptions(str(tmp_path / "feats.h5"), [PHOTO], size=200))
-    assert len(shown.panels) == 3 and any("No such file" in note for note in shown.notes)
-    assert GONE in {color for _, color in shown.panels[0].image.getcolors(100_000)}
+@pytest.fixture(scope="module")
+def one_picture(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder with a picture, and its features."""
+    place = tmp_path_factory.mktemp("one")
+    (place / "pictures").mkdir()
+    shutil.copyfile(photos / PHOTO, place / "pictures" / PHOTO)
+    assert extract(place / "pictures", "-o", place / "feats.h5", "--max-tiles", 1, *FLOAT32).returncode == 0
+    return place / "pictures", place / "feats.h5"
+
+
+def replaced_by_another(picture: Path) -> None:
+    Image.open(picture).rotate(180).save(picture)
+
+
+def same_length_other_bytes(picture: Path) -> None:
+    data = bytearray(picture.read_bytes())
+    data[-20] ^= 1
+    picture.write_bytes(data)
+
+
+def pipe(picture: Path) -> None:
+    picture.unlink()
+    os.mkfifo(picture)
+
+
+def six_gigabytes(picture: Path) -> None:
+    os.truncate(picture, 6 << 30)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (Path.unlink, "No such file"),
+        (replaced_by_another, "changed since"),
+        (same_length_other_bytes, "changed since"),
+        (pipe, "not a regular file"),
+        (six_gigabytes, "changed since"),
+    ],
+)
+def test_a_picture_that_is_not_the_one_that_was_encoded_is_not_shown(one_picture, tmp_path, change, words):
+    pictures, output = one_picture
+    shutil.copytree(pictures, tmp_path / "now")
+    change(tmp_path / "now" / PHOTO)
+    (shown,) = show(ShowOptions(str(output), [PHOTO], size=200, pictures=str(tmp_path / "now")))
+    (note,) = shown.notes
+    assert words in note and str(tmp_path / "now" / PHOTO) in note and PHOTO in shown.facts["photograph"]
+    assert any("not shown" in caption and words in caption for caption in shown.panels[0].captions)
+    colors = {color for _, color in shown.panels[0].image.getcolors(100_000)}
+    assert GONE in colors and all(len(set(color)) == 1 for color in colors), "only the tile's edges and number"
+
+
+def test_a_picture_of_another_size_is_not_read(one_picture, monkeypatch):
+    image = open_features(one_picture[1])[PHOTO]
+    monkeypatch.setattr(photograph, "digested", lambda *_: pytest.fail("it is read"))
+    file = PictureFile.of(image)
+    assert "changed since" in load_photograph(replace(file, size=file.size - 1), 100).problem
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": bytes(32)}, {"sha256": b"\1" * 32}, {"width": 767}])
+def test_a_row_that_does_not_describe_its_picture_shows_none(one_picture, wrong):
+    """The rows are whatever the maker of the file wrote: above all, zeros for a digest agree with nothing."""
+    file = PictureFile.of(open_features(one_picture[1])[PHOTO])
+    assert load_photograph(file, 100).picture is not None
+    found = load_photograph(replace(file, **wrong), 100)
+    assert found.picture is None and found.problem and found.path.endswith(PHOTO)
+
+
+def test_a_path_that_no_file_can_have_costs_its_own_photograph(one_picture):
+    file = replace(PictureFile.of(open_features(one_picture[1])[PHOTO]), path=b"/a\0b")
+    found = load_photograph(file, 100)
+    assert found.picture is None and "NUL" in found.problem and found.path == "/a\\x00b"
+
+
+def test_pictures_that_moved_are_found_in_the_folder_that_is_named(one_picture, tmp_path):
+    pictures, output = one_picture
+    shutil.copytree(pictures, tmp_path / "moved" / "here")
+    (away,) = show(ShowOptions(str(output), [PHOTO], size=100, pictures=str(tmp_path / "moved")))
+    assert "No such file" in away.notes[0]
+    (back,) = show(ShowOptions(str(output), [PHOTO], size=100, pictures=str(tmp_path / "moved" / "here")))
+    (home,) = show(ShowOptions(str(output), [PHOTO], size=100))
+    assert not back.notes and back.figure.tobytes() == home.figure.tobytes()
+    refused = internvit("show", output, PHOTO, "--pictures", tmp_path / "nowhere")
+    assert refused.returncode == 2 and "not a folder" in refused.stderr and "hint:" in refused.stderr
+
+
+def test_a_picture_that_takes_its_reader_along_costs_itself_alone(stored, monkeypatch):
+    spec = WorkerSpec("test_show:deadly")
+    monkeypatch.setattr(photograph, "WorkerSpec", lambda *_, **__: spec)
+    dead, alive = show(ShowOptions(str(stored), [PHOTO, "turned.jpg"], size=100))
+    assert "worker_died" in dead.notes[0] and f"{PHOTO}: " in dead.notes[0] and not alive.notes
+
+
+def deadly():
+    """A worker's function that one kind of picture kills."""
+
+    def read(task):
+        if task[0].path.endswith(PHOTO.encode()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load_photograph(*task)
+
+    return read
+
+
+def test_figures_of_random_weights_say_so(stored, tmp_path):
+    result = internvit("show", stored, PHOTO, "-o", tmp_path, "--size", 100, "--json")
+    assert "random weights" in result.stderr and "random weights" in json.loads(result.stdout)["notes"][0]
+
+
+def test_the_earlier_word_for_similarity_is_still_taken(stored, tmp_path):
+    result = internvit("show", stored, PHOTO, "-o", tmp_path, "--size", 100, "--map", "likeness", "--point", "3,3")
+    assert result.returncode == 0, result.stderr
+    assert "likeness" not in internvit("show", "--help").stdout
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -262,7 +359,7 @@ def test_json_is_one_object_with_the_figures_facts(stored, tmp_path):
     assert told["exit_code"] == 3 and told["error"] is None and told["skipped"] == ["bad.jpg"]
     assert [image["key"] for image in told["images"]] == [PHOTO, "turned.jpg"]
     first = told["images"][0]
-    assert first["likeness"]["highest"] == pytest.approx(1) and first["photograph"] == "as it was encoded"
+    assert first["similarity"]["highest"] == pytest.approx(1) and first["photograph"] == "as it was encoded"
     assert 0 < first["foreground"] < 1 and first["lengths"]["median"] > 0
     assert all(os.path.exists(file) for image in told["images"] for file in image["files"])
 
@@ -275,7 +372,7 @@ def test_json_is_one_object_with_the_figures_facts(stored, tmp_path):
         (("bad.jpg",), 1, "not_an_image"),
         ((PHOTO, "--point", "9000,3"), 2, "outside"),
         ((PHOTO, "--point", "a,b"), 2, "not X,Y"),
-        ((PHOTO, "--map", "likeness"), 2, "--point"),
+        ((PHOTO, "--map", "similarity"), 2, "--point"),
         ((PHOTO, "--map", "sideways"), 2, "sideways"),
         ((PHOTO, "--terminal"), 2, "no terminal"),
         ((PHOTO, "--terminal", "--json"), 2, "choose one"),
@@ -317,7 +414,7 @@ def test_every_kind_of_tokens_and_of_view_is_drawn(folder, tmp_path, preprocess,
     assert extract(folder, "-o", tmp_path / "feats", *options).returncode == 3
     asked = ShowOptions(str(tmp_path / "feats"), [PHOTO, "turned.jpg"], point=(300, 200), position=False, size=150)
     for shown in show(asked):
-        assert [panel.name for panel in shown.panels] == ["tiles", "pca", "length", "likeness"]
+        assert [panel.name for panel in shown.panels] == ["tiles", "pca", "length", "similarity"]
         assert not shown.notes
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.finding import listing_notes
-from internvit_cli.model.catalog import TINY_RANDOM
+from internvit_cli.model.catalog import RANDOM_WEIGHTS, TINY_RANDOM
 from internvit_cli.reconcile import StoredImages
 from internvit_cli.report import Counts, Outlook, Stages, Summary, Tally
 from internvit_cli.storage.durable import allocated_bytes
@@ -139,7 +139,7 @@ def _counts(stored: StoredImages, listing: Listing, totals: Totals) -> Counts:
 def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
     totals, notes = account.totals, []
     if account.options.model.name == TINY_RANDOM:
-        notes.append("tiny-random has random weights: its features try the tool out and mean nothing")
+        notes.append(RANDOM_WEIGHTS)
     notes += engine.notes if engine else ()
     if totals.unsynced:
         notes.append(totals.unsynced)

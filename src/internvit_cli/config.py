@@ -48,6 +48,9 @@ DTYPE_ALIASES = {
 }
 """Other names of types; what is stored always has the name that numpy and PyTorch use."""
 
+EARLIER_NAMES = {"likeness": "similarity"}
+"""Words that earlier versions took, and that scripts may still hold."""
+
 
 def member_named(kind: type[AnyEnum], word: object) -> AnyEnum | None:
     """The member of a choice that a word means, whatever its case, or a type of PyTorch; None when there is none."""
@@ -55,9 +58,10 @@ def member_named(kind: type[AnyEnum], word: object) -> AnyEnum | None:
 
 
 def names_of(kind: type[AnyEnum]) -> dict[str, AnyEnum]:
-    """The members of a choice by their words, and by other names of types."""
+    """The members of a choice by their words, other names of types, and words of earlier versions."""
     members = {str(member.value).lower(): member for member in kind}
-    return members | {alias: members[name] for alias, name in DTYPE_ALIASES.items() if name in members}
+    others = DTYPE_ALIASES | EARLIER_NAMES
+    return members | {alias: members[name] for alias, name in others.items() if name in members}
 
 
 class Tokens(Choice):
@@ -155,7 +159,7 @@ class TokenMapKind(Choice):
     TILES = "tiles"
     PCA = "pca"
     LENGTH = "length"
-    LIKENESS = "likeness"
+    SIMILARITY = "similarity"
     THUMBNAIL = "thumbnail"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from internvit_cli.cli.console import print_json, print_line, say
+from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode
@@ -34,6 +35,7 @@ def duplicates_command(
         bool, typer.Option("--bytes-only", help="Find identical files only, without reading vectors.")
     ] = False,
     sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the groups on one sheet.")] = None,
+    pictures_in: PicturesFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
@@ -48,15 +50,16 @@ def duplicates_command(
     """
     if sheet is not None:
         check_file_name(sheet, (".png",), "--sheet", "PNG")
+    from internvit_cli.use.contact_sheets import duplicates_sheet
     from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
+    from internvit_cli.use.show import save_png
 
-    options = DuplicateOptions(found_output(path), threshold, raw, exact, bytes_only)
+    options = DuplicateOptions(found_output(path), threshold, raw, exact, bytes_only, pictures_in)
     with progress(quiet=quiet) as observer:
         found = find_duplicates(options, observer)
         is_drawn = sheet is not None and bool(found.similar or found.identical)
         if sheet is not None and is_drawn:
-            with observer.phase("drawing the sheet"):
-                _write_sheet(found, sheet)
+            save_png(duplicates_sheet(found, pictures_in, observer), sheet)
     if json:
         extra = {"sheet": sheet if is_drawn else None, "exit_code": int(ExitCode.DONE), "error": None}
         print_json(found.to_json() | extra)
@@ -65,13 +68,6 @@ def duplicates_command(
         if is_drawn and not quiet:
             print_line(f"sheet: {sheet}")
     return int(ExitCode.DONE)
-
-
-def _write_sheet(found: Duplicates, path: str) -> None:
-    from internvit_cli.use.contact_sheets import duplicates_sheet
-    from internvit_cli.use.show import save_png
-
-    save_png(duplicates_sheet(found), path)
 
 
 def _print(found: Duplicates) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from internvit_cli.cli.console import human_bytes, human_seconds, print_json, print_line, say
+from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.signals import compiled_code_may_take_long
 from internvit_cli.cli.unfinished import found_output
@@ -38,12 +39,13 @@ def report_command(
     thumbnails: Annotated[int, typer.Option(min=0, max=100_000, help="Show thumbnails of at most N images.")] = 2000,
     thumbnail_size: Annotated[
         int, typer.Option(min=16, max=512, metavar="PIXELS", help="Make thumbnails with this longer side.")
-    ] = 80,
+    ] = 112,
     points: Annotated[int, typer.Option(min=1, max=1_000_000, help="Show at most N images on the map.")] = 50_000,
     seed: Annotated[int, typer.Option(min=0, help="Draw other random samples.")] = 0,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Read pictures in N processes.", show_default="one per core")
     ] = None,
+    pictures_in: PicturesFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[
         bool, typer.Option("-q", "--quiet", help="Show no progress, and do not print the name of the file.")
@@ -53,7 +55,8 @@ def report_command(
     """Write one HTML page about an output.
 
     The page shows facts, a map of all images, token maps, duplicates and neighbors, and needs no network. Pictures are
-    read from where they were when they were encoded; those that are missing or changed have no thumbnail.
+    read from where they were when they were encoded, or from --pictures DIR; those that are missing or changed have no
+    thumbnail.
 
     Example: internvit report feats.h5 -o report.html
     """
@@ -69,6 +72,7 @@ def report_command(
         points=points,
         seed=seed,
         workers=workers,
+        pictures=pictures_in,
     )
     is_compiled = projection is Projection.UMAP
     with progress(quiet=quiet) as observer, compiled_code_may_take_long() if is_compiled else nullcontext():
@@ -95,3 +99,5 @@ def _say_notes(report: Report) -> None:
         say(f"note: no thumbnail of {one_line(key)}: {problem}")
     if len(report.missing) > MOST_MISSING:
         say(f"note: {counted(len(report.missing), 'image')} without a thumbnail in all")
+    if report.missing and not report.thumbnails:
+        say("note: if the pictures have moved, --pictures DIR says where they are")

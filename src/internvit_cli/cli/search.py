@@ -8,6 +8,7 @@ import typer
 
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import fail, print_json, print_line, say
+from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode, InternvitError
@@ -54,6 +55,7 @@ def search_command(
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Encode pictures on this device: auto, cpu, cuda, cuda:N or mps.")
     ] = "auto",
+    pictures_in: PicturesFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
@@ -68,7 +70,9 @@ def search_command(
     """
     if sheet is not None:
         check_file_name(sheet, (".png",), "--sheet", "PNG")
+    from internvit_cli.use.contact_sheets import search_sheet
     from internvit_cli.use.search import SearchOptions, search
+    from internvit_cli.use.show import save_png
 
     options = SearchOptions(
         path=found_output(path),
@@ -83,8 +87,7 @@ def search_command(
     with progress(quiet=quiet) as observer:
         found = search(options, observer)
         if sheet is not None:
-            with observer.phase("drawing the sheet"):
-                _write_sheet(found, sheet)
+            save_png(search_sheet(found.answers, pictures_in, observer), sheet)
     code = found.exit_code
     error = (
         InternvitError("not one picture can be used", "the reasons are listed with the pictures")
@@ -99,13 +102,6 @@ def search_command(
         if sheet is not None and not quiet:
             print_line(f"sheet: {sheet}")
     return fail(error) if error else int(code)
-
-
-def _write_sheet(found: Found, path: str) -> None:
-    from internvit_cli.use.contact_sheets import search_sheet
-    from internvit_cli.use.show import save_png
-
-    save_png(search_sheet(found.answers), path)
 
 
 def _print(found: Found) -> None:

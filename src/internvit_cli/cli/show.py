@@ -11,6 +11,7 @@ import typer
 
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import one_line, print_json, print_line, say, write_raw
+from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
@@ -77,6 +78,7 @@ def show_command(
             show_default="detected",
         ),
     ] = None,
+    pictures_in: PicturesFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not print the names of files.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
@@ -104,11 +106,14 @@ def show_command(
         raw=raw,
         opacity=opacity,
         size=size,
+        pictures=pictures_in,
     )
     chosen = _chosen_graphics(graphics) if terminal else None
     images: list[dict[str, Any]] = []
     with progress(quiet=quiet) as observer:
         figures = show(options, observer)
+        for note in figures.notes:
+            say(f"note: {note}")
         for shown in figures:
             written = _write(shown, output, separate=separate)
             for note in shown.notes:
@@ -123,7 +128,7 @@ def show_command(
     for key in figures.skipped:
         say(f"note: {one_line(key)} has no features and is not drawn")
     if json:
-        facts = {"path": path, "images": images, "skipped": list(figures.skipped)}
+        facts = {"path": path, "images": images, "skipped": list(figures.skipped), "notes": list(figures.notes)}
         print_json(facts | {"exit_code": int(code), "error": None})
     return int(code)
 

@@ -41,6 +41,8 @@ class Tiled:
     """uint8 [n, S, S, 3], row by row, the thumbnail last."""
     digest: bytes
     """SHA-256 of the file, 32 bytes; zeros for a picture that never was one."""
+    file_size: int = 0
+    """Bytes of the file."""
 
 
 def tile_file(path: bytes, rule: PixelRule) -> Tiled | Skipped:
@@ -53,7 +55,8 @@ def tile_file(path: bytes, rule: PixelRule) -> Tiled | Skipped:
     decoded = decode_tiles(path, header, grid, rule, tiles)
     if not isinstance(decoded, Decoded):
         return decoded
-    return _tiled((header.width, header.height, header.orientation), rule, tiles, decoded.digest)
+    size = header.width, header.height, header.orientation
+    return _tiled(size, rule, tiles, decoded.digest, header.file_size)
 
 
 def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> Tiled | Skipped:
@@ -122,7 +125,10 @@ def _room(grid: Grid, rule: PixelRule) -> NDArray[Any]:
     return np.empty((decoded_tile_count(grid, rule), side, side, 3), np.uint8)
 
 
-def _tiled(size: tuple[int, int, int], rule: PixelRule, tiles: NDArray[Any], digest: bytes) -> Tiled:
+def _tiled(
+    size: tuple[int, int, int], rule: PixelRule, tiles: NDArray[Any], digest: bytes, file_size: int = 0
+) -> Tiled:
     width, height, orientation = size
     grid = choose_grid(width, height, rule.tiling)
-    return Tiled(width, height, orientation, grid, has_thumbnail(grid, rule.tiling.thumbnail), tiles, digest)
+    thumbnail = has_thumbnail(grid, rule.tiling.thumbnail)
+    return Tiled(width, height, orientation, grid, thumbnail, tiles, digest, file_size)

@@ -92,7 +92,7 @@ def _changed() -> Skipped:
 
 
 def _decode(file: BinaryIO, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> Decoded | Skipped:
-    digest, stream = _digest(file, header.file_size)
+    digest, stream = digested(file, header.file_size)
     with Image.open(stream, formats=readable_formats()) as image:
         if not _is_planned_size(image, header):
             return _size_mismatch(image, header)
@@ -105,10 +105,10 @@ def _decode(file: BinaryIO, header: Header, grid: Grid, rule: PixelRule, out: ND
         return Decoded(_fill(picture, grid, rule, out), digest)
 
 
-def _digest(file: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
-    """SHA-256 of a file, and a stream of the same bytes from their start."""
+def digested(file: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
+    """Return the SHA-256 of an open file of `size` bytes, 32 bytes, and a stream of the same bytes from their start."""
     if size <= _IN_MEMORY:
-        data = file.read()
+        data = file.read(size + 1)  # one more, so that a file that grew has another digest
         return hashlib.sha256(data).digest(), io.BytesIO(data)
     hashed = hashlib.sha256()
     while block := file.read(_BLOCK):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from internvit_cli.draw.text import FAINT, INK, PAPER, fitted, line_height, write
+from internvit_cli.draw.text import FAINT, INK, PAPER, fitted, line_height, wrapped, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +19,8 @@ CELL = 190
 ACROSS = 6
 EDGE = (178, 24, 43)
 EMPTY = (228, 228, 228)
+INSET = 10
+"""Of text in an empty place, pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Cell:
     captions: Sequence[str]
     """Lines below it; the first is darker."""
     is_marked: bool = False
+    problem: str = ""
+    """Why there is no picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class _Line:
     def __init__(self, title: str, cells: Sequence[Cell]) -> None:
         self._title = title
         self._cells = cells
-        self._pictures = [_small(cell.picture) for cell in cells]
+        self._pictures = [_small(cell) for cell in cells]
         self._picture_height = max((picture.height for picture in self._pictures), default=0)
         self._head = line_height(HEADING) + GAP // 2 if title else 0
         captions = max((len(cell.captions) for cell in cells), default=0)
@@ -85,12 +89,16 @@ class _Line:
                 write(sheet, (left, below + place * line_height(BODY)), fitted(caption, BODY, CELL), BODY, color)
 
 
-def _small(picture: Image.Image | None) -> Image.Image:
-    """A picture as large as its place, or what says that there is none."""
-    if picture is not None:
-        small = picture.copy()
+def _small(cell: Cell) -> Image.Image:
+    """A picture as large as its place, or what says why there is none."""
+    if cell.picture is not None:
+        small = cell.picture.copy()
         small.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
         return small
     empty = Image.new("RGB", (CELL, CELL * 3 // 4), EMPTY)
-    write(empty, (8, empty.height // 2 - BODY), "picture not there", BODY, FAINT)
+    most = (empty.height - 2 * INSET) // line_height(BODY)
+    lines = wrapped(f"picture not shown: {cell.problem}", BODY, CELL - 2 * INSET)[:most]
+    top = (empty.height - len(lines) * line_height(BODY)) // 2
+    for number, line in enumerate(lines):
+        write(empty, (INSET, top + number * line_height(BODY)), line, BODY, FAINT)
     return empty

@@ -16,6 +16,8 @@ INK: Color = (34, 34, 34)
 FAINT: Color = (110, 110, 110)
 PAPER: Color = (255, 255, 255)
 ELLIPSIS = "..."
+SPACE = 0.32
+"""Width of a space as a share of the size of letters: the font's own, 3 pixels at sizes up to 16, is hardly seen."""
 
 
 @lru_cache(maxsize=16)
@@ -34,7 +36,16 @@ def drawable(text: str) -> str:
 
 def text_width(text: str, size: int) -> float:
     """Pixels that a text takes from left to right."""
-    return float(font(size).getlength(drawable(text)))
+    return _set(drawable(text), size)[1]
+
+
+def _set(text: str, size: int) -> tuple[list[tuple[str, float]], float]:
+    """Where the words of a text begin, and its width."""
+    words, left = [], 0.0
+    for word in text.split(" "):
+        words.append((word, left))
+        left += float(font(size).getlength(word)) + round(SPACE * size)
+    return words, left - round(SPACE * size)
 
 
 def line_height(size: int) -> int:
@@ -55,9 +66,27 @@ def fitted(text: str, size: int, width: float) -> str:
     return ""
 
 
+def wrapped(text: str, size: int, width: float) -> list[str]:
+    """Break a text into lines that fit, between words where possible."""
+    lines = [""]
+    for word in drawable(text).split(" "):
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if text_width(joined, size) <= width:
+            lines[-1] = joined
+            continue
+        lines += [""] * bool(lines[-1])
+        for letter in word:
+            if lines[-1] and text_width(lines[-1] + letter, size) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
 def write(image: Image.Image, place: tuple[float, float], text: str, size: int, color: Color = INK) -> None:
     """Write one line, its upper left corner at a place."""
-    ImageDraw.Draw(image).text(place, drawable(text), fill=color, font=font(size))
+    draw = ImageDraw.Draw(image)
+    for word, left in _set(drawable(text), size)[0]:
+        draw.text((place[0] + left, place[1]), word, fill=color, font=font(size))
 
 
 def write_outlined(image: Image.Image, place: tuple[float, float], text: str, size: int) -> None:

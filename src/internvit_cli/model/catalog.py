@@ -14,6 +14,7 @@ from internvit_cli.model.card import ModelCard, VisionConfig
 from internvit_cli.model.configs import NOTHING, Described, describe_config
 from internvit_cli.model.files import (
     OFFLINE_HINT,
+    RANDOM_WEIGHTS,
     TINY_RANDOM,
     WEIGHTS_SUFFIX,
     FolderFiles,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from internvit_cli.model.files import CheckpointFiles
     from internvit_cli.model.names import ModelName
 
-__all__ = ["KNOWN_MODELS", "OFFLINE_HINT", "TINY_RANDOM", "describe_model", "known_card"]
+__all__ = ["KNOWN_MODELS", "OFFLINE_HINT", "RANDOM_WEIGHTS", "TINY_RANDOM", "describe_model", "known_card"]
 
 CONFIG_FILE = "config.json"
 

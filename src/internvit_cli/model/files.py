@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard
 
 TINY_RANDOM = "tiny-random"
+RANDOM_WEIGHTS = f"{TINY_RANDOM} has random weights: its features carry no meaning and only serve to try the tool"
 """The model that is built in memory: for trying the tool, never for features of worth."""
 
 OFFLINE_HINT = f"pass the directory of a checkpoint as --model, or try the tool with --model {TINY_RANDOM}"

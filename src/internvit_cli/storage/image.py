@@ -57,6 +57,10 @@ class RowStore(Protocol):
         """SHA-256 of that file, 32 bytes; zeros where there is none."""
         ...
 
+    def file_size(self, row: int) -> int:
+        """Bytes of that file; 0 where there is none."""
+        ...
+
 
 @dataclass(frozen=True)
 class ImageFeatures:
@@ -117,6 +121,11 @@ class ImageFeatures:
     def digest(self) -> bytes:
         """SHA-256 of its picture's file, 32 bytes; zeros where there is none."""
         return self._store.digest(self._row)
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of its picture's file when it was encoded; 0 where there is none."""
+        return self._store.file_size(self._row)
 
     # ------------------------------------------------------------------------------------------------------- as stored
 

@@ -132,6 +132,10 @@ class OpenShard:
         """SHA-256 of that file, 32 bytes; zeros where there is none."""
         return bytes(self.digests[row].tobytes())
 
+    def file_size(self, row: int) -> int:
+        """Bytes of that file when it was encoded."""
+        return int(self.table.file_size[row])
+
     def image(self, row: int) -> ImageFeatures:
         """One row, by number."""
         self.require_open()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from internvit_cli.draw.sheet import CELL, Cell, Row, contact_sheet
-from internvit_cli.use.photograph import load_photograph
+from internvit_cli.observer import SILENT, Observer
+from internvit_cli.use.photograph import Photograph, PictureFile, read_photographs
 from internvit_cli.words import counted
 
 if TYPE_CHECKING:
@@ -22,34 +24,69 @@ MOST_CELLS, MOST_ROWS = 12, 100
 """Of groups on a sheet; --json has them all."""
 
 
-def search_sheet(answers: Sequence[Answer]) -> Image.Image:
-    """Each query with its hits, best first."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A picture's place on a sheet."""
+
+    image: ImageFeatures
+    captions: Sequence[str]
+    folder: str | None
+    """Where to look for its picture; None is where it was when it was encoded."""
+    is_marked: bool = False
+
+
+def search_sheet(answers: Sequence[Answer], folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
+    """Draw each query with its hits, best first.
+
+    Args:
+        answers: of a search.
+        folder: where to look for the pictures of the output; None is where they were when they were encoded.
+        observer: told how it goes.
+    """
     rows = []
     for answer in answers:
-        query = _cell(answer.query, (answer.problem or "query", answer.query.key), is_marked=True)
+        captions = answer.problem or "query", answer.query.key
+        query = _Place(answer.query, captions, None if answer.is_picture else folder, is_marked=True)
         hits = [
-            _cell(hit.image, (f"{number}.  {hit.similarity:.3f}", hit.image.key))
+            _Place(hit.image, (f"{number}.  {hit.similarity:.3f}", hit.image.key), folder)
             for number, hit in enumerate(answer.hits[:MOST_HITS], 1)
         ]
-        rows.append(Row(answer.query.key, [query, *hits]))
-    return contact_sheet(rows)
+        rows.append((answer.query.key, [query, *hits]))
+    return _drawn(rows, observer)
 
 
-def duplicates_sheet(found: Duplicates) -> Image.Image:
-    """Each group of images that look the same, then each of identical files; so many as a sheet has room for."""
+def duplicates_sheet(found: Duplicates, folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
+    """Draw each group of similar images, then each of identical files, as many as a sheet has room for.
+
+    Args:
+        found: the groups.
+        folder: where to look for the pictures; None is where they were when they were encoded.
+        observer: told how it goes.
+    """
     rows = []
-    for number, group in enumerate(found.similar, 1):
-        cells = [
-            _cell(member.image, (f"{member.similarity:.3f}", member.image.key), is_marked=place == 0)
+    for number, group in enumerate(found.similar[:MOST_ROWS], 1):
+        places = [
+            _Place(member.image, (f"{member.similarity:.3f}", member.image.key), folder, is_marked=place == 0)
             for place, member in enumerate(group[:MOST_CELLS])
         ]
-        rows.append(Row(f"similar {number}: {counted(len(group), 'image')}", cells))
-    for number, identical in enumerate(found.identical, 1):
-        cells = [_cell(image, ("same bytes", image.key)) for image in identical[:MOST_CELLS]]
-        rows.append(Row(f"identical {number}: {counted(len(identical), 'file')}", cells))
-    return contact_sheet(rows[:MOST_ROWS])
+        rows.append((f"similar {number}: {counted(len(group), 'image')}", places))
+    for number, identical in enumerate(found.identical[:MOST_ROWS], 1):
+        places = [_Place(image, ("same bytes", image.key), folder) for image in identical[:MOST_CELLS]]
+        rows.append((f"identical {number}: {counted(len(identical), 'file')}", places))
+    return _drawn(rows[:MOST_ROWS], observer)
 
 
-def _cell(image: ImageFeatures, captions: Sequence[str], *, is_marked: bool = False) -> Cell:
-    picture = load_photograph(image, CELL).picture if image.is_done else None
-    return Cell(picture, captions, is_marked)
+def _drawn(rows: Sequence[tuple[str, Sequence[_Place]]], observer: Observer) -> Image.Image:
+    """The sheet of rows with their titles; pictures are read for images that have features."""
+    places = [place for _, row in rows for place in row]
+    files = [PictureFile.of(place.image, place.folder) for place in places if place.image.is_done]
+    with observer.phase("drawing the sheet", "picture", len(files)) as phase:
+        photographs = read_photographs(files, CELL, phase.at)
+        cells = iter([_cell(place, next(photographs) if place.image.is_done else None) for place in places])
+        return contact_sheet([Row(title, [next(cells) for _ in row]) for title, row in rows])
+
+
+def _cell(place: _Place, photograph: Photograph | None) -> Cell:
+    if photograph is None:
+        return Cell(None, place.captions, place.is_marked, "no features")
+    return Cell(photograph.picture, place.captions, place.is_marked, photograph.problem)

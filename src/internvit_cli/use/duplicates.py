@@ -13,11 +13,12 @@ from internvit_cli.errors import UsageError
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.durable import check_space
 from internvit_cli.storage.reader import open_features
+from internvit_cli.use.caveats import caveats
 from internvit_cli.use.links import Links
 from internvit_cli.use.lsh import hashed_pairs
 from internvit_cli.use.pairs import BestPairs, exact_pairs
 from internvit_cli.use.same_pictures import Compared, link_same
-from internvit_cli.use.similarity_space import RAW, Space, caveats, choose_space
+from internvit_cli.use.similarity_space import RAW, Space, choose_space
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,6 +57,8 @@ class DuplicateOptions:
     """Compare each with each, however many there are."""
     bytes_only: bool = False
     """Leave it at identical files."""
+    pictures: str | None = None
+    """The folder to look for pictures in; None is where they were when they were encoded."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
@@ -169,7 +172,7 @@ def _similar(
                 pairs = _near_of_few(vectors, embedded, least)
             else:
                 pairs = search.near(LEAST_NEAR[space.name] if is_exact else least)
-            compared = link_same(links, vectors, pairs, least, observer)
+            compared = link_same(links, vectors, pairs, least, observer, options.pictures)
         similar = tuple(_group(vectors, embedded, group) for group in links.groups())
     return similar, Comparison(space, "exact" if is_exact else "hashed", least, compared)
 

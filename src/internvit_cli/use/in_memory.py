@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Recipe, Skipped, Status
@@ -27,6 +27,8 @@ class RowsInMemory:
     """By dataset, as a file would hold them: pooled [1, d], tiles' rows [tiles, ...]."""
     path: bytes | None
     sha256: bytes
+    size: int = 0
+    """Bytes of the file."""
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -50,6 +52,10 @@ class RowsInMemory:
         """SHA-256 of that file."""
         return self.sha256
 
+    def file_size(self, row: int) -> int:  # noqa: ARG002
+        """Bytes of that file."""
+        return self.size
+
 
 @dataclass(frozen=True, slots=True)
 class Named:
@@ -62,7 +68,7 @@ class Named:
 
 def done_image(named: Named, recipe: Recipe, tiled: Tiled, arrays: Mapping[str, NDArray[Any]]) -> ImageFeatures:
     """An image with features."""
-    store = RowsInMemory(recipe, arrays, named.path, tiled.digest)
+    store = RowsInMemory(recipe, arrays, named.path, tiled.digest, tiled.file_size)
     size = tiled.width, tiled.height, tiled.orientation
     return ImageFeatures(named.key, Status.DONE, *size, tiled.grid, tiled.has_thumbnail, store, 0, 0)
 
@@ -71,12 +77,6 @@ def skipped_image(named: Named, recipe: Recipe, skipped: Skipped) -> ImageFeatur
     """An image without features, which says why."""
     store = RowsInMemory(recipe, {}, named.path, bytes(32))
     return ImageFeatures(named.key, skipped.status, 0, 0, 0, Grid(0, 0), False, store, 0, 0, reason=skipped.message)
-
-
-def without_features(image: ImageFeatures) -> ImageFeatures:
-    """All that is known of an image but its features: small enough to be sent to another process."""
-    path = None if image.path is None else os.fsencode(image.path)
-    return replace(image, _store=RowsInMemory(image.recipe, {}, path, image.digest), _row=0, _first_tile=0)
 
 
 def absolute(path: str | bytes | os.PathLike[Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""What tokens look like: their principal components, their lengths, their likeness to one of them.
+"""What tokens look like: their principal components, their lengths, their similarity to one of them.
 
 Everything that sets colours is fitted over all images together, so that equal colours mean the same in all of them.
 Letters: n tokens of C values; a map is [h, w] tokens over the picture.
@@ -122,7 +122,7 @@ def _length_limits(lengths: NDArray[Any]) -> tuple[Scale, float]:
     return Scale(float(low), float(high)), outlier
 
 
-def likeness(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None) -> NDArray[Any]:
+def similarity(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None) -> NDArray[Any]:
     """Cosine of every token with one, [h, w].
 
     Args:
@@ -135,8 +135,8 @@ def likeness(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None) -
     return cosines
 
 
-def likeness_scale(cosines: Iterable[NDArray[Any]], *, centered: bool) -> Scale:
-    """The colours of likeness over all maps: around 0 when centred, else over the range that there is."""
+def similarity_scale(cosines: Iterable[NDArray[Any]], *, centered: bool) -> Scale:
+    """The colors of similarity over all maps: around 0 when centred, else over the range that there is."""
     values = np.concatenate([cosine.ravel() for cosine in cosines])
     low, high = (float(value) for value in np.percentile(values, (0.5, 99.5)))
     if not centered:

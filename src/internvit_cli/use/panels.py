@@ -1,4 +1,4 @@
-"""The pictures of a figure: tiles, components, lengths, likeness, each laid over the photograph."""
+"""The pictures of a figure: tiles, components, lengths, similarity, each laid over the photograph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from internvit_cli.draw.palette import short_number
-from internvit_cli.draw.text import write, write_outlined
+from internvit_cli.draw.text import write_outlined
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from internvit_cli.storage.image import ImageFeatures
 
 GONE = (214, 214, 214)
-"""Stands for a photograph that is not there."""
+"""Stands for a photograph that cannot be shown."""
 DIMMED = 0.35
 """How much of the photograph is left where a mask hides the map."""
 MARK = (255, 0, 170)
@@ -34,8 +34,7 @@ class Canvas:
 
     image: ImageFeatures
     photograph: Image.Image
-    """RGB; one flat colour when the picture is gone."""
-    is_there: bool
+    """RGB; one flat color when the picture cannot be shown."""
     opacity: float
     """Of maps over the photograph, 0 to 1."""
 
@@ -46,8 +45,8 @@ class Canvas:
         factor = max(side / longer, min(LEAST_SIDE / shorter, WIDEST * side / longer))
         size = max(8, round(image.width * factor)), max(8, round(image.height * factor))
         if photograph is None:
-            return cls(image, Image.new("RGB", size, GONE), False, 1.0)
-        return cls(image, photograph.resize(size, Image.Resampling.BICUBIC), True, opacity)
+            return cls(image, Image.new("RGB", size, GONE), 1.0)
+        return cls(image, photograph.resize(size, Image.Resampling.BICUBIC), opacity)
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -70,8 +69,6 @@ class Canvas:
             draw.rectangle((corner[0] + 1, corner[1] + 1, end[0] - 1, end[1] - 1), outline=(255, 255, 255))
             if grid.columns * grid.rows <= MOST_LABELLED:
                 write_outlined(picture, (corner[0] + 7, corner[1] + 5), str(number), 16)
-        if not self.is_there:
-            write(picture, (left + 7, bottom - 24), "the picture is not there any more", 14)
         return picture
 
     def overlay(self, colors: NDArray[np.uint8], mask: NDArray[Any] | None = None) -> Image.Image:

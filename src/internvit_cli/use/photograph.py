@@ -1,21 +1,81 @@
-"""The picture behind a row of features, if it is still there."""
+"""The pictures behind rows of features, shown only where they are the very files that were encoded.
+
+Keys, roots, sizes and digests are whatever the maker of a feature file wrote. A picture is therefore shown only if its
+SHA-256 is stored and agrees, is not read at all if its size differs, and is decoded in a worker: a feature file cannot
+make its reader publish some other picture, and a picture cannot take down the command.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
+import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from PIL import Image
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, PixelRule, Skipped
 from internvit_cli.decode.direct import NO_DIGEST, upright_rgb
 from internvit_cli.decode.files import classify, open_regular, pillow_limits, readable_formats
+from internvit_cli.decode.pictures import digested
+from internvit_cli.errors import one_line
+from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec, map_in_workers, usable_cpus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
     from internvit_cli.storage.image import ImageFeatures
+
+WORKER_BYTES = 4 << 30
+WORKER_SECONDS = 30.0
+"""The limits that `extract` has by default."""
+PICTURES_PER_WORKER = 8
+"""A worker that would have fewer is not worth its start."""
+NOT_STORED = "its SHA-256 is not stored, so nothing tells whether this is the picture that was encoded"
+CHANGED = "it changed since it was encoded"
+
+
+@dataclass(frozen=True, slots=True)
+class PictureFile:
+    """The file of an image, as its row describes it: small enough to be sent to a worker."""
+
+    path: bytes | None
+    """None for a picture that never was a file."""
+    size: int
+    """Bytes."""
+    sha256: bytes
+    """32 bytes; zeros where it is not known."""
+    width: int
+    """After orientation, pixels."""
+    height: int
+    orientation: int
+    """EXIF's number of the turn that sets it upright."""
+    background: tuple[int, int, int] | None
+    """What transparency is composed over."""
+
+    @property
+    def place(self) -> str:
+        """The path on one line; empty for a picture that never was a file."""
+        return "" if self.path is None else one_line(os.fsdecode(self.path), limit=None)
+
+    @classmethod
+    def of(cls, image: ImageFeatures, folder: str | None = None) -> PictureFile:
+        """Describe the picture of an image.
+
+        Args:
+            image: the row.
+            folder: where to look for its key; None is where the picture was when it was encoded.
+        """
+        path = image.path if folder is None else os.path.join(folder, image.key)
+        return cls(
+            path=None if path is None else os.fsencode(path),
+            size=image.file_size,
+            sha256=image.digest,
+            width=image.width,
+            height=image.height,
+            orientation=image.orientation,
+            background=image.recipe.background,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,50 +85,102 @@ class Photograph:
     picture: Image.Image | None
     """RGB, upright as it was when it was encoded; at most as large as was asked for."""
     problem: str = ""
-    """What is the matter with it, such as `it changed since it was encoded`; empty when nothing is."""
+    """Why there is none, in words on one line; empty when there is one."""
+    path: str = ""
+    """Where it was looked for, on one line; empty for a picture that never was a file."""
+
+    @property
+    def note(self) -> str:
+        """The problem and where it is, such as `/imgs/a.jpg: No such file or directory`."""
+        return f"{self.path}: {self.problem}" if self.path else self.problem
 
 
-def load_photograph(image: ImageFeatures, side: int) -> Photograph:
-    """Read an image's picture, turned as its row says.
+def load_photograph(file: PictureFile, side: int) -> Photograph:
+    """Read a picture in this process, turned as its row says, if it is the one that was encoded.
 
     Args:
-        image: the row.
+        file: the picture.
         side: the longer side wanted, pixels; a smaller picture stays as it is.
     """
-    if image.path is None:
+    if file.path is None:
         return Photograph(None, "it never was a file")
-    opened = open_regular(os.fsencode(image.path))
+    found = _verified(file, side)
+    return Photograph(None, found, file.place) if isinstance(found, str) else Photograph(found, "", file.place)
+
+
+def read_photographs(
+    files: Sequence[PictureFile], side: int, on_progress: Callable[[int], None] = lambda _: None
+) -> Iterator[Photograph]:
+    """Yield pictures in order, read in workers.
+
+    Args:
+        files: the pictures.
+        side: the longer side wanted, pixels.
+        on_progress: called with the number of pictures that are done with.
+    """
+    early: dict[int, Photograph] = {}
+    following = 0
+    tasks = ((file, side) for file in files)
+    for done, outcome in enumerate(in_workers("internvit_cli.use.photograph:reader", tasks, len(files)), 1):
+        number = outcome.task_id
+        early[number] = outcome.result if isinstance(outcome, Finished) else lost(files[number], outcome)
+        on_progress(done)
+        while following in early:
+            yield early.pop(following)
+            following += 1
+
+
+def reader() -> Callable[[tuple[PictureFile, int]], Photograph]:
+    """Return what a worker of `read_photographs` runs."""
+    return lambda task: load_photograph(*task)
+
+
+def lost(file: PictureFile, outcome: Lost) -> Photograph:
+    """Return what there is of a picture whose worker died or ran out of time."""
+    return Photograph(None, f"{outcome.status.word}: {outcome.message}", file.place)
+
+
+def in_workers(handler: str, tasks: Iterable[Any], count: int, workers: int | None = None) -> Iterator[Finished | Lost]:
+    """Yield the outcomes of tasks about one picture each, as they come.
+
+    Args:
+        handler: what a worker runs, see `WorkerSpec`.
+        tasks: the payloads.
+        count: how many there are.
+        workers: processes at most; None is one per processor.
+    """
+    if count:
+        workers = min(workers or usable_cpus(), math.ceil(count / PICTURES_PER_WORKER))
+        with WorkerPool(WorkerSpec(handler, memory_bytes=WORKER_BYTES), workers, WORKER_SECONDS) as pool:
+            yield from map_in_workers(pool, tasks)
+
+
+def _verified(file: PictureFile, side: int) -> Image.Image | str:
+    """Return the upright picture, or why it is not shown."""
+    if file.sha256 == NO_DIGEST:
+        return NOT_STORED
+    opened = open_regular(file.path or b"")
     if isinstance(opened, Skipped):
-        return Photograph(None, f"{image.path} cannot be read: {opened.message}")
-    with os.fdopen(opened.descriptor, "rb") as file:
+        return opened.message
+    with os.fdopen(opened.descriptor, "rb") as stream:
+        if opened.status.st_size != file.size:
+            return CHANGED
         try:
-            data = file.read()
-        except OSError as error:
-            return Photograph(None, f"{image.path} cannot be read: {error.strerror}")
-    is_changed = image.digest not in {NO_DIGEST, hashlib.sha256(data).digest()}
-    picture = _decode(data, image, side)
-    if isinstance(picture, Skipped):
-        return Photograph(None, f"{image.path} cannot be read: {picture.message}")
-    if picture is None:
-        return Photograph(None, f"{image.path} has another size than when it was encoded")
-    return Photograph(picture, f"{image.path} changed since it was encoded" if is_changed else "")
+            digest, data = digested(stream, file.size)
+            return _decoded(data, file, side) if digest == file.sha256 else CHANGED
+        except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
+            return classify(error).message
 
 
-def _decode(data: bytes, image: ImageFeatures, side: int) -> Image.Image | Skipped | None:
-    """The upright picture; None when it cannot be the one that was encoded."""
-    rule = PixelRule(background=image.recipe.background)
-    try:
-        with (
-            pillow_limits(max(DEFAULT_MAX_PIXELS, image.width * image.height)),
-            Image.open(io.BytesIO(data), formats=readable_formats()) as opened,
-        ):
-            turned = (image.height, image.width) if image.orientation >= 5 else (image.width, image.height)
-            if opened.size != turned:
-                return None
-            opened.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded no larger than needed
-            opened.load()
-            picture = upright_rgb(opened, image.orientation, rule)
-            picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-            return picture
-    except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
-        return classify(error)
+def _decoded(data: BinaryIO, file: PictureFile, side: int) -> Image.Image | str:
+    limit = max(DEFAULT_MAX_PIXELS, file.width * file.height)
+    turned = (file.height, file.width) if file.orientation >= 5 else (file.width, file.height)
+    with pillow_limits(limit), Image.open(data, formats=readable_formats()) as opened:
+        if opened.size != turned:
+            return "it has another size in pixels than its row says"
+        opened.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded no larger than needed
+        opened.load()
+        picture = upright_rgb(opened, file.orientation, PixelRule(background=file.background))
+        picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+        picture.info = {}  # metadata need not be sent to another process
+        return picture

@@ -9,6 +9,7 @@ import numpy as np
 
 from internvit_cli.use.alignment import SAME, agreement
 from internvit_cli.use.looks import read_looks
+from internvit_cli.use.photograph import PictureFile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +37,14 @@ class Compared:
     """Of which a picture is not there any more, or one too many to be read: their vectors decided alone."""
 
 
-def link_same(links: Links, vectors: PooledVectors, pairs: Pairs, least_alone: float, observer: Observer) -> Compared:
+def link_same(
+    links: Links,
+    vectors: PooledVectors,
+    pairs: Pairs,
+    least_alone: float,
+    observer: Observer,
+    folder: str | None = None,
+) -> Compared:
     """Link the images of pairs whose pictures show the same.
 
     Args:
@@ -45,12 +53,13 @@ def link_same(links: Links, vectors: PooledVectors, pairs: Pairs, least_alone: f
         pairs: numbers and similarities, those first that shall be compared first.
         least_alone: similarity from which a pair is linked when its pictures cannot be compared.
         observer: told how it goes.
+        folder: where to look for the pictures; None is where they were when they were encoded.
     """
     first, second, similarities = pairs
     needed = _in_order(first, second)[:MOST_PICTURES]
-    images = map(vectors.image, needed.tolist())
+    files = (PictureFile.of(vectors.image(number), folder) for number in needed.tolist())
     with observer.phase("reading pictures", "picture", len(needed)) as phase:
-        looks, is_there = read_looks(images, len(needed), phase.at)
+        looks, is_there = read_looks(files, len(needed), phase.at)
     place = np.full(len(vectors), -1)
     place[needed[is_there]] = np.flatnonzero(is_there)
     is_seen = (place[first] >= 0) & (place[second] >= 0)

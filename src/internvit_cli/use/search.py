@@ -13,8 +13,9 @@ from internvit_cli.errors import ExitCode, OutputError, UsageError
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.reader import Features, bounded, open_features
 from internvit_cli.use.ann_index import open_index
+from internvit_cli.use.caveats import caveats
 from internvit_cli.use.nearest import nearest
-from internvit_cli.use.similarity_space import Space, caveats, choose_space
+from internvit_cli.use.similarity_space import Space, choose_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,9 +16,10 @@ from internvit_cli.errors import UsageError, one_line
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.durable import folder_for, write_file
 from internvit_cli.storage.reader import Features, SkippedImageError, bounded, open_features
-from internvit_cli.use.maps import Fitted, TokenMap, fit, likeness, likeness_scale, spread, tile_pattern
+from internvit_cli.use.caveats import caveats
+from internvit_cli.use.maps import Fitted, TokenMap, fit, similarity, similarity_scale, spread, tile_pattern
 from internvit_cli.use.panels import Canvas, mark_outliers, mark_point, outlier_caption
-from internvit_cli.use.photograph import load_photograph
+from internvit_cli.use.photograph import Photograph, PictureFile, read_photographs
 from internvit_cli.words import counted
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ MOST_IMAGES = 100
 """Images that patterns of keys may mean."""
 PATTERN_TILES = 256
 """Tiles of the whole file that show what tokens owe to their place in the tile."""
+LONGEST_CAPTION = 60
+"""Characters of a key in a caption."""
 LONGEST_NAME = 200
 """Bytes of a file's name; filesystems allow 255."""
 
@@ -57,13 +60,15 @@ class ShowOptions:
     opacity: float = 0.75
     size: int = 640
     """The longer side of a panel, pixels."""
+    pictures: str | None = None
+    """The folder to look for pictures in; None is where they were when they were encoded."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.opacity <= 1:
             raise UsageError(f"--opacity {self.opacity}: not from 0 to 1", "give a share, such as 0.75")
-        if TokenMapKind.LIKENESS in self.maps and self.point is None:
+        if TokenMapKind.SIMILARITY in self.maps and self.point is None:
             raise UsageError(
-                "--map likeness without --point", "say which token: --point 320,240, pixels of the picture"
+                "--map similarity without --point", "say which token: --point 320,240, pixels of the picture"
             )
 
 
@@ -80,7 +85,7 @@ class Shown:
 
 
 @dataclass(slots=True)
-class _Likeness:
+class _Compared:
     """The token that all are compared with."""
 
     one: NDArray[Any]
@@ -97,6 +102,8 @@ class Figures:
     shown: Iterator[Shown]
     skipped: tuple[str, ...]
     """Keys of those that have no features, and no figure."""
+    notes: tuple[str, ...]
+    """What a reader should know first."""
 
     def __iter__(self) -> Iterator[Shown]:
         return self.shown
@@ -128,13 +135,15 @@ def show(options: ShowOptions, observer: Observer = SILENT) -> Figures:
     with observer.phase("fitting colors"):
         drawing = _Drawing(options, features, done)
     skipped = tuple(image.key for image in images if not image.is_done)
-    return Figures(_drawn(drawing, done, observer), skipped)
+    return Figures(_drawn(drawing, done, options, observer), skipped, caveats(features))
 
 
-def _drawn(drawing: _Drawing, images: list[ImageFeatures], observer: Observer) -> Iterator[Shown]:
+def _drawn(drawing: _Drawing, images: list[ImageFeatures], options: ShowOptions, observer: Observer) -> Iterator[Shown]:
+    files = [PictureFile.of(image, options.pictures) for image in images]
+    photographs = read_photographs(files, 2 * options.size)
     with observer.phase("drawing", "image", len(images)) as phase:
-        for number, image in enumerate(images, 1):
-            yield drawing.draw(image)
+        for number, (image, photograph) in enumerate(zip(images, photographs, strict=True), 1):
+            yield drawing.draw(image, photograph)
             phase.at(number)
 
 
@@ -143,32 +152,31 @@ class _Drawing:
 
     def __init__(self, options: ShowOptions, features: Features, images: list[ImageFeatures]) -> None:
         self._options = options
-        self._model = str(features.attributes.get("model", ""))
+        self._model = "; ".join(caveats(features)) or str(features.attributes.get("model", ""))
         self._images = images
         self._maps = _choose_maps(options, images)
         self._fitted: Fitted | None = None
-        self._likeness: _Likeness | None = None
+        self._compared: _Compared | None = None
         self._pattern: NDArray[Any] | None = None
         if set(self._maps) - {TokenMapKind.TILES}:
             if not options.position:
                 self._pattern = tile_pattern(_sampled_tiles(features.done))
             count = len(images)
             self._fitted = fit((self._token_map(image) for image in images), count, foreground=options.foreground)
-        if TokenMapKind.LIKENESS in self._maps:
-            self._likeness = self._chosen_token()
+        if TokenMapKind.SIMILARITY in self._maps:
+            self._compared = self._chosen_token()
 
-    def draw(self, image: ImageFeatures) -> Shown:
+    def draw(self, image: ImageFeatures, photograph: Photograph) -> Shown:
         """One image's figure."""
         options = self._options
-        photograph = load_photograph(image, 2 * options.size)
         canvas = Canvas.of(image, photograph.picture, options.size, options.opacity)
-        facts: dict[str, Any] = {"photograph": photograph.problem or "as it was encoded"}
+        facts: dict[str, Any] = {"photograph": photograph.note if photograph.problem else "as it was encoded"}
         panels = []
         if TokenMapKind.TILES in self._maps:
-            panels.append(Panel(TokenMapKind.TILES.value, "tiles", canvas.tiles(), _tile_captions(image)))
+            panels.append(_tiles_panel(image, canvas, photograph))
         if self._fitted is not None:
             panels += self._token_panels(image, canvas, self._fitted, facts)
-        notes = [f"{image.key}: {photograph.problem}"] if photograph.problem else []
+        notes = [f"the picture of {one_line(image.key)} is not shown: {photograph.note}"] if photograph.problem else []
         if image.recipe.tokens is Tokens.NONE:
             notes.append(f"{options.path} holds no tokens: only the tiles are drawn (extract with --tokens visual)")
         sheet = figure(image.key, _facts_line(image, self._model), panels)
@@ -188,50 +196,55 @@ class _Drawing:
                 title,
                 canvas.overlay(fitted.colors(tokens), mask),
                 self._component_captions(fitted),
+                meaning="Tokens that are similar have similar colors, in every image of this command.",
             )
         if TokenMapKind.LENGTH in self._maps:
             yield _length_panel(canvas, fitted, tokens, facts)
-        if self._likeness is not None:
-            yield self._likeness_panel(image, canvas, tokens, facts)
+        if self._compared is not None:
+            yield self._similarity_panel(image, canvas, tokens, facts)
         if TokenMapKind.THUMBNAIL in self._maps and image.has_thumbnail:
+            colors = "in the same colors as the principal components"
             whole = TokenMap.of(image.thumbnail_map(), self._pattern)
-            captions = ("the last tile, in the same colours",)
-            title = "thumbnail: the whole picture at once"
             yield Panel(
-                TokenMapKind.THUMBNAIL.value, title, canvas.overlay(fitted.colors(whole), fitted.mask(whole)), captions
+                TokenMapKind.THUMBNAIL.value,
+                "thumbnail: the whole picture at once",
+                canvas.overlay(fitted.colors(whole), fitted.mask(whole)),
+                (f"the last tile, {colors}",),
+                meaning=f"The tokens of the last tile, which shows the whole picture, {colors}.",
             )
 
     def _component_captions(self, fitted: Fitted) -> tuple[str, ...]:
         red, green, blue = (f"{100 * share:.0f} %" for share in fitted.explained)
         together = "" if len(self._images) == 1 else f", fitted to {counted(len(self._images), 'image')}"
-        without = "" if self._options.position else ", places in the tile taken off"
+        without = "" if self._options.position else ", position in the tile subtracted"
         return (f"red {red}, green {green}, blue {blue} of the variance{together}{without}",)
 
-    def _likeness_panel(self, image: ImageFeatures, canvas: Canvas, tokens: TokenMap, facts: dict[str, Any]) -> Panel:
-        chosen = self._likeness
+    def _similarity_panel(self, image: ImageFeatures, canvas: Canvas, tokens: TokenMap, facts: dict[str, Any]) -> Panel:
+        chosen = self._compared
         assert chosen is not None
-        cosines = likeness(tokens, chosen.one, chosen.center)
+        cosines = similarity(tokens, chosen.one, chosen.center)
         picture = canvas.overlay(chosen.scale.colors(cosines))
         is_first = image.key == self._images[0].key
         best = chosen.token if is_first else divmod(int(cosines.argmax()), cosines.shape[1])
         mark_point(picture, *canvas.centre(cosines.shape, *best))
         x, y = self._options.point or (0, 0)
         cross = "the cross: that token" if is_first else f"the cross: the best match, {cosines.max():.2f}"
-        whose = () if is_first else (f"a token of {self._images[0].key}",)
-        facts["likeness"] = {"row": int(best[0]), "column": int(best[1]), "highest": float(cosines.max())}
-        how = "plain cosine" if chosen.center is None else "cosine, mean taken off"
-        title = f"likeness to the token at {x:g}, {y:g}"
-        return Panel(TokenMapKind.LIKENESS.value, title, picture, (*whose, f"{how}; {cross}"), chosen.scale)
+        whose = () if is_first else (f"a token of {_shortened(self._images[0].key)}",)
+        facts["similarity"] = {"row": int(best[0]), "column": int(best[1]), "highest": float(cosines.max())}
+        how = "plain cosine" if chosen.center is None else "cosine, mean token subtracted"
+        title = f"similarity to the token at {x:g}, {y:g}"
+        meaning = "The more similar a token is to the one that was chosen, the nearer its color is to the right end."
+        return Panel(TokenMapKind.SIMILARITY.value, title, picture, (*whose, f"{how}; {cross}"), chosen.scale, meaning)
 
-    def _chosen_token(self) -> _Likeness:
-        """The token at the point, and the colours of likeness to it over all images."""
+    def _chosen_token(self) -> _Compared:
+        """The token at the point, and the colors of similarity to it over all images."""
         assert self._options.point is not None and self._fitted is not None
         tokens = self._token_map(self._images[0])
         row, column = token_at(self._images[0], self._options.point, tokens.lengths.shape)
         center = None if self._options.raw else self._fitted.mean
-        chosen = _Likeness(tokens.directions[row, column], center, (row, column))
-        cosines = [likeness(self._token_map(image), chosen.one, center) for image in self._images]
-        chosen.scale = likeness_scale(cosines, centered=center is not None)
+        chosen = _Compared(tokens.directions[row, column], center, (row, column))
+        cosines = [similarity(self._token_map(image), chosen.one, center) for image in self._images]
+        chosen.scale = similarity_scale(cosines, centered=center is not None)
         return chosen
 
     def _token_map(self, image: ImageFeatures) -> TokenMap:
@@ -253,6 +266,12 @@ def token_at(image: ImageFeatures, point: tuple[float, float], shape: tuple[int,
         )
     height, width = shape
     return int((y - top) / (bottom - top) * height), int((x - left) / (right - left) * width)
+
+
+def _shortened(key: str) -> str:
+    """A key for a caption: of a long one the beginning and the end, which tells it apart."""
+    key = one_line(key, limit=None)
+    return key if len(key) <= LONGEST_CAPTION else f"{key[: LONGEST_CAPTION // 3]}...{key[-2 * LONGEST_CAPTION // 3 :]}"
 
 
 def file_name(key: str, kind: str = "show") -> str:
@@ -285,7 +304,7 @@ def _choose_maps(options: ShowOptions, images: list[ImageFeatures]) -> list[Toke
     """The maps to draw: those asked for, or all that there are."""
     kind = images[0].recipe.tokens
     wanted = list(options.maps) or [
-        one for one in TokenMapKind if one is not TokenMapKind.LIKENESS or options.point is not None
+        one for one in TokenMapKind if one is not TokenMapKind.SIMILARITY or options.point is not None
     ]
     if kind is not Tokens.NONE:
         return wanted
@@ -317,7 +336,19 @@ def _length_panel(canvas: Canvas, fitted: Fitted, tokens: TokenMap, facts: dict[
         "outlier_above": fitted.outlier,
     }
     captions = (outlier_caption(lengths, fitted.outlier),)
-    return Panel(TokenMapKind.LENGTH.value, "length of tokens (L2 norm)", picture, captions, fitted.lengths)
+    title = "length of tokens (L2 norm)"
+    meaning = (
+        "How long each token is as a vector; the few that are far longer than all others rarely say what lies there."
+    )
+    return Panel(TokenMapKind.LENGTH.value, title, picture, captions, fitted.lengths, meaning)
+
+
+def _tiles_panel(image: ImageFeatures, canvas: Canvas, photograph: Photograph) -> Panel:
+    captions = _tile_captions(image)
+    if photograph.problem:
+        captions = (*captions, f"The picture is not shown: {photograph.problem}")
+    meaning = "The picture with the tiles that the encoder saw, numbered as they are stored."
+    return Panel(TokenMapKind.TILES.value, "tiles", canvas.tiles(), captions, meaning=meaning)
 
 
 def _tile_captions(image: ImageFeatures) -> tuple[str, ...]:
@@ -332,4 +363,4 @@ def _tile_captions(image: ImageFeatures) -> tuple[str, ...]:
 def _facts_line(image: ImageFeatures, model: str) -> str:
     turned = f", turned by EXIF {image.orientation}" if image.orientation > 1 else ""
     tokens = "" if image.recipe.tokens is Tokens.NONE else f"; {image.recipe.tokens.value} tokens"
-    return f"{image.width} x {image.height} px{turned}{tokens}; {model}"
+    return f"{image.width:,} x {image.height:,} px{turned}{tokens}; {model}"

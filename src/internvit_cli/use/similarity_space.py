@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.model.catalog import TINY_RANDOM
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.words import counted
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.storage.reader import Features
     from internvit_cli.storage.row_index import PooledVectors
 
 LEAST_IMAGES = 32
@@ -148,10 +146,3 @@ def _blocks(vectors: PooledVectors) -> Iterator[NDArray[Any]]:
     chosen = np.linspace(0, len(vectors) - 1, min(len(vectors), MOST_FITTED)).round().astype(np.int64)
     for start in range(0, len(chosen), step):
         yield vectors[chosen[start : start + step]].astype(np.float64)
-
-
-def caveats(features: Features) -> tuple[str, ...]:
-    """What a reader of similarities should know first: that random weights tell little."""
-    if features.attributes.get("model") != TINY_RANDOM:
-        return ()
-    return (f"{TINY_RANDOM} has random weights: how similar it finds two pictures means little",)

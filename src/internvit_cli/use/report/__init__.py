@@ -1,1 +1,1 @@
-"""One page that shows what an output holds: facts, a map of its images, token maps, duplicates, neighbours."""
+"""One page that shows what an output holds: facts, a map of its images, token maps, duplicates, neighbors."""

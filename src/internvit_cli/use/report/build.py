@@ -18,6 +18,7 @@ from internvit_cli.observer import SILENT, Observer
 from internvit_cli.output_names import check_file_name
 from internvit_cli.storage.durable import write_file
 from internvit_cli.storage.reader import open_features
+from internvit_cli.use.photograph import PictureFile
 from internvit_cli.use.report.facts import Facts, gather_facts, shown, tile_counts
 from internvit_cli.use.report.page import as_page
 from internvit_cli.use.report.pictures import SmallPicture, Wanted, shrink
@@ -45,15 +46,17 @@ class ReportOptions:
     output: str
     projection: Projection = Projection.PCA
     samples: int = 12
-    """Images whose token maps and neighbours are shown."""
+    """Images whose token maps and neighbors are shown."""
     thumbnails: int = 2000
-    thumbnail_size: int = 80
+    thumbnail_size: int = 112
     """Longer side, pixels."""
     points: int = 50_000
     """Images on the map."""
     seed: int = 0
     workers: int | None = None
-    """Processes that read pictures; None is one a processor."""
+    """Processes that read pictures; None is one per processor."""
+    pictures: str | None = None
+    """The folder to look for pictures in; None is where they were when they were encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,7 @@ def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
     with observer.phase("reading the output"):
         features = open_features(options.path)
         facts = gather_facts(features)
-    chosen = select(features, options.samples, options.points, options.seed, observer)
+    chosen = select(features, options.samples, options.points, options.seed, options.pictures, observer)
     done = features.done
     plane = lay_out(done.vectors(), chosen.points, options.projection, options.seed, observer)
     sample = [done[number] for number in chosen.sample]
@@ -153,12 +156,16 @@ def _pictures(
 ) -> tuple[dict[int, SmallPicture], list[SmallPicture]]:
     """Thumbnails by number, and the photographs that token maps lie on."""
     numbers = chosen.shuffled[: options.thumbnails].tolist()
-    wanted = [Wanted(done[number], options.thumbnail_size) for number in numbers]
+    wanted = [Wanted(_file(done, number, options), options.thumbnail_size) for number in numbers]
     if with_maps:
-        wanted += [Wanted(done[number], PHOTOGRAPH_SIDE) for number in chosen.sample]
+        wanted += [Wanted(_file(done, number, options), PHOTOGRAPH_SIDE) for number in chosen.sample]
     with observer.phase("reading pictures", "picture", len(wanted)) as phase:
         found = shrink(wanted, options.workers, phase.at)
     return dict(zip(numbers, found, strict=False)), found[len(numbers) :]
+
+
+def _file(done: Features, number: int, options: ReportOptions) -> PictureFile:
+    return PictureFile.of(done[number], options.pictures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +197,7 @@ class _Parts:
             "map": self._map(),
             "thumbnails": self._thumbnails(),
             "token_maps": self._token_maps(),
-            "neighbours": self._neighbours(),
+            "neighbors": self._neighbors(),
             "duplicates": self._duplicates(),
         }
 
@@ -243,10 +250,10 @@ class _Parts:
         stores_tokens = len(self.done) > 0 and self.done.recipe.tokens is not Tokens.NONE
         return {"maps": maps, "explained": self.maps.explained, "stores_tokens": stores_tokens}
 
-    def _neighbours(self) -> dict[str, Any]:
+    def _neighbors(self) -> dict[str, Any]:
         rows = [
             {"image": self._place(number), "hits": self._placed(found)}
-            for number, found in zip(self.chosen.sample, self.chosen.neighbours, strict=True)
+            for number, found in zip(self.chosen.sample, self.chosen.neighbors, strict=True)
         ]
         return {"rows": rows} | self.chosen.space.facts()
 

@@ -15,6 +15,7 @@ from internvit_cli.inspect import describe_output
 from internvit_cli.output_names import PARTIAL
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import read_skip_log
+from internvit_cli.use.caveats import caveats
 from internvit_cli.words import counted
 
 if TYPE_CHECKING:
@@ -134,10 +135,11 @@ def _skipped(features: Features) -> dict[str, Any]:
 
 
 def _notes(features: Features) -> tuple[str, ...]:
-    """That the output is not finished, where it is not."""
+    """What makes the features less than they seem: random weights, a run that is not finished."""
+    known = tuple(f"{sentence}." for sentence in caveats(features))
     pending = int((features.column("status") == Status.PENDING).sum())
     if features.path.endswith(PARTIAL):
-        return (f"This output is unfinished: {counted(pending, 'image')} still to be encoded.",)
+        return (*known, f"This output is unfinished: {counted(pending, 'image')} still to be encoded.")
     if Output(features.path).partial_exists:
-        return ("A run has begun to add images to this output; only what is finished is shown.",)
-    return ()
+        return (*known, "A run has begun to add images to this output; only what is finished is shown.")
+    return known

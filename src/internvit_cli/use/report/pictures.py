@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import io
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from internvit_cli.errors import one_line
-from internvit_cli.use.in_memory import without_features
-from internvit_cli.use.photograph import load_photograph
-from internvit_cli.workers import Finished, WorkerPool, WorkerSpec, map_in_workers, usable_cpus
+from internvit_cli.use.photograph import PictureFile, in_workers, load_photograph, lost
+from internvit_cli.workers import Finished
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from internvit_cli.storage.image import ImageFeatures
-
 QUALITY = 72
-WORKER_BYTES = 4 << 30
-WORKER_SECONDS = 30.0
-"""The limits that `extract` has by default."""
-PICTURES_PER_WORKER = 8
-"""A worker that would have fewer is not worth its start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +28,7 @@ class SmallPicture:
 class Wanted:
     """A picture to make small."""
 
-    image: ImageFeatures
+    file: PictureFile
     side: int
     """Its longer side, pixels, at most."""
 
@@ -50,36 +40,30 @@ def shrink(
 
     Args:
         wanted: which, and how small.
-        workers: processes; None is one a processor.
+        workers: processes at most; None is one per processor.
         on_progress: called with the number of pictures that are done with.
     """
-    if not wanted:
-        return []
-    count = min(workers or usable_cpus(), math.ceil(len(wanted) / PICTURES_PER_WORKER))
     found: list[SmallPicture] = [SmallPicture(b"")] * len(wanted)
-    spec = WorkerSpec("internvit_cli.use.report.pictures:shrinker", memory_bytes=WORKER_BYTES)
-    payloads = (Wanted(without_features(one.image), one.side) for one in wanted)
-    with WorkerPool(spec, count, WORKER_SECONDS) as pool:
-        for done, outcome in enumerate(map_in_workers(pool, payloads), 1):
-            found[outcome.task_id] = (
-                outcome.result
-                if isinstance(outcome, Finished)
-                else SmallPicture(b"", f"{outcome.status.word}: {outcome.message}")
-            )
-            on_progress(done)
+    outcomes = in_workers("internvit_cli.use.report.pictures:shrinker", wanted, len(wanted), workers)
+    for done, outcome in enumerate(outcomes, 1):
+        if isinstance(outcome, Finished):
+            found[outcome.task_id] = outcome.result
+        else:
+            found[outcome.task_id] = SmallPicture(b"", lost(wanted[outcome.task_id].file, outcome).note)
+        on_progress(done)
     return found
 
 
 def shrinker() -> Callable[[Wanted], SmallPicture]:
-    """What a worker runs."""
-    return lambda wanted: small_picture(wanted.image, wanted.side)
+    """Return what a worker runs."""
+    return lambda wanted: small_picture(wanted.file, wanted.side)
 
 
-def small_picture(image: ImageFeatures, side: int) -> SmallPicture:
-    """An image's picture as a JPEG; none where it is gone or is not the one that was encoded."""
-    photograph = load_photograph(image, side)
-    if photograph.picture is None or photograph.problem:
-        return SmallPicture(b"", one_line(photograph.problem, limit=None))
+def small_picture(file: PictureFile, side: int) -> SmallPicture:
+    """Return a picture as a JPEG; none where it is gone or is not the one that was encoded."""
+    photograph = load_photograph(file, side)
+    if photograph.picture is None:
+        return SmallPicture(b"", photograph.note)
     stream = io.BytesIO()
     photograph.picture.save(stream, "JPEG", quality=QUALITY, optimize=True)
     return SmallPicture(stream.getvalue())

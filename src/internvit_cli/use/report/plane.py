@@ -1,6 +1,6 @@
 """Pooled vectors laid out in a plane, so that images which are alike lie together.
 
-Vectors are scaled to length one and their mean is taken off, as for the colours of `show`. Letters: n images.
+Vectors are scaled to length one and their mean is taken off, as for the colors of `show`. Letters: n images.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ FITTED_BYTES = 32 << 20
 BLOCK = 4096
 """Vectors that are read at a time."""
 UMAP_COMPONENTS = 50
-"""Principal components that UMAP starts from: it looks at neighbours, and noise has none."""
-UMAP_NEIGHBOURS = 15
+"""Principal components that UMAP starts from: it looks at neighbors, and noise has none."""
+UMAP_NEIGHBORS = 15
 UMAP_LEAST = 10
-"""Images below which neighbourhoods mean nothing."""
+"""Images below which neighborhoods mean nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def lay_out(
     """
     if projection is Projection.UMAP and len(numbers) < UMAP_LEAST:
         raise UsageError(
-            f"--map umap with {len(numbers)} images: they have no neighbourhoods to keep",
+            f"--map umap with {len(numbers)} images: they have no neighborhoods to keep",
             f"it takes {UMAP_LEAST} images; leave it at --map pca",
         )
     if not len(numbers):
@@ -140,12 +140,12 @@ class _Epochs:
 
 
 def _embed(reduced: NDArray[Any], seed: int, observer: Observer) -> NDArray[Any]:
-    """Places in a plane of the same neighbourhoods, [n, 2]; most of the first half of the time counts no epochs yet."""
-    neighbours = min(UMAP_NEIGHBOURS, len(reduced) - 1)
+    """Places in a plane of the same neighborhoods, [n, 2]; most of the first half of the time counts no epochs yet."""
+    neighbors = min(UMAP_NEIGHBORS, len(reduced) - 1)
     with warnings.catch_warnings(), observer.phase("laying out the map", "epoch") as phase:
         warnings.simplefilter("ignore")  # a seed makes it use one thread, which it warns of
         bar = {"disable": False, "file": _Epochs(phase), "bar_format": _Epochs.FORMAT, "desc": ""}
-        umap = _umap().UMAP(n_neighbors=neighbours, random_state=seed, tqdm_kwds=bar)
+        umap = _umap().UMAP(n_neighbors=neighbors, random_state=seed, tqdm_kwds=bar)
         places: NDArray[Any] = umap.fit_transform(reduced)
     finite: NDArray[Any] = np.nan_to_num(places)
     return finite

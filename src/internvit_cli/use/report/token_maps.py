@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DrawnMap:
-    """One image's tokens as colours."""
+    """One image's tokens as colors."""
 
     png: bytes
     """One pixel a token."""
@@ -29,7 +29,7 @@ class DrawnMap:
 
 @dataclass(frozen=True, slots=True)
 class TokenMaps:
-    """Maps of several images in the same colours."""
+    """Maps of several images in the same colors."""
 
     maps: tuple[DrawnMap, ...]
     explained: tuple[float, ...]

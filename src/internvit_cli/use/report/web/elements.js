@@ -28,24 +28,48 @@ function bytes(number) {
 }
 
 function seconds(number) {
-  if (number < 60) return `${number.toFixed(1)} s`;
-  const minutes = Math.round(number / 60);
-  return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (number < 59.95) return `${number.toFixed(1)} s`;
+  const whole = Math.round(number);
+  const minutes = Math.floor(whole / 60);
+  return minutes < 60 ? `${minutes} min ${whole % 60} s` : `${count(Math.floor(minutes / 60))} h ${minutes % 60} min`;
 }
 
-/** A table that scrolls in its own box; columns are [title, class]. */
-function table(caption, columns, rows, tall = false) {
-  const head = make('tr', {}, ...columns.map(([title, kind = '']) => make('th', { scope: 'col', class: kind }, title)));
-  const cells = (row) => row.map((value, place) => make('td', { class: columns[place][1] ?? '' }, value));
-  const body = make('tbody', {}, ...rows.map((row) => make('tr', {}, ...cells(row))));
-  const whole = make('table', { 'aria-label': caption }, make('thead', {}, head), body);
-  return make('div', { class: tall ? 'scroll tall' : 'scroll', tabindex: 0, role: 'region', 'aria-label': caption }, whole);
+/** The beginning and the end of a long text: what tells keys apart is at their end. */
+function shortened(text, most) {
+  const letters = [...text];
+  if (letters.length <= most) return text;
+  const head = Math.floor(most / 3);
+  return `${letters.slice(0, head).join('')}\u2026${letters.slice(head + 1 - most).join('')}`;
+}
+
+/** A box that fades where there is more to scroll to, and has a tab stop only where it can be scrolled. */
+function scroller(box) {
+  const look = () => {
+    const right = box.scrollWidth - box.clientWidth - box.scrollLeft;
+    const below = box.scrollHeight - box.clientHeight - box.scrollTop;
+    for (const [side, hidden] of [['left', box.scrollLeft], ['right', right], ['below', below]]) box.classList.toggle(`more-${side}`, hidden > 1);
+    if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) box.tabIndex = 0;
+    else box.removeAttribute('tabindex');
+  };
+  box.addEventListener('scroll', look, { passive: true });
+  const sizes = new ResizeObserver(look);
+  for (const one of [box, ...box.children]) sizes.observe(one);
+  return box;
+}
+
+/** A table in a box of its own; columns are [title, class]. On a phone each row becomes a block of named values, unless the table is narrow. */
+function table(caption, columns, rows, kind = '') {
+  const head = make('tr', { role: 'row' }, ...columns.map(([title, kind = '']) => make('th', { scope: 'col', role: 'columnheader', class: kind }, title)));
+  const cell = (value, place) => make('td', { role: 'cell', class: columns[place][1] ?? '', 'data-title': columns[place][0] }, make('span', {}, value));
+  const body = make('tbody', { role: 'rowgroup' }, ...rows.map((row) => make('tr', { role: 'row' }, ...row.map((value, place) => value === '' ? make('td', { role: 'cell', 'data-empty': true }) : cell(value, place)))));
+  const whole = make('table', { class: kind === 'narrow' ? '' : 'stacks', role: 'table', 'aria-label': caption }, make('thead', { role: 'rowgroup' }, head), body);
+  return scroller(make('div', { class: kind === 'tall' ? 'scroll tall' : 'scroll', role: 'region', 'aria-label': caption }, whole));
 }
 
 /** A table of names and values. */
 function factTable(caption, rows) {
   const lines = rows.map(([name, value]) => make('tr', {}, make('th', { scope: 'row' }, name), make('td', {}, value)));
-  return make('div', { class: 'scroll' }, make('table', { class: 'facts', 'aria-label': caption }, make('tbody', {}, ...lines)));
+  return make('table', { class: 'facts', 'aria-label': caption }, make('tbody', {}, ...lines));
 }
 
 /** What is shown of an image beside its picture. */
@@ -60,9 +84,8 @@ function thumbnail(image) {
   return make('div', { class: 'thumb', title: why }, problem ? shortProblem(problem) : 'no thumbnail drawn');
 }
 
-/** The end of a reason: its beginning is the picture's path. */
+/** A reason without the path in front of it, which the map shows in full. */
 function shortProblem(problem) {
-  const known = ['cannot be read', 'changed since it was encoded', 'has another size', 'never was a file'];
-  const found = known.find((words_) => problem.includes(words_));
-  return found === 'has another size' ? 'picture changed' : found ?? problem.slice(0, 60);
+  const reason = problem.slice(problem.lastIndexOf(': ') + 1).trim();
+  return shortened(reason.includes('changed since') ? 'changed since it was encoded' : reason.includes('SHA-256') ? 'no SHA-256 stored' : reason, 48);
 }

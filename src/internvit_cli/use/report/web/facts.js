@@ -2,7 +2,7 @@
 
 function showHead() {
   byId('path').textContent = data.path;
-  byId('made').textContent = `made ${data.made} by internvit ${data.version}`;
+  byId('made').textContent = `Written ${data.made} by internvit ${data.version}`;
   for (const title of document.querySelectorAll('main h2')) {
     const link = make('a', { href: `#${title.parentElement.id}` }, title.textContent);
     document.querySelector('nav').append(link);
@@ -15,13 +15,14 @@ function showSummary() {
   const done = statuses.done ?? 0;
   const pending = statuses.pending ?? 0;
   const skipped = data.skipped.total;
-  const cards = [['images', count(summary.total_images)], ['done', count(done)], ['skipped', count(skipped)]];
-  if (pending) cards.push(['pending', count(pending)]);
-  cards.push(['tiles', count(summary.tiles)], ['on disk', bytes(summary.bytes)]);
-  if (summary.shards > 1) cards.push(['shards', count(summary.shards)]);
+  const cards = [['Images', count(summary.total_images)], ['With features', count(done)]];
+  cards.push(['Skipped', skipped ? make('a', { href: '#skipped' }, count(skipped)) : '0']);
+  if (pending) cards.push(['Pending', count(pending)]);
+  cards.push(['Tiles', count(summary.tiles)], ['On disk', bytes(summary.bytes)]);
+  if (summary.shards > 1) cards.push(['Shards', count(summary.shards)]);
   const card = ([name, value]) => make('div', { class: 'card' }, make('dt', {}, name), make('dd', {}, value));
   byId('summary').append(make('dl', { class: 'cards' }, ...cards.map(card)));
-  const parts = [['done', done, 'done'], ['skipped', skipped, 'skip'], ['pending', pending, 'pending']].filter((part) => part[1]);
+  const parts = [['with features', done, 'done'], ['skipped', skipped, 'skip'], ['pending', pending, 'pending']].filter((part) => part[1]);
   const bar = make('div', { class: 'bar', 'aria-hidden': 'true' });
   const legend = make('ul', { class: 'legend' });
   for (const [name, number, kind] of parts) {
@@ -30,37 +31,49 @@ function showSummary() {
     bar.append(piece);
     legend.append(make('li', {}, make('span', { class: `dot ${kind}` }), `${name} ${count(number)} (${percent(number / summary.total_images)})`));
   }
-  const rows = [['model', `${summary.model} ${summary.model_revision}`.trim()], ['sources', summary.sources.join(', ') || 'none'], ['written by', summary.created_by]];
+  const rows = [['Model', `${summary.model} ${summary.model_revision}`.trim()], [summary.sources.length === 1 ? 'Source' : 'Sources', summary.sources.join(', ') || 'none'], ['Written by', summary.created_by]];
   byId('summary').append(bar, legend, factTable('Summary', rows));
-  const columns = [['dataset', 'short'], ['shape', 'short'], ['type', 'short']];
-  byId('summary').append(make('h3', {}, 'Datasets'), table('Datasets', columns, data.datasets));
+  const columns = [['Dataset', 'short'], ['Shape', 'short'], ['Type', 'short'], ['Holds']];
+  const datasets = data.datasets.map(([name, shape, type]) => [name, shape, type, holdingOf(name)]);
+  byId('summary').append(make('h3', {}, 'Datasets'), table('Datasets', columns, datasets));
+}
+
+/** What a dataset holds, in words. */
+function holdingOf(name) {
+  if (name.includes('scales')) return 'one scale per token of a quantized type';
+  if (name.startsWith('pooled')) return 'one vector per image, a row per image';
+  if (name.startsWith('tile_pooled')) return 'one vector per tile, a row per tile';
+  if (name.includes('tokens')) return 'a row per tile: tokens, and the values of each';
+  return '';
 }
 
 function showRecipe() {
-  const intro = 'All that decides a stored value. Features of two recipes cannot be compared.';
+  const intro = 'Everything that decides a stored value. Features of different recipes cannot be compared.';
   byId('recipe').append(make('p', { class: 'faint' }, intro), factTable('Recipe', data.recipe.map(([name, value]) => [words(name), value])));
 }
 
 function rate(number, time) {
-  return number !== undefined && time > 0 ? (number / time).toFixed(number / time < 10 ? 2 : 1) : '';
+  if (number === undefined || !(time > 0)) return '';
+  const speed = number / time;
+  return speed < 1000 ? speed.toFixed(speed < 10 ? 2 : 1) : count(Math.round(speed));
 }
 
 function showThroughput() {
   const section = byId('throughput');
   if (!data.runs.length) {
-    section.append(make('p', {}, 'No run has written down how long it took.'));
+    section.append(make('p', {}, 'No run has recorded its speed.'));
     return;
   }
   const last = data.runs.at(-1);
-  const columns = [['ended', 'short'], ['device', 'short'], ['type', 'short'], ['images', 'number'], ['tiles', 'number'], ['took', 'number'], ['images/s', 'number'], ['tiles/s', 'number'], ['host', 'short']];
+  const columns = [['Ended', 'short'], ['Device', 'short'], ['Type', 'short'], ['Images', 'number'], ['Tiles', 'number'], ['Duration', 'number'], ['Images/s', 'number'], ['Tiles/s', 'number'], ['Host', 'short']];
   const optional = (number) => (number === undefined ? '' : count(number));
   const rows = data.runs.map((run) => [
     (run.ended ?? '').slice(0, 19).replace('T', ' '), run.device ?? '', run.dtype ?? '', optional(run.images), optional(run.tiles),
     run.seconds === undefined ? '' : seconds(run.seconds), rate(run.images, run.seconds), rate(run.tiles, run.seconds), run.host ?? '',
   ]);
   if (last.bottleneck) section.append(make('p', {}, `Last run: ${last.bottleneck}`));
-  section.append(table('Runs that wrote rows', columns, rows, true));
-  section.append(make('p', { class: 'faint' }, 'Seconds are those of the encoding, from the first decode to the last commit.'));
+  section.append(table('Runs that wrote rows', columns, rows, 'tall'));
+  section.append(make('p', { class: 'faint' }, 'Durations are those of the encoding, from the first picture that was decoded to the last row on the disk.'));
 }
 
 function showTiles() {
@@ -71,11 +84,11 @@ function showTiles() {
   }
   const done = data.histogram.reduce((sum, [, number]) => sum + number, 0);
   const tiles = data.histogram.reduce((sum, [tile, number]) => sum + tile * number, 0);
-  section.append(make('p', { class: 'faint' }, `Images by their number of tiles, the thumbnail counted: ${(tiles / done).toFixed(1)} on average.`));
+  section.append(make('p', { class: 'faint' }, `How many images have how many tiles, thumbnails included; on average ${(tiles / done).toFixed(1)} tiles per image.`));
   const box = make('div', {});
   const rows = data.histogram.map(([tile, number]) => [count(tile), count(number), percent(number / done)]);
-  const columns = [['tiles', 'number'], ['images', 'number'], ['share', 'number']];
-  section.append(box, make('details', {}, make('summary', {}, 'The same as a table'), table('Images by tiles', columns, rows)));
+  const columns = [['Tiles', 'number'], ['Images', 'number'], ['Share', 'number']];
+  section.append(box, make('details', {}, make('summary', {}, 'The same as a table'), table('Images by tiles', columns, rows, 'narrow')));
   const draw = () => box.replaceChildren(histogram(data.histogram, box.clientWidth, done));
   new ResizeObserver(draw).observe(box);
 }
@@ -120,12 +133,12 @@ function showSkipped() {
     return;
   }
   const listed = rows.length < total ? `The first ${count(rows.length)} of ${count(total)} are here; ${list} has all of them. ` : '';
-  section.append(make('p', { class: 'faint' }, `${listed}A skipped image has no features; asking for them is an error with this reason.`));
+  section.append(make('p', { class: 'faint' }, `${listed}These pictures could not be encoded and have no features; reading them is an error that gives this reason.`));
   const place = make('div', {});
-  const columns = [['key', 'key'], ['reason', 'short'], ['message', 'message']];
+  const columns = [['Key', 'key'], ['Reason', 'short'], ['Message', 'message']];
   const draw = (reason) => {
     const shown = rows.filter((row) => reason === '' || row.reason === reason);
-    place.replaceChildren(table('Skipped images', columns, shown.map((row) => [row.key, words(row.reason), row.message]), true));
+    place.replaceChildren(table('Skipped images', columns, shown.map((row) => [row.key, words(row.reason), row.message]), 'tall'));
     for (const button of chips.children) button.setAttribute('aria-pressed', button.dataset.reason === reason);
   };
   const chip = ([reason, number]) => make('button', { type: 'button', 'data-reason': reason, onclick: () => draw(reason) }, `${words(reason) || 'all'} ${count(number)}`);

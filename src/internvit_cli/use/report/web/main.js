@@ -36,17 +36,17 @@ function byTiles() {
   });
 }
 
-const COLOURINGS = { folder: byFolder, tiles: byTiles, 'one colour': () => [{ name: 'image', points: images.keys.map((_, image) => image), color: CATEGORIES[0] }] };
+const COLORINGS = { folder: byFolder, tiles: byTiles, 'one color': () => [{ name: 'image', points: images.keys.map((_, image) => image), color: CATEGORIES[0] }] };
 
 function mapWords() {
   const { projection, explained, of: all } = data.map;
   const shown = images.keys.length;
-  const which = shown < all ? `${count(shown)} of ${count(all)} images with features, drawn by chance` : `All ${plural(shown, 'image')} with features`;
+  const which = shown < all ? `The map shows ${count(shown)} of ${count(all)} images with features, chosen at random.` : all === 1 ? 'The map shows the only image with features.' : `The map shows all ${count(shown)} images with features.`;
   const how = projection === 'umap'
-    ? 'by UMAP of their pooled vectors: neighbours lie together, distances and directions mean little'
-    : `by the first two principal components of their pooled vectors (${explained.map(percent).join(' and ')} of the variance)`;
-  const drawn = count(Object.keys(data.thumbnails.pictures).length);
-  return `${which}, ${how}. ${drawn} have a thumbnail here.`;
+    ? 'UMAP places images with similar pooled vectors near each other; distances between groups, and directions, mean little.'
+    : `Images with similar pooled vectors lie near each other. The axes are the first two principal components, with ${explained.map(percent).join(' and ')} of the variance.`;
+  const drawn = Object.keys(data.thumbnails.pictures).length;
+  return `${which} ${how}${drawn < shown ? ` ${plural(drawn, 'image')} ${drawn === 1 ? 'has' : 'have'} a thumbnail on this page.` : ''}`;
 }
 
 /** What is known of an image, beside the map and in its tip. */
@@ -94,15 +94,15 @@ function showMap() {
     plane.draw();
   };
   const legend = make('ul', { class: 'legend' });
-  const colour = (name) => {
-    const groups = COLOURINGS[name]();
+  const color = (name) => {
+    const groups = COLORINGS[name]();
     legend.replaceChildren(...legendOf(groups));
-    plane.colour(groups);
+    plane.color(groups);
   };
   const choose = (image) => {
     plane.chosen = image;
     plane.draw();
-    detail.replaceChildren(...(image < 0 ? [make('p', { class: 'faint' }, 'Point at an image to see it, click to keep it here.')] : describe(image)));
+    detail.replaceChildren(...(image < 0 ? [make('p', { class: 'faint' }, 'Point at an image to see it; click to keep it here.')] : describe(image)));
   };
   showOnMap = (image) => {
     choose(image);
@@ -114,8 +114,8 @@ function showMap() {
     plane.hovered = image;
     tip(image, event);
   }, choose);
-  const options = Object.keys(COLOURINGS).map((name) => make('option', {}, name));
-  const select = make('select', { id: 'colour', onchange: () => colour(select.value) }, ...options);
+  const options = Object.keys(COLORINGS).map((name) => make('option', {}, name));
+  const select = make('select', { id: 'color', onchange: () => color(select.value) }, ...options);
   if (byFolder().length < 2) select.value = 'tiles';
   const zoom = (label, sign, act) => make('button', { type: 'button', 'aria-label': label, title: label, onclick: act }, sign);
   const buttons = make('div', { class: 'zoom' }, zoom('zoom in', '+', () => plane.zoomBy(1.6)), zoom('zoom out', '\u2212', () => plane.zoomBy(1 / 1.6)), zoom('show all', 'all', () => plane.reset()));
@@ -124,12 +124,12 @@ function showMap() {
     plane.hasPictures = pictures.checked;
     plane.draw();
   } });
-  const withPictures = make('label', { title: `drawn where no more than ${MOST_PICTURES} images are in view` }, pictures, ' thumbnails on the map');
-  find.append(make('label', { for: 'colour' }, 'Colour by'), select, withPictures);
-  const hint = make('p', { class: 'faint' }, `Drag to move. Click the map first, then the wheel zooms; two fingers do too. Thumbnails appear where at most ${MOST_PICTURES} images are in view.`);
+  const withPictures = make('label', { title: `drawn where at most ${MOST_PICTURES} images are in view, and where they do not overlap` }, pictures, ' thumbnails on the map');
+  find.append(make('label', { for: 'color' }, 'Color by'), select, withPictures);
+  const hint = make('p', { class: 'faint' }, `Drag to move; zoom with the buttons, with two fingers, or with the wheel after a click on the map. Thumbnails that would overlap are dots until you zoom in${images.keys.length > MOST_PICTURES ? `, and all are while more than ${MOST_PICTURES} images are in view` : ''}.`);
   const stage = make('div', {}, make('div', { class: 'stage' }, canvas, buttons), legend, hint);
   section.append(find, make('div', { class: 'plane' }, stage, make('div', { class: 'side' }, detail, told, list)));
-  colour(select.value);
+  color(select.value);
   choose(-1);
 }
 
@@ -137,7 +137,7 @@ showHead();
 showSummary();
 showMap();
 showTokenMaps();
-showNeighbours();
+showNeighbors();
 showDuplicates();
 showTiles();
 showSkipped();

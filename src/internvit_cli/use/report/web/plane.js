@@ -64,8 +64,8 @@ class Plane {
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.draw());
   }
 
-  /** Say which points have which colour. */
-  colour(groups) {
+  /** Say which points have which color. */
+  color(groups) {
     this.groups = groups;
     this.colors = new Map(groups.flatMap(({ color, points }) => points.map((point) => [point, color])));
     this.draw();
@@ -182,22 +182,43 @@ class Plane {
     return found;
   }
 
-  /** Thumbnails over their points, framed in the points' colours. */
+  /** Thumbnails over their points, framed in the points' colors; one that would overlap another stays a dot. */
   drawPictures(pen) {
     const marked = new Set(this.marked);
-    for (const point of this.seen()) {
+    const taken = [];
+    const seen = this.seen();
+    const first = (point) => (point === this.chosen ? 0 : marked.has(point) ? 1 : 2);
+    for (const point of [...seen].sort((one, other) => first(one) - first(other) || one - other)) {
       const picture = this.picture(point);
       if (!picture) continue;
       const scale = PICTURE_SIDE / Math.max(picture.naturalWidth, picture.naturalHeight);
       const [width, height] = [picture.naturalWidth * scale, picture.naturalHeight * scale];
       const [left, top] = this.toPixels(this.xs[point], this.ys[point]);
+      const overlaps = ([x, y, across, down]) => Math.abs(x - left) < (across + width) / 2 + 6 && Math.abs(y - top) < (down + height) / 2 + 6;
+      if (taken.some(overlaps)) continue;
+      taken.push([left, top, width, height]);
       pen.globalAlpha = marked.size && !marked.has(point) ? 0.18 : 1;
       pen.fillStyle = this.colors.get(point) ?? OTHERS;
       pen.fillRect(left - width / 2 - 2, top - height / 2 - 2, width + 4, height + 4);
       pen.drawImage(picture, left - width / 2, top - height / 2, width, height);
       this.drawn.add(point);
     }
+    for (const point of seen.filter((one) => !this.drawn.has(one))) {
+      pen.globalAlpha = marked.size && !marked.has(point) ? 0.18 : 1;
+      this.dots(pen, [point], this.colors.get(point) ?? OTHERS, this.radius);
+      this.outline(pen, point);
+    }
     pen.globalAlpha = 1;
+  }
+
+  /** A line round a dot, so that it shows on a thumbnail too. */
+  outline(pen, point) {
+    const [left, top] = this.toPixels(this.xs[point], this.ys[point]);
+    pen.strokeStyle = getComputedStyle(this.canvas).getPropertyValue('--bg');
+    pen.lineWidth = 1.5;
+    pen.beginPath();
+    pen.arc(left, top, this.radius, 0, 7);
+    pen.stroke();
   }
 
   /** A point's thumbnail; nothing where there is none, and while it is decoded. */
