@@ -50,6 +50,13 @@ def test_a_device_is_refused_before_it_is_opened() -> None:
         read_bounded("/dev/zero", 1 << 20)
 
 
+@pytest.mark.parametrize("path", ["a\0b", b"/a\0b"])
+def test_a_name_that_no_file_can_have_is_an_error_of_the_operating_system(path: str | bytes) -> None:
+    """Paths come out of files that others made, and Python has an error of another kind for them."""
+    with pytest.raises(OSError, match="NUL"):
+        open_regular(path)
+
+
 def test_a_link_is_followed_unless_it_must_not_be(folder: Path) -> None:
     assert read_bounded(str(folder / "link"), 100) == b"0123456789"
     with pytest.raises(NotRegularError, match="it is a link"):

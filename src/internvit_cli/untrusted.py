@@ -75,6 +75,8 @@ def open_regular(path: str | bytes, *, follow_links: bool = True) -> Opened:
         NotRegularError: it is a pipe, socket, device or folder, or a link that must not be followed.
         OSError: it cannot be opened.
     """
+    if b"\0" in os.fsencode(path):  # the operating system cannot name such a file, and Python raises no OSError
+        raise OSError(errno.EINVAL, "its name holds a NUL byte", path)
     # Looked at first, since merely opening some devices acts on them; and again, since names can change hands.
     mode = os.stat(path, follow_symlinks=follow_links).st_mode
     if not stat.S_ISREG(mode):
