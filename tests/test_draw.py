@@ -147,6 +147,16 @@ def test_a_sheet_says_why_a_picture_is_missing_within_its_place():
     assert (border == EMPTY).all(), "and nowhere beyond"
 
 
+@pytest.mark.parametrize("cells", [1, 6])
+def test_notes_stand_above_the_rows_of_a_sheet_which_stay_as_they_are(cells):
+    rows = [Row("row", [Cell(PHOTO, ("a",))] * cells)]
+    plain, noted = (np.asarray(contact_sheet(rows, notes)) for notes in ((), ("a sentence of some length " * 5, "b")))
+    added = len(noted) - len(plain)
+    assert added > 0 and (noted[:added] != PAPER).any()
+    assert (noted[:, -MARGIN // 2 :] == PAPER).all(), "long ones are wrapped"
+    assert np.array_equal(noted[added + MARGIN :], plain[MARGIN:])
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("shape", [(300, 200), (200, 300), (900, 20), (20, 900)])
 def test_a_figure_holds_every_panel_whole_and_none_over_another(count, shape):

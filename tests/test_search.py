@@ -738,10 +738,11 @@ def drawn_problems(monkeypatch) -> list[str]:
     problems = []
     real = contact_sheets.contact_sheet
 
-    def spy(rows):
+    def spy(rows, notes):
+        assert any("random weights" in note for note in notes)
         problems.extend(cell.problem for row in rows for cell in row.cells)
         assert all((cell.picture is None) == bool(cell.problem) for row in rows for cell in row.cells)
-        return real(rows)
+        return real(rows, notes)
 
     monkeypatch.setattr(contact_sheets, "contact_sheet", spy)
     return problems

@@ -87,7 +87,7 @@ def search_command(
     with progress(quiet=quiet) as observer:
         found = search(options, observer)
         if sheet is not None:
-            save_png(search_sheet(found.answers, pictures_in, observer), sheet)
+            save_png(search_sheet(found, pictures_in, observer), sheet)
     code = found.exit_code
     error = (
         InternvitError("not one picture can be used", "the reasons are listed with the pictures")

@@ -44,17 +44,27 @@ class Row:
     cells: Sequence[Cell]
 
 
-def contact_sheet(rows: Sequence[Row]) -> Image.Image:
-    """All rows on one sheet, long ones wrapped."""
+def contact_sheet(rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image:
+    """Arrange all rows on one sheet, long ones wrapped.
+
+    Args:
+        rows: from top to bottom.
+        notes: sentences above them, on what a viewer should know first.
+    """
     across = min(ACROSS, max((len(row.cells) for row in rows), default=1))
     lines = [
         _Line(row.title if start == 0 else "", row.cells[start : start + across])
         for row in rows
         for start in range(0, max(1, len(row.cells)), across)
     ]
-    width = 2 * MARGIN + across * CELL + (across - 1) * GAP
-    sheet = Image.new("RGB", (width, 2 * MARGIN + sum(line.height for line in lines)), PAPER)
-    top = MARGIN
+    room = across * CELL + (across - 1) * GAP
+    said = [part for note in notes for part in wrapped(note, BODY, room)]
+    head = len(said) * line_height(BODY) + (GAP if said else 0)
+    height = 2 * MARGIN + head + sum(line.height for line in lines)
+    sheet = Image.new("RGB", (room + 2 * MARGIN, height), PAPER)
+    for number, part in enumerate(said):
+        write(sheet, (MARGIN, MARGIN + number * line_height(BODY)), part, BODY, INK)
+    top = MARGIN + head
     for line in lines:
         line.draw(sheet, top)
         top += line.height

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.storage.image import ImageFeatures
     from internvit_cli.use.duplicates import Duplicates
-    from internvit_cli.use.search import Answer
+    from internvit_cli.use.search import Found
 
 MOST_HITS = 95
 MOST_CELLS, MOST_ROWS = 12, 100
@@ -35,16 +35,16 @@ class _Place:
     is_marked: bool = False
 
 
-def search_sheet(answers: Sequence[Answer], folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
+def search_sheet(found: Found, folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
     """Draw each query with its hits, best first.
 
     Args:
-        answers: of a search.
+        found: the answers.
         folder: where to look for the pictures of the output; None is where they were when they were encoded.
         observer: told how it goes.
     """
     rows = []
-    for answer in answers:
+    for answer in found.answers:
         captions = answer.problem or "query", answer.query.key
         query = _Place(answer.query, captions, None if answer.is_picture else folder, is_marked=True)
         hits = [
@@ -52,7 +52,7 @@ def search_sheet(answers: Sequence[Answer], folder: str | None = None, observer:
             for number, hit in enumerate(answer.hits[:MOST_HITS], 1)
         ]
         rows.append((answer.query.key, [query, *hits]))
-    return _drawn(rows, observer)
+    return _drawn(rows, found.notes, observer)
 
 
 def duplicates_sheet(found: Duplicates, folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
@@ -73,17 +73,17 @@ def duplicates_sheet(found: Duplicates, folder: str | None = None, observer: Obs
     for number, identical in enumerate(found.identical[:MOST_ROWS], 1):
         places = [_Place(image, ("same bytes", image.key), folder) for image in identical[:MOST_CELLS]]
         rows.append((f"identical {number}: {counted(len(identical), 'file')}", places))
-    return _drawn(rows[:MOST_ROWS], observer)
+    return _drawn(rows[:MOST_ROWS], found.notes, observer)
 
 
-def _drawn(rows: Sequence[tuple[str, Sequence[_Place]]], observer: Observer) -> Image.Image:
-    """The sheet of rows with their titles; pictures are read for images that have features."""
+def _drawn(rows: Sequence[tuple[str, Sequence[_Place]]], notes: Sequence[str], observer: Observer) -> Image.Image:
+    """Draw the sheet of rows with their titles; pictures are read for images that have features."""
     places = [place for _, row in rows for place in row]
     files = [PictureFile.of(place.image, place.folder) for place in places if place.image.is_done]
     with observer.phase("drawing the sheet", "picture", len(files)) as phase:
         photographs = read_photographs(files, CELL, phase.at)
         cells = iter([_cell(place, next(photographs) if place.image.is_done else None) for place in places])
-        return contact_sheet([Row(title, [next(cells) for _ in row]) for title, row in rows])
+        return contact_sheet([Row(title, [next(cells) for _ in row]) for title, row in rows], notes)
 
 
 def _cell(place: _Place, photograph: Photograph | None) -> Cell:
