@@ -19,6 +19,10 @@ from internvit_cli.config import Status
 
 KINDS = {"file": ("feats.h5",), "npy folder": ("feats",), "h5 folder": ("feats", "--format", "h5")}
 """Every kind of output: its name, and the options that it takes."""
+ALL_KINDS = KINDS | {"several layers": ("feats", "--layer", "0,-2,-1")}
+"""And one whose images have rows in more datasets than any other's."""
+LAYERS = (None, 0, 1)
+"""Its layers, by what the names of their datasets end in: the main one's in nothing."""
 
 
 def shards_of(kind: str, size: str) -> list[str]:
@@ -92,21 +96,25 @@ def check_rows(rows: Rows, known: dict[str, set[bytes]], explained: set[str]) ->
     for row, (key, status) in enumerate(zip(rows.keys, arrays["status"].tolist(), strict=True)):
         if status == Status.PENDING:
             continue
-        pooled = arrays["pooled"][row]
-        if status != Status.DONE:
-            assert key in explained, f"{key} is skipped without a reason"
-            assert np.isnan(pooled).all(), f"{key} is skipped and has a vector"
-            continue
         digest = bytes(arrays["digest"][row].tolist())
-        assert digest in known[key], f"{key} has the digest of another file"
-        tokens = arrays["visual_tokens"][offsets[row] : offsets[row + 1]]
-        vectors = arrays["tile_pooled"][offsets[row] : offsets[row + 1]]
-        expected = [crash_driver.features(digest, tile, tokens.shape[1:]) for tile in range(rows.tiles[row])]
-        assert tokens.tobytes() == b"".join(part.tobytes() for part, _ in expected), f"{key} has wrong tokens"
-        assert vectors.tobytes() == b"".join(part.tobytes() for _, part in expected), f"{key} has wrong vectors"
-        assert pooled.tobytes() == expected[-1][1].tobytes(), f"{key} has a wrong vector"
-        checksum = zlib.crc32(pooled.tobytes() + tokens.tobytes() + vectors.tobytes())
-        assert checksum == arrays["crc32"][row], f"{key} has a wrong CRC"
+        checksum = 0
+        for layer in LAYERS if "pooled_layer_0" in arrays else LAYERS[:1]:
+            suffix = "" if layer is None else f"_layer_{layer}"
+            pooled = arrays[f"pooled{suffix}"][row]
+            if status != Status.DONE:
+                assert key in explained, f"{key} is skipped without a reason"
+                assert np.isnan(pooled).all(), f"{key} is skipped and has a vector"
+                continue
+            assert digest in known[key], f"{key} has the digest of another file"
+            tokens = arrays[f"visual_tokens{suffix}"][offsets[row] : offsets[row + 1]]
+            vectors = arrays[f"tile_pooled{suffix}"][offsets[row] : offsets[row + 1]]
+            tiles = range(rows.tiles[row])
+            expected = [crash_driver.features(digest, tile, tokens.shape[1:], layer) for tile in tiles]
+            assert tokens.tobytes() == b"".join(part.tobytes() for part, _ in expected), f"{key} has wrong tokens"
+            assert vectors.tobytes() == b"".join(part.tobytes() for _, part in expected), f"{key} has wrong vectors"
+            assert pooled.tobytes() == expected[-1][1].tobytes(), f"{key} has a wrong vector"
+            checksum = zlib.crc32(pooled.tobytes() + tokens.tobytes() + vectors.tobytes(), checksum)
+        assert status != Status.DONE or checksum == arrays["crc32"][row], f"{key} has a wrong CRC"
     return {key for key, status in zip(rows.keys, arrays["status"].tolist(), strict=True) if status != Status.PENDING}
 
 

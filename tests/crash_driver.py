@@ -18,7 +18,7 @@ import os
 import sys
 import types
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from internvit_cli.storage.commit import RowWriter, ShardWriter
 from internvit_cli.storage.durable import disk_errors, sync_data, sync_together
 from internvit_cli.storage.layout import FeatureShape
 from internvit_cli.storing import ShardSink
+from internvit_cli.tile_features import LayerFeatures, TileFeatures
 from internvit_cli.workers import Finished
 
 if TYPE_CHECKING:
@@ -75,9 +76,15 @@ class Behaviour:
     """Images of a shard, however few bytes they are; 0 goes by --shard-size."""
 
 
-def features(digest: bytes, tile: int, tokens: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The rows of one tile of the file with this digest: tokens [T, C] float16 and vector [d] float32."""
-    random = np.random.default_rng([int.from_bytes(digest, "little"), tile])
+def features(
+    digest: bytes, tile: int, tokens: tuple[int, ...], layer: int | None = None
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """One tile's rows of the file with this digest: tokens [T, C] float16 and vector [d] float32.
+
+    Those of an earlier layer, and of the main one without it.
+    """
+    seed = [int.from_bytes(digest, "little"), tile]
+    random = np.random.default_rng(seed if layer is None else [*seed, layer])
     return random.standard_normal(tokens, np.float32).astype("<f2"), random.standard_normal(POOLED_WIDTH, np.float32)
 
 
@@ -162,21 +169,21 @@ class DigestEncoder:
     kernels = "none"
     halved = False
     tokens = (4, 6)
+    layers: tuple[int | None, ...] = (None,)
 
     @classmethod
     def load(cls, checkpoint: Any, options: Any) -> DigestEncoder:
-        return cls()
+        encoder = cls()
+        encoder.layers = (None, *options.earlier_layers)
+        return encoder
 
     def submit(self, tiles: list[NDArray[Any]]) -> Any:
         names = [tile.reshape(-1)[:33].tobytes() for tile in tiles]
-        rows = [features(name[:32], name[32], self.tokens) for name in names]
-        batch = types.SimpleNamespace(
-            tokens=np.stack([tokens for tokens, _ in rows]),
-            pooled=np.stack([pooled for _, pooled in rows]),
-            fits=np.zeros(len(rows), np.uint8),
-            clamped=0,
-            scales=None,
-        )
+        layers = []
+        for layer in self.layers:
+            rows = [features(name[:32], name[32], self.tokens, layer) for name in names]
+            layers.append(LayerFeatures(np.stack([one for one, _ in rows]), np.stack([one for _, one in rows])))
+        batch = TileFeatures(tuple(layers), np.zeros(len(names), np.uint8), clamped=0)
         return types.SimpleNamespace(result=lambda: batch)
 
     def close(self) -> None:
@@ -269,7 +276,7 @@ def prepare(behaviour: Behaviour) -> None:
     DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens
     engine.Decoder = DigestDecoder  # type: ignore[assignment,misc]
     shape = FeatureShape(Tokens.VISUAL, *behaviour.tokens, POOLED_WIDTH, StoreDtype.FLOAT16, tile_pooled=True)
-    pipeline.feature_shape = lambda options, card, recipe: shape
+    pipeline.feature_shape = lambda options, card, recipe: replace(shape, earlier_layers=recipe.earlier_layers)
     storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
     takeover.CHECKPOINT_BYTES = behaviour.checkpoint_bytes
     commit.sync_together = sync_in_turn if behaviour.inline else sync_together

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import storage_helpers as helpers
 from forking import PATIENCE
 from run_helpers import Result, internvit
@@ -19,6 +18,8 @@ from internvit_cli.storage.skipped import SkipLog
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import numpy as np
 
     from internvit_cli.storage.layout import NewShard
 
@@ -119,15 +120,11 @@ ALL_ROWS = [
         *((Tokens.VISUAL, dtype, False) for dtype in StoreDtype),
     ]
 ]
+ALL_ROWS.append(ALL_ROWS[-1] | {"tile_pooled": True, "earlier_layers": helpers.EARLIER_LAYERS})
 """What a shard may hold."""
 
 
 def image_of(shard: NewShard, written: dict[int, Any], row: int) -> dict[str, np.ndarray]:
     """The rows of an image by dataset."""
-    image = written[row]
-    rows = {"pooled": image.pooled}
-    if image.tokens:
-        rows[shard.features.tokens.dataset] = np.concatenate(image.tokens)
-    if image.tile_pooled:
-        rows["tile_pooled"] = np.concatenate(image.tile_pooled)
-    return rows
+    rows = helpers.rows_of(written[row])
+    return {name: array[0] if name.startswith("pooled") else array for name, array in rows.items()}

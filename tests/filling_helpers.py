@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ from internvit_cli.errors import DeviceError
 from internvit_cli.filling import Filled, FillJob, FillRules, fill
 from internvit_cli.headers import Header, read_header
 from internvit_cli.storage.commit import ShardWriter, create_shard
+from internvit_cli.storage.layout import stored_recipe
 from internvit_cli.storage.skipped import SkipLog
 from internvit_cli.storing import ShardSink
 from internvit_cli.table import ImageTable
+from internvit_cli.tile_features import LayerFeatures, TileFeatures
 from internvit_cli.tiling import choose_grid, has_thumbnail
 
 if TYPE_CHECKING:
@@ -33,17 +36,6 @@ SIDE = 28
 RULE = PixelRule(TilingRule(tile_size=SIDE, max_tiles=6))
 TOO_LARGE, NOT_A_NUMBER, CLAMPED = 250, 251, 252
 """Colours of pictures for which the encoder below gives such values."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """What an encoder returns, see `TileFeatures`."""
-
-    tokens: NDArray[Any] | None
-    pooled: NDArray[Any]
-    fits: NDArray[Any]
-    clamped: int
-    scales: None = None
 
 
 class Encoder:
@@ -67,20 +59,20 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Pending:
-    features: Features
+    features: TileFeatures
 
-    def result(self) -> Features:
+    def result(self) -> TileFeatures:
         return self.features
 
 
-def features_of(tiles: NDArray[Any]) -> Features:
+def features_of(tiles: NDArray[Any]) -> TileFeatures:
     red = tiles[:, 0, 0, 0]
     pooled = tiles.reshape(len(tiles), -1)[:, : helpers.POOLED_WIDTH * 97 : 97].astype(np.float32)
     size = helpers.TOKENS_PER_TILE * helpers.CHANNELS
     tokens = tiles.reshape(len(tiles), -1)[:, : size * 89 : 89].astype(np.float16)
     fits = np.select([red == TOO_LARGE, red == NOT_A_NUMBER], [1, 2], 0).astype(np.uint8)
     tokens = tokens.reshape(len(tiles), helpers.TOKENS_PER_TILE, helpers.CHANNELS)
-    return Features(tokens, pooled, fits, int((red == CLAMPED).sum()))
+    return TileFeatures((LayerFeatures(tokens, pooled),), fits, int((red == CLAMPED).sum()))
 
 
 @dataclass
@@ -132,7 +124,8 @@ class Shard:
         writer = ShardWriter(self.output.backend, self.output.partial_path(0), table)
         rows = np.flatnonzero(writer.status == Status.PENDING).tolist()
         is_begun = is_begun or bool((writer.status == Status.DONE).any())
-        rules = FillRules(pool_all_tiles, self.new.features.tile_pooled, is_begun, strict)
+        recipe = dataclasses.replace(stored_recipe(self.new.attributes, ""), thumbnail=not pool_all_tiles)
+        rules = FillRules(recipe, is_begun, strict)
         sink = ShardSink(writer, SkipLog(self.output.skipped_path), table.keys)
         job = FillJob(table.keys, [self.jobs[row] for row in rows], sink, rules)
         decoder = Decoder(DecodeOptions(RULE, 7, 1, 30, 4 << 30))

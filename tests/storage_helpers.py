@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOKENS_PER_TILE, CHANNELS, POOLED_WIDTH = 4, 6, 5
+EARLIER_LAYERS = (3, 21)
+"""Of shards with several layers, whose names sort otherwise than their numbers."""
 
 AWKWARD_KEYS = (
     b"a.jpg",
@@ -100,6 +103,7 @@ def make_shard(
     recipe = dataclasses.replace(
         RECIPE, tokens=tokens, store_dtype=store_dtype, tile_pooled=tile_pooled, **recipe_changes
     )
+    several = {"model_layers": 48} if recipe.earlier_layers else {}
     attributes = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -112,8 +116,11 @@ def make_shard(
         "weights_digest": recipe.weights_digest,
         "batch_tiles": 8,
         "pooled_from": "global_view",
+        **several,
     }
-    shape = FeatureShape(tokens, TOKENS_PER_TILE, CHANNELS, POOLED_WIDTH, store_dtype, tile_pooled)
+    shape = FeatureShape(
+        tokens, TOKENS_PER_TILE, CHANNELS, POOLED_WIDTH, store_dtype, tile_pooled, recipe.earlier_layers
+    )
     return NewShard(table, shape, attributes)
 
 
@@ -123,14 +130,22 @@ def random_image(shard: NewShard, row: int, seed: int = 0) -> ImageRows:
     tiles = int(shard.table.tile_counts[row])
     cut = [0, tiles // 2, tiles] if tiles > 1 else [0, tiles]
     sizes = np.diff(cut).tolist()
-    tokens, scales, vectors = [], [], []
-    if shard.features.tokens is not Tokens.NONE:
-        tokens = [_random_tokens(rng, shard.features, size) for size in sizes]
-        if shard.features.store_dtype.is_scaled:
-            scales = [rng.uniform(0.1, 2, (size, TOKENS_PER_TILE)).astype(np.float32) for size in sizes]
-    if shard.features.tile_pooled:
-        vectors = [rng.standard_normal((size, POOLED_WIDTH), np.float32) for size in sizes]
-    return ImageRows(row, rng.bytes(32), rng.standard_normal(POOLED_WIDTH, np.float32), tokens, vectors, scales)
+    shape, arrays = shard.features, {}
+    for suffix in ("", *(f"_layer_{layer}" for layer in shape.earlier_layers)):
+        arrays[f"pooled{suffix}"] = [rng.standard_normal((1, POOLED_WIDTH), np.float32)]
+        if shape.tokens is not Tokens.NONE:
+            arrays[shape.tokens.dataset + suffix] = [_random_tokens(rng, shape, size) for size in sizes]
+            if shape.store_dtype.is_scaled:
+                scales = [rng.uniform(0.1, 2, (size, TOKENS_PER_TILE)).astype(np.float32) for size in sizes]
+                arrays[shape.tokens.scales_dataset + suffix] = scales
+        if shape.tile_pooled:
+            arrays[f"tile_pooled{suffix}"] = [rng.standard_normal((size, POOLED_WIDTH), np.float32) for size in sizes]
+    return ImageRows(row, rng.bytes(32), arrays)
+
+
+def rows_of(image: ImageRows) -> dict[str, NDArray[Any]]:
+    """One image's rows by dataset, as they lie on the disk: `pooled` is [1, d]."""
+    return {name: np.concatenate(blocks) for name, blocks in image.arrays.items()}
 
 
 def _random_tokens(rng: np.random.Generator, shape: FeatureShape, tiles: int) -> NDArray[Any]:
@@ -147,10 +162,13 @@ def _random_tokens(rng: np.random.Generator, shape: FeatureShape, tiles: int) ->
 
 
 def expected_crc32(image: ImageRows) -> int:
-    """CRC-32 over pooled, tokens, their scales, tile_pooled, in this order."""
-    checksum = 0
-    for block in (image.pooled, *image.tokens, *image.scales, *image.tile_pooled):
-        checksum = zlib.crc32(block.tobytes(), checksum)
+    """CRC-32 over pooled, tokens, their scales, tile_pooled, in this order; then over those of each earlier layer."""
+    rows, checksum = rows_of(image), 0
+    for suffix in ("", *(f"_layer_{layer}" for layer in EARLIER_LAYERS)):
+        for kind in ("pooled", "(visual|patch|projected)_tokens", "(visual|patch|projected)_scales", "tile_pooled"):
+            for name in rows:
+                if re.fullmatch(kind + suffix, name):
+                    checksum = zlib.crc32(rows[name].tobytes(), checksum)
     return checksum
 
 

@@ -516,9 +516,9 @@ def test_rows_of_a_finished_file_are_taken_over_bit_for_bit(tmp_path):
     offset = plain["image/tile_offset"].tolist()
     for row, before in ((0, 3), (3, 0)):
         image, tiles = written[before], slice(offset[row], offset[row + 1])
-        assert plain["pooled"][row].tobytes() == image.pooled.tobytes()
-        assert plain["visual_tokens"][tiles].tobytes() == np.concatenate(image.tokens).tobytes()
-        assert plain["tile_pooled"][tiles].tobytes() == np.concatenate(image.tile_pooled).tobytes()
+        for name, rows in helpers.rows_of(image).items():
+            place = slice(row, row + 1) if name.startswith("pooled") else tiles
+            assert plain[name][place].tobytes() == rows.tobytes()
         assert plain["image/digest"][row].tobytes() == image.digest
         assert plain["image/crc32"][row] == helpers.expected_crc32(image)
         assert zlib.crc32(plain["pooled"][row].tobytes()) != 0

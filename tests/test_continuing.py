@@ -134,7 +134,9 @@ def test_a_touched_picture_of_an_unfinished_npy_shard_is_compared_by_its_bytes(t
     digests, checksums = finished.backend.commit_records(finished.path)
     images = {key: open_features(output.path)[os.fsdecode(key)] for key in table.keys}
     rows = [
-        commit.ImageRows(row, digests[row].tobytes(), image.pooled, [image.visual_tokens])
+        commit.ImageRows(
+            row, digests[row].tobytes(), {"pooled": [image.pooled[None]], "visual_tokens": [image.visual_tokens]}
+        )
         for row, image in enumerate(images.values())
     ]
     # The same shard again, as a run that was killed after two of three images leaves it.
@@ -198,7 +200,7 @@ def test_slow_decoding_does_not_hold_back_what_could_be_committed(tmp_path, monk
     committed: list[bool] = []
     with contextlib.closing(ShardWriter(shard.output.backend, shard.output.partial_path(0), shard.new.table)) as writer:
         sink = ShardSink(writer, SkipLog(shard.output.skipped_path), shard.new.table.keys)
-        job = FillJob(shard.new.table.keys, shard.jobs, sink, FillRules())
+        job = FillJob(shard.new.table.keys, shard.jobs, sink, FillRules(helpers.RECIPE))
         stop = type("Stop", (), {"signal": 0})()
         fill(job, SlowDecoder(writer, committed), Encoder(64), stop, lambda _: None)
     assert committed == [True]

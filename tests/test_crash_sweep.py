@@ -15,7 +15,7 @@ import crash_checks as checks
 import crash_driver
 import crash_tracing as tracing
 import pytest
-from crash_checks import KINDS
+from crash_checks import ALL_KINDS
 from drivers import PROCESSES
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ class Case:
         return self.folder / "whole"
 
     def output(self, where: Path) -> Path:
-        return where / KINDS[self.kind][0]
+        return where / ALL_KINDS[self.kind][0]
 
     def arguments(self, where: Path) -> list[str]:
-        options = KINDS[self.kind][1:]
+        options = ALL_KINDS[self.kind][1:]
         return [
             "extract",
             str(self.folder / "pictures"),
@@ -131,7 +131,7 @@ def check_cut(case: Case, cut: tracing.Cut, where: Path) -> None:
 
 
 @pytest.mark.parametrize("scene", ["creation", "resume", "takeover"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_kill_at_any_call_loses_nothing_and_the_same_command_finishes(
     processes: ProcessPoolExecutor, scratch: Path, kind: str, scene: str
 ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import crash_checks as checks
 import numpy as np
 import pytest
-from crash_checks import KINDS
+from crash_checks import ALL_KINDS
 from forking import run_apart
 from moments import COMMIT, EVERY_IMAGE, RECORD, ROWS, Moment, held, wait_until
 from run_helpers import Result, extract, make_pictures, summary_of
@@ -52,7 +52,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one device makes, as each kind of output."""
     folder = tmp_path_factory.mktemp("whole")
-    for kind, (name, *options) in KINDS.items():
+    for kind, (name, *options) in ALL_KINDS.items():
         (folder / kind).mkdir()
         result = extract(pictures, "-o", folder / kind / name, *SHAPE, *options)
         assert result.returncode == 3, result.stderr
@@ -73,9 +73,12 @@ def are_gone(processes: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 
-@pytest.mark.parametrize("kind", [*KINDS][:1] + [pytest.param(kind, marks=pytest.mark.sweep) for kind in [*KINDS][1:]])
+@pytest.mark.parametrize(
+    "kind",
+    ["file", "several layers", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("npy folder", "h5 folder"))],
+)
 def test_two_devices_make_the_same_output_as_one(pictures: Path, whole: Path, tmp_path: Path, kind: str) -> None:
-    name, *options = KINDS[kind]
+    name, *options = ALL_KINDS[kind]
     result = extract(pictures, "-o", tmp_path / name, *SHAPE, *DEVICES, *options, "--json")
     assert result.returncode == 3, result.stderr
     summary = summary_of(result)

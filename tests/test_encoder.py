@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from model_helpers import (
 from internvit_cli import encoder_devices
 from internvit_cli.accuracy import LOWEST_TOKEN_COSINE
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
-from internvit_cli.encoder import TORCH_DTYPE, Encoder, TileFeatures
+from internvit_cli.encoder import TORCH_DTYPE, Encoder
 from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
 from internvit_cli.encoder_devices import fastest_dtype, find_device
 from internvit_cli.encoder_options import EncoderOptions
@@ -32,6 +32,7 @@ from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.loading import load_vit
 from internvit_cli.model.vit import pixel_unshuffle
 from internvit_cli.storage.layout import decode_values
+from internvit_cli.tile_features import LayerFeatures
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -46,9 +47,24 @@ def tiny_checkpoint() -> Checkpoint:
     return open_all(tiny_card())
 
 
-def encode(tiles, checkpoint=None, **changes) -> TileFeatures:
+@dataclass(frozen=True)
+class Result(LayerFeatures):
+    """Features of the only layer, with the verdicts."""
+
+    fits: np.ndarray = None
+    clamped: int = 0
+
+
+def only(pending) -> Result:
+    """What comes of a batch of one layer."""
+    features = pending.result()
+    (layer,) = features.layers
+    return Result(layer.tokens, layer.pooled, layer.scales, features.fits, features.clamped)
+
+
+def encode(tiles, checkpoint=None, **changes) -> Result:
     with Encoder.load(checkpoint or tiny_checkpoint(), options(**changes)) as encoder:
-        return encoder.submit(tiles).result()
+        return only(encoder.submit(tiles))
 
 
 def scaled(checkpoint: Checkpoint, factor: float) -> Checkpoint:
@@ -77,11 +93,11 @@ def hidden():
 def test_on_a_cpu_features_are_bit_equal_however_tiles_are_batched(dtype):
     tiles = random_tiles(7)
     with Encoder.load(tiny_checkpoint(), options(dtype=dtype, batch_tiles=7)) as encoder:
-        whole = encoder.submit(tiles).result()
+        whole = only(encoder.submit(tiles))
         for cut in ([1] * 7, [3, 4], [6, 1]):
             ends = np.cumsum(cut)
             pending = [encoder.submit(tiles[end - size : end]) for end, size in zip(ends, cut, strict=True)]
-            parts = [batch.result() for batch in pending]
+            parts = [only(batch) for batch in pending]
             assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole.tokens)
             assert np.array_equal(np.concatenate([part.pooled for part in parts]), whole.pooled)
 
@@ -209,7 +225,7 @@ def test_the_batch_and_the_time_are_reported():
     with Encoder.load(tiny_checkpoint(), options(threads=3)) as encoder:
         assert encoder.batch_tiles == 12
         assert (encoder.device_name, encoder.dtype, encoder.halved) == ("cpu", ComputeDtype.FLOAT32, False)
-        encoder.submit(random_tiles(3)).result()
+        only(encoder.submit(random_tiles(3)))
         assert encoder.device_seconds > 0
 
 
@@ -276,7 +292,7 @@ def batch_runner(holds, batch_tiles) -> BatchRunner:
 
 def test_a_short_batch_is_padded_and_gives_only_its_own_tiles():
     tiles = random_tiles(3)
-    features = batch_runner(8, 8).submit(tiles).result()
+    features = only(batch_runner(8, 8).submit(tiles))
     assert relative_error(features.tokens, encode(tiles).tokens) < 1e-3
     assert len(features.tokens) == len(features.pooled) == len(features.fits) == 3
 
@@ -284,10 +300,10 @@ def test_a_short_batch_is_padded_and_gives_only_its_own_tiles():
 def test_out_of_memory_halves_the_batch_once_and_loses_no_tile():
     tiles = random_tiles(8)
     runner = batch_runner(4, 8)
-    features = runner.submit(tiles).result()
+    features = only(runner.submit(tiles))
     assert (runner.halved, runner.batch_tiles) == (True, 4)
     assert relative_error(features.tokens, encode(tiles).tokens) < 1e-3
-    assert len(runner.submit(tiles).result().tokens) == 8
+    assert len(only(runner.submit(tiles)).tokens) == 8
     assert runner._launcher.sizes == [8, 4, 4, 4, 4]
 
 
@@ -340,8 +356,8 @@ def test_on_cuda_a_row_does_not_depend_on_its_neighbours_or_on_what_is_in_flight
     tiles = random_tiles(40)
     with Encoder.load(tiny_checkpoint(), options(device="cuda", batch_tiles=8)) as encoder:
         whole = [encoder.submit(tiles[i : i + 8]) for i in range(0, 40, 8)]
-        alone = [encoder.submit([tile]).result().tokens[0] for tile in tiles]
-        together = np.concatenate([batch.result().tokens for batch in whole])
+        alone = [only(encoder.submit([tile])).tokens[0] for tile in tiles]
+        together = np.concatenate([only(batch).tokens for batch in whole])
     assert np.array_equal(together, np.stack(alone))
 
 
@@ -380,8 +396,8 @@ def test_the_class_token_alone_is_what_the_whole_last_block_gives_within_roundin
 def test_on_a_cpu_the_class_token_alone_is_bit_equal_however_tiles_are_batched(dtype):
     tiles = random_tiles(5)
     with Encoder.load(tiny_checkpoint(), options(dtype=dtype, tokens=Tokens.NONE, pool=Pool.CLS)) as encoder:
-        whole = encoder.submit(tiles).result().pooled
-        assert np.array_equal(np.concatenate([encoder.submit([tile]).result().pooled for tile in tiles]), whole)
+        whole = only(encoder.submit(tiles)).pooled
+        assert np.array_equal(np.concatenate([only(encoder.submit([tile])).pooled for tile in tiles]), whole)
 
 
 def test_the_class_token_of_the_embeddings_is_the_tables_first_row():
@@ -440,10 +456,10 @@ def cuda_options(**changes) -> EncoderOptions:
     return options(**{"device": "cuda", "batch_tiles": 8, "dtype": ComputeDtype.BFLOAT16, **changes})
 
 
-def on_cuda(tiles, checkpoint=None, **changes) -> TileFeatures:
+def on_cuda(tiles, checkpoint=None, **changes) -> Result:
     with Encoder.load(checkpoint or tiny_checkpoint(), cuda_options(**changes)) as encoder:
         parts = [encoder.submit(tiles[i : i + 8]) for i in range(0, len(tiles), 8)]
-        results = [part.result() for part in parts]
+        results = [only(part) for part in parts]
     tokens = None if results[0].tokens is None else np.concatenate([result.tokens for result in results])
     return replace(results[0], tokens=tokens, pooled=np.concatenate([result.pooled for result in results]))
 
@@ -499,7 +515,7 @@ def test_on_cuda_the_same_tiles_give_the_same_bits_again_and_again(batch):
     tiles = random_tiles(3 * batch)
     with Encoder.load(tiny_checkpoint(), cuda_options(batch_tiles=batch)) as encoder:
         first, second = (
-            np.concatenate([part.result().tokens for part in [encoder.submit(tiles[i::3]) for i in range(3)]])
+            np.concatenate([only(part).tokens for part in [encoder.submit(tiles[i::3]) for i in range(3)]])
             for _ in range(2)
         )
     assert np.array_equal(first, second)
@@ -515,7 +531,7 @@ def test_on_cuda_fp8_is_close_to_bfloat16_and_says_how_close():
     tiles = random_tiles(8)
     with Encoder.load(tiny_checkpoint(), cuda_options(dtype=ComputeDtype.FP8)) as encoder:
         error = encoder.accuracy(tiles).compute
-        assert encoder.submit(tiles).result().fits.tolist() == [0] * 8
+        assert only(encoder.submit(tiles)).fits.tolist() == [0] * 8
     assert 0.99 < error.lowest_cosine_bfloat16 < 1
     spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, TokenOrder.V2, StoreDtype.FLOAT16)
     checkpoint = tiny_checkpoint()
@@ -530,5 +546,5 @@ def test_on_cuda_torch_compile_gives_the_same_within_rounding():
     tiles = random_tiles(8)
     with Encoder.load(tiny_checkpoint(), cuda_options(compile=True)) as encoder:
         assert encoder.kernels.startswith("torch.compile over plain PyTorch")
-        compiled = encoder.submit(tiles).result()
+        compiled = only(encoder.submit(tiles))
     assert relative_error(compiled.pooled, on_cuda(tiles, fused=False).pooled) < 0.05

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,6 @@ from filling_helpers import (
     SIDE,
     TOO_LARGE,
     Encoder,
-    Features,
     Pending,
     Shard,
     Stop,
@@ -88,7 +88,7 @@ def test_batches_across_images_change_no_value(noise, tmp_path, batch_tiles):
     plain = shard.publish()
     offset = plain.arrays["image/tile_offset"].tolist()
     for row, job in enumerate(shard.jobs):
-        expected = features_of(decode(job))
+        (expected,) = features_of(decode(job)).layers
         mine = slice(offset[row], offset[row + 1])
         assert np.array_equal(plain.arrays["visual_tokens"][mine], expected.tokens)
         assert np.array_equal(plain.arrays["tile_pooled"][mine], expected.pooled)
@@ -109,7 +109,7 @@ def test_without_a_thumbnail_the_vector_is_the_mean_over_the_tiles(noise, output
     shard.fill(Encoder(4), pool_all_tiles=True)
     pooled = shard.publish().arrays["pooled"]
     for row, job in enumerate(shard.jobs):
-        assert np.array_equal(pooled[row], features_of(decode(job)).pooled.mean(axis=0, dtype=np.float32))
+        assert np.array_equal(pooled[row], features_of(decode(job)).layers[0].pooled.mean(axis=0, dtype=np.float32))
 
 
 # ---------------------------------------------------------------------------------------------- values that do not fit
@@ -272,11 +272,12 @@ def test_shards_without_tokens_are_filled(plain_pictures, tmp_path):
     class WithoutTokens(Encoder):
         def submit(self, tiles: Sequence[NDArray[Any]]) -> Any:
             features = super().submit(tiles).features
-            return Pending(Features(None, features.pooled, features.fits, features.clamped))
+            layers = tuple(replace(layer, tokens=None) for layer in features.layers)
+            return Pending(replace(features, layers=layers))
 
     shard.fill(WithoutTokens(4))
     pooled = shard.publish().arrays["pooled"]
-    assert np.array_equal(pooled, np.concatenate([features_of(decode(job)).pooled for job in shard.jobs]))
+    assert np.array_equal(pooled, np.concatenate([features_of(decode(job)).layers[0].pooled for job in shard.jobs]))
 
 
 def test_skipped_is_a_value():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import crash_checks as checks
 import pytest
-from crash_checks import KINDS
+from crash_checks import ALL_KINDS
 from crash_driver import Behaviour
 from forking import run_apart
 from moments import DISK, EVERY_IMAGE, WRITE, Moment
@@ -33,7 +33,7 @@ LAST_CALLS = 12
 
 def extract(pictures: Path, folder: Path, kind: str) -> tuple[object, ...]:
     """The real command; shards are small, so that there are several."""
-    name, *options = KINDS[kind]
+    name, *options = ALL_KINDS[kind]
     options += [*checks.shards_of(kind, "6MB"), *("--dtype", "float32"), *("--max-tiles", "4"), "--quiet"]
     return "extract", pictures, "-o", folder / name, "--model", "tiny-random", *options
 
@@ -51,12 +51,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_command_killed_at_random_moments_ends_as_if_it_had_not_been(
     pictures: Path, tmp_path: Path, kind: str
 ) -> None:
     """Spread over the run from its first call of the disk to its last; each run is finished by the same command."""
-    whole, tries, chance = tmp_path / "whole", KILLS // len(KINDS), random.Random(kind)
+    whole, tries, chance = tmp_path / "whole", KILLS // len(ALL_KINDS), random.Random(kind)
     whole.mkdir()
     finish(*extract(pictures, whole, kind))
     for number in range(tries):
@@ -68,13 +68,13 @@ def test_the_command_killed_at_random_moments_ends_as_if_it_had_not_been(
             moment = Moment(DISK, call)
         assert moment.run("SIGKILL", *extract(pictures, folder, kind)).returncode == -9
         finish(*extract(pictures, folder, kind))
-        checks.assert_same_output(folder / KINDS[kind][0], whole / KINDS[kind][0])
+        checks.assert_same_output(folder / ALL_KINDS[kind][0], whole / ALL_KINDS[kind][0])
         shutil.rmtree(folder)
     print(f"\n{kind}: {tries} kills of {tries} runs, 0 losses")
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(pictures: Path, tmp_path: Path, kind: str) -> None:
     folders = [tmp_path / name for name in ("whole", "killed")]
     for folder in folders:
@@ -91,12 +91,12 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(pictures: Path,
             break
         kills += 1
     finish(*arguments)
-    checks.assert_same_output(*(folder / KINDS[kind][0] for folder in reversed(folders)))
+    checks.assert_same_output(*(folder / ALL_KINDS[kind][0] for folder in reversed(folders)))
     print(f"\n{kind}: {kills} kills of one run, 0 losses")
     assert kills > 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_the_storage_protocol_killed_again_and_again_ends_as_if_it_had_not_been(
     driver: Driver, tmp_path: Path, kind: str
 ) -> None:
@@ -104,7 +104,7 @@ def test_the_storage_protocol_killed_again_and_again_ends_as_if_it_had_not_been(
     pictures, folders = tmp_path / "pictures", [tmp_path / name for name in ("whole", "killed")]
     checks.make_pictures(pictures, [*(f"{number:03d}.png" for number in range(60)), "bad.png", "spoiled.png"])
     known = {key: {digest} for key, digest in checks.digests_of(pictures).items()}
-    name, *options = KINDS[kind]
+    name, *options = ALL_KINDS[kind]
     for folder in folders:
         folder.mkdir()
     lines = [("extract", pictures, "-o", folder / name, "--quiet", *options) for folder in folders]

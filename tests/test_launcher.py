@@ -15,6 +15,7 @@ from internvit_cli.encoder_batches import BatchRunner
 from internvit_cli.encoder_cuda import IN_FLIGHT, LARGEST_GRAPH, CudaLauncher
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.storage.layout import decode_values
+from internvit_cli.tile_features import TileFeatures
 
 CPU = torch.device("cpu")
 
@@ -65,9 +66,10 @@ class Graph(Nothing):
 
     def replay(self):
         self.replays += 1
-        for target, source in zip(self.features, self.model(self.tiles), strict=True):
-            if target is not None:
-                target.copy_(source)
+        for targets, sources in zip(self.features, self.model(self.tiles), strict=True):
+            for target, source in zip(targets, sources, strict=True):
+                if target is not None:
+                    target.copy_(source)
 
 
 def make_graph(launcher, tiles):
@@ -75,17 +77,20 @@ def make_graph(launcher, tiles):
     return graph, graph.features
 
 
-def runner(batch, store_dtype=StoreDtype.FLOAT16) -> BatchRunner:
-    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, TokenOrder.V2, store_dtype)
-    return BatchRunner(
-        CudaLauncher(FeatureModel.load(open_all(tiny_card()), spec, device=CPU, dtype=torch.float32), CPU), batch
-    )
+def runner(batch, store_dtype=StoreDtype.FLOAT16, earlier_layers=(), layer=None) -> BatchRunner:
+    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, TokenOrder.V2, store_dtype, earlier_layers=earlier_layers)
+    model = FeatureModel.load(open_all(tiny_card(), layer), spec, device=CPU, dtype=torch.float32)
+    return BatchRunner(CudaLauncher(model, CPU), batch)
 
 
 def tokens(runner: BatchRunner, tiles) -> np.ndarray:
     size = runner.batch_tiles
     pending = [runner.submit(tiles[i : i + size]) for i in range(0, len(tiles), size)]
-    return np.concatenate([batch.result().tokens for batch in pending])
+    return np.concatenate([tokens_of(batch) for batch in pending])
+
+
+def tokens_of(batch, layer=0) -> np.ndarray:
+    return batch.result().layers[layer].tokens
 
 
 def test_small_batches_run_as_one_graph_a_slot_and_large_ones_kernel_by_kernel():
@@ -113,8 +118,27 @@ def test_a_slots_features_are_fetched_before_its_buffers_are_used_again():
     tiles = random_tiles(5 * IN_FLIGHT)
     with_graphs = runner(1)
     pending = [with_graphs.submit([tile]) for tile in tiles]  # more than there are slots, and no result is asked for
-    alone = [runner(1).submit([tile]).result().tokens for tile in tiles]
-    assert np.array_equal(np.concatenate([batch.result().tokens for batch in pending]), np.concatenate(alone))
+    alone = [tokens_of(runner(1).submit([tile])) for tile in tiles]
+    assert np.array_equal(np.concatenate([tokens_of(batch) for batch in pending]), np.concatenate(alone))
+
+
+@pytest.mark.parametrize("batch", [2, LARGEST_GRAPH + 1], ids=["graphs", "kernels"])
+@pytest.mark.parametrize("store_dtype", [StoreDtype.FLOAT16, StoreDtype.INT8])
+def test_every_layer_comes_back_from_every_slot(batch, store_dtype):
+    tiles = random_tiles(4 * IN_FLIGHT)
+    several = runner(batch, store_dtype, earlier_layers=(0, 1))
+    pending = [several.submit(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
+    found = TileFeatures.join([one.result() for one in pending])
+    assert len(found.layers) == 3 and len(found) == len(tiles)
+    for layer, blocks in enumerate((2, 0, 1)):
+        alone = runner(batch, store_dtype, layer=blocks)
+        expected = TileFeatures.join(
+            [alone.submit(tiles[i : i + batch]).result() for i in range(0, len(tiles), batch)]
+        ).layers[0]
+        assert np.array_equal(found.layers[layer].tokens, expected.tokens)
+        assert np.array_equal(found.layers[layer].pooled, expected.pooled)
+        if store_dtype is StoreDtype.INT8:
+            assert np.array_equal(found.layers[layer].scales, expected.scales)
 
 
 def test_a_slow_batch_is_timed_once_after_its_warm_up(monkeypatch):
@@ -129,7 +153,8 @@ def test_a_slow_batch_is_timed_once_after_its_warm_up(monkeypatch):
 @pytest.mark.parametrize("batch", [1, 9])
 def test_tokens_with_scales_come_back_with_them(batch):
     tiles = random_tiles(9)
-    features = [runner(batch, StoreDtype.INT8).submit(tiles).result(), runner(9).submit(tiles).result()]
+    launchers = runner(batch, StoreDtype.INT8), runner(9)
+    features = [launcher.submit(tiles).result().layers[0] for launcher in launchers]
     read = decode_values(features[0].tokens, StoreDtype.INT8, features[0].scales)
     assert features[0].scales.shape == read.shape[:2]
     steps = np.abs(features[1].tokens.astype(np.float32)).max(axis=-1, keepdims=True) / 127

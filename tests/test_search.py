@@ -61,7 +61,7 @@ def write_vectors(path: Path, vectors: np.ndarray, first: int = 0) -> Path:
     writer = helpers.ShardWriter(output.backend, output.partial_path(number), table)
     for row, vector in enumerate(vectors):
         digest = np.random.default_rng((number, row)).bytes(32)
-        writer.write(helpers.ImageRows(row, digest, vector.astype(np.float32), [], []))
+        writer.write(helpers.ImageRows(row, digest, {"pooled": [vector.astype(np.float32)[None]]}))
     writer.checkpoint()
     writer.close()
     helpers.publish(output, shard)

@@ -276,7 +276,7 @@ class Recipe:
 
     weights_digest: str
     layer: int
-    """Number of transformer blocks that run before features are taken."""
+    """Number of transformer blocks that run before features are taken; of several layers, the deepest."""
     tile_size: int
     min_tiles: int
     max_tiles: int
@@ -297,6 +297,13 @@ class Recipe:
     numerics_version: int = NUMERICS_VERSION
     rescale_factor: float = later_field(DEFAULT_RESCALE_FACTOR)
     """What bytes are multiplied by before `mean` is taken away; 1 where the checkpoint does not rescale."""
+    earlier_layers: tuple[int, ...] = later_field(())
+    """Layers before `layer` that are stored too, ascending; each is a number of blocks."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All stored layers, ascending."""
+        return (*self.earlier_layers, self.layer)
 
     def to_json(self) -> str:
         """Return the canonical text that is stored and hashed."""
@@ -384,6 +391,12 @@ def _three(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return read_three
 
 
+def _counts(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise TypeError
+    return tuple(map(_count, value))
+
+
 def _computed(value: Any) -> ComputeDtype:
     if value == ComputeDtype.AUTO:
         raise ValueError
@@ -395,6 +408,7 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "bool": _truth,
     "int": _count,
     "float": _number,
+    "tuple[int, ...]": _counts,
     "tuple[float, float, float]": _three(_number),
     "tuple[int, int, int] | None": lambda value: None if value is None else _three(_count)(value),
     "Preprocess": Preprocess,

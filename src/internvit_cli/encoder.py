@@ -6,7 +6,7 @@ tiles were submitted together, and no core waits at a barrier. On an accelerator
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -17,8 +17,9 @@ from internvit_cli.allocator import keep_freed_memory
 from internvit_cli.config import ComputeDtype
 from internvit_cli.encoder_devices import device_name, fastest_dtype, find_fit_device
 from internvit_cli.errors import DeviceError, UsageError
-from internvit_cli.model.features import FeatureModel, FeatureSpec
+from internvit_cli.model.features import FeatureModel, FeatureSpec, verdicts
 from internvit_cli.model.kernels.fp8 import FP8
+from internvit_cli.tile_features import LayerFeatures, TileFeatures
 from internvit_cli.workers import usable_cpus
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.model.features import Features
 
 TORCH_DTYPE = {
     ComputeDtype.BFLOAT16: torch.bfloat16,
@@ -39,22 +41,6 @@ TORCH_DTYPE = {
 
 COMPILED_BATCH = 64
 """With torch.compile the batch is not measured: every size would be compiled anew."""
-
-
-@dataclass(frozen=True)
-class TileFeatures:
-    """Features of n tiles, in the order they were submitted; the arrays belong to the caller."""
-
-    tokens: np.ndarray | None
-    """[n,T,C] in the stored type, bfloat16 and fp8 as their bits; None when no tokens are stored."""
-    pooled: np.ndarray
-    """[n,d] float32."""
-    fits: np.ndarray
-    """[n] uint8: 0 the values can be stored, 1 one is too large for the stored type, 2 one is not a number."""
-    clamped: int
-    """How many values were clamped."""
-    scales: np.ndarray | None = None
-    """[n,T] float32: of tokens in a stored type that has them."""
 
 
 class PendingBatch(Protocol):
@@ -215,6 +201,8 @@ class Encoder:
 def _check(options: EncoderOptions, checkpoint: Checkpoint) -> None:
     if options.layer not in {None, checkpoint.blocks}:
         raise ValueError(f"the checkpoint was opened for {checkpoint.blocks} blocks, not {options.layer}")
+    if any(layer >= checkpoint.blocks for layer in options.earlier_layers):
+        raise ValueError(f"of layers {options.earlier_layers} one is not before block {checkpoint.blocks}")
     if options.batch_tiles is not None and options.batch_tiles < 1:
         raise UsageError(f"--batch-size {options.batch_tiles}: at least one tile", "leave it out to let it be chosen")
     if options.threads is not None and options.threads < 1:
@@ -230,6 +218,7 @@ def feature_spec(options: EncoderOptions) -> FeatureSpec:
         token_order=options.token_order,
         store_dtype=options.store_dtype,
         on_overflow=options.on_overflow,
+        earlier_layers=options.earlier_layers,
     )
 
 
@@ -271,6 +260,26 @@ def _make_runner(model: FeatureModel, options: EncoderOptions) -> Runner:
         ) from error
 
 
-def as_stored(tokens: torch.Tensor) -> np.ndarray:
-    """Tokens on the host as numpy sees them: bfloat16 as uint16 bits."""
+def on_host(layers: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
+    """Features whose tensors lie on the host, as arrays over the same memory.
+
+    Args:
+        layers: of the same tiles, the main layer's first.
+        spec: what they are.
+    """
+    found = tuple(
+        LayerFeatures(
+            tokens=None if layer.tokens is None else _as_stored(layer.tokens),
+            pooled=layer.pooled.numpy(),
+            scales=None if layer.scales is None else layer.scales.numpy(),
+        )
+        for layer in layers
+    )
+    # The verdicts are ordered: one layer that cannot be stored is enough.
+    fits = [verdicts(layer.extremes.numpy(), layer.pooled.numpy(), spec) for layer in layers]
+    return TileFeatures(found, np.maximum.reduce(fits), sum(int(layer.clamped.sum()) for layer in layers))
+
+
+def _as_stored(tokens: torch.Tensor) -> np.ndarray:
+    """Tokens as numpy sees them: bfloat16 as uint16 bits."""
     return (tokens.view(torch.uint16) if tokens.dtype is torch.bfloat16 else tokens).numpy()

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from internvit_cli.encoder import TileFeatures, as_stored
+from internvit_cli.encoder import on_host
 from internvit_cli.errors import DeviceError
-from internvit_cli.model.features import Features, verdicts
+from internvit_cli.model.features import Features
+from internvit_cli.tile_features import TileFeatures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -135,28 +137,18 @@ class JoinedBatches:
 
     def result(self) -> TileFeatures:
         """Wait for all of them."""
-        results = [part.result() for part in self._parts]
-        tokens = [result.tokens for result in results if result.tokens is not None]
-        scales = [result.scales for result in results if result.scales is not None]
-        return TileFeatures(
-            tokens=np.concatenate(tokens) if tokens else None,
-            scales=np.concatenate(scales) if scales else None,
-            pooled=np.concatenate([result.pooled for result in results]),
-            fits=np.concatenate([result.fits for result in results]),
-            clamped=sum(result.clamped for result in results),
-        )
+        return TileFeatures.join([part.result() for part in self._parts])
 
 
-def to_host(features: Features, count: int, spec: FeatureSpec) -> TileFeatures:
+def taken(layers: Sequence[Features], count: int, spec: FeatureSpec) -> TileFeatures:
     """The first `count` tiles of features that lie on the host, copied: the buffers may be used again."""
-    pooled = features.pooled[:count].numpy().copy()
-    return TileFeatures(
-        tokens=None if features.tokens is None else as_stored(features.tokens[:count].clone()),  # by several threads
-        scales=None if features.scales is None else features.scales[:count].numpy().copy(),
-        pooled=pooled,
-        fits=verdicts(features.extremes[:count].numpy(), pooled, spec),
-        clamped=int(features.clamped[:count].sum()),
-    )
+    # PyTorch copies with several threads; numpy would not.
+    return on_host([each_part(layer, lambda part: part[:count].clone()) for layer in layers], spec)
+
+
+def each_part(layer: Features, change: Callable[[Tensor], Tensor]) -> Features:
+    """Features with something done to each tensor that there is."""
+    return Features(*(None if part is None else change(part) for part in layer))  # type: ignore[arg-type]
 
 
 class Launcher:
@@ -175,10 +167,10 @@ class Launcher:
         batch = np.zeros((size, *tiles[0].shape), np.uint8)
         np.stack(tiles, out=batch[: len(tiles)])
         with torch.inference_mode():
-            features: Features = self.model(torch.from_numpy(batch).to(self.device))
-            on_host = Features(*(None if part is None else part.cpu() for part in features))  # type: ignore[arg-type]
+            layers: tuple[Features, ...] = self.model(torch.from_numpy(batch).to(self.device))
+            fetched = [each_part(layer, Tensor.cpu) for layer in layers]
         self.busy_seconds += time.perf_counter() - start
-        return FinishedBatch(to_host(on_host, len(tiles), self.model.spec))
+        return FinishedBatch(taken(fetched, len(tiles), self.model.spec))
 
     def release(self) -> None:
         """Fetch what is in flight and free the buffers."""

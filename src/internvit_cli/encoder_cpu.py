@@ -7,17 +7,19 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from internvit_cli.encoder import TileFeatures, as_stored
+from internvit_cli.encoder import on_host
 from internvit_cli.errors import DeviceError
-from internvit_cli.model.features import FeatureModel, Features, FeatureSpec, verdicts
+from internvit_cli.tile_features import TileFeatures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
+
     from internvit_cli.encoder import PendingBatch
+    from internvit_cli.model.features import FeatureModel, Features, FeatureSpec
 
 CPU_TILES_PER_THREAD = 4
 """A batch on a CPU is this many tiles a thread. Throughput does not depend on it, since tiles are encoded one by one;
@@ -54,11 +56,11 @@ class CpuRunner:
         """Finish what was submitted and end the threads."""
         self._pool.shutdown()
 
-    def _encode(self, tile: np.ndarray) -> Features:
+    def _encode(self, tile: np.ndarray) -> tuple[Features, ...]:
         start = time.perf_counter()
         try:
             with torch.inference_mode():  # belongs to the thread
-                features: Features = self._model(torch.from_numpy(tile)[None])
+                features: tuple[Features, ...] = self._model(torch.from_numpy(tile)[None])
         except RuntimeError as error:
             if "allocate memory" not in str(error):
                 raise
@@ -74,7 +76,7 @@ class CpuRunner:
 class CpuBatch:
     """Tiles whose tasks were queued together."""
 
-    def __init__(self, futures: list[Future[Features]], spec: FeatureSpec) -> None:
+    def __init__(self, futures: list[Future[tuple[Features, ...]]], spec: FeatureSpec) -> None:
         self._futures = futures
         self._spec = spec
         self._result: TileFeatures | None = None
@@ -86,26 +88,6 @@ class CpuBatch:
             DeviceError: out of memory.
         """
         if self._result is None:
-            self._result = gather([future.result() for future in self._futures], self._spec)
+            self._result = TileFeatures.join([on_host(future.result(), self._spec) for future in self._futures])
             self._futures = []
         return self._result
-
-
-def gather(parts: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
-    """Features on the host as arrays of the caller's own, in order.
-
-    Args:
-        parts: features of one or more tiles each.
-        spec: what they are.
-    """
-    pooled = np.concatenate([part.pooled.numpy() for part in parts])
-    extremes = np.concatenate([part.extremes.numpy() for part in parts])
-    tokens = [as_stored(part.tokens) for part in parts if part.tokens is not None]
-    scales = [part.scales.numpy() for part in parts if part.scales is not None]
-    return TileFeatures(
-        tokens=np.concatenate(tokens) if tokens else None,
-        scales=np.concatenate(scales) if scales else None,
-        pooled=pooled,
-        fits=verdicts(extremes, pooled, spec),
-        clamped=sum(int(part.clamped.sum()) for part in parts),
-    )

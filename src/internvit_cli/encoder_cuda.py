@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from internvit_cli.encoder_batches import OUT_OF_MEMORY_HINT, Launcher, to_host
+from internvit_cli.encoder_batches import OUT_OF_MEMORY_HINT, Launcher, taken
 from internvit_cli.errors import DeviceError
 from internvit_cli.model.features import Features
 
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from internvit_cli.encoder import PendingBatch, TileFeatures
+    from internvit_cli.encoder import PendingBatch
     from internvit_cli.model.features import FeatureModel
+    from internvit_cli.tile_features import TileFeatures
 
 IN_FLIGHT = 3
 """Batches with buffers of their own: one being filled, one on the device, one whose results are being fetched."""
@@ -102,16 +103,16 @@ class CudaLauncher(Launcher):
         """Make every slot's computation a graph; where that fails, kernels are started one by one as ever."""
         try:
             for slot in self._slots:
-                slot.graph, slot.features = self._graph(slot.device_tiles)
+                slot.graph, slot.layers = self._graph(slot.device_tiles)
             self.note = ", in CUDA graphs"
         except RuntimeError as error:  # of CUDA and of PyTorch, out of memory among them
             for slot in self._slots:
-                slot.graph = slot.features = None
+                slot.graph = slot.layers = None
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
             self.note = f" (no CUDA graphs: {' '.join(str(error).split())[:200]})"
 
-    def _graph(self, tiles: Tensor) -> tuple[torch.cuda.CUDAGraph, Features]:
+    def _graph(self, tiles: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Features, ...]]:
         """The computation of tiles in a buffer as a graph, and the buffers that its features will be in."""
         with torch.cuda.stream(self._compute):
             self.model(tiles)  # compiles kernels and makes workspaces, which a capture must not
@@ -119,8 +120,8 @@ class CudaLauncher(Launcher):
         graph = torch.cuda.CUDAGraph()
         # Memory of its own: in a shared pool another slot's graph would overwrite features that are being copied out.
         with torch.cuda.graph(graph, stream=self._compute, capture_error_mode="thread_local"):
-            features: Features = self.model(tiles)
-        return graph, features
+            layers: tuple[Features, ...] = self.model(tiles)
+        return graph, layers
 
     def _enqueue(self, slot: Slot) -> None:
         """Queue copy in, computation and copy out, each on its stream and after the one before."""
@@ -130,24 +131,29 @@ class CudaLauncher(Launcher):
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(slot.copied)
             slot.started.record()
-            features = self._compute_features(slot)
+            layers = self._compute_features(slot)
             slot.computed.record()
         with torch.cuda.stream(self._copy_out):
             self._copy_out.wait_event(slot.computed)
-            for target, source in zip(slot.host_features, features, strict=True):
-                if target is not None and source is not None:
-                    target.copy_(source, non_blocking=True)
-                    if slot.graph is None:
-                        source.record_stream(self._copy_out)  # or its memory would be reused before it is read
+            for targets, sources in zip(slot.host_layers, layers, strict=True):
+                self._copy_layer(targets, sources, is_graph=slot.graph is not None)
             slot.finished.record()
 
-    def _compute_features(self, slot: Slot) -> Features:
+    def _copy_layer(self, targets: Features, sources: Features, *, is_graph: bool) -> None:
+        """Queue the copy of one layer's features to the host on the current stream."""
+        for target, source in zip(targets, sources, strict=True):
+            if target is not None and source is not None:
+                target.copy_(source, non_blocking=True)
+                if not is_graph:
+                    source.record_stream(self._copy_out)  # or its memory would be reused before it is read
+
+    def _compute_features(self, slot: Slot) -> tuple[Features, ...]:
         """Queue a slot's computation on the current stream."""
-        if slot.graph is None or slot.features is None:
-            features: Features = self.model(slot.device_tiles)
-            return features
+        if slot.graph is None or slot.layers is None:
+            layers: tuple[Features, ...] = self.model(slot.device_tiles)
+            return layers
         slot.graph.replay()
-        return slot.features
+        return slot.layers
 
 
 class Slot:
@@ -156,20 +162,13 @@ class Slot:
     def __init__(self, launcher: CudaLauncher, size: int) -> None:
         self._launcher = launcher
         model = launcher.model
-        side, shapes = model.spec.tile_size, model.shapes
+        side = model.spec.tile_size
         self.device_tiles = torch.zeros((size, side, side, 3), dtype=torch.uint8, device=launcher.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.features: Features | None = None
-        """Where the graph leaves its features."""
+        self.layers: tuple[Features, ...] | None = None
+        """Where the graph leaves its features, layer by layer."""
         self.host_tiles = _pinned((size, side, side, 3), torch.uint8)
-        tokens = _pinned((size, shapes.tokens, shapes.token_size), model.store_dtype) if shapes.tokens else None
-        self.host_features = Features(
-            tokens,
-            _pinned((size, shapes.pooled_size), torch.float32),
-            _pinned((size, 2), torch.float32),
-            _pinned((size,), torch.int64),
-            _pinned((size, shapes.tokens), torch.float32) if model.plan is not None and model.plan.is_scaled else None,
-        )
+        self.host_layers = [_pinned_features(model, size) for _ in (None, *model.spec.earlier_layers)]
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.computed = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -197,7 +196,7 @@ class Slot:
         """Wait for the copy out and take the first features."""
         self.finished.synchronize()
         self._launcher.busy_seconds += self.started.elapsed_time(self.computed) / 1000
-        return to_host(self.host_features, count, self._launcher.model.spec)
+        return taken(self.host_layers, count, self._launcher.model.spec)
 
 
 class CudaBatch:
@@ -217,6 +216,19 @@ class CudaBatch:
                 self._slot = None
             assert self._result is not None
             return self._result
+
+
+def _pinned_features(model: FeatureModel, size: int) -> Features:
+    """Buffers on the host for one layer's features of so many tiles."""
+    shapes = model.shapes
+    is_scaled = model.plan is not None and model.plan.is_scaled
+    return Features(
+        _pinned((size, shapes.tokens, shapes.token_size), model.store_dtype) if shapes.tokens else None,
+        _pinned((size, shapes.pooled_size), torch.float32),
+        _pinned((size, 2), torch.float32),
+        _pinned((size,), torch.int64),
+        _pinned((size, shapes.tokens), torch.float32) if is_scaled else None,
+    )
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

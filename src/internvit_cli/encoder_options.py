@@ -29,7 +29,9 @@ class EncoderOptions:
     tile_size: int = 448
     """Side of a tile, pixels."""
     layer: int | None = None
-    """How many blocks run, from `ModelCard.resolve_layer`; None is what the checkpoint was opened for."""
+    """How many blocks run; None is what the checkpoint was opened for."""
+    earlier_layers: tuple[int, ...] = ()
+    """Layers before it whose features are kept too, ascending."""
     token_order: TokenOrder = TokenOrder.V2
     store_dtype: StoreDtype = StoreDtype.FLOAT16
     on_overflow: OnOverflow = OnOverflow.SKIP

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.model.kernels.interface import StorePlan
 
 TILES_AT_ONCE = 4
 
@@ -42,8 +43,8 @@ def measure_computing(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequen
     """
     with current(model.device):
         measured = _hidden(model, tiles)
-        bfloat16 = _compare(measured, _reference(checkpoint, model, torch.bfloat16, tiles))
-        float32 = _compare(measured, _reference(checkpoint, model, torch.float32, tiles))
+        bfloat16 = _worst(measured, _reference(checkpoint, model, torch.bfloat16, tiles))
+        float32 = _worst(measured, _reference(checkpoint, model, torch.float32, tiles))
     return ComputeError(
         tiles=len(tiles),
         lowest_cosine_bfloat16=bfloat16.lowest,
@@ -63,20 +64,27 @@ def measure_storing(model: FeatureModel, tiles: Sequence[np.ndarray]) -> StoreEr
     """
     if model.plan is None:
         return None
-    unscaled = replace(model.plan, dtype=torch.float32)
-    read_back, given = [], []
     with current(model.device), torch.inference_mode():
-        for batch in _batches(model, tiles):
-            values = model.token_values(model.hidden(batch))
-            stored = model.kernels.store(values, model.plan)
-            assert stored.scales is not None
-            numbers = stored.tokens
-            if numbers.dtype is torch.uint8:
-                numbers = numbers.view(torch.float8_e4m3fn)
-            read_back.append((numbers.float() * stored.scales[..., None]).cpu())
-            given.append(plain.store(values, unscaled).tokens.cpu())
-    found = _compare(read_back, given)
+        batches = [
+            [_stored_and_given(model, model.plan, hidden) for hidden in model.hidden(batch)]
+            for batch in _batches(model, tiles)
+        ]
+    layers = list(zip(*batches, strict=True))
+    read_back, given = ([[pair[side] for pair in layer] for layer in layers] for side in (0, 1))
+    found = _worst(read_back, given)
     return StoreError(len(tiles), found.lowest, found.mean, found.relative)
+
+
+def _stored_and_given(model: FeatureModel, plan: StorePlan, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of hidden states [b,1+N,C] as they are read back, and as they were before storing; on the host."""
+    values = model.token_values(hidden)
+    stored = model.kernels.store(values, plan)
+    assert stored.scales is not None
+    numbers = stored.tokens
+    if numbers.dtype is torch.uint8:
+        numbers = numbers.view(torch.float8_e4m3fn)
+    unscaled = plain.store(values, replace(plan, dtype=torch.float32)).tokens
+    return (numbers.float() * stored.scales[..., None]).cpu(), unscaled.cpu()
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class _Comparison:
 
 def _reference(
     checkpoint: Checkpoint, model: FeatureModel, dtype: torch.dtype, tiles: Sequence[np.ndarray]
-) -> list[Tensor]:
+) -> list[list[Tensor]]:
     """Hidden states by plain PyTorch in another type; the model that gave them is gone afterwards."""
     try:
         return _hidden(FeatureModel.load(checkpoint, model.spec, device=model.device, dtype=dtype, fused=False), tiles)
@@ -102,11 +110,12 @@ def _reference(
             torch.cuda.empty_cache()
 
 
-def _hidden(model: FeatureModel, tiles: Sequence[np.ndarray]) -> list[Tensor]:
-    """Hidden states on the host, a few tiles each [b,T,C]; neither they nor the tiles are all on the device."""
+def _hidden(model: FeatureModel, tiles: Sequence[np.ndarray]) -> list[list[Tensor]]:
+    """Each layer's hidden states on the host, a few tiles each [b,T,C]; the device never holds those of all tiles."""
     kept = _kept_tokens(model.spec)
     with torch.inference_mode():
-        return [model.hidden(batch)[:, kept].cpu() for batch in _batches(model, tiles)]
+        batches = [[hidden[:, kept].cpu() for hidden in model.hidden(batch)] for batch in _batches(model, tiles)]
+    return [list(layer) for layer in zip(*batches, strict=True)]
 
 
 def _batches(model: FeatureModel, tiles: Sequence[np.ndarray]) -> Iterator[Tensor]:
@@ -120,6 +129,16 @@ def _kept_tokens(spec: FeatureSpec) -> slice:
     if spec.pool is Pool.MEAN:
         return slice(1, None)
     return slice(0, 1) if spec.tokens is Tokens.NONE and spec.pool is Pool.CLS else slice(0, None)
+
+
+def _worst(measured: list[list[Tensor]], reference: list[list[Tensor]]) -> _Comparison:
+    """Each figure of the layer where it is worst."""
+    found = [_compare(one, other) for one, other in zip(measured, reference, strict=True)]
+    return _Comparison(
+        min(layer.lowest for layer in found),
+        min(layer.mean for layer in found),
+        max(layer.relative for layer in found),
+    )
 
 
 def _compare(measured: list[Tensor], reference: list[Tensor]) -> _Comparison:

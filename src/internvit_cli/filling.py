@@ -17,18 +17,22 @@ import numpy as np
 from internvit_cli.config import Skipped, Status
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, FailedImage
 from internvit_cli.errors import InternvitError, one_line
+from internvit_cli.image_rows import image_arrays
 from internvit_cli.report import Stages, Tally
 from internvit_cli.storage.commit import ImageRows
 from internvit_cli.storing import SkippedImage
+from internvit_cli.tile_features import UNFIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
-    from internvit_cli.encoder import Encoder, PendingBatch, TileFeatures
+    from internvit_cli.config import Recipe
+    from internvit_cli.encoder import Encoder, PendingBatch
     from internvit_cli.stopping import Stop
     from internvit_cli.storing import Sink
+    from internvit_cli.tile_features import TileFeatures
 
 BATCHES_IN_FLIGHT = 2
 """One that the device works on and one that waits, so that the device never does."""
@@ -41,9 +45,8 @@ POLL_SECONDS = 0.5
 class FillRules:
     """What becomes of the features of an image, and of an image that has none."""
 
-    pool_all_tiles: bool = False
-    """The image's vector is the mean over its tiles' vectors instead of the global view's."""
-    store_tile_vectors: bool = False
+    recipe: Recipe
+    """What is stored of an image."""
     is_begun: bool = False
     """The output has rows: a value that is too large skips its image, and no more ends the run."""
     strict: bool = False
@@ -72,16 +75,6 @@ class Filled:
     """Values that were clamped to the stored type's range."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Features of consecutive tiles of one image."""
-
-    tokens: NDArray[Any] | None
-    scales: NDArray[Any] | None
-    pooled: NDArray[Any]
-    fits: NDArray[Any]
-
-
 @dataclass(slots=True)
 class _Assembly:
     """An image whose tiles are on their way through the encoder."""
@@ -90,7 +83,8 @@ class _Assembly:
     digest: bytes
     missing: int
     """Tiles whose features have not come yet."""
-    blocks: list[_Block] = field(default_factory=list)
+    parts: list[TileFeatures] = field(default_factory=list)
+    """Features of consecutive tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,34 +202,26 @@ class _Filling:
         self.clamped += features.clamped
         for span in spans:
             part = slice(span.start, span.start + span.count)
-            span.assembly.blocks.append(_block(features, part))
+            span.assembly.parts.append(features.take(part))
             span.assembly.missing -= span.count
             if not span.assembly.missing:
                 self._store(span.assembly)
 
     def _store(self, assembly: _Assembly) -> None:
-        row, blocks = assembly.row, assembly.blocks
-        if (unfit := _unfit(blocks)) is not None:
+        row, parts = assembly.row, assembly.parts
+        tiles = sum(map(len, parts))
+        if (unfit := _unfit(parts)) is not None:
             is_first = not (self._tally.images or self._rules.is_begun)
             if is_first and unfit.exception == "OverflowError":
                 raise InternvitError(
                     f"{one_line(self._job.keys[row])}: {unfit.message}",
                     "store with --store-dtype bfloat16 (or float32), or --on-overflow clamp",
                 )
-            self._skip(row, unfit, sum(len(block.pooled) for block in blocks))
+            self._skip(row, unfit, tiles)
             return
-        pooled = np.concatenate([block.pooled for block in blocks])
-        image_vector = pooled.mean(axis=0, dtype=np.float32) if self._rules.pool_all_tiles else pooled[-1]
-        rows = ImageRows(
-            row,
-            assembly.digest,
-            image_vector,
-            tokens=[block.tokens for block in blocks if block.tokens is not None],
-            scales=[block.scales for block in blocks if block.scales is not None],
-            tile_pooled=[pooled] if self._rules.store_tile_vectors else [],
-        )
-        self._job.sink.put(rows)
-        self._count(Tally(images=1, tiles=len(pooled)))
+        arrays = image_arrays([part.layers for part in parts], self._rules.recipe)
+        self._job.sink.put(ImageRows(row, assembly.digest, arrays))
+        self._count(Tally(images=1, tiles=tiles))
 
     def _skip(self, row: int, skipped: Skipped, tiles: int) -> None:
         if self._rules.strict:
@@ -248,24 +234,12 @@ class _Filling:
         self._on_progress(self._tally)
 
 
-def _block(features: TileFeatures, part: slice) -> _Block:
-    tokens, scales = features.tokens, features.scales
-    return _Block(
-        tokens=None if tokens is None else tokens[part],
-        scales=None if scales is None else scales[part],
-        pooled=features.pooled[part],
-        fits=features.fits[part],
-    )
-
-
-def _unfit(blocks: list[_Block]) -> Skipped | None:
+def _unfit(parts: list[TileFeatures]) -> Skipped | None:
     """Why an image's features cannot be stored; None when they can."""
-    worst = max(int(block.fits.max()) for block in blocks)
+    worst = max(int(part.fits.max()) for part in parts)
     if worst == 0:
         return None
-    if worst == 1:
-        return Skipped(Status.OVERFLOW, "OverflowError", "a feature is too large for the stored type")
-    return Skipped(Status.OVERFLOW, "ArithmeticError", "a feature is not a number")
+    return Skipped(Status.OVERFLOW, "OverflowError" if worst == 1 else "ArithmeticError", UNFIT[worst])
 
 
 def unusable(key: bytes, skipped: Skipped) -> InternvitError:

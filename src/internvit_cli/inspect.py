@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.accuracy import from_attributes
-from internvit_cli.config import StoreDtype, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
 from internvit_cli.output_names import PARTIAL, unfinished_shards
-from internvit_cli.storage.layout import FEATURE_DATASETS, stored_recipe
+from internvit_cli.storage.layout import crc_order, is_tokens, stored_recipe
 from internvit_cli.storage.places import ShardPlace, find_places
 from internvit_cli.table import count_statuses
 from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from internvit_cli.config import StoreDtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def describe_output(path: str) -> dict[str, Any]:
         "total_images": len(status),
         "images": {status.word: count for status, count in count_statuses(status).items()},
         "tiles": sum(look.tiles for look in looks),
-        "datasets": _datasets(places, recipe.store_dtype, recipe.tokens),
+        "datasets": _datasets(places, recipe.store_dtype),
         "bytes": sum(os.path.getsize(file) for place in places for file in place.backend.final_paths(place.path)),
         "shards": len(places),
         "batch_tiles": attributes.get("batch_tiles", 0),
@@ -104,16 +105,14 @@ def _look_at(place: ShardPlace) -> _Look:
     return _Look(place, outline.attributes, outline.status, tiles)
 
 
-def _datasets(places: list[ShardPlace], store_dtype: StoreDtype, tokens: Tokens) -> dict[str, Any]:
+def _datasets(places: list[ShardPlace], store_dtype: StoreDtype) -> dict[str, Any]:
     """Shapes over all shards together, and types as a reader gets them."""
     found: dict[str, Any] = {}
     for place in places:
-        for name, extent in place.backend.extents(place.path).items():
-            if name not in FEATURE_DATASETS:
-                continue
-            is_tokens = tokens is not Tokens.NONE and name == tokens.dataset
-            entry = found.setdefault(
-                name, {"shape": [0, *extent.spec.shape[1:]], "dtype": store_dtype.value if is_tokens else "float32"}
-            )
-            entry["shape"][0] += extent.spec.shape[0]
+        extents = place.backend.extents(place.path)
+        for name in crc_order(extents):
+            spec = extents[name].spec
+            dtype = store_dtype.value if is_tokens(name) else "float32"
+            entry = found.setdefault(name, {"shape": [0, *spec.shape[1:]], "dtype": dtype})
+            entry["shape"][0] += spec.shape[0]
     return found

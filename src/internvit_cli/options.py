@@ -29,8 +29,8 @@ class ModelOptions:
 
     name: str = DEFAULT_MODEL
     revision: str | None = None
-    layer: int | None = None
-    """Index into hidden_states; None is the checkpoint's own choice."""
+    layers: tuple[int, ...] | None = None
+    """Indices into hidden_states; None is the checkpoint's own choice."""
 
 
 @dataclass(frozen=True, slots=True)

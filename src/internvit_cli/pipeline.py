@@ -463,13 +463,7 @@ class _Extraction:
         return tell
 
     def _fill_rules(self, *, is_begun: bool) -> FillRules:
-        recipe = self._model.recipe
-        return FillRules(
-            pool_all_tiles=not recipe.thumbnail,
-            store_tile_vectors=recipe.tile_pooled,
-            is_begun=is_begun,
-            strict=self._options.run.strict,
-        )
+        return FillRules(self._model.recipe, is_begun=is_begun, strict=self._options.run.strict)
 
     def _run_facts(self, engine: Engine) -> dict[str, Any]:
         """What a shard's log of starts says of this one."""

@@ -20,7 +20,7 @@ from internvit_cli.observer import SILENT, Observer
 from internvit_cli.output_names import check_features_name
 from internvit_cli.own_tiling import tiling_note
 from internvit_cli.plan import PlanOptions, plan_images
-from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, feature_shape, make_recipe, pixel_rule
+from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, check_layers, feature_shape, make_recipe, pixel_rule
 from internvit_cli.report import PlanSummary
 from internvit_cli.sharding import EMPTY_TABLE, Draft, ShardSize, new_shard
 from internvit_cli.storage.durable import disk_errors, free_bytes
@@ -99,7 +99,9 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     output = find_output(options)
     listing = find_images(options, stdin, observer) if options.has_sources else EMPTY_LISTING
     card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
-    facts = ModelFacts.of_card(card, card.resolve_layer(options.model.layer), UNKNOWN_DIGEST)
+    layers = card.resolve_layers(options.model.layers)
+    check_layers(options.store.tokens, layers)
+    facts = ModelFacts.of_card(card, layers, UNKNOWN_DIGEST)
     recipe = make_recipe(options, facts, LONGEST_DTYPE)
     shape = feature_shape(options, card, recipe)
     rule = pixel_rule(recipe, options.pictures.max_pixels)

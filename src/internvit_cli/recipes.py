@@ -16,7 +16,7 @@ from internvit_cli.config import (
     Tokens,
 )
 from internvit_cli.encoder_options import EncoderOptions
-from internvit_cli.errors import OtherRecipeError, OutputError
+from internvit_cli.errors import OtherRecipeError, OutputError, UsageError
 from internvit_cli.model.card import ModelCard, feature_shapes
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
@@ -25,8 +25,11 @@ from internvit_cli.model.pixels import Normalization
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.own_tiling import tiling_note
 from internvit_cli.storage.layout import FeatureShape, stored_recipe
+from internvit_cli.words import listed
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from internvit_cli.options import ExtractOptions, RunOptions
 
 LONGEST_DTYPE = ComputeDtype.BFLOAT16
@@ -35,6 +38,7 @@ OPTION_OF_FIELD = {
     "exif": "--exif",
     "tokens": "--tokens",
     "compute_dtype": "--dtype",
+    "earlier_layers": "--layer",
 }
 """Recipe fields whose option has another name; the others differ in underscores only."""
 FIELDS_WITHOUT_OPTION = {"mean", "std", "rescale_factor", "token_order", "numerics_version"}
@@ -46,23 +50,23 @@ class ModelFacts:
     """What a model contributes to a recipe."""
 
     weights_digest: str
-    layer: int
-    """Blocks that run."""
+    layers: tuple[int, ...]
+    """Blocks after which features are taken, ascending; the last one is how many run."""
     tile_size: int
     """The model's own, pixels."""
     normalization: Normalization
     token_order: TokenOrder
 
     @classmethod
-    def of_card(cls, card: ModelCard, blocks: int, weights_digest: str) -> ModelFacts:
-        """The facts of a model at hand, of which so many blocks run."""
-        return cls(weights_digest, blocks, card.tile_size, card.normalization, card.token_order)
+    def of_card(cls, card: ModelCard, layers: tuple[int, ...], weights_digest: str) -> ModelFacts:
+        """The facts of a model at hand."""
+        return cls(weights_digest, layers, card.tile_size, card.normalization, card.token_order)
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> ModelFacts:
         """The facts that an output recorded: enough to compare recipes without the model."""
         normalization = Normalization(recipe.mean, recipe.std, recipe.rescale_factor)
-        return cls(recipe.weights_digest, recipe.layer, recipe.tile_size, normalization, recipe.token_order)
+        return cls(recipe.weights_digest, recipe.layers, recipe.tile_size, normalization, recipe.token_order)
 
 
 class ModelInUse:
@@ -82,6 +86,7 @@ class ModelInUse:
 
         Raises:
             OutputError: the output's recipe is of another version of this program, and not to be overwritten.
+            UsageError: layers that the model has not, or several of projected tokens.
         """
         self._options = options
         self._observer = observer
@@ -93,12 +98,12 @@ class ModelInUse:
         # What is left to `auto` stays as it was, as long as it is the same model.
         kept = recorded if stored and stored.get("model") == self._name.recorded else None
         is_pinned = kept is not None and stored is not None and self._is_on_hub(stored)
-        self._kept_blocks = kept.layer if kept and options.model.layer is None else None
+        self._kept_layers = kept.layers if kept and options.model.layers is None else None
         if kept and not is_pinned and kept.layer > self.card.vision.num_layers:
-            self._kept_blocks = None  # another model by the same name
+            self._kept_layers = None  # another model by the same name
         if kept and stored and is_pinned:
             self._revision = stored.get("model_revision") or None
-            facts = ModelFacts.of_recipe(kept) if self.blocks == kept.layer else self._facts_of_weights()
+            facts = ModelFacts.of_recipe(kept) if self.layers == kept.layers else self._facts_of_weights()
         else:
             facts = self._facts_of_weights()
         if kept:
@@ -116,11 +121,11 @@ class ModelInUse:
         return self._card
 
     @property
-    def blocks(self) -> int:
-        """How many blocks run."""
-        if self._kept_blocks is not None:
-            return self._kept_blocks
-        return self.card.resolve_layer(self._options.model.layer)
+    def layers(self) -> tuple[int, ...]:
+        """Blocks after which features are taken, ascending; the last one is how many run."""
+        layers = self._kept_layers or self.card.resolve_layers(self._options.model.layers)
+        check_layers(self._options.store.tokens, layers)
+        return layers
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -128,7 +133,7 @@ class ModelInUse:
         if self._checkpoint is None:
             self._checkpoint = Checkpoint.open(
                 self.card,
-                layer=self.blocks,
+                layer=self.layers[-1],
                 projector=self._options.store.tokens is Tokens.PROJECTED,
                 observer=self._observer,
             )
@@ -157,7 +162,7 @@ class ModelInUse:
             check_same(replace(self.recipe, weights_digest=self._digest), self.recipe, self._options.store.output)
 
     def _facts_of_weights(self) -> ModelFacts:
-        return ModelFacts.of_card(self.card, self.blocks, self._digest)
+        return ModelFacts.of_card(self.card, self.layers, self._digest)
 
     @cached_property
     def _digest(self) -> str:
@@ -186,7 +191,7 @@ def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: ComputeDtype)
     single_view = pictures.preprocess is not Preprocess.TILES
     return Recipe(
         weights_digest=facts.weights_digest,
-        layer=facts.layer,
+        layer=facts.layers[-1],
         tile_size=pictures.tile_size or facts.tile_size,
         # A single view has no tiles to bound: options without effect must not keep a run from being resumed.
         min_tiles=1 if single_view else pictures.min_tiles,
@@ -205,7 +210,21 @@ def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: ComputeDtype)
         store_dtype=store.store_dtype,
         on_overflow=store.on_overflow,
         rescale_factor=facts.normalization.rescale_factor,
+        earlier_layers=facts.layers[:-1],
     )
+
+
+def check_layers(tokens: Tokens, layers: Sequence[int]) -> None:
+    """Refuse projected tokens of several layers.
+
+    Raises:
+        UsageError: that is asked for.
+    """
+    if tokens is Tokens.PROJECTED and len(layers) > 1:
+        raise UsageError(
+            f"--tokens projected of the layers {listed(layers)}: the projector was trained on one layer",
+            "give one --layer, or use --tokens visual",
+        )
 
 
 def pixel_rule(recipe: Recipe, max_pixels: int) -> PixelRule:
@@ -236,6 +255,7 @@ def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> F
         pooled_width=shapes.pooled_size,
         store_dtype=options.store.store_dtype,
         tile_pooled=options.store.tile_pooled,
+        earlier_layers=recipe.earlier_layers,
     )
 
 
@@ -258,6 +278,7 @@ def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> Enc
         token_order=recipe.token_order,
         store_dtype=recipe.store_dtype,
         on_overflow=recipe.on_overflow,
+        earlier_layers=recipe.earlier_layers,
     )
 
 
@@ -286,11 +307,11 @@ def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
     listed = "; ".join(
         f"{name} was {_short(getattr(stored, name))}, is now {_short(getattr(wanted, name))}" for name in different
     )
-    options = [
+    options = dict.fromkeys(
         OPTION_OF_FIELD.get(name, "--" + name.replace("_", "-"))
         for name in different
         if name not in FIELDS_WITHOUT_OPTION
-    ]
+    )
     same = f"give the same {' and '.join(options)} as before, " if options else ""
     raise OtherRecipeError(
         f"{path} was made with another recipe: {listed}", f"{same}choose another output, or replace it with --overwrite"
@@ -298,5 +319,5 @@ def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = (listed(value) if value else "none") if isinstance(value, tuple) else str(value)
     return text[:12] + "..." if len(text) > 40 else text

@@ -15,17 +15,26 @@ from internvit_cli.config import DEFAULT_MAX_PIXELS, OnOverflow, StoreDtype
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import InternvitError
 from internvit_cli.headers import Header
+from internvit_cli.image_rows import image_arrays
 from internvit_cli.recipes import encoder_options, pixel_rule
 from internvit_cli.recorded import open_recorded
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, decode_values
+from internvit_cli.storage.layout import (
+    SCALE_DATASETS,
+    dataset_of,
+    decode_values,
+    feature_datasets,
+    feature_name,
+    is_tokens,
+)
 from internvit_cli.storage.reader import OpenShard
 from internvit_cli.table import modified_ns
+from internvit_cli.tile_features import LayerFeatures
 from internvit_cli.tiling import Grid
 from internvit_cli.verdict import Comparison
 from internvit_cli.words import counted_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -48,8 +57,8 @@ class TileEncoder(Protocol):
     name: str
     """For the report."""
 
-    def encode(self, tiles: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
-        """Tokens [n,T,C] in the stored type or float32, and vectors [n,d] float32, of uint8 tiles [n,S,S,3]."""
+    def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
+        """Features of uint8 tiles [n,S,S,3], in parts, each layer by layer, tokens in the stored type or in float32."""
         ...
 
     def close(self) -> None:
@@ -126,7 +135,7 @@ class ReExtraction:
         total = Differences()
         with self._observer.phase(encoder.activity, "image", min(wanted, len(candidates))) as phase:
             for row, tiles in _decoded(candidates, wanted, recipe, unusable):
-                difference = _differences(row, recipe, *encoder.encode(tiles))
+                difference = _differences(row, recipe, encoder.encode(tiles))
                 if not difference.is_within(limit):
                     problem = f"{encoder.name} gives other values: {difference.words(limit)}"
                     self._report(encoder.check, row.shard.path, row.key, problem)
@@ -255,21 +264,15 @@ class _Ours:
 
         options = encoder_options(model.recipe, model.device, model.batch_tiles)
         self._encoder = Encoder.load(model.checkpoint, options)
-        self._store_dtype = model.recipe.store_dtype
         self.name = f"internvit in {self._encoder.dtype.value} on {self._encoder.device_name}"
 
-    def encode(self, tiles: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
-        """Tokens in the stored type, or decoded where that has scales, and vectors."""
+    def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
+        """Features as they would be stored."""
         size = self._encoder.batch_tiles
-        parts = [
-            self._encoder.submit(list(tiles[start : start + size])).result() for start in range(0, len(tiles), size)
+        return [
+            self._encoder.submit(list(tiles[start : start + size])).result().layers
+            for start in range(0, len(tiles), size)
         ]
-        tokens = [
-            part.tokens if part.scales is None else decode_values(part.tokens, self._store_dtype, part.scales)
-            for part in parts
-            if part.tokens is not None
-        ]
-        return np.concatenate(tokens) if tokens else None, np.concatenate([part.pooled for part in parts])
 
     def close(self) -> None:
         """End its threads."""
@@ -292,11 +295,13 @@ class _Native:
         self._limit = _largest(model.recipe)
         self.name = f"transformers' InternVLVisionModel in float32 on {self._model.device}"
 
-    def encode(self, tiles: NDArray[Any]) -> tuple[NDArray[Any] | None, NDArray[Any]]:
-        """Tokens in float32, clamped where the rows were, and vectors."""
+    def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
+        """Features in float32, tokens clamped where the rows were."""
         parts = [self._model.features(tiles[start : start + 1]) for start in range(len(tiles))]
-        tokens = [np.clip(part.tokens, -self._limit, self._limit) for part in parts if part.tokens is not None]
-        return np.concatenate(tokens) if tokens else None, np.concatenate([part.pooled for part in parts])
+        return [[LayerFeatures(self._clamped(layer.tokens), layer.pooled) for layer in part] for part in parts]
+
+    def _clamped(self, tokens: NDArray[Any] | None) -> NDArray[Any] | None:
+        return None if tokens is None else np.clip(tokens, -self._limit, self._limit)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -309,22 +314,34 @@ def _largest(recipe: Recipe) -> float:
     return float("inf")
 
 
-def _differences(row: Row, recipe: Recipe, tokens: NDArray[Any] | None, vectors: NDArray[Any]) -> Differences:
-    """One image's stored rows against its new features: tokens [n,T,C] and vectors [n,d]."""
-    shard = OpenShard(row.shard.found)
-    start, stop = (int(offset) for offset in row.shard.table.tile_offset[row.number : row.number + 2])
-    # Without a thumbnail the image's vector is the mean over its tiles'.
-    pooled = vectors[-1] if recipe.thumbnail else vectors.mean(axis=0, dtype=np.float32)
-    pairs = [(shard.rows(POOLED, row.number, row.number + 1), pooled[None], StoreDtype.FLOAT32)]
-    if tokens is not None:
-        name = next(name for name in TOKEN_DATASETS if name in shard.extents)
-        stored, dtype = shard.rows(name, start, stop), recipe.store_dtype
-        if dtype.is_scaled:  # compared as the numbers that they are
-            scales = shard.rows(recipe.tokens.scales_dataset, start, stop)
-            stored, dtype = decode_values(stored, dtype, scales), StoreDtype.FLOAT32
-        pairs.append((stored, tokens, dtype))
-    if recipe.tile_pooled:
-        pairs.append((shard.rows(TILE_POOLED, start, stop), vectors, StoreDtype.FLOAT32))
-    figures = [compare(stored, anew, dtype) for stored, anew, dtype in pairs]
+def _differences(row: Row, recipe: Recipe, parts: list[Sequence[LayerFeatures]]) -> Differences:
+    """One image's stored rows against its new features, all layers together."""
+    anew = {name: np.concatenate(blocks) for name, blocks in image_arrays(parts, recipe).items()}
+    stored = _stored_arrays(row, recipe)
+    figures = []
+    for name in anew:
+        if feature_name(name).kind in SCALE_DATASETS:
+            continue  # compared as part of the numbers that they scale
+        dtype = recipe.store_dtype if is_tokens(name) and not recipe.store_dtype.is_scaled else StoreDtype.FLOAT32
+        figures.append(compare(_numbers(stored, name, recipe), _numbers(anew, name, recipe), dtype))
     total = reduce(Differences.worst, figures)
     return replace(total, bit_equal=int(total.bit_equal == len(figures)))
+
+
+def _stored_arrays(row: Row, recipe: Recipe) -> dict[str, NDArray[Any]]:
+    """One image's rows by dataset."""
+    shard = OpenShard(row.shard.found)
+    tiles = [int(offset) for offset in row.shard.table.tile_offset[row.number : row.number + 2]]
+    places = {
+        name: tiles if feature_name(name).is_per_tile else [row.number, row.number + 1]
+        for name in feature_datasets(recipe)
+    }
+    return {name: shard.rows(name, start, stop) for name, (start, stop) in places.items()}
+
+
+def _numbers(arrays: dict[str, NDArray[Any]], name: str, recipe: Recipe) -> NDArray[Any]:
+    """One dataset's values; of tokens with scales, the numbers that they stand for."""
+    scales = dataset_of(recipe.tokens.scales_dataset, feature_name(name).layer)
+    if not is_tokens(name) or scales not in arrays:
+        return arrays[name]
+    return decode_values(arrays[name], recipe.store_dtype, arrays[scales])

@@ -13,7 +13,14 @@ from internvit_cli.config import Recipe, Status
 from internvit_cli.errors import UsageError
 from internvit_cli.options import DEFAULT_SHARD_BYTES
 from internvit_cli.reconcile import sources_to_json, stored_sources
-from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, POOLED, FeatureShape, NewShard
+from internvit_cli.storage.layout import (
+    FORMAT,
+    FORMAT_VERSION,
+    MODEL_LAYERS,
+    FeatureShape,
+    NewShard,
+    feature_name,
+)
 from internvit_cli.table import COLUMN_DTYPES, ImageTable, concatenate
 
 if TYPE_CHECKING:
@@ -127,9 +134,10 @@ class ShardSize:
 
         The cuts follow from the images alone, so that a run that goes on makes the shards that it would have made.
         """
-        row_bytes = {spec.name: spec.row_bytes for spec in self.shape.row_datasets(1, 1)}
-        image_bytes = row_bytes.pop(POOLED) + self.backend.index_bytes(table)
-        sizes = image_bytes + table.tile_counts.astype(np.int64) * sum(row_bytes.values())
+        specs = self.shape.row_datasets(1, 1)
+        per_tile = sum(spec.row_bytes for spec in specs if feature_name(spec.name).is_per_tile)
+        per_image = sum(spec.row_bytes for spec in specs) - per_tile
+        sizes = per_image + self.backend.index_bytes(table) + table.tile_counts.astype(np.int64) * per_tile
         start, filled = 0, self.fixed
         for row, size in enumerate(sizes.tolist()):
             if row > start and filled + size > self.most:
@@ -192,6 +200,7 @@ def new_shard(
         "weights_digest": recipe.weights_digest,
         "batch_tiles": measured.batch_tiles,
         "pooled_from": "global_view" if recipe.thumbnail or recipe.max_tiles == 1 else "tiles",
+        **({MODEL_LAYERS: card.vision.num_layers} if recipe.earlier_layers else {}),
         **accuracy,
     }
     return NewShard(draft.table, shape, attributes)

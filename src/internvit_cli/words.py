@@ -24,6 +24,16 @@ def counted_of(done: int, total: int, noun: str, plural: str = "") -> str:
     return f"{done:,} of {counted(total, noun, plural)}"
 
 
+def listed(things: Iterable[object]) -> str:
+    """Return things in a sentence, such as `1, 2 and 3`.
+
+    >>> listed([21, 24])
+    '21 and 24'
+    """
+    *rest, last = map(str, things)
+    return f"{', '.join(rest)} and {last}" if rest else last
+
+
 def described(thing: Any) -> str:
     """Return what something is by its type and size, without its values: for messages about what cannot be used.
 

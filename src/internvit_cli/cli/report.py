@@ -11,6 +11,7 @@ from internvit_cli.cli.console import human_bytes, human_seconds, print_json, pr
 from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.signals import compiled_code_may_take_long
+from internvit_cli.cli.stored_layer import StoredLayer
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.config import Projection
 from internvit_cli.errors import ExitCode, one_line
@@ -42,6 +43,7 @@ def report_command(
     ] = 112,
     points: Annotated[int, typer.Option(min=1, max=1_000_000, help="Show at most N images on the map.")] = 50_000,
     seed: Annotated[int, typer.Option(min=0, help="Draw other random samples.")] = 0,
+    layer: StoredLayer = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Read pictures in N processes.", show_default="one per core")
     ] = None,
@@ -73,6 +75,7 @@ def report_command(
         seed=seed,
         workers=workers,
         pictures=pictures_in,
+        layer=layer,
     )
     is_compiled = projection is Projection.UMAP
     with progress(quiet=quiet) as observer, compiled_code_may_take_long() if is_compiled else nullcontext():

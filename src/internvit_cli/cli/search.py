@@ -10,6 +10,7 @@ from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import fail, print_json, print_line, say
 from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
+from internvit_cli.cli.stored_layer import StoredLayer
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode, InternvitError
 from internvit_cli.output_names import check_file_name
@@ -41,6 +42,7 @@ def search_command(
     index: Annotated[
         bool, typer.Option("--index", help="Use an approximate index beside OUT, and build it if there is none.")
     ] = False,
+    layer: StoredLayer = None,
     sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw queries and hits on one sheet.")] = None,
     model: Annotated[
         str | None,
@@ -83,6 +85,7 @@ def search_command(
         index=index,
         model=model,
         device=device,
+        layer=layer,
     )
     with progress(quiet=quiet) as observer:
         found = search(options, observer)

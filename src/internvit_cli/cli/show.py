@@ -13,6 +13,7 @@ from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import one_line, print_json, print_line, say, write_raw
 from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
+from internvit_cli.cli.stored_layer import StoredLayer
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Graphics, TokenMapKind
@@ -79,6 +80,7 @@ def show_command(
         ),
     ] = None,
     pictures_in: PicturesFolder = None,
+    layer: StoredLayer = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Do not print the names of files.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
@@ -107,6 +109,7 @@ def show_command(
         opacity=opacity,
         size=size,
         pictures=pictures_in,
+        layer=layer,
     )
     chosen = _chosen_graphics(graphics) if terminal else None
     images: list[dict[str, Any]] = []

@@ -103,6 +103,14 @@ def or_auto(kind: type, name: str, least: float | None = None, most: float | Non
     return parse
 
 
+def layers(word: str) -> tuple[int, ...] | None:
+    """Indices into hidden_states, such as `-4,-1`; None for `auto`."""
+    if word == AUTO:
+        return None
+    expected = "auto, a whole number, or several with commas between"
+    return tuple(number(part.strip(), int, expected) for part in word.split(","))
+
+
 def one_of(*words: str) -> Callable[[str], str]:
     """A parser of a word that is one of a few."""
 

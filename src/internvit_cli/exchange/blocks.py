@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from internvit_cli.errors import OutputError
+from internvit_cli.storage.layout import feature_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,11 +36,11 @@ class Rows:
     @cached_property
     def specs(self) -> dict[str, DatasetSpec]:
         """Each dataset's row, by name; the lengths say nothing."""
-        return {spec.name: spec for spec in self.shape.row_datasets(1, 2)}
+        return {spec.name: spec for spec in self.shape.row_datasets(1, 1)}
 
     def is_per_tile(self, name: str) -> bool:
         """Whether a dataset has a row a tile, not a row an image."""
-        return self.specs[name].shape[0] == 2
+        return feature_name(name).is_per_tile
 
     def image_bytes(self, tiles: NDArray[Any]) -> NDArray[Any]:
         """Bytes of images with so many tiles, [n] int64."""

@@ -14,10 +14,10 @@ from internvit_cli.errors import ExitCode
 from internvit_cli.exchange.likeness import Kernels, cosines
 from internvit_cli.exchange.merge import recipe_differences
 from internvit_cli.exchange.selection import Selection, select_all
-from internvit_cli.exchange.tokens_compared import ComparedTokens, compare_tokens, why_not_comparable
+from internvit_cli.exchange.tokens_compared import ComparedTokens, LayerPair, compare_tokens, why_not_comparable
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.storage.layout import POOLED
-from internvit_cli.words import counted
+from internvit_cli.words import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -71,8 +71,10 @@ class Difference:
     """Keys of images whose two pictures are different files."""
     common: int
     """Images that are done in both."""
+    layers: tuple[LayerPair, ...]
+    """Which layer of the first was compared with which of the other; for each image the least alike ones count."""
     equal_vectors: int
-    """Those whose vectors are equal bit for bit."""
+    """Images whose vectors are equal bit for bit, in all of these layers."""
     equal_tokens: int | None
     """Those whose tokens are; None where tokens were not compared."""
     pooled: Spread | None
@@ -82,7 +84,8 @@ class Difference:
     token_mean: float | None
     """Mean cosine of all pairs of tokens."""
     cka: float | None
-    """Linear centred kernel alignment of the vectors of two models, 0 to 1; None for one and the same model."""
+    """Linear centered kernel alignment of the vectors of two models in the deepest compared layer, 0 to 1; None for one
+    and the same model."""
     threshold: float | None
     notes: tuple[str, ...]
 
@@ -140,6 +143,7 @@ class _Comparison:
         self._done = self._pairs[is_done]
         """Positions in both of the images that have features in both, [k, 2]."""
         self._notes: list[str] = []
+        self._layers = self._comparable_layers()
 
     def run(self) -> Difference:
         """Compare keys, then vectors, then tokens."""
@@ -158,6 +162,7 @@ class _Comparison:
             statuses=self._statuses(),
             pictures=tuple(self._keys(np.flatnonzero(digests))),
             common=len(self._done),
+            layers=tuple(self._layers),
             equal_vectors=equal_vectors,
             equal_tokens=compared.equal if compared else None,
             pooled=pooled,
@@ -167,6 +172,20 @@ class _Comparison:
             threshold=self._options.threshold,
             notes=tuple(self._notes),
         )
+
+    def _comparable_layers(self) -> list[LayerPair]:
+        """The layers that both outputs hold, ascending; without any, the deepest of each."""
+        held = [selection.recipe.layers for selection in (self._one, self._other)]
+        shared = sorted(set(held[0]) & set(held[1]))
+        if held[0] == held[1] or (len(held[0]) == len(held[1]) == 1):
+            return [LayerPair(*pair) for pair in zip(*held, strict=True)]
+        compared = [LayerPair(layer, layer) for layer in shared] or [LayerPair(held[0][-1], held[1][-1])]
+        what = f"only layer {listed(shared)}" if shared else f"layer {held[0][-1]} with {held[1][-1]}"
+        self._notes.append(
+            f"{self._options.one} holds layer {listed(held[0])}, {self._options.other} {listed(held[1])}: compared is "
+            f"{what}"
+        )
+        return compared
 
     def _note_pending(self) -> None:
         for selection, path in ((self._one, self._options.one), (self._other, self._options.other)):
@@ -195,17 +214,21 @@ class _Comparison:
         if not is_comparable:
             self._notes.append(f"vectors have {widths[0]} and {widths[1]} values: a cosine of two is not defined")
         kernels = Kernels(*widths) if with_cka and len(self._done) else None
-        found, equal = np.empty(len(self._done)), 0
+        found, equal = np.ones(len(self._done)), 0
         step = max(1, BLOCK_BYTES // (4 * max(widths)))
         with self._observer.phase("comparing vectors", "image", len(self._done)) as phase:
             for start in range(0, len(self._done), step):
                 pairs = self._done[start : start + step]
-                first, second = _vectors_of(self._one, pairs[:, 0]), _vectors_of(self._other, pairs[:, 1])
-                if kernels is not None:
-                    kernels.add(first, second)
-                if is_comparable:
-                    found[start : start + len(pairs)] = cosines(first, second)
-                    equal += int((first.view(np.uint32) == second.view(np.uint32)).all(axis=1).sum())
+                lowest, is_equal = found[start : start + len(pairs)], np.ones(len(pairs), bool)
+                for layer in self._layers:
+                    first = _vectors_of(self._one, pairs[:, 0], layer.one)
+                    second = _vectors_of(self._other, pairs[:, 1], layer.other)
+                    if kernels is not None and layer == self._layers[-1]:
+                        kernels.add(first, second)
+                    if is_comparable:
+                        np.minimum(lowest, cosines(first, second), out=lowest)
+                        is_equal &= (first.view(np.uint32) == second.view(np.uint32)).all(axis=1)
+                equal += int(is_equal.sum()) if is_comparable else 0
                 phase.at(start + len(pairs))
         spread = self._spread(found, np.arange(len(found))) if is_comparable else None
         return equal, spread, kernels.alignment if kernels is not None else None
@@ -236,19 +259,20 @@ class _Comparison:
             self._notes.append(why)
             return None, None
         with self._observer.phase("comparing tokens", "image", len(self._done)) as phase:
-            found = compare_tokens(one, other, self._done, phase.at)
+            found = compare_tokens(one, other, self._done, self._layers, phase.at)
         if left_out := len(self._done) - len(found.numbers):
             self._notes.append(f"tokens of {counted(left_out, 'image')} not compared: their tiles differ")
         return found, self._spread(np.array(found.lowest), np.array(found.numbers, np.int64))
 
 
-def _vectors_of(selection: Selection, positions: NDArray[Any]) -> NDArray[Any]:
-    """Vectors of some images, [k, d] float32."""
+def _vectors_of(selection: Selection, positions: NDArray[Any], layer: int) -> NDArray[Any]:
+    """Vectors of some images in one layer, [k, d] float32."""
+    name = selection.dataset(POOLED, layer)
     vectors = np.empty((len(positions), selection.shape.pooled_width), np.float32)
     shard_of, row_of = selection.shard_of[positions], selection.row_of[positions]
     for number in np.unique(shard_of).tolist():
         is_here = shard_of == number
-        vectors[is_here] = selection.shards[number].mapped(POOLED)[row_of[is_here]]
+        vectors[is_here] = selection.shards[number].mapped(name)[row_of[is_here]]
     return vectors
 
 

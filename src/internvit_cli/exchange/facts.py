@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Status, StoreDtype
-from internvit_cli.storage.layout import TOKEN_DATASETS, decode_values
+from internvit_cli.storage.layout import decode_values, is_tokens
 from internvit_cli.table import COLUMN_DTYPES
 
 if TYPE_CHECKING:
@@ -64,18 +64,18 @@ def is_utf8(name: str) -> bool:
 
 def is_bfloat16(selection: Selection, name: str) -> bool:
     """Whether a dataset holds the bits of bfloat16."""
-    return name in TOKEN_DATASETS and selection.shape.store_dtype is StoreDtype.BFLOAT16
+    return is_tokens(name) and selection.shape.store_dtype is StoreDtype.BFLOAT16
 
 
 def native_type(selection: Selection, name: str) -> str | None:
     """What safetensors calls a type that numpy has not; None for all others."""
     types = {StoreDtype.BFLOAT16: "BF16", StoreDtype.FP8: "F8_E4M3"}
-    return types.get(selection.shape.store_dtype) if name in TOKEN_DATASETS else None
+    return types.get(selection.shape.store_dtype) if is_tokens(name) else None
 
 
 def bits_notes(selection: Selection, names: Iterable[str], *, widen: bool) -> list[str]:
     """What to say of tokens that a target holds as bits."""
-    if not any(name in TOKEN_DATASETS for name in names):
+    if not any(map(is_tokens, names)):
         return []
     dtype = selection.shape.store_dtype
     if dtype is StoreDtype.FP8:
@@ -85,7 +85,7 @@ def bits_notes(selection: Selection, names: Iterable[str], *, widen: bool) -> li
 
 def stored_type(selection: Selection, name: str, spec: DatasetSpec) -> str:
     """What a dataset's values are: the word of the tokens' type, or numpy's name."""
-    if name in TOKEN_DATASETS:
+    if is_tokens(name):
         return selection.shape.store_dtype.value
     return {"<f4": "float32", "<f2": "float16"}.get(spec.dtype, spec.dtype)
 

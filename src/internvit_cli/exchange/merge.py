@@ -15,7 +15,7 @@ from internvit_cli.observer import SILENT, Observer
 from internvit_cli.output_names import check_features_name
 from internvit_cli.reconcile import ROW_BITS
 from internvit_cli.stopping import Interruption
-from internvit_cli.words import counted
+from internvit_cli.words import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +128,7 @@ def recipe_differences(one: Recipe, other: Recipe) -> list[tuple[str, tuple[str,
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = (listed(value) if value else "none") if isinstance(value, tuple) else str(value)
     return text[:12] + "..." if len(text) > 40 else text
 
 

@@ -15,7 +15,7 @@ from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
 from internvit_cli.output_names import PARTIAL
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
-from internvit_cli.storage.layout import POOLED, FeatureShape, stored_recipe
+from internvit_cli.storage.layout import MODEL_LAYERS, POOLED, FeatureShape, dataset_of, stored_recipe
 from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.reader import OpenShard, find_shards
 from internvit_cli.storage.skipped import read_skip_log
@@ -43,6 +43,7 @@ ATTRIBUTE_ORDER = (
     "weights_digest",
     "batch_tiles",
     "pooled_from",
+    MODEL_LAYERS,
 )
 """As shards are created: HDF5 gives attributes back by name, and the bytes of a file depend on their order."""
 
@@ -129,6 +130,10 @@ class Selection:
     def written(self) -> FeatureShape:
         """Sizes of what is written."""
         return replace(self.shape, tokens=Tokens.NONE) if self.drops_tokens else self.shape
+
+    def dataset(self, kind: str, layer: int) -> str:
+        """The dataset with the rows of a stored layer, such as `pooled_layer_21`."""
+        return dataset_of(kind, None if layer == self.recipe.layer else layer)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -289,6 +294,7 @@ def stored_shape(shards: Sequence[OpenShard], recipe: Recipe) -> FeatureShape:
         pooled_width=specs[POOLED].shape[1],
         store_dtype=recipe.store_dtype,
         tile_pooled=recipe.tile_pooled,
+        earlier_layers=recipe.earlier_layers,
     )
 
 

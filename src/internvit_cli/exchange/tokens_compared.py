@@ -12,7 +12,7 @@ from internvit_cli.exchange.likeness import cosines
 from internvit_cli.storage.layout import decode_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -59,8 +59,19 @@ def why_not_comparable(one: Selection, other: Selection) -> str:
     return ""
 
 
+class LayerPair(NamedTuple):
+    """A stored layer of each of two outputs."""
+
+    one: int
+    other: int
+
+
 def compare_tokens(
-    one: Selection, other: Selection, pairs: NDArray[Any], on_progress: Callable[[int], None]
+    one: Selection,
+    other: Selection,
+    pairs: NDArray[Any],
+    layers: Sequence[LayerPair],
+    on_progress: Callable[[int], None],
 ) -> ComparedTokens:
     """Compare the tokens of images; those whose tiles differ are left out.
 
@@ -68,6 +79,7 @@ def compare_tokens(
         one: an output.
         other: another, with tokens of the same shape.
         pairs: positions of each image in both, [k, 2].
+        layers: which layers to compare.
         on_progress: called with the number of images compared.
     """
     found = ComparedTokens()
@@ -75,7 +87,8 @@ def compare_tokens(
     is_same = (grids[0] == grids[1]).all(axis=1)
     for number, (row, other_row) in enumerate(pairs.tolist()):
         if is_same[number]:
-            _compare_image(found, number, _tiles(one, row, other, other_row))
+            parts = (part for layer in layers for part in _tiles(one, row, other, other_row, layer))
+            _compare_image(found, number, parts)
         on_progress(number + 1)
     return found
 
@@ -102,21 +115,22 @@ def _grids(selection: Selection, positions: NDArray[Any]) -> NDArray[Any]:
     return np.stack(columns, axis=1)
 
 
-def _tiles(one: Selection, row: int, other: Selection, other_row: int) -> Iterator[_Tokens]:
+def _tiles(one: Selection, row: int, other: Selection, other_row: int, layer: LayerPair) -> Iterator[_Tokens]:
     count = int(one.table.tile_offset[row + 1]) - int(one.table.tile_offset[row])
     for start in range(0, count, TILES_AT_ONCE):
         stop = min(start + TILES_AT_ONCE, count)
-        yield _Tokens(_values(one, row, start, stop), _values(other, other_row, start, stop))
+        span = slice(start, stop)
+        yield _Tokens(_values(one, row, layer.one, span), _values(other, other_row, layer.other, span))
 
 
-def _values(selection: Selection, position: int, start: int, stop: int) -> NDArray[Any]:
-    """Tokens of some of an image's tiles as numbers, [n, C]."""
+def _values(selection: Selection, position: int, layer: int, span: slice) -> NDArray[Any]:
+    """Tokens of some of an image's tiles in one layer as numbers, [n, C]."""
     shard = selection.shards[int(selection.shard_of[position])]
     first = int(shard.table.tile_offset[int(selection.row_of[position])])
     shape = selection.shape
 
-    def rows(name: str) -> NDArray[Any]:
-        return shard.rows(name, first + start, first + stop)
+    def rows(kind: str) -> NDArray[Any]:
+        return shard.rows(selection.dataset(kind, layer), first + span.start, first + span.stop)
 
     scales = rows(shape.tokens.scales_dataset) if shape.store_dtype.is_scaled else None
     values = decode_values(rows(shape.tokens.dataset), shape.store_dtype, scales)

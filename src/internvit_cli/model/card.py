@@ -11,6 +11,8 @@ from internvit_cli.errors import ModelError, UsageError
 from internvit_cli.model.pixels import Normalization, OwnTiling
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from internvit_cli.model.pixels import Triple
 
 Origin = Literal["directory", "hub", "memory", "catalog"]
@@ -96,6 +98,22 @@ class ModelCard:
     def without_fetching(self) -> ModelCard:
         """Return the same model with what is at hand of it."""
         return self if self.offline else replace(self, offline="nothing is fetched now")
+
+    def resolve_layers(self, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Numbers of blocks after which features are taken, ascending, each once; the last one is how many run.
+
+        Args:
+            wanted: indices into hidden_states, as `resolve_layer` takes one. None is the checkpoint's own choice.
+
+        Raises:
+            UsageError: one is out of range, or there are none.
+            ModelError: the checkpoint's own choice is out of range.
+        """
+        if wanted is None:
+            return (self.resolve_layer(),)
+        if not wanted:
+            raise UsageError("--layer: no layer is named", "give numbers such as -4,-1, or auto")
+        return tuple(sorted({self.resolve_layer(layer) for layer in wanted}))
 
     def resolve_layer(self, layer: int | None = None) -> int:
         """Number of blocks that run, 0 to `vision.num_layers`.

@@ -49,7 +49,7 @@ _ROUNDS_TO_INFINITY = {
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """Which features are taken from the hidden state, and how they are stored."""
+    """Which features are taken from hidden states, and how they are stored."""
 
     tokens: Tokens
     pool: Pool
@@ -57,10 +57,12 @@ class FeatureSpec:
     token_order: TokenOrder
     store_dtype: StoreDtype
     on_overflow: OnOverflow = OnOverflow.SKIP
+    earlier_layers: tuple[int, ...] = ()
+    """Layers whose features are taken beside those of the last block that runs, ascending."""
 
 
 class Features(NamedTuple):
-    """Features of B tiles on the device they were computed on."""
+    """Features of B tiles from one layer, on the device they were computed on."""
 
     tokens: Tensor | None
     """[B,T,C] in the stored type; None when none are stored."""
@@ -130,28 +132,31 @@ class FeatureModel(nn.Module):
         plan = store_plan(checkpoint.card, spec)
         case = Case(checkpoint.card.vision, spec.tile_size // PATCH_SIZE, plan)
         kernels = kernels_for(device, dtype, case if fused else None)
-        vit = load_vit(checkpoint, device=device, dtype=dtype, kernels=kernels)
+        vit = load_vit(checkpoint, device=device, dtype=dtype, kernels=kernels, earlier_layers=spec.earlier_layers)
         projected = spec.tokens is Tokens.PROJECTED
         projector = load_projector(checkpoint, device=device, dtype=base_dtype(dtype)) if projected else None
         return cls(checkpoint.card, vit, projector, spec, dtype)
 
-    def forward(self, tiles: Tensor) -> Features:
-        """Features of uint8 RGB tiles [B,S,S,3] on the model's device."""
+    def forward(self, tiles: Tensor) -> tuple[Features, ...]:
+        """Features of uint8 RGB tiles [B,S,S,3] on the model's device: the main layer's, then the earlier layers'."""
         if self.spec.tokens is Tokens.NONE and self.spec.pool is Pool.CLS:
             x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
-            return self._pooled_only(self.encoder.of_class(x, h)[:, 0].float())
-        hidden = self.hidden(tiles)
+            return tuple(self._pooled_only(row[:, 0].float()) for row in self.encoder.of_class(x, h))
+        return tuple(map(self._features, self.hidden(tiles)))
+
+    def hidden(self, tiles: Tensor) -> tuple[Tensor, ...]:
+        """Hidden states of uint8 RGB tiles [B,S,S,3], [B,1+N,C] each: the main layer's, then the earlier layers'."""
+        x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
+        states: tuple[Tensor, ...] = self.encoder(x, h)
+        return states
+
+    def _features(self, hidden: Tensor) -> Features:
+        """What is kept of one layer's hidden states [B,1+N,C]."""
         if self.plan is None:
             return self._pooled_only(self._pooled(hidden, None))
         stored = self.kernels.store(self.token_values(hidden), self.plan)
         pooled = self._pooled(hidden, stored.mean)
         return Features(stored.tokens, pooled, stored.extremes, stored.clamped, stored.scales)
-
-    def hidden(self, tiles: Tensor) -> Tensor:
-        """Hidden states of uint8 RGB tiles [B,S,S,3] after the last block that runs, [B,1+N,C]."""
-        x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
-        hidden: Tensor = self.encoder(x, h)
-        return hidden
 
     def token_values(self, hidden: Tensor) -> Tensor:
         """What is stored of hidden states [B,1+N,C], before it is: patches [B,N,C], or projected tokens [B,N/4,L]."""

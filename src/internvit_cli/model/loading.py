@@ -25,7 +25,12 @@ Module = TypeVar("Module", bound="nn.Module")
 
 
 def load_vit(
-    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype, kernels: Kernels | None = None
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: Kernels | None = None,
+    earlier_layers: tuple[int, ...] = (),
 ) -> InternViT:
     """The vision tower with the blocks that run, ready for inference; its embeddings stay in float32.
 
@@ -36,13 +41,16 @@ def load_vit(
         device: where the weights go.
         dtype: the compute dtype; float8_e4m3fn is fp8 in linear layers and bfloat16 elsewhere.
         kernels: the operations, made for that dtype; None is plain PyTorch.
+        earlier_layers: layers whose hidden states are kept beside the last one's.
 
     Raises:
         ModelError: a weights file can't be read.
     """
     with torch.device("meta"):
         kernels = kernels or plain_for(device, dtype)
-        model = InternViT(checkpoint.card.vision, blocks=checkpoint.blocks, kernels=kernels)
+        model = InternViT(
+            checkpoint.card.vision, blocks=checkpoint.blocks, kernels=kernels, earlier_layers=earlier_layers
+        )
     state = {
         name: read_tensor(checkpoint, name, device, _type_of(name, dtype))
         for name in checkpoint.weights

@@ -36,7 +36,7 @@ NATIVE_NAMES = {
 
 
 class NativeFeatures(NamedTuple):
-    """Features of B tiles, float32, on the host."""
+    """Features of B tiles from one layer, float32, on the host."""
 
     tokens: np.ndarray | None
     """[B,T,C]; None when none are wanted."""
@@ -65,12 +65,13 @@ class NativeModel:
         self._projector = native_projector(checkpoint, device) if spec.tokens is Tokens.PROJECTED else None
 
     @torch.inference_mode()
-    def features(self, tiles: np.ndarray) -> NativeFeatures:
-        """Features of uint8 RGB tiles [B,S,S,3]."""
+    def features(self, tiles: np.ndarray) -> tuple[NativeFeatures, ...]:
+        """Features of uint8 RGB tiles [B,S,S,3]: the last block's, then those of each earlier layer, ascending."""
         pixels = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2).float() / self._levels
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            hidden = self._model((pixels - self._mean) / self._std).last_hidden_state  # [B,1+N,C]
-        return NativeFeatures(self._tokens(hidden[:, 1:]), self._pooled(hidden).cpu().numpy())
+            found = self._model((pixels - self._mean) / self._std, output_hidden_states=bool(self._spec.earlier_layers))
+        states = [found.last_hidden_state, *(found.hidden_states[layer] for layer in self._spec.earlier_layers)]
+        return tuple(NativeFeatures(self._tokens(x[:, 1:]), self._pooled(x).cpu().numpy()) for x in states)
 
     def _pooled(self, hidden: Tensor) -> Tensor:
         """[B,1+N,C] -> [B,d]."""

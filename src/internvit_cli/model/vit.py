@@ -225,9 +225,12 @@ class TileEmbedding(nn.Module):
 class Encoder(nn.Module):
     """The stack of blocks; a module of its own only because checkpoints name it so."""
 
-    def __init__(self, config: VisionConfig, blocks: int, kernels: Kernels) -> None:
+    def __init__(
+        self, config: VisionConfig, blocks: int, kernels: Kernels, earlier_layers: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.kernels = kernels
+        self.earlier_layers = earlier_layers
         self.layers = nn.ModuleList([Block(config, kernels) for _ in range(blocks)])
 
     @property
@@ -235,45 +238,73 @@ class Encoder(nn.Module):
         """What `h` of `forward` is made with; None when no block runs."""
         return cast("Block", self.layers[0]).norm1 if len(self.layers) else None
 
-    def forward(self, x: Tensor, h: Rows | None = None) -> Tensor:
-        """Hidden states [B,T,C], and their first norm where it is known -> [B,T,C]. May overwrite x."""
+    def forward(self, x: Tensor, h: Rows | None = None) -> tuple[Tensor, ...]:
+        """Run the blocks on hidden states. May overwrite x.
+
+        Args:
+            x: [B,T,C].
+            h: its rows after the first norm, where they are known.
+
+        Returns:
+            Hidden states [B,T,C]: after the last block, then after as many blocks as each of `earlier_layers` says.
+        """
         return self._run(x, h, class_only=False)
 
-    def of_class(self, x: Tensor, h: Rows | None = None) -> Tensor:
-        """The class token's row of `forward`, [B,1,C]; the last block computes no more than that needs."""
+    def of_class(self, x: Tensor, h: Rows | None = None) -> tuple[Tensor, ...]:
+        """The class token's rows of `forward`, [B,1,C] each; the last block computes no more than that needs."""
         return self._run(x, h, class_only=True)
 
-    def _run(self, x: Tensor, h: Rows | None, *, class_only: bool) -> Tensor:
+    def _run(self, x: Tensor, h: Rows | None, *, class_only: bool) -> tuple[Tensor, ...]:
         if self.first_norm is None:
-            return x[:, :1] if class_only else x
+            return (x[:, :1] if class_only else x,)
         if h is None:
             h = self.kernels.norm(x, self.first_norm)
         blocks = cast("list[Block]", list(self.layers))
-        for block, following in pairwise(blocks):
+        kept = self._kept(0, x, class_only=class_only)
+        for number, (block, following) in enumerate(pairwise(blocks), 1):
             x, y = block(x, h)  # [B,T,C] each
             x, h = self.kernels.residual_norm(x, y, block.ls2, following.norm1)
+            kept += self._kept(number, x, class_only=class_only)
         last = blocks[-1]
         x, y = last.of_class(x, h) if class_only else last(x, h)
-        return torch.addcmul(x, y, last.ls2)
+        return torch.addcmul(x, y, last.ls2), *kept
+
+    def _kept(self, layer: int, x: Tensor, *, class_only: bool) -> list[Tensor]:
+        """A copy of a layer's hidden state where it is asked for: the next block may overwrite it."""
+        return [(x[:, :1] if class_only else x).clone()] if layer in self.earlier_layers else []
 
 
 class InternViT(nn.Module):
     """The vision tower, as many blocks of it as run."""
 
-    def __init__(self, config: VisionConfig, *, blocks: int, kernels: Kernels = PLAIN) -> None:
+    def __init__(
+        self, config: VisionConfig, *, blocks: int, kernels: Kernels = PLAIN, earlier_layers: tuple[int, ...] = ()
+    ) -> None:
+        """Make a tower without weights.
+
+        Args:
+            config: the model's sizes.
+            blocks: how many run.
+            kernels: the operations.
+            earlier_layers: after how many blocks hidden states are kept too; ascending, below `blocks`.
+        """
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, blocks, kernels)
+        self.encoder = Encoder(config, blocks, kernels, earlier_layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalized pixels [B,3,height,width] -> hidden state of the last block that runs, [B,1+N,C].
 
         Height and width are any multiples of 14. The dtype is that of the blocks.
         """
+        return self.hidden_states(pixel_values)[0]
+
+    def hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The same with the hidden states of the earlier layers behind it."""
         x = self.embeddings(pixel_values)
         first = next(self.encoder.parameters(), x)
-        hidden: Tensor = self.encoder(x.to(first.dtype))
-        return hidden
+        states: tuple[Tensor, ...] = self.encoder(x.to(first.dtype))
+        return states
 
 
 class Projector(nn.Sequential):

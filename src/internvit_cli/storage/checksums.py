@@ -1,8 +1,8 @@
 """The CRC of every committed row, read at the speed of the disk.
 
-An image's CRC runs over its vector, then its tokens and their scales, then its tiles' vectors. In each dataset the rows
-of one image are contiguous, and those of consecutive images follow each other: so threads read long runs of each
-dataset, block by block into buffers that are used again, and carry the CRCs of the images along.
+An image's CRC runs over its rows dataset by dataset (`layout.crc_order`). In each dataset the rows of one image are
+contiguous, and those of consecutive images follow each other: so threads read long runs of each dataset, block by block
+into buffers that are used again, and carry the CRCs of the images along.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.errors import OutputError
-from internvit_cli.storage.layout import POOLED, TILE_DATASETS, Extent
+from internvit_cli.storage.layout import Extent, crc_order, feature_name
 from internvit_cli.storage.output import file_identity
 from internvit_cli.untrusted import NotRegularError, open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -74,15 +74,25 @@ class CommittedRows:
     """What `file_identity` said of the files when the table was read."""
 
     @property
-    def tile_datasets(self) -> list[str]:
-        """Datasets with a row a tile, in the order of the CRC."""
-        return [name for name in TILE_DATASETS if name in self.extents]
+    def datasets(self) -> tuple[str, ...]:
+        """Datasets of features, in the order of the CRC."""
+        return crc_order(self.extents)
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Those with one row per image: a skipped image has NaN there."""
+        return tuple(name for name in self.datasets if not feature_name(name).is_per_tile)
+
+    def bytes_per(self, names: Iterable[str]) -> int:
+        """Bytes of one row of each of some datasets."""
+        return sum(self.extents[name].spec.row_bytes for name in names)
 
     @property
     def row_bytes(self) -> NDArray[Any]:
         """Bytes of each image's rows, [n] int64."""
-        per_tile = sum(self.extents[name].spec.row_bytes for name in self.tile_datasets)
-        sizes: NDArray[Any] = self.extents[POOLED].spec.row_bytes + self.table.tile_counts.astype(np.int64) * per_tile
+        per_image = self.bytes_per(self.vectors)
+        per_tile = self.bytes_per(self.datasets) - per_image
+        sizes: NDArray[Any] = per_image + self.table.tile_counts.astype(np.int64) * per_tile
         return sizes
 
     @property
@@ -121,7 +131,7 @@ class CommittedRows:
         sizes = self.row_bytes
         for start, stop, is_done in _runs(status):
             if not is_done:
-                nbytes = (stop - start) * self.extents[POOLED].spec.row_bytes
+                nbytes = (stop - start) * self.bytes_per(self.vectors)
                 yield _Chunk(start, stop, nbytes, is_done=False)
                 continue
             total = np.concatenate([[0], np.cumsum(sizes[start:stop])])
@@ -164,31 +174,36 @@ class CommittedRows:
 
     @property
     def _crc_of_nothing(self) -> int:
-        """CRC of the vector of a skipped image: NaN, with the bits that numpy gives it."""
-        return zlib.crc32(np.full(self.extents[POOLED].spec.shape[1:], np.nan, "<f4").tobytes())
+        """CRC of the vectors of a skipped image: NaN, with the bits that numpy gives it."""
+        values = self.bytes_per(self.vectors) // np.dtype("<f4").itemsize
+        return zlib.crc32(np.full(values, np.nan, "<f4").tobytes())
 
     def _sums(self, chunk: _Chunk, buffer: memoryview) -> tuple[NDArray[Any], NDArray[Any]]:
-        """CRC of each image's rows, of its vector alone where it was skipped, and whether the vector is finite: [k]."""
-        sums: list[int] = []
-        is_finite: list[NDArray[Any]] = []
-        for vectors in self._vectors(chunk, buffer):
-            sums.extend(map(zlib.crc32, vectors))
-            is_finite.append(np.isfinite(vectors).all(axis=1))
-        if chunk.is_done:
-            offsets = self.table.tile_offset[chunk.start : chunk.stop + 1].astype(np.int64)
-            for name in self.tile_datasets:
+        """CRC of each image's rows, of its vectors alone where it was skipped, and whether they are finite: [k]."""
+        sums = [0] * (chunk.stop - chunk.start)
+        is_finite = np.ones(len(sums), bool)
+        offsets = self.table.tile_offset[chunk.start : chunk.stop + 1].astype(np.int64)
+        for name in self.datasets if chunk.is_done else self.vectors:
+            if feature_name(name).is_per_tile:
                 self._add(name, offsets, sums, buffer)
-        return np.array(sums, np.uint32), np.concatenate(is_finite)
+                continue
+            first = 0
+            for vectors in self._vectors(name, chunk, buffer):
+                last = first + len(vectors)
+                sums[first:last] = map(zlib.crc32, vectors, sums[first:last])
+                is_finite[first:last] &= np.isfinite(vectors).all(axis=1)
+                first = last
+        return np.array(sums, np.uint32), is_finite
 
-    def _vectors(self, chunk: _Chunk, buffer: memoryview) -> Iterator[NDArray[Any]]:
-        """The images' vectors, some at a time, [k,d] float32; they are good until the next."""
-        spec = self.extents[POOLED].spec
+    def _vectors(self, name: str, chunk: _Chunk, buffer: memoryview) -> Iterator[NDArray[Any]]:
+        """The images' vectors in one dataset, some at a time, [k,d] float32; they are good until the next."""
+        spec = self.extents[name].spec
         step = max(1, len(buffer) // spec.row_bytes)
         for first in range(chunk.start, chunk.stop, step):
             last = min(first + step, chunk.stop)
             size = (last - first) * spec.row_bytes
             place = buffer[:size] if size <= len(buffer) else memoryview(bytearray(size))
-            for _, block in self._blocks(POOLED, first * spec.row_bytes, last * spec.row_bytes, place):
+            for _, block in self._blocks(name, first * spec.row_bytes, last * spec.row_bytes, place):
                 yield np.frombuffer(block, spec.dtype).reshape(last - first, -1)
 
     def _add(self, name: str, rows: NDArray[Any], sums: list[int], buffer: memoryview) -> None:

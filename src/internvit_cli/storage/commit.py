@@ -33,15 +33,13 @@ from internvit_cli.storage.durable import (
 from internvit_cli.storage.layout import (
     CRC32,
     DIGEST,
-    POOLED,
     RUN_LOG,
     RUN_LOG_BYTES,
-    SCALE_DATASETS,
     STATUS,
-    TILE_POOLED,
-    TOKEN_DATASETS,
     Extent,
     NewShard,
+    crc_order,
+    feature_name,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +54,7 @@ if TYPE_CHECKING:
 def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
     """Make an empty shard with its space reserved. It appears under `partial` whole and durable, or not at all.
 
-    Images whose header could not be read have their status, and NaN for a vector, from the start.
+    Images whose header could not be read have their status, and NaN for vectors, from the start.
     """
     temporary = f"{partial}.tmp"
     try:
@@ -82,7 +80,10 @@ def _write_known_skips(extents: dict[str, Extent], path: str, table: ImageTable)
     try:
         if (extent := extents.get(STATUS)) is not None:
             write_all(descriptor, table.status, extent.offset)
-        if (extent := extents.get(POOLED)) is not None:
+        for name in crc_order(extents):
+            if feature_name(name).is_per_tile:
+                continue
+            extent = extents[name]
             for start, stop in _runs(rows):
                 nothing = np.full((stop - start, *extent.spec.shape[1:]), np.nan, "<f4")
                 write_all(descriptor, nothing, extent.offset + start * extent.spec.row_bytes)
@@ -97,19 +98,26 @@ class ImageRows:
     row: int
     digest: bytes
     """SHA-256 of the file that was decoded, 32 bytes."""
-    pooled: NDArray[Any]
-    """[d] float32."""
-    tokens: Sequence[NDArray[Any]] = ()
-    """Consecutive blocks of its tiles, each [tiles, T, C] in the stored type; empty where none are stored."""
-    tile_pooled: Sequence[NDArray[Any]] = ()
-    """The same for the tiles' vectors, each [tiles, d] float32."""
-    scales: Sequence[NDArray[Any]] = ()
-    """The same for the tokens' scales, each [tiles, T] float32; empty where the stored type has none."""
+    arrays: Mapping[str, Sequence[NDArray[Any]]]
+    """By dataset, consecutive blocks of its rows in the stored type: one row per image, or one per tile."""
+
+    @property
+    def blocks(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Every block with its dataset, in the order in which the image's CRC goes over them."""
+        return ((name, block) for name in crc_order(self.arrays) for block in self.arrays[name])
 
     @property
     def nbytes(self) -> int:
         """Bytes that storing this image writes."""
-        return self.pooled.nbytes + sum(block.nbytes for block in (*self.tokens, *self.scales, *self.tile_pooled))
+        return sum(block.nbytes for _, block in self.blocks)
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 over all its rows."""
+        checksum = 0
+        for _, block in self.blocks:
+            checksum = zlib.crc32(np.ascontiguousarray(block).data, checksum)
+        return checksum
 
 
 @dataclass(slots=True)
@@ -138,25 +146,24 @@ class RowWriter:
         """Open the files of a shard that `create_shard` made; `extents` say where its datasets lie."""
         self.extents = extents
         self.descriptors = {path: open_ours(path) for path in {extent.path for extent in extents.values()}}
-        self._tokens = next((name for name in TOKEN_DATASETS if name in extents), "")
-        self._scales = next((name for name in SCALE_DATASETS if name in extents), "")
+        self._vectors = [name for name in crc_order(extents) if not feature_name(name).is_per_tile]
 
     def write(self, image: ImageRows, first_tile: int) -> Recorded:
         """Write the rows of a finished image; its tiles' rows begin at `first_tile`."""
-        checksum = self.put(POOLED, image.row, image.pooled, 0)
-        of_tiles = ((self._tokens, image.tokens), (self._scales, image.scales), (TILE_POOLED, image.tile_pooled))
-        for name, blocks in of_tiles:
-            position = first_tile
-            for block in blocks:
-                checksum = self.put(name, position, block, checksum)
-                position += len(block)
+        checksum = 0
+        written: dict[str, int] = {}
+        for name, block in image.blocks:
+            first = first_tile if feature_name(name).is_per_tile else image.row
+            before = written.get(name, 0)
+            checksum = self.put(name, first + before, block, checksum)
+            written[name] = before + len(block)
         return Recorded(image.row, image.digest, checksum, image.nbytes)
 
     def write_nothing(self, row: int) -> int:
-        """Write the vector of a skipped image, which is NaN; returns its bytes."""
-        nothing = np.full(self.extents[POOLED].spec.shape[1:], np.nan, "<f4")
-        self.put(POOLED, row, nothing, 0)
-        return nothing.nbytes
+        """Write the vectors of a skipped image, which are NaN; returns their bytes."""
+        for name in self._vectors:
+            self.put(name, row, np.full((1, *self.extents[name].spec.shape[1:]), np.nan, "<f4"), 0)
+        return sum(self.extents[name].spec.row_bytes for name in self._vectors)
 
     def put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
         """Write rows of one dataset from index `position` on; returns the running CRC."""
@@ -236,7 +243,7 @@ class ShardWriter:
         self._finish(written.row, Status.DONE, written.digest, written.nbytes)
 
     def skip(self, row: int, skipped: Skipped) -> None:
-        """Mark an image that could not be used: its vector is NaN, its tile rows stay unwritten."""
+        """Mark an image that could not be used: its vectors are NaN, its tile rows stay unwritten."""
         self._finish(row, skipped.status, bytes(32), self._rows.write_nothing(row))
 
     def checkpoint(self) -> int:

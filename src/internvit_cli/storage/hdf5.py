@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import h5py
 import numpy as np
 
-from internvit_cli.config import Format, Tokens
+from internvit_cli.config import Format
 from internvit_cli.storage.durable import create, memory_file, rename_durably, sync_path, write_all, written_ranges
 from internvit_cli.storage.hdf5_structure import TILE_OFFSET, open_structure
 from internvit_cli.storage.layout import (
@@ -26,6 +26,8 @@ from internvit_cli.storage.layout import (
     NewShard,
     Outline,
     StoredShard,
+    feature_datasets,
+    is_tokens,
     parse_run_log,
 )
 from internvit_cli.storage.soundness import check_columns, check_statuses
@@ -107,9 +109,9 @@ def _write_structure(target: BinaryIO, shard: NewShard) -> None:
                 file[f"image/{name}"][...] = column
         for spec in shard.datasets:
             _lay_out(file, spec)
-        if shard.features.tokens is not Tokens.NONE:
+        for name in filter(is_tokens, feature_datasets(shard.features)):
             # numpy and h5py have no bfloat16: the dataset says itself what its bits are.
-            file[shard.features.tokens.dataset].attrs["dtype"] = shard.features.store_dtype.value
+            file[name].attrs["dtype"] = shard.features.store_dtype.value
 
 
 def extents(path: str) -> dict[str, Extent]:

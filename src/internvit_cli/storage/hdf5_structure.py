@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import h5py
 import numpy as np
 
-from internvit_cli.config import StoreDtype, Tokens
+from internvit_cli.config import StoreDtype
 from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.durable import read_exactly
 from internvit_cli.storage.hdf5_strings import PLACE, StringReader
@@ -31,6 +31,7 @@ from internvit_cli.storage.layout import (
     ForeignFileError,
     UnrecognizedFileError,
     check_format,
+    is_tokens,
     unknown_value,
 )
 from internvit_cli.storage.soundness import (
@@ -200,8 +201,7 @@ def _examine(file: h5py.File, path: str, descriptor: int, size: int) -> Structur
     for name in FEATURE_DATASETS:
         if name not in expected and datasets.has(name):
             raise damaged(path, f"{name} is there, but the recipe stores none")
-    if recipe.tokens is not Tokens.NONE:
-        name = recipe.tokens.dataset
+    for name in filter(is_tokens, expected):
         _check_type_attribute(datasets.type_attribute(name), name, recipe, attributes, path)
     _check_places(extents.values(), Extent(path, keys_offset, DatasetSpec(KEYS, (images,), PLACE.str)))
     return Structure(path, attributes, recipe, len(sources), extents, images, tiles, descriptor, keys_offset)

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from internvit_cli.config import Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import InternvitError, OutputError, UsageError
-from internvit_cli.storage.layout import POOLED, TILE_POOLED, TOKEN_DATASETS, decode_values
+from internvit_cli.storage.layout import (
+    POOLED,
+    SCALE_DATASETS,
+    TILE_POOLED,
+    TOKEN_DATASETS,
+    dataset_of,
+    decode_values,
+    feature_name,
+    is_tokens,
+    stored_layer,
+)
 from internvit_cli.tiling import ONE_TILE, Grid, covered_box
+from internvit_cli.words import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     import torch
     from numpy.typing import NDArray
 
     from internvit_cli.config import Recipe
 
-SCALES = "_scales"
 FEATURE_NAMES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 
 
@@ -34,6 +44,11 @@ class RowStore(Protocol):
     @property
     def recipe(self) -> Recipe:
         """What the rows were made with."""
+        ...
+
+    @property
+    def model_layers(self) -> int | None:
+        """How many blocks the model has; None where that is not known."""
         ...
 
     @property
@@ -87,6 +102,8 @@ class ImageFeatures:
     _first_tile: int
     reason: str = ""
     """Why an image that was just encoded has no features, in words; files keep theirs in their list of skipped ones."""
+    _layer: int | None = None
+    """Which earlier layer its arrays are of; None is the main one."""
 
     def __repr__(self) -> str:
         what = f"<{type(self).__name__} {self.key!r}: {self.status}"
@@ -94,7 +111,8 @@ class ImageFeatures:
             return f"{what} ({self.reason})>" if self.reason else f"{what}>"
         tiles = f"{self.grid.columns} x {self.grid.rows} tiles" + self.has_thumbnail * " and a thumbnail"
         size = f"{self.width} x {self.height} pixels"
-        return f"{what}, {size}, {tiles}, {described_arrays(self._store, self.tiles)}>"
+        arrays = described_arrays(self._store, self.tiles, layer=self._layer)
+        return f"{what}, {size}, {tiles}, {arrays}{described_layer(self.recipe, self._layer)}>"
 
     @property
     def tiles(self) -> int:
@@ -127,13 +145,36 @@ class ImageFeatures:
         """Bytes of its picture's file when it was encoded; 0 where there is none."""
         return self._store.file_size(self._row)
 
+    # ---------------------------------------------------------------------------------------------------------- layers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The stored layers, ascending: each is a number of blocks, as an index into hidden_states."""
+        return self.recipe.layers
+
+    @property
+    def layer(self) -> int:
+        """The layer that the arrays are of; the deepest one, unless `at_layer` chose another."""
+        return self.recipe.layer if self._layer is None else self._layer
+
+    def at_layer(self, layer: int) -> ImageFeatures:
+        """The same image with the arrays of another stored layer.
+
+        Args:
+            layer: one of `layers`, or a negative number that counts from the end of the model, as for `--layer`.
+
+        Raises:
+            UsageError: that layer is not stored.
+        """
+        found = stored_layer(layer, self.recipe, self._store.model_layers, repr(self.key))
+        return replace(self, _layer=found)
+
     # ------------------------------------------------------------------------------------------------------- as stored
 
     @property
     def pooled(self) -> NDArray[Any]:
         """One vector of the whole image, [d] float32."""
-        self._check(POOLED)
-        vector: NDArray[Any] = self._store.rows(POOLED, self._row, self._row + 1)[0]
+        vector: NDArray[Any] = self._store.rows(self._dataset(POOLED), self._row, self._row + 1)[0]
         return vector
 
     @property
@@ -206,7 +247,7 @@ class ImageFeatures:
     def iter_tiles(self) -> Iterator[Tile]:
         """Its tiles one after another, row by row, the thumbnail last; the tokens are read at once."""
         tokens = self.tokens if self._kind is not Tokens.NONE else [None] * self.tiles
-        vectors = self.tile_pooled if TILE_POOLED in self._store.stored else [None] * self.tiles
+        vectors = self.tile_pooled if self.recipe.tile_pooled else [None] * self.tiles
         for number, (tile_tokens, vector) in enumerate(zip(tokens, vectors, strict=True)):
             yield Tile(self, number, tile_tokens, vector)
 
@@ -263,18 +304,25 @@ class ImageFeatures:
         return values
 
     def _tile_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        self._check(name)
-        return self._store.rows(name, self._first_tile + start, self._first_tile + stop)
+        return self._store.rows(self._dataset(name), self._first_tile + start, self._first_tile + stop)
 
-    def _check(self, name: str) -> None:
+    def _dataset(self, kind: str) -> str:
+        """The dataset with its rows of a kind.
+
+        Raises:
+            SkippedImageError: the image has no features.
+            OutputError: none are stored.
+        """
         if not self.is_done:
             why = f" ({self.reason})" if self.reason else ""
             what = f"{self.key!r} has no features: {self.status.word}{why}"
             raise SkippedImageError(what, "features[key].status tells")
+        name = dataset_of(kind, self._layer)
         if name not in self._store.stored:
             holdings = ", ".join(sorted(self._store.stored))
-            what = "tokens" if name == Tokens.NONE.dataset else name
+            what = "tokens" if kind == Tokens.NONE.dataset else name
             raise OutputError(f"the file holds no {what}", f"it holds {holdings}")
+        return name
 
 
 @dataclass(frozen=True)
@@ -308,21 +356,42 @@ class Tile:
         return None if self.is_thumbnail else (column, row)
 
 
-def described_arrays(store: RowStore, tiles: int, images: int | None = None) -> str:
+def described_arrays(store: RowStore, tiles: int, images: int | None = None, *, layer: int | None = None) -> str:
     """The arrays of one image, or of so many images, with their shapes and stored types, in words.
 
     A description must not fail: where a file cannot be read any more, it says that instead.
+
+    Args:
+        store: where they are.
+        tiles: of the image, or of all images together.
+        images: how many; None is one image, whose vector has one axis.
+        layer: an earlier layer whose arrays are meant; None is the main one.
     """
     try:
-        shapes = {name: store.row_shape(name) for name in store.stored if not name.endswith(SCALES)}
+        shapes = {kind: store.row_shape(dataset_of(kind, layer)) for kind in kinds_of_layer(store.stored, layer)}
         dtype = store.recipe.store_dtype.value
     except (InternvitError, ValueError) as error:
         return f"arrays that cannot be read: {error}"
     words = []
-    for name, row in shapes.items():
-        first = [tiles] if name != POOLED else [] if images is None else [images]
-        words.append(f"{name} {[*first, *row]} {dtype if 'tokens' in name else 'float32'}")
+    for kind, row in shapes.items():
+        if kind in SCALE_DATASETS:
+            continue
+        first = [tiles] if kind != POOLED else [] if images is None else [images]
+        words.append(f"{kind} {[*first, *row]} {dtype if is_tokens(kind) else 'float32'}")
     return ", ".join(words)
+
+
+def described_layer(recipe: Recipe, layer: int | None) -> str:
+    """Which of several layers arrays are of, in words that end a description; empty where there is but one."""
+    if not recipe.earlier_layers:
+        return ""
+    return f", of layer {recipe.layer if layer is None else layer} (stored: {listed(recipe.layers)})"
+
+
+def kinds_of_layer(names: Iterable[str], layer: int | None) -> tuple[str, ...]:
+    """What some datasets hold of one layer, such as `pooled` and `visual_tokens`; None is the main layer."""
+    found = map(feature_name, names)
+    return tuple(name.kind for name in found if name.layer == layer)
 
 
 def stitch(tokens: NDArray[Any], grid: Grid) -> NDArray[Any]:

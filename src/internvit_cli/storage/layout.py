@@ -10,17 +10,18 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from internvit_cli.config import Recipe, RecipeError, StoreDtype, Tokens, UnknownRecipeError
-from internvit_cli.errors import OutputError, one_line
+from internvit_cli.errors import OutputError, UsageError, one_line
 from internvit_cli.sources.interface import Source
 from internvit_cli.untrusted import parse_json
+from internvit_cli.words import listed
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from numpy.typing import NDArray
 
@@ -39,7 +40,8 @@ ATTRIBUTES_BYTES = SOURCES_BYTES + (1 << 20)
 """More than all attributes of a shard take."""
 SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")
 SHARD_FILE = re.compile(
-    r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl|\.(pooled|tile_pooled|[a-z]+_(?:tokens|scales))\.npy)(\.tmp)?"
+    r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl"
+    r"|\.(?:pooled|tile_pooled|[a-z]+_(?:tokens|scales))(?:_layer_(?:0|[1-9]\d{0,9}))?\.npy)(\.tmp)?"
 )
 """The names of our files in a folder and no others: a folder of `shard-00000.tar` is somebody else's."""
 REMEDY = "restore it, or start anew with --overwrite"
@@ -55,9 +57,12 @@ POOLED = "pooled"
 TILE_POOLED = "tile_pooled"
 TOKEN_DATASETS = tuple(tokens.dataset for tokens in Tokens if tokens is not Tokens.NONE)
 SCALE_DATASETS = tuple(tokens.scales_dataset for tokens in Tokens if tokens is not Tokens.NONE)
-TILE_DATASETS = (*TOKEN_DATASETS, *SCALE_DATASETS, TILE_POOLED)
-"""What has a row a tile, in the order in which an image's CRC goes over them, after its vector."""
-FEATURE_DATASETS = (POOLED, *TILE_DATASETS)
+FEATURE_DATASETS = (POOLED, *TOKEN_DATASETS, *SCALE_DATASETS, TILE_POOLED)
+"""What can be stored of a layer, in the order in which an image's CRC goes over it (`crc_order`)."""
+MODEL_LAYERS = "model_layers"
+"""Attribute of outputs of several layers: how many blocks the model has, so that a layer can be counted from its end.
+"""
+OF_LAYER = re.compile(r"(.+)_layer_(0|[1-9]\d{0,9})", re.ASCII)
 
 
 class ForeignFileError(OutputError):
@@ -66,6 +71,85 @@ class ForeignFileError(OutputError):
 
 class UnrecognizedFileError(ForeignFileError):
     """A file whose bytes say nothing of who made it; its name and its place may."""
+
+
+def dataset_of(kind: str, layer: int | None) -> str:
+    """Return the name of the dataset with the rows of a layer.
+
+    Args:
+        kind: one of `FEATURE_DATASETS`.
+        layer: an earlier layer; None is the main one, `Recipe.layer`.
+
+    >>> dataset_of("pooled", None), dataset_of("pooled", 21)
+    ('pooled', 'pooled_layer_21')
+    """
+    return kind if layer is None else f"{kind}_layer_{layer}"
+
+
+class FeatureName(NamedTuple):
+    """What the name of a dataset of features says."""
+
+    kind: str
+    """One of `FEATURE_DATASETS`."""
+    layer: int | None
+    """An earlier layer; None is the main one."""
+
+    @classmethod
+    def parse(cls, name: str) -> FeatureName | None:
+        """Read a name; None for a dataset that holds no features."""
+        match = OF_LAYER.fullmatch(name)
+        kind, layer = (match[1], int(match[2])) if match else (name, None)
+        return cls(kind, layer) if kind in FEATURE_DATASETS else None
+
+    @property
+    def is_per_tile(self) -> bool:
+        """Whether the dataset has one row per tile; otherwise it has one per image."""
+        return self.kind != POOLED
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether it holds tokens, in the type that the recipe names."""
+        return self.kind in TOKEN_DATASETS
+
+
+def feature_name(name: str) -> FeatureName:
+    """Read the name of a dataset that is known to hold features."""
+    found = FeatureName.parse(name)
+    assert found is not None, name
+    return found
+
+
+def is_tokens(name: str) -> bool:
+    """Return whether a dataset holds tokens."""
+    found = FeatureName.parse(name)
+    return found is not None and found.is_tokens
+
+
+def crc_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of some datasets that hold features, in the order in which an image's CRC goes over them.
+
+    That is first the main layer's, then those of each earlier layer, ascending; of a layer in the order of
+    `FEATURE_DATASETS`.
+    """
+    found = {name: known for name in names if (known := FeatureName.parse(name)) is not None}
+
+    def rank(name: str) -> tuple[int, int]:
+        kind, layer = found[name]
+        return -1 if layer is None else layer, FEATURE_DATASETS.index(kind)
+
+    return tuple(sorted(found, key=rank))
+
+
+def feature_datasets(stored: Recipe | FeatureShape) -> tuple[str, ...]:
+    """The names of the datasets of features, in the order of `crc_order`."""
+    kinds = [POOLED]
+    if stored.tokens is not Tokens.NONE:
+        kinds.append(stored.tokens.dataset)
+        if stored.store_dtype.is_scaled:
+            kinds.append(stored.tokens.scales_dataset)
+    if stored.tile_pooled:
+        kinds.append(TILE_POOLED)
+    return crc_order(dataset_of(kind, layer) for layer in (None, *stored.earlier_layers) for kind in kinds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +183,22 @@ class FeatureShape:
     pooled_width: int
     store_dtype: StoreDtype
     tile_pooled: bool
+    earlier_layers: tuple[int, ...] = ()
+    """As in the recipe; all layers have rows of the same sizes."""
 
     def row_datasets(self, images: int, tiles: int) -> tuple[DatasetSpec, ...]:
         """The datasets of feature rows, in the order in which an image's CRC goes over them."""
-        specs = [DatasetSpec(POOLED, (images, self.pooled_width), "<f4")]
-        if self.tokens is not Tokens.NONE:
-            shape = (tiles, self.tokens_per_tile, self.channels)
-            specs.append(DatasetSpec(self.tokens.dataset, shape, self.store_dtype.numpy_name))
-            if self.store_dtype.is_scaled:
-                specs.append(DatasetSpec(self.tokens.scales_dataset, shape[:2], "<f4"))
-        if self.tile_pooled:
-            specs.append(DatasetSpec(TILE_POOLED, (tiles, self.pooled_width), "<f4"))
-        return tuple(specs)
+        return tuple(self._spec(name, images, tiles) for name in feature_datasets(self))
+
+    def _spec(self, name: str, images: int, tiles: int) -> DatasetSpec:
+        kind = feature_name(name).kind
+        if kind == POOLED:
+            return DatasetSpec(name, (images, self.pooled_width), "<f4")
+        if kind == TILE_POOLED:
+            return DatasetSpec(name, (tiles, self.pooled_width), "<f4")
+        if kind in SCALE_DATASETS:
+            return DatasetSpec(name, (tiles, self.tokens_per_tile), "<f4")
+        return DatasetSpec(name, (tiles, self.tokens_per_tile, self.channels), self.store_dtype.numpy_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +300,34 @@ def index_digest(table: ImageTable, attributes: dict[str, Any]) -> str:
     hasher.update(json.dumps(attributes, sort_keys=True, separators=(",", ":")).encode())
     table.digest_into(hasher)
     return hasher.hexdigest()
+
+
+def stored_layer(wanted: int, recipe: Recipe, model_layers: int | None, holder: str) -> int | None:
+    """Find the stored layer that a number means.
+
+    Args:
+        wanted: a number of blocks, or a negative one, which counts from the end of the model: an index into
+            hidden_states, as `--layer` takes it.
+        recipe: what is stored.
+        model_layers: how many blocks the model has; None where that is not known.
+        holder: what the message calls the features.
+
+    Returns:
+        An earlier layer, or None for the main one.
+
+    Raises:
+        UsageError: that layer is not stored, or nobody knows which it is.
+    """
+    layers = recipe.layers
+    holds = f"it holds {'layer' if len(layers) == 1 else 'the layers'} {listed(layers)}"
+    if wanted < 0 and model_layers is None:
+        raise UsageError(
+            f"layer {wanted} counts from the end of the model, and {holder} does not record how long that is", holds
+        )
+    layer = wanted + model_layers + 1 if wanted < 0 and model_layers is not None else wanted
+    if layer not in layers:
+        raise UsageError(f"{holder} holds no layer {wanted}", holds)
+    return None if layer == recipe.layer else layer
 
 
 def parse_run_log(data: bytes) -> list[dict[str, Any]]:

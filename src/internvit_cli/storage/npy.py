@@ -31,14 +31,17 @@ from internvit_cli.storage.layout import (
     REMEDY,
     RUN_LOG,
     STATUS,
-    TILE_DATASETS,
     DatasetSpec,
     Extent,
     NewShard,
     Outline,
     StoredShard,
     check_format,
+    crc_order,
+    feature_datasets,
+    feature_name,
     parse_run_log,
+    stored_recipe,
 )
 from internvit_cli.storage.soundness import (
     check_attributes,
@@ -92,7 +95,7 @@ def build(folder: str, shard: NewShard) -> None:
 
 def planned_bytes(shard: NewShard) -> int:
     """The size of the published files, the log of starts in the attributes excepted."""
-    arrays = sum(ALIGNMENT + spec.nbytes for spec in shard.datasets if spec.name in FEATURE_DATASETS)
+    arrays = sum(ALIGNMENT + spec.nbytes for spec in shard.features.row_datasets(len(shard.table), shard.table.tiles))
     return arrays + int(index_bytes(shard.table).sum()) + len(_pad(shard.complete_attributes))
 
 
@@ -167,7 +170,7 @@ def publish(partial: str, final: str) -> None:
     lines = _finished_lines(table, digests, checksums)
     write_file(f"{final}.{INDEX_FILE}", b"".join(lines))
     write_file(f"{final}.json", _pad(attributes))
-    for name in FEATURE_DATASETS:
+    for name in feature_datasets(stored_recipe(attributes, partial)):
         source = _dataset_path(partial, name)
         if os.path.exists(source):
             sync_path(source)
@@ -186,8 +189,10 @@ def run_log(path: str) -> list[dict[str, Any]]:
 
 def final_paths(final: str) -> list[str]:
     """The files that make up a published shard."""
+    with _damage(final):
+        arrays = feature_datasets(stored_recipe(_attributes(final), final))
     names = [_beside(final, ATTRIBUTES_FILE), _beside(final, INDEX_FILE)]
-    return names + [path for name in FEATURE_DATASETS if os.path.exists(path := _dataset_path(final, name))]
+    return names + [path for name in arrays if os.path.exists(path := _dataset_path(final, name))]
 
 
 def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -282,7 +287,8 @@ def _arrays(path: str, recipe: Recipe) -> dict[str, Extent]:
         OutputError: one is missing, too many, or another than it should be.
     """
     found: dict[str, Extent] = {}
-    for name in (*(COMMIT_DATASETS if _is_filled(path) else ()), *FEATURE_DATASETS):
+    names = dict.fromkeys((*FEATURE_DATASETS, *feature_datasets(recipe)))
+    for name in (*(COMMIT_DATASETS if _is_filled(path) else ()), *names):
         file = _dataset_path(path, name)
         if not os.path.lexists(file) and path.endswith(PARTIAL):
             file = _dataset_path(path.removesuffix(PARTIAL), name)
@@ -300,7 +306,8 @@ def _arrays(path: str, recipe: Recipe) -> dict[str, Extent]:
 
 def _tiles(arrays: Mapping[str, Extent]) -> int | None:
     """Number of tiles that arrays have rows for; None when none of them has a row a tile."""
-    return next((arrays[name].spec.shape[0] for name in TILE_DATASETS if name in arrays), None)
+    per_tile = (name for name in crc_order(arrays) if feature_name(name).is_per_tile)
+    return next((arrays[name].spec.shape[0] for name in per_tile), None)
 
 
 def _read_header(path: str, name: str) -> Extent:

@@ -16,8 +16,15 @@ import numpy as np
 from internvit_cli.config import Status
 from internvit_cli.errors import UsageError
 from internvit_cli.options import named_path
-from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile, described_arrays
-from internvit_cli.storage.layout import stored_recipe
+from internvit_cli.storage.image import (
+    ImageFeatures,
+    SkippedImageError,
+    Tile,
+    described_arrays,
+    described_layer,
+    kinds_of_layer,
+)
+from internvit_cli.storage.layout import MODEL_LAYERS, stored_layer, stored_recipe
 from internvit_cli.storage.places import find_places
 from internvit_cli.storage.row_index import PooledVectors, RowIndex
 from internvit_cli.storage.shard import OpenShard
@@ -61,11 +68,15 @@ class Features(Mapping[str, ImageFeatures]):
     internvit_cli.storage.wanted_keys.UnknownKeyError: feats.h5 has no image 'stret.jpg'; did you mean 'street.jpg'?
     """
 
-    def __init__(self, path: str, index: RowIndex, positions: NDArray[Any] | None = None) -> None:
+    def __init__(
+        self, path: str, index: RowIndex, positions: NDArray[Any] | None = None, layer: int | None = None
+    ) -> None:
         self.path = path
         self._index = index
         self._positions = positions
         """Of the view's images in the index, [n] int64; None for all of them."""
+        self._layer = layer
+        """Which earlier layer arrays are of; None is the main one."""
         self._places: NDArray[Any] | None = None
 
     def __len__(self) -> int:
@@ -86,8 +97,9 @@ class Features(Mapping[str, ImageFeatures]):
             facts.append(f"{encoded:,} done")
         facts.append(counted(int(tiles[done].sum()), "tile"))
         if self.shards:
-            facts.append(described_arrays(self.shards[-1], int(tiles[done].sum()), encoded))
-        return f"<{type(self).__name__} of {self.path!r}: {', '.join(facts)}>"
+            facts.append(described_arrays(self.shards[-1], int(tiles[done].sum()), encoded, layer=self._layer))
+        layer = described_layer(self.recipe, self._layer) if self.shards else ""
+        return f"<{type(self).__name__} of {self.path!r}: {', '.join(facts)}{layer}>"
 
     def close(self) -> None:
         """Refuse to read features from now on, of this view and of all others of the same file.
@@ -120,17 +132,17 @@ class Features(Mapping[str, ImageFeatures]):
             position = self._find(wanted)
             if position is None:
                 raise self._unknown(wanted)
-            return self._index.image(position)
+            return self._index.image(position, self._layer)
         if isinstance(wanted, (int, np.integer)):
             # A range stands for all positions: an array of them would cost each access as much as a slice.
             positions = range(len(self)) if self._positions is None else self._positions
-            return self._index.image(int(positions[wanted]))
+            return self._index.image(int(positions[wanted]), self._layer)
         return self.at(self._all_positions()[self._selector(wanted)])
 
     def get(self, key: str, default: Any = None) -> Any:
         """The image of a key, or the default when there is none."""
         position = self._find(key)
-        return default if position is None else self._index.image(position)
+        return default if position is None else self._index.image(position, self._layer)
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -148,8 +160,40 @@ class Features(Mapping[str, ImageFeatures]):
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """The datasets that have rows, such as `pooled` and `visual_tokens`."""
-        return tuple(dict.fromkeys(name for shard in self._index.shards for name in shard.stored))
+        """What is stored of this view's layer, such as `pooled` and `visual_tokens`."""
+        names = dict.fromkeys(name for shard in self._index.shards for name in shard.stored)
+        return kinds_of_layer(names, self._layer)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The stored layers, ascending: each is a number of blocks, as an index into hidden_states."""
+        return self.recipe.layers
+
+    @property
+    def layer(self) -> int:
+        """The layer that arrays are of; the deepest one, unless `at_layer` chose another."""
+        return self.recipe.layer if self._layer is None else self._layer
+
+    def at_layer(self, layer: int) -> Features:
+        """A view of the same images with the arrays of another stored layer.
+
+        Images, vectors and datasets that are made from the view are of that layer.
+
+        Args:
+            layer: one of `layers`, or a negative number that counts from the end of the model, as for `--layer`.
+
+        Raises:
+            UsageError: that layer is not stored.
+
+        >>> features = open_features("layers.h5")    # of internvit extract --layer -2,-1, with a model of two blocks
+        >>> features.layers, features.layer, features.at_layer(-2).layer
+        ((1, 2), 2, 1)
+        >>> features.at_layer(1)["street.jpg"].pooled.shape
+        (64,)
+        """
+        model_layers = self.attributes.get(MODEL_LAYERS)
+        found = stored_layer(layer, self.recipe, model_layers, self.path)
+        return Features(self.path, self._index, self._positions, found)
 
     @property
     def tables(self) -> list[ImageTable]:
@@ -187,7 +231,7 @@ class Features(Mapping[str, ImageFeatures]):
 
     def at(self, positions: NDArray[Any]) -> Features:
         """A view of the images at some positions among all of the file's."""
-        return Features(self.path, self._index, positions)
+        return Features(self.path, self._index, positions, self._layer)
 
     def matching(self, *words: str) -> Features:
         """A view of the images that keys or patterns mean, in the order of the words, and of the keys for a pattern.
@@ -240,7 +284,8 @@ class Features(Mapping[str, ImageFeatures]):
     def vectors(self) -> PooledVectors:
         """The pooled vectors of all images that have one, read when they are asked for."""
         positions = self._all_positions()
-        return PooledVectors(self._index, positions[self._index.column("status")[positions] == Status.DONE])
+        done = positions[self._index.column("status")[positions] == Status.DONE]
+        return PooledVectors(self._index, done, self._layer)
 
     def position(self, key: str) -> int:
         """Where an image stands in this view.
@@ -296,17 +341,23 @@ class Features(Mapping[str, ImageFeatures]):
         return self.__dict__ | {"_places": None}
 
 
-def open_features(path: str | os.PathLike[str]) -> Features:
+def open_features(path: str | os.PathLike[str], layer: int | None = None) -> Features:
     """Open a feature file (`feats.h5`, also a `.partial` one) or a folder of shards (`feats/`).
+
+    Args:
+        path: where it is.
+        layer: which of several stored layers arrays are of, as `Features.at_layer` takes it; None is the deepest.
 
     Raises:
         OutputError: there is nothing there, or it is damaged, or of a newer format.
+        UsageError: that layer is not stored.
 
     >>> open_features("feats.h5")
     <Features of 'feats.h5': 4 images, 34 tiles, pooled [4, 64] float32, visual_tokens [34, 256, 256] float16>
     """
     name = named_path(path)
-    return Features(name, RowIndex([OpenShard(shard) for shard in find_shards(name)]))
+    features = Features(name, RowIndex([OpenShard(shard) for shard in find_shards(name)]))
+    return features if layer is None else features.at_layer(layer)
 
 
 def bounded(features: Features, words: Sequence[str], most: int) -> Features:

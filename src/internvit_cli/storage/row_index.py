@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.storage.layout import POOLED
+from internvit_cli.storage.layout import POOLED, dataset_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,9 +38,9 @@ class RowIndex:
         keys = self.shards[int(self.shard_of[position])].table.keys
         return keys[int(self.row_of[position])]
 
-    def image(self, position: int) -> ImageFeatures:
-        """The image at a position."""
-        return self.shards[int(self.shard_of[position])].image(int(self.row_of[position]))
+    def image(self, position: int, layer: int | None) -> ImageFeatures:
+        """The image at a position, with the arrays of an earlier layer, or for None of the main one."""
+        return self.shards[int(self.shard_of[position])].image(int(self.row_of[position]), layer)
 
     def close(self) -> None:
         """Refuse to read rows from now on."""
@@ -87,11 +87,13 @@ class PooledVectors:
     Slices that lie one after another in one shard are views of the mapped file, and read-only; others are copies.
     """
 
-    def __init__(self, index: RowIndex, positions: NDArray[Any]) -> None:
+    def __init__(self, index: RowIndex, positions: NDArray[Any], layer: int | None) -> None:
         self._index = index
         self._positions = positions
+        self._layer = layer
+        self._dataset = name = dataset_of(POOLED, layer)
         self._mapped: dict[int, NDArray[Any]] = {}
-        widths = [shard.extents[POOLED].spec.shape[1] for shard in index.shards if POOLED in shard.extents]
+        widths = [shard.extents[name].spec.shape[1] for shard in index.shards if name in shard.extents]
         self.shape = (len(positions), widths[0] if widths else 0)
         self.dtype = np.dtype("<f4")
 
@@ -112,7 +114,7 @@ class PooledVectors:
 
     def image(self, number: int) -> ImageFeatures:
         """The image of one vector."""
-        return self._index.image(int(self._positions[number]))
+        return self._index.image(int(self._positions[number]), self._layer)
 
     def __getitem__(self, wanted: Any) -> NDArray[Any]:
         """[d] for a number, [k, d] for a slice or numbers."""
@@ -139,7 +141,7 @@ class PooledVectors:
     def _rows(self, shard: int, rows: NDArray[Any]) -> NDArray[Any]:
         self._index.shards[shard].require_open()
         if shard not in self._mapped:
-            self._mapped[shard] = self._index.shards[shard].mapped(POOLED)
+            self._mapped[shard] = self._index.shards[shard].mapped(self._dataset)
         first, last = int(rows[0]), int(rows[-1])
         is_run = last - first + 1 == len(rows) and bool((np.diff(rows) == 1).all())
         return self._mapped[shard][first : last + 1] if is_run else self._mapped[shard][rows]

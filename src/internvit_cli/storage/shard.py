@@ -13,7 +13,7 @@ from internvit_cli.config import Recipe, Status
 from internvit_cli.errors import ClosedError, OutputError
 from internvit_cli.storage.durable import read_exactly
 from internvit_cli.storage.image import ImageFeatures
-from internvit_cli.storage.layout import FEATURE_DATASETS, Extent, recorded_sources, stored_recipe
+from internvit_cli.storage.layout import MODEL_LAYERS, Extent, crc_order, recorded_sources, stored_recipe
 from internvit_cli.storage.output import FinishedShard, file_identity
 from internvit_cli.tiling import Grid
 from internvit_cli.untrusted import NotRegularError, open_regular
@@ -70,7 +70,12 @@ class OpenShard:
     @property
     def stored(self) -> tuple[str, ...]:
         """The datasets of features that have rows."""
-        return tuple(name for name in FEATURE_DATASETS if name in self.extents)
+        return crc_order(self.extents)
+
+    @property
+    def model_layers(self) -> int | None:
+        """How many blocks the model has; None where that is not recorded."""
+        return self.attributes.get(MODEL_LAYERS)
 
     @cached_property
     def digests(self) -> NDArray[Any]:
@@ -136,8 +141,8 @@ class OpenShard:
         """Bytes of that file when it was encoded."""
         return int(self.table.file_size[row])
 
-    def image(self, row: int) -> ImageFeatures:
-        """One row, by number."""
+    def image(self, row: int, layer: int | None = None) -> ImageFeatures:
+        """One row, by number, with the arrays of an earlier layer or, by default, of the main one."""
         self.require_open()
         table = self.table
         return ImageFeatures(
@@ -151,6 +156,7 @@ class OpenShard:
             _store=self,
             _row=row,
             _first_tile=int(table.tile_offset[row]),
+            _layer=layer,
         )
 
     def _open(self, path: str) -> int:

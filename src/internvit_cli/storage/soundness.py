@@ -20,7 +20,7 @@ from internvit_cli.errors import OutputError, one_line
 from internvit_cli.storage.layout import (
     CRC32,
     DIGEST,
-    FEATURE_DATASETS,
+    MODEL_LAYERS,
     POOLED,
     REMEDY,
     RUN_LOG,
@@ -32,12 +32,16 @@ from internvit_cli.storage.layout import (
     DatasetSpec,
     StoredShard,
     check_format,
+    crc_order,
+    feature_datasets,
+    feature_name,
     index_digest,
     recorded_sources,
     stored_recipe,
     unknown_value,
 )
 from internvit_cli.table import COLUMN_DTYPES
+from internvit_cli.words import listed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -51,6 +55,9 @@ TEXTS = ("format", "recipe", "recipe_digest", "index_digest", "sources", "weight
 """Attributes that every shard has, beside the numbers."""
 MORE_TEXTS = ("created_by", "model", "model_revision", "pooled_from", COMPUTE_ERROR, STORE_ERROR)
 """Attributes that nothing depends on. Those of later versions are texts or numbers too."""
+MORE_NUMBERS = (MODEL_LAYERS,)
+MOST_LAYERS = 1024
+"""Of a model: many times more than any has."""
 MOST_ATTRIBUTES = 64
 MOST_BATCH_TILES = 65536
 MOST_TILE_SIDE = 16384
@@ -80,18 +87,15 @@ class Expected(NamedTuple):
 
 def expected_features(recipe: Recipe, images: int, tiles: int) -> dict[str, Expected]:
     """Return the datasets of features by name; the width of a vector and of a token is the model's affair."""
-    found = {POOLED: Expected((images,), 2, "<f4")}
-    tokens = recipe.tokens
-    if tokens is not Tokens.NONE:
-        patches = (recipe.tile_size // PATCH_SIZE) ** 2
-        count = patches if tokens is Tokens.PATCH else patches // 4
-        dtype = recipe.store_dtype
-        found[tokens.dataset] = Expected((tiles, count), 3, dtype.numpy_name)
-        if dtype.is_scaled:
-            found[tokens.scales_dataset] = Expected.exactly((tiles, count), "<f4")
-    if recipe.tile_pooled:
-        found[TILE_POOLED] = Expected((tiles,), 2, "<f4")
-    return found
+    patches = (recipe.tile_size // PATCH_SIZE) ** 2
+    count = patches if recipe.tokens is Tokens.PATCH else patches // 4
+    of_kind = {
+        POOLED: Expected((images,), 2, "<f4"),
+        recipe.tokens.dataset: Expected((tiles, count), 3, recipe.store_dtype.numpy_name),
+        recipe.tokens.scales_dataset: Expected.exactly((tiles, count), "<f4"),
+        TILE_POOLED: Expected((tiles,), 2, "<f4"),
+    }
+    return {name: of_kind[feature_name(name).kind] for name in feature_datasets(recipe)}
 
 
 def expected_records(images: int) -> dict[str, Expected]:
@@ -120,7 +124,7 @@ def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, Expe
         if name not in found:
             raise damaged(path, f"{name} is missing")
         _check_dataset(found[name], wanted, path)
-    for name in sorted(set(FEATURE_DATASETS) & set(found) - set(expected)):
+    for name in crc_order(set(found) - set(expected)):
         raise damaged(path, f"{name} is there, but the recipe stores none")
 
 
@@ -157,6 +161,7 @@ def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, 
         raise damaged(path, "its weights_digest is not that of its recipe")
     if recipe.tile_size > MOST_TILE_SIDE or recipe.max_tiles > MOST_GRID_TILES:
         raise damaged(path, f"its recipe asks for tiles of {recipe.tile_size} px, up to {recipe.max_tiles} an image")
+    _check_layers(recipe, attributes.get(MODEL_LAYERS, recipe.layer), path)
     if not 0 <= attributes["batch_tiles"] <= MOST_BATCH_TILES:
         raise damaged(path, f"batch_tiles is {attributes['batch_tiles']}")
     try:
@@ -164,6 +169,17 @@ def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, 
     except ValueError as error:
         raise damaged(path, f"the accuracy that it records: {error}") from error
     return recipe, recorded_sources(attributes, path)
+
+
+def _check_layers(recipe: Recipe, model_layers: int, path: str) -> None:
+    """Refuse layers that no run stores: out of order, twice, or more than the model has."""
+    layers = recipe.layers
+    if any(layer >= following for layer, following in pairwise(layers)):
+        raise damaged(path, f"its recipe stores the layers {listed(layers)}, which do not ascend")
+    if recipe.earlier_layers and recipe.tokens is Tokens.PROJECTED:
+        raise damaged(path, "its recipe stores projected tokens of several layers")
+    if recipe.earlier_layers and not recipe.layer <= model_layers <= MOST_LAYERS:
+        raise damaged(path, f"it stores layer {recipe.layer} of a model of {model_layers}")
 
 
 def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
@@ -178,7 +194,7 @@ def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
     for name in (*TEXTS, *NUMBERS):
         if name not in attributes:
             raise damaged(path, f"it has no attribute {name}")
-    for names, kind in (((*TEXTS, *MORE_TEXTS), str), (NUMBERS, int)):
+    for names, kind in (((*TEXTS, *MORE_TEXTS), str), ((*NUMBERS, *MORE_NUMBERS), int)):
         for name in names:
             if not isinstance(attributes.get(name, kind()), kind):
                 value = one_line(repr(attributes[name]), 80)
@@ -316,9 +332,7 @@ def check_alike(shards: Sequence[tuple[str, Mapping[str, DatasetSpec]]]) -> None
     """
     first: dict[str, tuple[str, DatasetSpec]] = {}
     for path, specs in shards:
-        for name in FEATURE_DATASETS:
-            if name not in specs:
-                continue
+        for name in crc_order(specs):
             where, spec = first.setdefault(name, (path, specs[name]))
             if (spec.shape[1:], spec.dtype) != (specs[name].shape[1:], specs[name].dtype):
                 raise damaged(path, f"a row of {name} is {specs[name].shape[1:]}, and that of {where} {spec.shape[1:]}")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import zlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.storage.commit import ImageRows, ShardWriter
-from internvit_cli.storage.layout import POOLED, SCALE_DATASETS, TILE_POOLED, TOKEN_DATASETS
+from internvit_cli.storage.layout import feature_name
 from internvit_cli.storage.reader import OpenShard
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from numpy.typing import NDArray
 
     from internvit_cli.storage.output import FinishedShard
     from internvit_cli.table import ImageTable
@@ -58,7 +55,7 @@ def take_over(
         if before is None or not _is_same_file(table, row, source.table, before):
             continue
         image = _read_image(source, before, row, digests[before].tobytes())
-        if _checksum(image) != int(checksums[before]):
+        if image.checksum != int(checksums[before]):
             continue
         writer.write(image)
         copied += 1
@@ -76,23 +73,8 @@ def _is_same_file(table: ImageTable, row: int, old: ImageTable, before: int) -> 
 
 
 def _read_image(source: OpenShard, before: int, row: int, digest: bytes) -> ImageRows:
-    start, stop = (int(offset) for offset in source.table.tile_offset[before : before + 2])
-
-    def rows(*names: str) -> list[NDArray[Any]]:
-        return [source.rows(name, start, stop) for name in names if name in source.extents]
-
+    tiles = slice(*(int(offset) for offset in source.table.tile_offset[before : before + 2]))
+    places = {name: tiles if feature_name(name).is_per_tile else slice(before, before + 1) for name in source.stored}
     return ImageRows(
-        row,
-        digest,
-        pooled=source.rows(POOLED, before, before + 1)[0],
-        tokens=rows(*TOKEN_DATASETS),
-        scales=rows(*SCALE_DATASETS),
-        tile_pooled=rows(TILE_POOLED),
+        row, digest, {name: [source.rows(name, place.start, place.stop)] for name, place in places.items()}
     )
-
-
-def _checksum(image: ImageRows) -> int:
-    checksum = 0
-    for block in (image.pooled, *image.tokens, *image.scales, *image.tile_pooled):
-        checksum = zlib.crc32(np.ascontiguousarray(block).data, checksum)
-    return checksum

@@ -2,7 +2,7 @@
 
 `feats.h5.search/` holds the graph (`chosen.usearch`), the space of its vectors (`chosen.npz`), and last the file that
 vouches for both (`chosen.json`) and names the contents of the output that they were made from. The same for `raw`,
-which is the index of `--raw`.
+which is the index of `--raw`, and with a layer behind the name (`chosen-layer-21`) for that of an earlier layer.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def open_index(
         features: the output.
         vectors: all its vectors.
         make_space: fits the space, when it has to be.
-        name: of the index, `chosen` or `raw`.
+        name: of the index, such as `chosen`, `raw` or `chosen-layer-21`.
         observer: told how it goes.
 
     Raises:

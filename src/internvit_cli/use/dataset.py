@@ -62,6 +62,7 @@ class FeatureDataset(Dataset[Sample]):
         *,
         skip: bool = False,
         arrays: Sequence[str] | None = None,
+        layer: int | None = None,
     ) -> None:
         """Open features.
 
@@ -70,14 +71,18 @@ class FeatureDataset(Dataset[Sample]):
             by: what a sample is.
             skip: leave out images without features; otherwise reading one raises SkippedImageError.
             arrays: which of `tokens`, `pooled` and `tile_pooled` a sample has; None is all that are stored.
+            layer: which of several stored layers they are of, as `Features.at_layer` takes it; None is that of
+                `features`, by default the deepest.
 
         Raises:
             OutputError: there is nothing there, or it is damaged.
-            UsageError: an array that is not stored, or samples of tiles without anything stored of tiles.
+            UsageError: an array or a layer that is not stored, or samples of tiles without anything stored of tiles.
         """
         if by not in {"image", "tile"}:
             raise UsageError(f"by={by!r}", "a sample is an 'image' or a 'tile'")
         opened = features if isinstance(features, Features) else open_features(features)
+        opened = opened if layer is None else opened.at_layer(layer)
+        self._layer = opened.layer
         self._path = os.path.abspath(opened.path)
         self._features: Features | None = opened.done if skip else opened
         self._positions = self._features.positions
@@ -94,7 +99,7 @@ class FeatureDataset(Dataset[Sample]):
     def features(self) -> Features:
         """The images, opened in this process when they are first asked for."""
         if self._features is None:
-            opened = open_features(self._path)
+            opened = open_features(self._path, self._layer)
             if _identity(opened) != self._identity:
                 raise replaced(self._path)
             self._features = opened.at(self._positions)

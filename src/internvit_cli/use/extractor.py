@@ -17,11 +17,12 @@ import numpy as np
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, Skipped, Status, Tokens
 from internvit_cli.errors import ClosedError, UsageError
+from internvit_cli.image_rows import image_arrays
 from internvit_cli.observer import SILENT, Observer
-from internvit_cli.recipes import ModelInUse, encoder_options, encoder_options_of_run, pixel_rule
+from internvit_cli.recipes import ModelInUse, check_layers, encoder_options, encoder_options_of_run, pixel_rule
 from internvit_cli.recorded import open_recorded
-from internvit_cli.storage.layout import POOLED, TILE_POOLED
 from internvit_cli.storage.reader import Features, open_features
+from internvit_cli.tile_features import UNFIT
 from internvit_cli.use.given import ACCEPTED, is_picture, tile_given
 from internvit_cli.use.in_memory import Named, done_image, skipped_image
 from internvit_cli.use.settings import ExtractorOptions, choice, extract_options, model_name
@@ -36,15 +37,15 @@ if TYPE_CHECKING:
 
     from internvit_cli.config import Recipe
     from internvit_cli.decode.direct import Tiled
-    from internvit_cli.encoder import Encoder, PendingBatch, TileFeatures
+    from internvit_cli.encoder import Encoder, PendingBatch
     from internvit_cli.encoder_options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.storage.image import ImageFeatures
+    from internvit_cli.tile_features import TileFeatures
     from internvit_cli.use.given import Picture
 
 BATCHES_IN_FLIGHT = 2
 """One that the device works on and one that waits, so that the device never does."""
-UNFIT = {1: "a feature is too large for the stored type", 2: "a feature is not a number"}
 
 
 class Extractor:
@@ -113,6 +114,7 @@ class Extractor:
         recipe, attributes = opened.recipe, opened.attributes
         if tokens is not None:
             recipe = replace(recipe, tokens=choice("tokens", Tokens, tokens))
+            check_layers(recipe.tokens, recipe.layers)
         name = None if model is None else model_name(model)
         checkpoint = open_recorded(recipe, attributes, name, observer)
         self = cls.__new__(cls)
@@ -127,6 +129,7 @@ class Extractor:
         self.recipe = replace(recipe, compute_dtype=encoder.dtype)
         """What decides its values; that of a feature file made with the same options is equal."""
         self.device_name = encoder.device_name
+        self._model_layers = checkpoint.card.vision.num_layers
         self._rule = pixel_rule(recipe, max_pixels)
 
     @overload
@@ -222,17 +225,9 @@ class Extractor:
         worst = max(int(part.fits.max()) for part in pending.parts)
         if worst:
             return skipped_image(pending.named, self.recipe, Skipped(Status.OVERFLOW, "", UNFIT[worst]))
-        vectors = np.concatenate([part.pooled for part in pending.parts])
-        # Without a thumbnail the image's vector is the mean over its tiles'.
-        pooled = vectors[-1] if self.recipe.thumbnail else vectors.mean(axis=0, dtype=np.float32)
-        arrays = {POOLED: pooled[None]}
-        if tokens := [part.tokens for part in pending.parts if part.tokens is not None]:
-            arrays[self.recipe.tokens.dataset] = np.concatenate(tokens)
-        if scales := [part.scales for part in pending.parts if part.scales is not None]:
-            arrays[self.recipe.tokens.scales_dataset] = np.concatenate(scales)
-        if self.recipe.tile_pooled:
-            arrays[TILE_POOLED] = vectors
-        return done_image(pending.named, self.recipe, pending.tiled, arrays)
+        blocks = image_arrays([part.layers for part in pending.parts], self.recipe)
+        arrays = {name: np.concatenate(parts) for name, parts in blocks.items()}
+        return done_image(pending.named, self.recipe, pending.tiled, arrays, self._model_layers)
 
 
 @dataclass(slots=True)
@@ -247,7 +242,7 @@ class _Pending:
     @property
     def is_encoded(self) -> bool:
         """Whether all its features are there."""
-        return isinstance(self.tiled, Skipped) or sum(len(part.pooled) for part in self.parts) == len(self.tiled.tiles)
+        return isinstance(self.tiled, Skipped) or sum(map(len, self.parts)) == len(self.tiled.tiles)
 
 
 class _Flow:
@@ -285,14 +280,8 @@ class _Flow:
         start = 0
         for stop in range(1, len(batch) + 1):
             if stop == len(batch) or batch[stop][0] is not batch[start][0]:
-                batch[start][0].parts.append(_part(features, slice(start, stop)))
+                batch[start][0].parts.append(features.take(slice(start, stop)))
                 start = stop
-
-
-def _part(features: TileFeatures, span: slice) -> TileFeatures:
-    tokens = None if features.tokens is None else features.tokens[span]
-    scales = None if features.scales is None else features.scales[span]
-    return replace(features, tokens=tokens, scales=scales, pooled=features.pooled[span], fits=features.fits[span])
 
 
 def _load(checkpoint: Checkpoint, how: EncoderOptions) -> Encoder:

@@ -29,6 +29,8 @@ class RowsInMemory:
     sha256: bytes
     size: int = 0
     """Bytes of the file."""
+    model_layers: int | None = None
+    """How many blocks the model has."""
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -66,9 +68,11 @@ class Named:
     """The file, absolute; None for a picture that never was one."""
 
 
-def done_image(named: Named, recipe: Recipe, tiled: Tiled, arrays: Mapping[str, NDArray[Any]]) -> ImageFeatures:
+def done_image(
+    named: Named, recipe: Recipe, tiled: Tiled, arrays: Mapping[str, NDArray[Any]], model_layers: int
+) -> ImageFeatures:
     """An image with features."""
-    store = RowsInMemory(recipe, arrays, named.path, tiled.digest, tiled.file_size)
+    store = RowsInMemory(recipe, arrays, named.path, tiled.digest, tiled.file_size, model_layers)
     size = tiled.width, tiled.height, tiled.orientation
     return ImageFeatures(named.key, Status.DONE, *size, tiled.grid, tiled.has_thumbnail, store, 0, 0)
 

@@ -47,6 +47,8 @@ class SearchOptions:
     model: str | None = None
     """Where the weights are; None is what the output names."""
     device: str = "auto"
+    layer: int | None = None
+    """Which of several stored layers to compare; None is the deepest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ class Found:
     path: str
     images: int
     """Compared with."""
+    layer: int
+    """Whose vectors were compared."""
     space: Space
     answers: tuple[Answer, ...]
     how: str
@@ -103,7 +107,8 @@ class Found:
 
     def to_json(self) -> dict[str, Any]:
         """The object of `--json`."""
-        facts = {"path": self.path, "images": self.images, "how": self.how, "seconds": round(self.seconds, 3)}
+        facts: dict[str, Any] = {"path": self.path, "images": self.images, "layer": self.layer, "how": self.how}
+        facts["seconds"] = round(self.seconds, 3)
         facts["notes"] = list(self.notes)
         return facts | self.space.facts() | {"queries": [_answer_json(answer) for answer in self.answers]}
 
@@ -116,7 +121,7 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
         observer: told how it goes.
 
     Raises:
-        UsageError: nothing to look for, a picture that is no file, or a key that is not there.
+        UsageError: nothing to look for, a picture that is no file, or a key or a layer that is not there.
         ModelError: the weights are not those of the output.
         OutputError: the output has no vectors, or is damaged.
         InternvitError: no index is to be had.
@@ -124,7 +129,7 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
     if not options.pictures and not options.keys:
         raise UsageError("nothing to search for", "name a picture, or an image of the output with --key")
     with observer.phase("reading the output"):
-        features = open_features(options.path)
+        features = open_features(options.path, options.layer)
         vectors = features.vectors()
     if not len(vectors):
         raise OutputError(
@@ -151,6 +156,7 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
     return Found(
         path=options.path,
         images=len(vectors),
+        layer=features.layer,
         space=comparison.space,
         answers=tuple(answers),
         how="approximate" if options.index else "exact",
@@ -171,6 +177,7 @@ class _Comparison:
         self.index_is_new = False
         if options.index:
             name = "raw" if options.raw else "chosen"
+            name = name if features.layer == features.layers[-1] else f"{name}-layer-{features.layer}"
             self._index = open_index(features, vectors, self._choose, name, observer)
             self.space, self.index_is_new = self._index.space, self._index.is_new
         else:
@@ -220,7 +227,7 @@ def _encode(features: Features, options: SearchOptions, observer: Observer) -> l
     encoded = []
     with extractor, observer.phase("encoding", "picture", len(options.pictures)) as phase:
         for image in extractor.stream(options.pictures):
-            encoded.append(image)
+            encoded.append(image.at_layer(features.layer))
             phase.at(len(encoded))
     return encoded
 

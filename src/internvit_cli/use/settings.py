@@ -34,8 +34,8 @@ class ExtractorOptions(TypedDict, total=False):
 
     revision: str | None
     """Branch, tag or commit on the hub."""
-    layer: int | None
-    """Index into hidden_states; None is the checkpoint's own choice."""
+    layer: int | Sequence[int] | None
+    """Index into hidden_states, or several of them; None is the checkpoint's own choice."""
     tile_size: int | None
     """Side of a tile, pixels; None is the model's own."""
     min_tiles: int
@@ -92,6 +92,9 @@ def extract_options(model: str | os.PathLike[str], options: Mapping[str, Any]) -
         raise TypeError(f"an Extractor has no option {unknown[0]!r}; {', '.join(ExtractorOptions.__annotations__)}")
     hints = get_type_hints(ExtractorOptions)
     values = {name: _value(name, value, hints[name]) for name, value in options.items()}
+    if "layer" in values:
+        layer = values.pop("layer")
+        values["layers"] = (layer,) if isinstance(layer, int) else layer
     if "device" in values:
         values["devices"] = (values.pop("device"),)
 
@@ -127,6 +130,8 @@ def _value(name: str, value: Any, hint: Any) -> Any:
         return _color(value)
     if name in AT_LEAST_1 and value is not None and value < 1:
         raise UsageError(f"{name}={value!r} is below 1", "give a positive number, or leave it out")
+    if name == "layer" and isinstance(value, Sequence):
+        return tuple(map(int, value))
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 

@@ -62,6 +62,8 @@ class ShowOptions:
     """The longer side of a panel, pixels."""
     pictures: str | None = None
     """The folder to look for pictures in; None is where they were when they were encoded."""
+    layer: int | None = None
+    """Which of several stored layers to draw; None is the deepest."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.opacity <= 1:
@@ -117,11 +119,11 @@ def show(options: ShowOptions, observer: Observer = SILENT) -> Figures:
         observer: told how it goes.
 
     Raises:
-        UsageError: a key or a point that is not there, or a map that the file cannot give.
+        UsageError: a key, a layer or a point that is not there, or a map that the file cannot give.
         SkippedImageError: not one of them has features.
     """
     with observer.phase("reading the output"):
-        features = open_features(options.path)
+        features = open_features(options.path, options.layer)
     if not options.keys:
         first = f", such as {one_line(next(iter(features)))}" if len(features) else ""
         raise UsageError("no keys given", f"name one or more images of {options.path}{first}")
@@ -363,4 +365,5 @@ def _tile_captions(image: ImageFeatures) -> tuple[str, ...]:
 def _facts_line(image: ImageFeatures, model: str) -> str:
     turned = f", turned by EXIF {image.orientation}" if image.orientation > 1 else ""
     tokens = "" if image.recipe.tokens is Tokens.NONE else f"; {image.recipe.tokens.value} tokens"
-    return f"{image.width:,} x {image.height:,} px{turned}{tokens}; {model}"
+    layer = f"; layer {image.layer}" if len(image.layers) > 1 else ""
+    return f"{image.width:,} x {image.height:,} px{turned}{tokens}{layer}; {model}"

@@ -53,6 +53,8 @@ class ReportOptions:
     points: int = 50_000
     """Images on the map."""
     seed: int = 0
+    layer: int | None = None
+    """Which of several stored layers to show; None is the deepest."""
     workers: int | None = None
     """Processes that read pictures; None is one per processor."""
     pictures: str | None = None
@@ -103,7 +105,7 @@ def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
         observer: told how it goes.
 
     Raises:
-        UsageError: the page has a name or a place that it can't have, or UMAP too few images.
+        UsageError: the page has a name or a place that it can't have, UMAP has too few images, or no such layer.
         OutputError: the output is missing or damaged, or the page cannot be written.
         InternvitError: umap-learn is not installed.
     """
@@ -111,7 +113,7 @@ def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
     _check_place(options.output)
     require(options.projection, observer)
     with observer.phase("reading the output"):
-        features = open_features(options.path)
+        features = open_features(options.path, options.layer)
         facts = gather_facts(features)
     chosen = select(features, options.samples, options.points, options.seed, options.pictures, observer)
     done = features.done

@@ -16,7 +16,7 @@ from internvit_cli.output_names import PARTIAL
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.use.caveats import caveats
-from internvit_cli.words import counted
+from internvit_cli.words import counted, listed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -135,11 +135,13 @@ def _skipped(features: Features) -> dict[str, Any]:
 
 
 def _notes(features: Features) -> tuple[str, ...]:
-    """What makes the features less than they seem: random weights, a run that is not finished."""
-    known = tuple(f"{sentence}." for sentence in caveats(features))
+    """What makes the features less than they seem, and of several layers, which one is shown."""
+    notes = [f"{sentence}." for sentence in caveats(features)]
     pending = int((features.column("status") == Status.PENDING).sum())
     if features.path.endswith(PARTIAL):
-        return (*known, f"This output is unfinished: {counted(pending, 'image')} still to be encoded.")
-    if Output(features.path).partial_exists:
-        return (*known, "A run has begun to add images to this output; only what is finished is shown.")
-    return known
+        notes.append(f"This output is unfinished: {counted(pending, 'image')} still to be encoded.")
+    elif Output(features.path).partial_exists:
+        notes.append("A run has begun to add images to this output; only what is finished is shown.")
+    if len(features.layers) > 1:
+        notes.append(f"Features of layer {features.layer} are shown; stored are layers {listed(features.layers)}.")
+    return tuple(notes)

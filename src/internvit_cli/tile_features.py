@@ -1,0 +1,76 @@
+"""Features of tiles on the host, layer by layer: what an encoder gives back, without PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+UNFIT = {1: "a feature is too large for the stored type", 2: "a feature is not a number"}
+"""What the verdicts on a tile that cannot be stored say."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFeatures:
+    """Features of n tiles from one layer."""
+
+    tokens: NDArray[Any] | None
+    """[n,T,C] in the stored type, bfloat16 and fp8 as their bits; None when no tokens are stored."""
+    pooled: NDArray[Any]
+    """[n,d] float32."""
+    scales: NDArray[Any] | None = None
+    """[n,T] float32: of tokens in a stored type that has them."""
+
+    def take(self, span: slice) -> LayerFeatures:
+        """Return those of some of the tiles, as views."""
+        return LayerFeatures(
+            tokens=None if self.tokens is None else self.tokens[span],
+            pooled=self.pooled[span],
+            scales=None if self.scales is None else self.scales[span],
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[LayerFeatures]) -> LayerFeatures:
+        """Return those of all parts' tiles, in order, copied."""
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        scales = [part.scales for part in parts if part.scales is not None]
+        return cls(
+            tokens=np.concatenate(tokens) if tokens else None,
+            pooled=np.concatenate([part.pooled for part in parts]),
+            scales=np.concatenate(scales) if scales else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TileFeatures:
+    """Features of n tiles, in the order they were submitted; the arrays belong to the caller."""
+
+    layers: tuple[LayerFeatures, ...]
+    """The main layer's first, then those of each earlier layer, ascending."""
+    fits: NDArray[Any]
+    """[n] uint8: 0 the values can be stored, 1 one is too large for the stored type, 2 one is not a number."""
+    clamped: int
+    """How many values were clamped."""
+
+    def __len__(self) -> int:
+        return len(self.fits)
+
+    def take(self, span: slice) -> TileFeatures:
+        """Return those of some of the tiles, as views; `clamped` stays that of all."""
+        return TileFeatures(tuple(layer.take(span) for layer in self.layers), self.fits[span], self.clamped)
+
+    @classmethod
+    def join(cls, parts: Sequence[TileFeatures]) -> TileFeatures:
+        """Return those of all parts' tiles, in order, copied."""
+        layers = zip(*(part.layers for part in parts), strict=True)
+        return cls(
+            layers=tuple(map(LayerFeatures.join, layers)),
+            fits=np.concatenate([part.fits for part in parts]),
+            clamped=sum(part.clamped for part in parts),
+        )
