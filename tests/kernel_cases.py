@@ -247,7 +247,10 @@ def every_probe_passes(setting: Setting) -> None:
 
 
 def whole_encoder(setting: Setting) -> None:
-    """Tiles to features by Triton's kernels alone, and by their twins: visual and patch tokens, and the class token."""
+    """Tiles to features by Triton's kernels alone, and by their twins: visual and patch tokens, and the class token.
+
+    Of earlier layers too, whose hidden states the blocks that follow must not overwrite.
+    """
     from internvit_cli.model.kernels import triton_kernels
 
     table = triton_kernels.triton_kernels(setting.dtype, plain.attend_fused)
@@ -255,9 +258,9 @@ def whole_encoder(setting: Setting) -> None:
         table = replace(table, attention=partial(triton_kernels.attention, attend=plain.attend_fused))
     tiles = torch.stack([torch.from_numpy(tile) for tile in random_tiles(3)]).to(setting.device)
     for tokens, pool in ((Tokens.VISUAL, Pool.CLS_MEAN), (Tokens.PATCH, Pool.MEAN), (Tokens.NONE, Pool.CLS)):
-        spec = FeatureSpec(tokens, pool, 56, TokenOrder.V1, StoreDtype.FLOAT32, OnOverflow.SKIP)
+        spec = FeatureSpec(tokens, pool, 56, TokenOrder.V1, StoreDtype.FLOAT32, OnOverflow.SKIP, earlier_layers=(0, 1))
         results = [
-            feature_model(spec, setting, kernels)(tiles)
+            [part for layer in feature_model(spec, setting, kernels)(tiles) for part in layer]
             for kernels in (table, plain_for(setting.device, setting.dtype))
         ]
         for actual, expected in zip(*results, strict=True):
@@ -267,7 +270,9 @@ def whole_encoder(setting: Setting) -> None:
 
 def feature_model(spec: FeatureSpec, setting: Setting, kernels) -> FeatureModel:
     checkpoint = open_all(tiny_card())
-    vit = load_vit(checkpoint, device=setting.device, dtype=setting.dtype, kernels=kernels)
+    vit = load_vit(
+        checkpoint, device=setting.device, dtype=setting.dtype, kernels=kernels, earlier_layers=spec.earlier_layers
+    )
     return FeatureModel(checkpoint.card, vit, None, spec, setting.dtype)
 
 

@@ -299,7 +299,7 @@ def test_a_file_over_the_filesystems_limit_is_refused_like_a_full_disk(tmp_path,
     """A real limit of the kernel, met while the shard is laid out; no crash of HDF5, and nothing under its name."""
     run = subprocess.run(
         [sys.executable, "-c", TOO_LARGE, tmp_path / "feats", shard_format.value],
-        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=PATIENCE,

@@ -244,7 +244,7 @@ def test_the_network_in_fp8_is_close_to_the_same_in_bfloat16(tokens):
     results = []
     for dtype in (torch.bfloat16, fp8.FP8):
         setting = Setting(CPU, dtype, 0, interpreted=False)
-        results.append(feature_model(spec, setting, plain_for(CPU, dtype))(tiles))
+        results += feature_model(spec, setting, plain_for(CPU, dtype))(tiles)
     exact, coarse = results
     for one, other in ((exact.pooled, coarse.pooled), (exact.tokens, coarse.tokens)):
         if one is not None:
