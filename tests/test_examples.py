@@ -34,10 +34,11 @@ def modules_with_examples() -> list[str]:
 
 
 def make_workplace(folder: Path) -> Path:
-    """Pictures in imgs/, and their features in feats.h5, as arrays in feats/, and in every other format."""
+    """Pictures in imgs/, and their features in feats.h5, in feats/ as arrays, in other formats, and of two layers."""
     arguments = ["--model", "tiny-random", "--dtype", "float32", "--device", "cpu", "-q"]
     for output in (["-o", str(folder / "feats.h5")], ["-o", str(folder / "feats"), "--format", "npy"]):
         assert run(["extract", str(folder / "imgs"), *output, *arguments]) == 0
+    assert run(["extract", str(folder / "imgs"), "-o", str(folder / "layers.h5"), "--layer", "-2,-1", *arguments]) == 0
     for suffix in ("parquet", "safetensors", "tar", "csv"):
         assert run(["export", str(folder / "feats.h5"), str(folder / f"feats.{suffix}"), "-q"]) == 0
     return folder

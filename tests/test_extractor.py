@@ -397,6 +397,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
         (*FEW_TILES, "--background", "red", "--no-exif"),
     ),
     "an earlier layer": (FEW | {"layer": -2}, (*FEW_TILES, "--layer", -2)),
+    "several layers": (FEW | {"layer": [0, -1]}, (*FEW_TILES, "--layer", "0,-1")),
     "a low limit": (FEW | {"max_pixels": 300_000}, (*FEW_TILES, "--max-pixels", 300_000)),
 }
 

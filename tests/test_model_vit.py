@@ -103,6 +103,24 @@ def test_every_layout_reproduces_the_official_codes_hidden_states(family, layout
 @needs_reference
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_of_one_pass_is_the_official_codes_hidden_state(family, layout):
+    """The official code's own outputs, and for the layers that those lack, transformers' on the same weights."""
+    golden, card = expected(family), reference_card(family, layout)
+    pixels, blocks = torch.from_numpy(golden["pixel_values"]), card.vision.num_layers
+    checkpoint = open_all(card, -1)
+    model = load_vit(checkpoint, device=CPU, dtype=torch.float32, earlier_layers=tuple(range(blocks)))
+    last, *earlier = model.hidden_states(pixels)
+    assert relative_error(last, golden["last_hidden_state"]) < 1e-5
+    assert relative_error(earlier[-1], golden["hidden_states_minus_2"]) < 1e-5
+    theirs = native_model(checkpoint)(pixels, output_hidden_states=True).hidden_states
+    assert len(theirs) == blocks + 1
+    for ours, state in zip((*earlier, last), theirs, strict=True):
+        assert relative_error(ours, state) < 1e-5
+
+
+@needs_reference
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_rectangle_of_another_size_reproduces_the_official_codes_position_table(family, layout):
     golden = expected(family)
     model = load_vit(open_all(reference_card(family, layout)), device=CPU, dtype=torch.float32)

@@ -455,8 +455,8 @@ def test_sizes_have_binary_units(text, size):
 
 @given(awkward | st.sampled_from(["auto", "-4", "1_0", "9" * 5000, "nan", "inf", "1.0"]))
 def test_a_layer_is_an_index_or_refused(text):
-    layer = value_if_any("layer", text)
-    assert layer is None or isinstance(layer, int)
+    layers = value_if_any("layer", text)
+    assert layers is None or (layers and all(isinstance(layer, int) for layer in layers))
 
 
 @given(awkward | st.sampled_from(["auto", "1", "65536", "65537", "0", "1" * 5000, "²", "٣"]))

@@ -522,6 +522,7 @@ def test_a_sample_encoded_again_is_bit_equal_and_agrees_with_transformers(extrac
         ("--tokens", "none", "--preprocess", "clip"),
         ("--tile-size", 224, "--layer", 1, "--preprocess", "squash"),
         ("--tokens", "none", "--no-thumbnail", "--background", "white", "--layer", 0),
+        ("--layer", "0,-2,-1", "--tile-pooled", "--store-dtype", "int8"),
     ],
 )
 def test_every_recipe_can_be_encoded_again(extracted: Path, tmp_path: Path, options: tuple[object, ...]) -> None:

@@ -59,6 +59,7 @@ def describe_output(path: str) -> dict[str, Any]:
         "total_images": len(status),
         "images": {status.word: count for status, count in count_statuses(status).items()},
         "tiles": sum(look.tiles for look in looks),
+        "layers": list(recipe.layers),
         "datasets": _datasets(places, recipe.store_dtype),
         "bytes": sum(os.path.getsize(file) for place in places for file in place.backend.final_paths(place.path)),
         "shards": len(places),

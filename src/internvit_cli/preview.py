@@ -131,6 +131,7 @@ def summarize_plan(found: Survey) -> PlanSummary:
     return PlanSummary(
         output=output.path,
         model=card.name,
+        layers=found.recipe.layers,
         images=len(listing) + len(listing.unreadable_folders),
         skipped=sum(reasons.values()),
         reasons=reasons,

@@ -230,6 +230,8 @@ class PlanSummary:
 
     output: str
     model: str
+    layers: tuple[int, ...]
+    """Blocks after which features are taken, ascending."""
     images: int
     """Found in the sources."""
     skipped: int

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from internvit_cli.cli.settings import is_on_command_line
-from internvit_cli.cli.values import AUTO, UnusableWordError, layers, or_auto, size
+from internvit_cli.cli.values import AUTO, UnusableWordError, layers_or_auto, or_auto, size
 from internvit_cli.config import (
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
@@ -166,7 +166,7 @@ def build_options(
             metavar="INDEX[,INDEX...]",
             help="Take features from this hidden state, such as -4, or from several, such as -4,-1; auto is the choice "
             "of the checkpoint.",
-            parser=layers,
+            parser=layers_or_auto,
             show_default=AUTO,
             rich_help_panel=MODEL,
         ),

@@ -9,6 +9,7 @@ import typer
 from internvit_cli.cli.console import print_json, print_line, say
 from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
+from internvit_cli.cli.stored_layer import StoredLayer
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode
 from internvit_cli.output_names import check_file_name
@@ -34,6 +35,7 @@ def duplicates_command(
     bytes_only: Annotated[
         bool, typer.Option("--bytes-only", help="Find identical files only, without reading vectors.")
     ] = False,
+    layer: StoredLayer = None,
     sheet: Annotated[str | None, typer.Option(metavar="FILE.png", help="Draw the groups on one sheet.")] = None,
     pictures_in: PicturesFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -54,7 +56,7 @@ def duplicates_command(
     from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
     from internvit_cli.use.show import save_png
 
-    options = DuplicateOptions(found_output(path), threshold, raw, exact, bytes_only, pictures_in)
+    options = DuplicateOptions(found_output(path), threshold, raw, exact, bytes_only, pictures_in, layer)
     with progress(quiet=quiet) as observer:
         found = find_duplicates(options, observer)
         is_drawn = sheet is not None and bool(found.similar or found.identical)

@@ -16,7 +16,7 @@ from internvit_cli.cli.console import human_bytes, human_seconds, print_json, pr
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.signals import exit_code_of, stop_on_signals
 from internvit_cli.cli.unfinished import found_output
-from internvit_cli.cli.values import size
+from internvit_cli.cli.values import layers, size
 from internvit_cli.errors import ExitCode, StoppedError, UsageError, one_line
 from internvit_cli.exchange.targets import Target, choose_target
 from internvit_cli.words import counted
@@ -54,6 +54,15 @@ def export_command(
         ),
     ] = None,
     no_tokens: Annotated[bool, typer.Option("--no-tokens", help="Write vectors only.")] = False,
+    layer: Annotated[
+        tuple[int, ...] | None,
+        typer.Option(
+            metavar="INDEX[,INDEX...]",
+            help="Write only these layers of an output that holds several, such as -4.",
+            parser=layers,
+            show_default="all",
+        ),
+    ] = None,
     widen: Annotated[
         bool,
         typer.Option(
@@ -101,7 +110,7 @@ def export_command(
     keys = tuple(read_keys(keys_from, null_separated=null)) if keys_from is not None else ()
     if keys_from is not None and not keys:
         raise UsageError(f"--keys-from {one_line(keys_from)}: it names no image", "write one key a line")
-    options = ExportOptions(found_output(path), write, tuple(key or ()), keys, tokens=not no_tokens)
+    options = ExportOptions(found_output(path), write, tuple(key or ()), keys, tokens=not no_tokens, layers=layer)
     return run_stoppable(lambda stop, observer: export(options, stop, observer), as_json=json, quiet=quiet)
 
 

@@ -12,7 +12,7 @@ from internvit_cli.cli.console import human_bytes, one_line, print_json, print_t
 from internvit_cli.cli.help import columns, wrapped
 from internvit_cli.cli.ls import print_images
 from internvit_cli.cli.unfinished import CONTINUE, found_output
-from internvit_cli.words import counted
+from internvit_cli.words import counted, listed
 
 WIDER_THAN_ALL = 10_000
 """Columns: the lines are broken before they are laid out, which rich would do within words."""
@@ -59,6 +59,8 @@ def _print_tables(facts: dict[str, Any]) -> None:
         "recipe": ", ".join(f"{name} {value}" for name, value in facts["recipe"].items() if name != "weights_digest"),
         "weights": facts["recipe"]["weights_digest"],
     }
+    if len(facts["layers"]) > 1:
+        rows["layers"] = f"{listed(facts['layers'])}; names without a number are of layer {facts['layers'][-1]}"
     for name, dataset in facts["datasets"].items():
         rows[name] = f"{dataset['shape']} {dataset['dtype']}"
     for name, figures in facts["accuracy"].items():

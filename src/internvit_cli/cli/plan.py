@@ -13,6 +13,7 @@ from internvit_cli.cli.console import human_bytes, human_seconds, print_json, pr
 from internvit_cli.cli.progress import progress
 from internvit_cli.errors import ExitCode
 from internvit_cli.options import ExtractOptions
+from internvit_cli.words import listed
 
 if TYPE_CHECKING:
     from internvit_cli.bench import Prediction
@@ -98,6 +99,8 @@ def print_plan(planned: PlanSummary) -> None:
         tiles_word, images_word = "tile" if tiles == 1 else "tiles", "image" if images == 1 else "images"
         print_line(f"  {tiles:4d} {tiles_word:<5} {images:9,d} {images_word:<6}  {bar}")
     print_line(f"model    {planned.model}")
+    if len(planned.layers) > 1:
+        print_line(f"layers   {listed(planned.layers)}")
     print_line(f"output   {planned.output}: {planned.bytes:,} bytes ({human_bytes(planned.bytes)})")
     fits = "" if planned.bytes <= planned.free_bytes else ": NOT ENOUGH"
     print_line(f"free     {planned.free_bytes:,} bytes ({human_bytes(planned.free_bytes)}){fits}")

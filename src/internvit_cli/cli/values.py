@@ -103,12 +103,14 @@ def or_auto(kind: type, name: str, least: float | None = None, most: float | Non
     return parse
 
 
-def layers(word: str) -> tuple[int, ...] | None:
-    """Indices into hidden_states, such as `-4,-1`; None for `auto`."""
-    if word == AUTO:
-        return None
-    expected = "auto, a whole number, or several with commas between"
+def layers(word: str, expected: str = "a whole number, or several with commas between") -> tuple[int, ...]:
+    """Indices into hidden_states, such as `-4,-1`."""
     return tuple(number(part.strip(), int, expected) for part in word.split(","))
+
+
+def layers_or_auto(word: str) -> tuple[int, ...] | None:
+    """The same; None for `auto`."""
+    return None if word == AUTO else layers(word, "auto, a whole number, or several with commas between")
 
 
 def one_of(*words: str) -> Callable[[str], str]:

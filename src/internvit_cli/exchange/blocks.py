@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.exchange.selection import Selection
-    from internvit_cli.storage.layout import DatasetSpec, FeatureShape
+    from internvit_cli.storage.layout import DatasetSpec
 
 BLOCK_BYTES = 8 << 20
 """Bytes read at a time; an image with more is a block of its own."""
@@ -29,14 +29,15 @@ BLOCK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Rows:
-    """What the datasets of a shape are, in the order of an image's CRC."""
+    """What some datasets are, in the order of an image's CRC."""
 
-    shape: FeatureShape
+    datasets: tuple[DatasetSpec, ...]
+    """The lengths say nothing."""
 
     @cached_property
     def specs(self) -> dict[str, DatasetSpec]:
-        """Each dataset's row, by name; the lengths say nothing."""
-        return {spec.name: spec for spec in self.shape.row_datasets(1, 1)}
+        """Each dataset's row, by name."""
+        return {spec.name: spec for spec in self.datasets}
 
     def is_per_tile(self, name: str) -> bool:
         """Whether a dataset has a row a tile, not a row an image."""
@@ -78,7 +79,7 @@ class Block:
         return Block(self.first + start, self.is_done, tiles - tiles[0], arrays, self.rows)
 
     def only(self, rows: Rows) -> Block:
-        """The same images with the datasets of another shape."""
+        """The same images with some of the datasets."""
         return replace(self, arrays={name: self.arrays[name] for name in rows.specs}, rows=rows)
 
     def image(self, number: int) -> dict[str, NDArray[Any]]:
@@ -117,7 +118,7 @@ def read_blocks(selection: Selection, *, is_index: bool = False, block_bytes: in
     Raises:
         OutputError: an image's rows are not what was committed; the message names it.
     """
-    rows = Rows(selection.shape)
+    rows = Rows(selection.shape.row_datasets(1, 1))
     spans = _spans(selection, rows, block_bytes)
     if is_index:
         yield from (Block(start, False, _tiles(selection, start, stop), {}, rows) for start, stop in spans)
@@ -161,7 +162,7 @@ def _read(selection: Selection, rows: Rows, span: _Span) -> Block:
     }
     block = Block(span.start, True, tiles, arrays, rows)
     _check(selection, block, shard.path)
-    return block if not selection.drops_tokens else block.only(Rows(selection.written))
+    return block if selection.is_whole else block.only(Rows(selection.written_datasets()))
 
 
 def _tiles(selection: Selection, start: int, stop: int) -> NDArray[Any]:

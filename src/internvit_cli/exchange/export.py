@@ -50,6 +50,8 @@ class ExportOptions:
     """And those with these keys, whatever is in them; neither words nor keys: all."""
     tokens: bool = True
     """Write tokens; otherwise vectors only."""
+    layers: tuple[int, ...] | None = None
+    """Which of several stored layers to write, as `Features.at_layer` takes them; None is all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
 
     Raises:
         StoppedError: a signal came; nothing has the result's name.
+        UsageError: options mean nothing for the target, or a layer is not stored.
         InternvitError: the output is damaged, or the result cannot be written; nothing has its name.
     """
     place = choose_target(options.write.path, options.write.target)
@@ -96,9 +99,26 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
             selection = selection.take(selection.positions_of(options.words, options.keys, options.source))
         if not options.tokens:
             selection = selection.without_tokens()
+        if options.layers is not None:
+            selection = selection.with_layers(options.layers, options.source)
+            _check_layers(selection, place)
         return write(selection, Job(place, destination, options.write, (options.source,)), stop, observer)
     except Interruption:
         raise StoppedError("stopped before all was written; nothing is left") from None
+
+
+def _check_layers(selection: Selection, place: Place) -> None:
+    """Refuse a feature file without the deepest layer: its recipe and the digest of its weights are of that layer.
+
+    Raises:
+        UsageError: that is asked for.
+    """
+    if place.target.is_feature_file and not selection.keeps_deepest:
+        deepest = selection.recipe.layer
+        raise UsageError(
+            f"--layer: {place.path} would be a feature file without layer {deepest}, the deepest",
+            f"add {deepest} to --layer, name a .parquet, .safetensors or .tar file, or extract with this --layer alone",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ class FeatureFileWriter:
 
     def _write(self, shard: _OpenShard, block: Block) -> None:
         """Whole runs of rows at their places; digests and CRCs are those of the rows that were read."""
-        rows = Rows(self._selection.written)
+        rows = Rows(self._selection.written_datasets())
         row = block.first - shard.first
         tile = int(shard.shard.table.tile_offset[row])
         for name, array in block.arrays.items():
@@ -172,7 +172,7 @@ class FeatureFileWriter:
             position = block.first + number
             digest = self._selection.digests[position].tobytes()
             # Of fewer datasets the CRC is another one; else it is the one that the rows were just held to.
-            is_whole = not self._selection.drops_tokens
+            is_whole = self._selection.is_whole
             checksum = int(self._selection.checksums[position]) if is_whole else block.checksum(number)
             shard.writer.record(Recorded(row + number, digest, checksum, size))
         if shard.writer.uncommitted_bytes >= CHECKPOINT_BYTES:

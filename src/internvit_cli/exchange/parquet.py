@@ -60,7 +60,7 @@ class ParquetWriter:
         self._pa = import_pyarrow()
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written)
+        self._rows = Rows(selection.written_datasets())
         self._widen = widen
         self._file = OneFile(destination)
         self._writer: Any = None

@@ -75,7 +75,7 @@ class SafetensorsWriter:
     def __init__(self, selection: Selection, destination: Destination) -> None:
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written)
+        self._rows = Rows(selection.written_datasets())
         self._index = index_tensors(selection)
         self._path = destination.staged(destination.name)
         self._descriptor: int | None = None
@@ -137,7 +137,7 @@ class SafetensorsWriter:
         found = {name: (TYPES[array.dtype.str], array.shape, array.nbytes) for name, array in self._index.items()}
         sizes = {name: array.dtype.itemsize for name, array in self._index.items()}
         images, tiles = len(self._selection), self._selection.table.tiles
-        for spec in self._selection.written.row_datasets(images, tiles):
+        for spec in self._selection.written_datasets(images, tiles):
             kind = native_type(self._selection, spec.name) or TYPES[spec.dtype]
             found[spec.name] = (kind, spec.shape, spec.nbytes)
             sizes[spec.name] = np.dtype(spec.dtype).itemsize

@@ -15,7 +15,16 @@ from internvit_cli.errors import OutputError
 from internvit_cli.options import named_path
 from internvit_cli.output_names import PARTIAL
 from internvit_cli.reconcile import ROW_BITS, sources_to_json
-from internvit_cli.storage.layout import MODEL_LAYERS, POOLED, FeatureShape, dataset_of, stored_recipe
+from internvit_cli.storage.layout import (
+    MODEL_LAYERS,
+    POOLED,
+    DatasetSpec,
+    FeatureShape,
+    dataset_of,
+    feature_name,
+    stored_layer,
+    stored_recipe,
+)
 from internvit_cli.storage.output import FinishedShard, Output
 from internvit_cli.storage.reader import OpenShard, find_shards
 from internvit_cli.storage.skipped import read_skip_log
@@ -125,11 +134,39 @@ class Selection:
     """Images of the outputs that are left out, for none of them has encoded them yet."""
     drops_tokens: bool = False
     """Whether tokens are left out of what is written."""
+    kept_layers: tuple[int, ...] | None = None
+    """Stored layers that are written, ascending; None is all of them."""
 
     @property
     def written(self) -> FeatureShape:
-        """Sizes of what is written."""
-        return replace(self.shape, tokens=Tokens.NONE) if self.drops_tokens else self.shape
+        """Sizes of what is written to a feature file."""
+        recipe = self.written_recipe
+        return replace(self.shape, tokens=recipe.tokens, earlier_layers=recipe.earlier_layers)
+
+    @property
+    def written_recipe(self) -> Recipe:
+        """The recipe of what is written; the deepest layer is in it even if no rows of that layer are written."""
+        tokens = Tokens.NONE if self.drops_tokens else self.recipe.tokens
+        earlier = tuple(layer for layer in self.recipe.earlier_layers if self._is_kept(layer))
+        return replace(self.recipe, tokens=tokens, earlier_layers=earlier)
+
+    @property
+    def keeps_deepest(self) -> bool:
+        """Whether the deepest layer is written, without which there is no feature file."""
+        return self._is_kept(self.recipe.layer)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything that is stored of an image is written, so that its CRC stays the same."""
+        return self.keeps_deepest and self.written == self.shape
+
+    def written_datasets(self, images: int = 1, tiles: int = 1) -> tuple[DatasetSpec, ...]:
+        """The datasets that are written, of so many rows, in the order in which an image's CRC goes over them."""
+        specs = self.written.row_datasets(images, tiles)
+        return tuple(spec for spec in specs if self.keeps_deepest or feature_name(spec.name).layer is not None)
+
+    def _is_kept(self, layer: int) -> bool:
+        return self.kept_layers is None or layer in self.kept_layers
 
     def dataset(self, kind: str, layer: int) -> str:
         """The dataset with the rows of a stored layer, such as `pooled_layer_21`."""
@@ -170,10 +207,11 @@ class Selection:
         """The root attributes for a shard whose first image is at a position, but for `index_digest`."""
         attributes = dict(self.shards[int(self.shard_of[position])].attributes)
         attributes.pop("index_digest", None)
-        recipe = self.recipe
-        if self.drops_tokens:
-            recipe = replace(recipe, tokens=Tokens.NONE)
+        recipe = self.written_recipe
+        if recipe != self.recipe:
             attributes |= {"recipe": recipe.to_json(), "recipe_digest": recipe.digest}
+        if not recipe.earlier_layers:
+            attributes.pop(MODEL_LAYERS, None)
         due = measured_attributes(recipe)
         for name in (COMPUTE_ERROR, STORE_ERROR):
             figures = attributes.pop(name, None)
@@ -215,6 +253,21 @@ class Selection:
     def without_tokens(self) -> Selection:
         """The same images, of which only vectors are written."""
         return replace(self, drops_tokens=True)
+
+    def with_layers(self, wanted: Iterable[int], path: str) -> Selection:
+        """The same images, of which only some of the stored layers are written.
+
+        Args:
+            wanted: numbers of blocks, or negative ones, which count from the end of the model.
+            path: the output, for messages.
+
+        Raises:
+            UsageError: one of them is not stored.
+        """
+        model_layers = self.shards[-1].model_layers
+        found = {stored_layer(layer, self.recipe, model_layers, path) for layer in wanted}
+        kept = sorted(self.recipe.layer if layer is None else layer for layer in found)
+        return replace(self, kept_layers=tuple(kept))
 
     def take(self, positions: NDArray[Any]) -> Selection:
         """Some of its images."""

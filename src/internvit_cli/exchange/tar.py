@@ -71,7 +71,7 @@ class TarWriter:
     ) -> None:
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written)
+        self._rows = Rows(selection.written_datasets())
         self._most = shard_bytes
         self._widen = widen
         self._file = OneFile(destination)

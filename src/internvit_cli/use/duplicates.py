@@ -59,6 +59,8 @@ class DuplicateOptions:
     """Leave it at identical files."""
     pictures: str | None = None
     """The folder to look for pictures in; None is where they were when they were encoded."""
+    layer: int | None = None
+    """Which of several stored layers to compare; None is the deepest."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
@@ -144,7 +146,7 @@ def find_duplicates(options: DuplicateOptions, observer: Observer = SILENT) -> D
         NoSpaceError: the temporary file for very many vectors does not fit.
     """
     with observer.phase("reading the output"):
-        features = open_features(options.path).done
+        features = open_features(options.path, options.layer).done
         groups, firsts = _identical(_digests(features))
     identical = tuple(tuple(features[int(number)] for number in group) for group in groups)
     if options.bytes_only or len(firsts) < 2:
