@@ -41,6 +41,11 @@ def hostile() -> Path:
 
 
 @pytest.fixture(scope="session")
+def cases() -> Path:
+    return _folder("cases")
+
+
+@pytest.fixture(scope="session")
 def reference() -> Path:
     return _folder("reference")
 

@@ -15,7 +15,7 @@ ROWS = [
     {"config", "errors", "observer", "stopping", "accuracy", "allocator", "untrusted", "words"},
     {"tiling", "table", "tensors"},
     {"sources", "workers", "decode.files"},
-    {"headers", "quick_headers"},
+    {"orientation", "png_chunks", "quick_headers", "headers"},
     {"plan"},
     {"decode"},
     {"draw"},

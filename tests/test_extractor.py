@@ -58,6 +58,8 @@ def folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         exif[0x0112] = orientation
         photo.save(folder / f"turned{orientation}.png", exif=exif)
     photo.save(folder / "turned6.tiff", exif=exif)
+    photo.save(folder / "turned6.jpg", xmp=b'<rdf:Description tiff:Orientation="6"/>')
+    Image.fromarray(random.integers(0, 4096, (90, 120), np.uint16)).save(folder / "grey12.png")
     return folder
 
 
@@ -248,7 +250,7 @@ def test_a_file_that_fails_while_it_is_read_is_a_picture_that_cannot_be_used(sma
     for error, word in ((OSError(errno.EIO, "Input/output error"), "unreadable"), (EOFError("cut"), "truncated")):
         assert small(Unreadable(error)).status.word == word
     assert [image.status.word for image in small([b"", io.BytesIO(b"GIF89a"), b"imgs/lund.jpg"])] == [
-        *("not_an_image", "not_an_image", "not_an_image")
+        *("not_an_image", "truncated", "not_an_image")
     ]
 
 
@@ -398,6 +400,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[object, ...]]] = {
     ),
     "an earlier layer": (FEW | {"layer": -2}, (*FEW_TILES, "--layer", -2)),
     "several layers": (FEW | {"layer": [0, -1]}, (*FEW_TILES, "--layer", "0,-1")),
+    "no end, twelve bits": (
+        FEW | {"truncated": "accept", "grey_range": "auto"},
+        (*FEW_TILES, "--truncated", "accept", "--grey-range", "auto"),
+    ),
+    "twelve bits": (FEW | {"grey_range": 4095}, (*FEW_TILES, "--grey-range", 4095)),
     "a low limit": (FEW | {"max_pixels": 300_000}, (*FEW_TILES, "--max-pixels", 300_000)),
 }
 
@@ -407,8 +414,10 @@ def test_options_mean_what_they_mean_on_the_command_line(folder, tmp_path, name)
     keywords, words = OPTIONS[name]
     small = tmp_path / "small"
     small.mkdir()
-    for key in ("alpha.png", "grey16.png", "turned6.png", "grey.png", PHOTOS[0]):
+    turned, gray = ("turned6.png", "turned6.jpg"), ("grey.png", "grey12.png", "grey16.png")
+    for key in ("alpha.png", *turned, *gray, PHOTOS[0]):
         shutil.copy(folder / key, small)
+    (small / "cut.jpg").write_bytes((folder / "cmyk.jpg").read_bytes()[:-500])
     assert extract(small, "-o", tmp_path / "feats.h5", *words, *FLOAT32).returncode in {0, 3}
     stored = open_features(tmp_path / "feats.h5")
     with Extractor("tiny-random", **keywords, **CPU) as extractor:
@@ -484,6 +493,12 @@ def test_options_that_mean_nothing_are_refused():
         ({"max_tiles": True}, UsageError),
         ({"tile_size": 0}, UsageError),
         ({"max_pixels": -1}, UsageError),
+        ({"truncated": "maybe"}, UsageError),
+        ({"truncated": True}, UsageError),
+        ({"grey_range": "most"}, UsageError),
+        ({"grey_range": 0}, UsageError),
+        ({"grey_range": 65_536}, UsageError),
+        ({"grey_range": 1.5}, UsageError),
         ({"threads": 0}, UsageError),
         ({"batch_tiles": "many"}, UsageError),
         ({"layer": "last"}, UsageError),

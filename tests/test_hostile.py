@@ -96,6 +96,7 @@ def test_public_broken_pictures_come_out_as_plain_pillow_reads_them(
         pytest.skip("the table of outcomes is that of Pillow 13")
     with (hostile / "OUTCOMES.tsv").open(newline="") as table:
         expected = {row["file"]: row["outcome"] for row in csv.DictReader(table, delimiter="\t")}
+    expected["pillow__png_decompression_dos.png"] = "ok"  # only its text is hostile
     stored = open_features(tmp_path / "f.h5")
     assert {key: "ok" if stored[key].status is Status.DONE else "error" for key in stored} == {
         key: outcome for key, outcome in expected.items() if key in stored
@@ -142,8 +143,8 @@ def test_a_tree_of_hostile_files_costs_only_what_cannot_be_read(
         found = status.get(row["path"].encode())
         if row["expect"] == "ok" and found is not None and not row["path"].startswith(("bomb/", "modes/")):
             assert found is Status.DONE, row
-        # Pillow itself reads two of those that were meant to fail.
-        if row["expect"] == "error" and "claims_9000sq_short" not in row["path"]:
+        # Of those that were meant to fail Pillow itself reads one, and of another only the text is hostile.
+        if row["expect"] == "error" and row["path"] not in ("bomb/claims_9000sq_short.png", "bomb/ztxt60M.png"):
             assert found is not Status.DONE, row
     log = output / "skipped.jsonl" if unprivileged else Path(f"{output}.skipped.jsonl")
     lines = log.read_bytes().splitlines()

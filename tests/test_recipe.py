@@ -38,6 +38,8 @@ OPTIONS = {
     "store_dtype": ("--store-dtype", "float32"),
     "compute_dtype": ("--dtype", "bfloat16"),
     "on_overflow": ("--on-overflow", "clamp"),
+    "truncated": ("--truncated", "accept"),
+    "grey_range": ("--grey-range", "4095"),
 }
 
 

@@ -51,6 +51,8 @@ class Totals:
     """Whether there was nothing to do."""
     mistrusted: int = 0
     """Images that are done again because what was recorded of them is damaged."""
+    worth_retrying: int = 0
+    """Images that an earlier run skipped, that were not tried again, and that may well be read now."""
     drawn_and_named: int = 0
     """Planned pictures that this program drew, and that a user named outright."""
 
@@ -147,6 +149,11 @@ def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
         notes.append(f"{counted(totals.dropped, 'row')} of deleted or excluded pictures dropped")
     if totals.mistrusted:
         notes.append(f"{counted(totals.mistrusted, 'image')} of an earlier run damaged on the disk, and done again")
+    if totals.worth_retrying:
+        notes.append(
+            f"{counted(totals.worth_retrying, 'image')} skipped by an earlier run and not tried again: "
+            "--retry-skipped tries all skipped images"
+        )
     if totals.clamped:
         notes.append(f"{counted(totals.clamped, 'value')} clamped to the range of the stored type")
     return (*notes, *listing_notes(account.listing, totals.drawn_and_named))

@@ -18,7 +18,11 @@ PATCH_SIZE = 14
 """Side of the ViT's square patch, pixels."""
 
 NUMERICS_VERSION = 2
-"""Raised whenever a change of ours may change a stored value; part of the recipe."""
+"""Raised whenever a change of ours may change a stored value; part of the recipe.
+
+Not raised for which metadata says that a picture is turned: the turn of each image is stored beside it, and a row goes
+on meaning the picture that was turned so.
+"""
 
 DEFAULT_RESCALE_FACTOR = 1 / 255
 """What bytes are multiplied by before they are normalized, unless the checkpoint says otherwise."""
@@ -26,6 +30,15 @@ DEFAULT_RESCALE_FACTOR = 1 / 255
 DEFAULT_MODEL = "OpenGVLab/InternViT-300M-448px-V2_5"
 DEFAULT_MAX_PIXELS = 178_956_970
 """Pillow's own error limit: twice its warning limit of 1 GiB of RGBA."""
+
+DEFAULT_DECODE_TIMEOUT = 30.0
+"""Seconds per picture."""
+
+DEFAULT_WORKER_MEMORY = 4 << 30
+"""Bytes per decode process."""
+
+MOST_GREY = 65_535
+"""The most that 16 bits hold."""
 
 DRAWN_BY = ("Software", "internvit")
 """The text in front of the pixels of every PNG that this program draws: such a picture is none of its sources'."""
@@ -153,6 +166,23 @@ class OnOverflow(Choice):
     CLAMP = "clamp"
 
 
+class Truncated(Choice):
+    """What to do with a picture that lacks its end."""
+
+    SKIP = "skip"
+    ACCEPT = "accept"
+    """Take what is there, as Pillow's LOAD_TRUNCATED_IMAGES does; what lacks is gray or black."""
+
+
+class GreyRange(Choice):
+    """Which values of wide gray pictures are white, when it is no number."""
+
+    FULL = "full"
+    """65535: all 16 bits."""
+    AUTO = "auto"
+    """The most that the smallest of 8, 10, 12, 14 and 16 bits hold that the picture fits in."""
+
+
 class TokenMapKind(Choice):
     """What `show` draws of an image."""
 
@@ -225,6 +255,33 @@ class Skipped:
     exception: str
     """Class of the cause, such as `PIL.UnidentifiedImageError`; empty when there was none."""
     message: str
+    pixels: int | None = None
+    """What `--max-pixels` would have to be, of a picture that has too many; None of others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The options of a run that make it skip pictures which a run with higher ones takes."""
+
+    max_pixels: int = DEFAULT_MAX_PIXELS
+    decode_timeout: float = DEFAULT_DECODE_TIMEOUT
+    """Seconds per picture."""
+    worker_memory: int = DEFAULT_WORKER_MEMORY
+    """Bytes per decode process."""
+
+    def exceeded(self, skipped: Skipped) -> tuple[str, float] | None:
+        """Return which of these limits a picture was skipped for; None when it was none of them.
+
+        Returns:
+            The name of the limit, and the value that it must be above for the picture to be worth another try.
+        """
+        if skipped.pixels is not None:
+            return "max_pixels", skipped.pixels - 1
+        if skipped.status is Status.TIMEOUT:
+            return "decode_timeout", self.decode_timeout
+        if skipped.status in (Status.TOO_LARGE, Status.WORKER_DIED):  # decoders in C may crash without memory
+            return "worker_memory", self.worker_memory
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +309,9 @@ class PixelRule:
     global_view_only: bool = False
     """Produce just the global view: all that pooled features of the whole picture need."""
     max_pixels: int = DEFAULT_MAX_PIXELS
+    truncated: Truncated = Truncated.SKIP
+    grey_range: GreyRange | int = GreyRange.FULL
+    """The value of gray pictures of more than 8 bits that becomes white."""
 
 
 class RecipeError(ValueError):
@@ -299,6 +359,8 @@ class Recipe:
     """What bytes are multiplied by before `mean` is taken away; 1 where the checkpoint does not rescale."""
     earlier_layers: tuple[int, ...] = later_field(())
     """Layers before `layer` that are stored too, ascending; each is a number of blocks."""
+    truncated: Truncated = later_field(Truncated.SKIP)  # noqa: RUF009 -- it declares a field
+    grey_range: GreyRange | int = later_field(GreyRange.FULL)  # noqa: RUF009 -- it declares a field
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -397,6 +459,14 @@ def _counts(value: Any) -> tuple[int, ...]:
     return tuple(map(_count, value))
 
 
+def _grey_range(value: Any) -> GreyRange | int:
+    if isinstance(value, str):
+        return GreyRange(value)
+    if not 1 <= (most := _count(value)) <= MOST_GREY:
+        raise ValueError
+    return most
+
+
 def _computed(value: Any) -> ComputeDtype:
     if value == ComputeDtype.AUTO:
         raise ValueError
@@ -412,6 +482,8 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "tuple[float, float, float]": _three(_number),
     "tuple[int, int, int] | None": lambda value: None if value is None else _three(_count)(value),
     "Preprocess": Preprocess,
+    "Truncated": Truncated,
+    "GreyRange | int": _grey_range,
     "Tokens": Tokens,
     "TokenOrder": TokenOrder,
     "Pool": Pool,

@@ -6,15 +6,20 @@ import os
 from dataclasses import dataclass, field
 
 from internvit_cli.config import (
+    DEFAULT_DECODE_TIMEOUT,
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
+    DEFAULT_WORKER_MEMORY,
     ComputeDtype,
     Format,
+    GreyRange,
+    Limits,
     OnOverflow,
     Pool,
     Preprocess,
     StoreDtype,
     Tokens,
+    Truncated,
 )
 from internvit_cli.errors import UsageError
 from internvit_cli.sources.interface import DiscoverOptions
@@ -46,6 +51,8 @@ class PictureOptions:
     exif: bool = True
     background: tuple[int, int, int] | None = None
     max_pixels: int = DEFAULT_MAX_PIXELS
+    truncated: Truncated = Truncated.SKIP
+    grey_range: GreyRange | int = GreyRange.FULL
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_tiles <= self.max_tiles:
@@ -94,9 +101,9 @@ class RunOptions:
     """Encoder threads on a CPU; None is one a core."""
     compile: bool = False
     """CUDA only: torch.compile instead of our kernels."""
-    decode_timeout: float = 30.0
+    decode_timeout: float = DEFAULT_DECODE_TIMEOUT
     """Seconds an image."""
-    worker_memory: int = 4 << 30
+    worker_memory: int = DEFAULT_WORKER_MEMORY
     """Bytes a decode worker may use."""
     strict: bool = False
 
@@ -111,6 +118,11 @@ class ExtractOptions:
     model: ModelOptions = field(default_factory=ModelOptions)
     pictures: PictureOptions = field(default_factory=PictureOptions)
     run: RunOptions = field(default_factory=RunOptions)
+
+    @property
+    def limits(self) -> Limits:
+        """What the pictures of this run must stay within."""
+        return Limits(self.pictures.max_pixels, self.run.decode_timeout, self.run.worker_memory)
 
     @property
     def has_sources(self) -> bool:

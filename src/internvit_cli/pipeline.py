@@ -138,9 +138,10 @@ class _Extraction:
         self._model = ModelInUse(self._options, existing.attributes, self._observer)
         existing = settle(self._output, existing, self._model.recipe, overwrite=store.overwrite)
         stored = StoredImages(existing.shards, self._relocations)
-        self._skip_log = SkipLog(self._output.skipped_path)
+        self._skip_log = SkipLog(self._output.skipped_path, self._options.limits)
         changes = self._compare(stored)
         self._totals.mistrusted = changes.damaged
+        self._totals.worth_retrying = changes.worth_retrying
         self._unlisted = frozenset(changes.unlisted)
         dropped = prunable(stored, changes, self._listing, confirmed=store.yes) if store.prune else []
         self._totals.dropped = len(dropped)

@@ -211,6 +211,8 @@ def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: ComputeDtype)
         on_overflow=store.on_overflow,
         rescale_factor=facts.normalization.rescale_factor,
         earlier_layers=facts.layers[:-1],
+        truncated=pictures.truncated,
+        grey_range=pictures.grey_range,
     )
 
 
@@ -238,6 +240,8 @@ def pixel_rule(recipe: Recipe, max_pixels: int) -> PixelRule:
         and not recipe.tile_pooled
         and recipe.thumbnail | (recipe.max_tiles == 1),
         max_pixels=max_pixels,
+        truncated=recipe.truncated,
+        grey_range=recipe.grey_range,
     )
 
 

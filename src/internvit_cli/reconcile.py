@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 HASH_BLOCK = 1 << 20
 TOLD_EVERY = 256
 """Images between two reports of progress: most take less time than a report."""
+WORTH_RETRYING = frozenset({Status.TIMEOUT, Status.WORKER_DIED, Status.UNREADABLE, Status.UNSUPPORTED})
+"""Reasons that lie in a machine, a disk or a version of Pillow rather than in a picture."""
 ROW_BITS = 40
 """Of a row's number in a shard."""
 
@@ -42,6 +44,8 @@ class Changes:
     """How many of the changed ones are so because their status cannot be what was committed."""
     skipped_before: int = 0
     """How many of the others were skipped by an earlier run."""
+    worth_retrying: int = 0
+    """How many of those another try may well turn out better for."""
 
     @property
     def entries(self) -> list[int]:
@@ -114,14 +118,14 @@ class StoredImages:
 
         Args:
             listing: what the sources hold.
-            skip_log: the list of skipped images.
-            retry_skipped: take images that were skipped for changed.
+            skip_log: the list of skipped images; those that exceeded a limit which admits them now are changed.
+            retry_skipped: take all images that were skipped for changed.
             on_progress: called with the number of images looked at.
 
         Raises:
             OtherRecipeError: a key that comes from another root than its row.
         """
-        new, changed, listed, damaged, skipped_before = [], [], set(), 0, 0
+        new, changed, listed, damaged, skipped_before, worth_retrying = [], [], set(), 0, 0, 0
         for entry, key in enumerate(listing.keys):
             if entry % TOLD_EVERY == 0:
                 on_progress(entry)
@@ -132,16 +136,20 @@ class StoredImages:
             listed.add(key)
             self._check_root(listing, entry, place)
             status = Status(int(self._table(place).status[place[1]]))
-            is_retried = retry_skipped and status not in (Status.DONE, Status.PENDING)
+            is_skipped = status not in (Status.DONE, Status.PENDING)
+            is_retried = is_skipped and (retry_skipped or skip_log.is_admitted(key))
             if self._is_contradictory(place, key in skip_log, bool(skip_log)):
                 damaged += 1
                 changed.append(entry)
             elif is_retried or not self._is_unchanged(listing, entry, place):
                 changed.append(entry)
             else:
-                skipped_before += status not in (Status.DONE, Status.PENDING)
+                skipped_before += is_skipped
+                worth_retrying += status in WORTH_RETRYING or (
+                    status is Status.TOO_LARGE and not skip_log.is_limited(key)
+                )
         unlisted = [key for key in self._places if key not in listed]
-        return Changes(new, changed, unlisted, damaged, skipped_before)
+        return Changes(new, changed, unlisted, damaged, skipped_before, worth_retrying)
 
     def _place(self, key: bytes) -> tuple[int, int] | None:
         """Number of the shard that holds a key's row, and the row."""

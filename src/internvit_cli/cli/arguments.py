@@ -10,17 +10,23 @@ from typing import Annotated, Any, Optional
 import typer
 
 from internvit_cli.cli.settings import is_on_command_line
-from internvit_cli.cli.values import AUTO, UnusableWordError, layers_or_auto, or_auto, size
+from internvit_cli.cli.values import AUTO, UnusableWordError, layers_or_auto, number, or_auto, size
 from internvit_cli.config import (
+    DEFAULT_DECODE_TIMEOUT,
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
+    DEFAULT_WORKER_MEMORY,
+    MOST_GREY,
     ComputeDtype,
     Format,
+    GreyRange,
     OnOverflow,
     Pool,
     Preprocess,
     StoreDtype,
     Tokens,
+    Truncated,
+    member_named,
 )
 from internvit_cli.errors import UsageError
 from internvit_cli.options import (
@@ -65,6 +71,14 @@ def color(word: str) -> tuple[int, int, int]:
     if found is None:
         raise UnusableWordError("a color", "give a name or a value, such as white or '#ffffff'")
     return found
+
+
+def grey_range_named(word: str) -> GreyRange | int:
+    """The value of wide gray pictures that is white, or how it is found."""
+    if (found := member_named(GreyRange, word)) is not None:
+        return found
+    most: int = number(word, int, f"{' or '.join(GreyRange)} or a number", 1, MOST_GREY)
+    return most
 
 
 def build_options(
@@ -222,6 +236,25 @@ def build_options(
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Skip pictures with more than N pixels.", rich_help_panel=PICTURES)
     ] = DEFAULT_MAX_PIXELS,
+    truncated: Annotated[
+        Truncated,
+        typer.Option(
+            metavar="ACTION",
+            help="Skip pictures that lack their end, or accept what is there; the rest is gray or black.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = Truncated.SKIP,
+    grey_range: Annotated[
+        GreyRange | int,
+        typer.Option(
+            metavar="full|auto|MAX",
+            help="Make this value white in gray pictures of 16 bits: full is 65535, auto fits the bits that a picture "
+            "uses, 4095 suits 12 bits.",
+            parser=grey_range_named,
+            show_default=GreyRange.FULL.value,
+            rich_help_panel=PICTURES,
+        ),
+    ] = GreyRange.FULL,
     tokens: Annotated[
         Tokens,
         typer.Option(
@@ -336,7 +369,7 @@ def build_options(
             help="Skip a picture that takes longer to decode.",
             rich_help_panel=RUN,
         ),
-    ] = 30.0,
+    ] = DEFAULT_DECODE_TIMEOUT,
     worker_memory: Annotated[
         int,
         typer.Option(
@@ -346,7 +379,7 @@ def build_options(
             show_default="4GiB",
             rich_help_panel=RUN,
         ),
-    ] = 4 << 30,
+    ] = DEFAULT_WORKER_MEMORY,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Replace an output that was made with another recipe.", rich_help_panel=RUN),
@@ -364,7 +397,11 @@ def build_options(
     ] = False,
     retry_skipped: Annotated[
         bool,
-        typer.Option("--retry-skipped", help="Try pictures again that were skipped before.", rich_help_panel=RUN),
+        typer.Option(
+            "--retry-skipped",
+            help="Try all pictures again that were skipped before, not only those that a raised limit admits.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
     relocate: Annotated[
         Optional[list[tuple[bytes, bytes]]],  # noqa: UP045
@@ -412,6 +449,8 @@ def build_options(
             exif=exif,
             background=background,
             max_pixels=max_pixels,
+            truncated=truncated,
+            grey_range=grey_range,
         ),
         store=StoreOptions(
             output=output,

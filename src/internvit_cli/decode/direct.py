@@ -14,9 +14,9 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped
-from internvit_cli.decode.files import classify, pillow_limits
-from internvit_cli.decode.pictures import _TURNS, Decoded, _fill, _rgb, decode_tiles
-from internvit_cli.headers import read_header, unusable_size, upright_size
+from internvit_cli.decode.files import any_size, classify, pillow_failure, pillow_settings
+from internvit_cli.decode.pictures import Decoded, _fill, decode_tiles, upright_rgb
+from internvit_cli.headers import loaded_size, read_header, unusable_size, upright_size
 from internvit_cli.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail
 
 if TYPE_CHECKING:
@@ -94,30 +94,22 @@ def tile_picture(image: Image.Image, rule: PixelRule) -> Tiled | Skipped:
         image: in any mode; what its EXIF says counts as in a file. Of several frames the one at hand is taken.
         rule: all that decides the pixels.
     """
-    # Before the pixels are read: in a PNG an orientation that follows them does not count, in a file neither.
-    size = upright_size(image, rule)
-    if unusable := unusable_size(size[0], size[1], rule):
+    if unusable := unusable_size(*upright_size(image, rule)[:2], rule):
         return unusable
-    tiles = _room(choose_grid(size[0], size[1], rule.tiling), rule)
     try:
-        with pillow_limits(rule.max_pixels):
+        with pillow_settings(rule):
             image.load()
-            _fill(upright_rgb(image, size[2], rule), choose_grid(size[0], size[1], rule.tiling), rule, tiles)
+            # Again, for a PNG may hold an orientation behind its pixels.
+            size = loaded_size(image, rule)
+            if unusable := unusable_size(*size[:2], rule):
+                return unusable
+            grid = choose_grid(*size[:2], rule.tiling)
+            tiles = _room(grid, rule)
+            with any_size():
+                _fill(upright_rgb(image, size[2], rule), grid, rule, tiles)
     except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
-        return classify(error)
+        return pillow_failure(error, rule.max_pixels)
     return _tiled(size, rule, tiles, NO_DIGEST)
-
-
-def upright_rgb(image: Image.Image, orientation: int, rule: PixelRule) -> Image.Image:
-    """A loaded picture as the tiles are cut from it: RGB, turned upright.
-
-    Args:
-        image: in any mode.
-        orientation: EXIF's number of the turn to apply.
-        rule: whether transparency is composed over a colour.
-    """
-    picture = _rgb(image, rule)
-    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
 
 
 def _room(grid: Grid, rule: PixelRule) -> NDArray[Any]:

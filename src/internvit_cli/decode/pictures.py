@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from internvit_cli.config import PixelRule, Preprocess, Skipped, Status
-from internvit_cli.decode.files import classify, open_regular, pillow_limits, readable_formats
+from internvit_cli.config import MOST_GREY, GreyRange, PixelRule, Preprocess, Skipped, Status
+from internvit_cli.decode.files import any_size, open_picture, pillow_settings, readable_formats
+from internvit_cli.png_chunks import despite_texts
 from internvit_cli.table import modified_ns
 from internvit_cli.tiling import clip_size, has_thumbnail
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
 
     from numpy.typing import NDArray
 
+    from internvit_cli.decode.files import OpenPicture
     from internvit_cli.headers import Header
     from internvit_cli.tiling import Grid
 
@@ -32,6 +34,9 @@ _IN_MEMORY = 64 << 20
 _BLOCK = 1 << 20
 _BLOCK_ROWS = 256
 """Rows of wide pixels scaled at a time, so that the intermediate numbers stay small."""
+
+_GREY_RANGES = tuple((1 << bits) - 1 for bits in (8, 10, 12, 14, 16))
+"""The most that each depth of gray holds that cameras and scanners write into 16 bits."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -68,19 +73,18 @@ def decode_tiles(path: bytes, header: Header, grid: Grid, rule: PixelRule, out: 
         The number of tiles and the digest of the very bytes they came from, or why there are none. After a failure
         `out` may hold part of the picture.
     """
-    opened = open_regular(path)
-    if isinstance(opened, Skipped):
-        return opened
-    with os.fdopen(opened.descriptor, "rb") as file:
-        if _differs(opened.status, header):
+    picture = open_picture(path)
+    if isinstance(picture, Skipped):
+        return picture
+    with picture, pillow_settings(rule):
+        if _differs(picture.status, header):
             return _changed()
         try:
-            with pillow_limits(rule.max_pixels):
-                outcome = _decode(file, header, grid, rule, out)
+            outcome = _decode(picture, header, grid, rule, out)
         except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
-            outcome = classify(error)
+            outcome = picture.failure(error, rule.max_pixels)
         # Looked at after a failure too: a file that was being written is changed, not damaged.
-        return _changed() if _differs(os.fstat(file.fileno()), header) else outcome
+        return _changed() if _differs(picture.status_now(), header) else outcome
 
 
 def _differs(status: os.stat_result, header: Header) -> bool:
@@ -91,18 +95,23 @@ def _changed() -> Skipped:
     return Skipped(Status.CHANGED, "", "the file changed after it was planned")
 
 
-def _decode(file: BinaryIO, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> Decoded | Skipped:
-    digest, stream = digested(file, header.file_size)
-    with Image.open(stream, formats=readable_formats()) as image:
-        if not _is_planned_size(image, header):
-            return _size_mismatch(image, header)
-        image.load()
-        if not _is_planned_size(image, header):  # Some formats learn their size while decoding.
-            return _size_mismatch(image, header)
-        picture = _rgb(image, rule)
-        if header.orientation in _TURNS:
-            picture = picture.transpose(_TURNS[header.orientation])
-        return Decoded(_fill(picture, grid, rule, out), digest)
+def _decode(
+    file: OpenPicture, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]
+) -> Decoded | Skipped:
+    digest, stream = digested(file.stream(), header.file_size)
+
+    def tiles_of(stream: BinaryIO) -> int | Skipped:
+        with Image.open(stream, formats=readable_formats()) as image:
+            if not _may_be_planned_size(image, header):
+                return _size_mismatch(image, header)
+            image.load()
+            if not _is_planned_size(image, header):  # Some formats learn their size while decoding.
+                return _size_mismatch(image, header)
+            with any_size():
+                return _fill(upright_rgb(image, header.orientation, rule), grid, rule, out)
+
+    outcome = despite_texts(tiles_of, stream)
+    return outcome if isinstance(outcome, Skipped) else Decoded(outcome, digest)
 
 
 def digested(file: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
@@ -117,6 +126,11 @@ def digested(file: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
     return hashed.digest(), file
 
 
+def _may_be_planned_size(image: Image.Image, header: Header) -> bool:
+    """The same before a picture is loaded: a TIFF may be turned by Pillow while it is."""
+    return _is_planned_size(image, header) or (image.format == "TIFF" and image.size == header[1::-1])
+
+
 def _is_planned_size(image: Image.Image, header: Header) -> bool:
     width, height = image.size
     return (height, width) == header[:2] if header.orientation >= 5 else (width, height) == header[:2]
@@ -129,10 +143,22 @@ def _size_mismatch(image: Image.Image, header: Header) -> Skipped:
     )
 
 
+def upright_rgb(image: Image.Image, orientation: int, rule: PixelRule) -> Image.Image:
+    """Return a loaded picture as the tiles are cut from it: RGB, turned upright.
+
+    Args:
+        image: in any mode.
+        orientation: EXIF's number of the turn to apply.
+        rule: whether transparency is composed over a colour, and which gray is white.
+    """
+    picture = _rgb(image, rule)
+    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+
+
 def _rgb(image: Image.Image, rule: PixelRule) -> Image.Image:
     """The picture's first frame in RGB; wide greys scaled, transparency composed when a background is given."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return _wide_grey(image)
+        return _wide_grey(image, rule.grey_range)
     if rule.background is not None and image.has_transparency_data:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, rule.background)
@@ -141,23 +167,29 @@ def _rgb(image: Image.Image, rule: PixelRule) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _wide_grey(image: Image.Image) -> Image.Image:
+def _wide_grey(image: Image.Image, grey_range: GreyRange | int) -> Image.Image:
     """16-bit, 32-bit and float greys as RGB, which Pillow's own convert would clip at 255."""
     values = np.asarray(image)
-    scale = _float_scale(values) if values.dtype.kind == "f" else _integer_scale(values)
+    scale = _float_scale(values) if values.dtype.kind == "f" else _integer_scale(values, grey_range)
     grey = np.empty(values.shape, np.uint8)
     for top in range(0, len(values), _BLOCK_ROWS):
         grey[top : top + _BLOCK_ROWS] = scale(values[top : top + _BLOCK_ROWS])
     return Image.fromarray(grey).convert("RGB")
 
 
-def _integer_scale(values: NDArray[Any]) -> Callable[[NDArray[Any]], NDArray[Any]]:
+def _integer_scale(values: NDArray[Any], grey_range: GreyRange | int) -> Callable[[NDArray[Any]], NDArray[Any]]:
     low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535:
-        span = max(high - low, 1)
-        return lambda block: ((block.astype(np.int64) - low) * 255 + span // 2) // span
-    table = ((np.arange(65536, dtype=np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    return lambda block: table[block]
+    if isinstance(grey_range, GreyRange):
+        if low < 0 or high > MOST_GREY:
+            span = max(high - low, 1)
+            return lambda block: ((block.astype(np.int64) - low) * 255 + span // 2) // span
+        white = MOST_GREY if grey_range is GreyRange.FULL else next(most for most in _GREY_RANGES if high <= most)
+    else:
+        white = grey_range
+    table = ((np.arange(white + 1, dtype=np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    if low >= 0 and high <= white:
+        return lambda block: table[block]
+    return lambda block: table[np.clip(block, 0, white)]
 
 
 def _float_scale(values: NDArray[Any]) -> Callable[[NDArray[Any]], NDArray[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from internvit_cli.sources.extensions import EXTENSIONS
@@ -20,6 +21,12 @@ class Kind:
     """Lower case, without the dot."""
     remedy: str = ""
     """What makes pictures of them; empty for files that nobody takes for pictures."""
+
+    @property
+    def remedy_for_one(self) -> str:
+        """What makes a picture of one of them."""
+        singular = {"them": "it", "their": "its"}
+        return re.sub(r"\b(?:them|their)\b", lambda found: singular[found[0]], self.remedy)
 
 
 def _kind(name: str, plural: str, extensions: str, remedy: str = "") -> Kind:

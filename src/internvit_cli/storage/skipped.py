@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from internvit_cli.config import Limits
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.durable import append, disk_errors, remove, sync_path, write_file
 from internvit_cli.untrusted import lines_of, opened, parse_json
@@ -16,14 +19,27 @@ if TYPE_CHECKING:
 
     from internvit_cli.config import Skipped
 
+_LIMITS = tuple(asdict(Limits()))
+
 
 class SkipLog:
-    """`feats.h5.skipped.jsonl`: key, reason, exception, message and attempt of every skipped image."""
+    """`feats.h5.skipped.jsonl`: key, reason, exception, message and attempt of every skipped image.
 
-    def __init__(self, path: str) -> None:
+    Of images that exceeded a limit of their run also which, and what it must be above for another try.
+    """
+
+    def __init__(self, path: str, limits: Limits | None = None) -> None:
+        """Read the list.
+
+        Args:
+            path: of the list, which need not be there.
+            limits: those of this run; None for the defaults.
+        """
         self.path = path
+        self._limits = limits or Limits()
         entries = read_skip_log(path)
         self._attempts = {entry["key"]: _attempt(entry) for entry in entries}
+        self._exceeded = {entry["key"]: _exceeded(entry) for entry in entries}
 
     def __contains__(self, key: bytes) -> bool:
         """Whether an image is listed."""
@@ -32,6 +48,15 @@ class SkipLog:
     def __bool__(self) -> bool:
         """Whether any is."""
         return bool(self._attempts)
+
+    def is_limited(self, key: bytes) -> bool:
+        """Whether the list says which limit an image exceeded."""
+        return self._exceeded.get(os.fsdecode(key)) is not None
+
+    def is_admitted(self, key: bytes) -> bool:
+        """Whether an image exceeded a limit that is higher in this run, high enough to try it again."""
+        exceeded = self._exceeded.get(os.fsdecode(key))
+        return exceeded is not None and bool(getattr(self._limits, exceeded[0]) > exceeded[1])
 
     def append(self, skips: Iterable[tuple[bytes, Skipped]]) -> None:
         """Add lines and sync them: a status that says skipped always has its reason."""
@@ -66,13 +91,16 @@ class SkipLog:
     def _line(self, key: bytes, skipped: Skipped) -> bytes:
         name = os.fsdecode(key)
         self._attempts[name] = self._attempts.get(name, 0) + 1
-        entry = {
+        entry: dict[str, Any] = {
             "key": name,
             "reason": skipped.status.word,
             "exception": skipped.exception,
             "message": skipped.message,
             "attempt": self._attempts[name],
         }
+        self._exceeded[name] = exceeded = self._limits.exceeded(skipped)
+        if exceeded is not None:
+            entry |= {"limit": exceeded[0], "above": exceeded[1]}
         return json.dumps(entry).encode() + b"\n"
 
 
@@ -108,3 +136,11 @@ def _attempt(entry: dict[str, Any]) -> int:
     """A number that people may have edited; it decides nothing."""
     attempt = entry.get("attempt")
     return attempt if isinstance(attempt, int) else 1
+
+
+def _exceeded(entry: dict[str, Any]) -> tuple[str, float] | None:
+    """The limit that an entry names, and the value it must be above; None for what is neither."""
+    limit, above = entry.get("limit"), entry.get("above")
+    if limit not in _LIMITS or not isinstance(above, (int, float)) or isinstance(above, bool):
+        return None
+    return (limit, above) if -math.inf < above < math.inf else None

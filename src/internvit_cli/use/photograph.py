@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from PIL import Image
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, PixelRule, Skipped
-from internvit_cli.decode.direct import NO_DIGEST, upright_rgb
-from internvit_cli.decode.files import classify, open_regular, pillow_limits, readable_formats
-from internvit_cli.decode.pictures import digested
+from internvit_cli.decode.direct import NO_DIGEST
+from internvit_cli.decode.files import classify, open_regular, pillow_settings, readable_formats
+from internvit_cli.decode.pictures import digested, upright_rgb
 from internvit_cli.errors import one_line
+from internvit_cli.png_chunks import despite_texts
 from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec, map_in_workers, usable_cpus
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ PICTURES_PER_WORKER = 8
 """A worker that would have fewer is not worth its start."""
 NOT_STORED = "its SHA-256 is not stored, so nothing tells whether this is the picture that was encoded"
 CHANGED = "it changed since it was encoded"
+OTHER_SIZE = "it has another size in pixels than its row says"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,8 @@ class PictureFile:
     height: int
     orientation: int
     """EXIF's number of the turn that sets it upright."""
-    background: tuple[int, int, int] | None
-    """What transparency is composed over."""
+    rule: PixelRule
+    """How its pixels were read; its tiles do not matter here."""
 
     @property
     def place(self) -> str:
@@ -74,7 +76,12 @@ class PictureFile:
             width=image.width,
             height=image.height,
             orientation=image.orientation,
-            background=image.recipe.background,
+            rule=PixelRule(
+                background=image.recipe.background,
+                max_pixels=max(DEFAULT_MAX_PIXELS, image.width * image.height),
+                truncated=image.recipe.truncated,
+                grey_range=image.recipe.grey_range,
+            ),
         )
 
 
@@ -173,14 +180,21 @@ def _verified(file: PictureFile, side: int) -> Image.Image | str:
 
 
 def _decoded(data: BinaryIO, file: PictureFile, side: int) -> Image.Image | str:
-    limit = max(DEFAULT_MAX_PIXELS, file.width * file.height)
     turned = (file.height, file.width) if file.orientation >= 5 else (file.width, file.height)
-    with pillow_limits(limit), Image.open(data, formats=readable_formats()) as opened:
-        if opened.size != turned:
-            return "it has another size in pixels than its row says"
-        opened.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded no larger than needed
-        opened.load()
-        picture = upright_rgb(opened, file.orientation, PixelRule(background=file.background))
-        picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
-        picture.info = {}  # metadata need not be sent to another process
-        return picture
+
+    def upright(stream: BinaryIO) -> Image.Image | str:
+        with Image.open(stream, formats=readable_formats()) as opened:
+            is_turned_while_loaded = opened.format == "TIFF"
+            if opened.size != turned and not is_turned_while_loaded:
+                return OTHER_SIZE
+            opened.draft("RGB", (2 * side, 2 * side))  # a JPEG is decoded no larger than needed
+            opened.load()
+            if opened.size != turned and is_turned_while_loaded:
+                return OTHER_SIZE
+            picture = upright_rgb(opened, file.orientation, file.rule)
+            picture.thumbnail((side, side), Image.Resampling.BICUBIC, reducing_gap=2.0)
+            picture.info = {}  # metadata need not be sent to another process
+            return picture
+
+    with pillow_settings(file.rule):
+        return despite_texts(upright, data)

@@ -10,13 +10,16 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from internvit_cli.config import (
+    MOST_GREY,
     AnyEnum,
     ComputeDtype,
+    GreyRange,
     OnOverflow,
     Pool,
     Preprocess,
     StoreDtype,
     Tokens,
+    Truncated,
     member_named,
     names_of,
 )
@@ -50,6 +53,10 @@ class ExtractorOptions(TypedDict, total=False):
     """RGB, or a colour's name: compose transparency over it first."""
     max_pixels: int
     """Pictures with more are skipped."""
+    truncated: Truncated | str
+    """Pictures that lack their end: skip or accept."""
+    grey_range: GreyRange | int | str
+    """What becomes white in gray pictures of 16 bits: full (65535), auto (what fits), or a value from 1 to 65535."""
     tokens: Tokens | str
     """visual, patch, projected or none."""
     pool: Pool | str
@@ -73,6 +80,7 @@ class ExtractorOptions(TypedDict, total=False):
 AT_LEAST_1 = {"tile_size", "min_tiles", "max_tiles", "max_pixels", "batch_tiles", "threads"}
 CHOICES: Mapping[str, type[Enum]] = {
     "preprocess": Preprocess,
+    "truncated": Truncated,
     "tokens": Tokens,
     "pool": Pool,
     "store_dtype": StoreDtype,
@@ -126,6 +134,8 @@ def _value(name: str, value: Any, hint: Any) -> Any:
         return choice(name, CHOICES[name], value)
     if not _fits(value, hint):
         raise UsageError(f"{name}={one_line(repr(value), 60)} is of the wrong type", f"{name} takes {_named(hint)}")
+    if name == "grey_range":
+        return _grey_range(value)
     if name == "background" and value is not None:
         return _color(value)
     if name in AT_LEAST_1 and value is not None and value < 1:
@@ -173,6 +183,14 @@ def _color(value: str | Sequence[int]) -> tuple[int, int, int]:
     if not all(0 <= part <= 255 for part in (red, green, blue)):
         raise UsageError(f"background={value!r} is no color", "red, green and blue are 0 to 255")
     return red, green, blue
+
+
+def _grey_range(value: GreyRange | int | str) -> GreyRange | int:
+    if isinstance(value, str):
+        return choice("grey_range", GreyRange, value)
+    if not 1 <= value <= MOST_GREY:
+        raise UsageError(f"grey_range={value!r} is no value of 16 bits", f"give 1 to {MOST_GREY}, full or auto")
+    return int(value)
 
 
 def choice(name: str, kind: type[AnyEnum], value: AnyEnum | str) -> AnyEnum:
