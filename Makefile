@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
+# One process for each core; whoever has nothing left takes tests from the others.
+SPREAD := -n auto --dist worksteal
 
 .PHONY: demo test lint sweep docs clean
 
@@ -13,10 +15,10 @@ demo: $(VENV)/.installed
 	$(BIN)/internvit info feats.h5
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not sweep"
+	$(BIN)/python -m pytest -m "not sweep" $(SPREAD)
 
 sweep: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m sweep -s
+	$(BIN)/python -m pytest -m sweep $(SPREAD) -rP
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

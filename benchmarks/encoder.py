@@ -100,7 +100,7 @@ class Bench:
 
     @property
     def operations_a_tile(self) -> float:
-        """Floating-point operations: linear layers and attention, as FACTS counts them."""
+        """Floating-point operations: linear layers and attention, one multiply-add as two."""
         vision = self.card.vision
         tokens, width = 1 + (self.card.tile_size // vision.patch_size) ** 2, vision.hidden_size
         linear = 2 * tokens * width * (4 * width + 2 * vision.mlp_size)

@@ -7,37 +7,40 @@ import sys
 from pathlib import Path
 
 import pytest
+from folders import OUTSIDE, OUTSIDE_VARIABLE, REFERENCE
 from hypothesis import settings
-from shared_folder import SHARED
 
 MODULES = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_")}
-pytest.register_assert_rewrite(*MODULES - {"conftest", "shared_folder"})  # a failed assert in a helper shows its values
+pytest.register_assert_rewrite(*MODULES - {"conftest", "folders"})  # a failed assert in a helper shows its values
 pytest_plugins = ["drivers", "report_helpers"]
 
 settings.register_profile("shared machine", deadline=None)  # A slow moment of the machine is no failure.
 settings.load_profile("shared machine")
 
 
-def _folder(name: str) -> Path:
-    folder = SHARED / name
+NO_OUTSIDE_DATA = "the photographs and broken pictures are not here"
+
+
+def _outside(name: str) -> Path:
+    folder = OUTSIDE / name
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not there; INTERNVIT_SHARED names another place")
+        pytest.skip(NO_OUTSIDE_DATA)
     return folder
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    return _folder("")
+    return _outside("")
 
 
 @pytest.fixture(scope="session")
 def photos() -> Path:
-    return _folder("photos")
+    return _outside("photos")
 
 
 @pytest.fixture(scope="session")
 def hostile() -> Path:
-    return _folder("hostile")
+    return _outside("hostile")
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +50,7 @@ def cases() -> Path:
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    return _folder("reference")
+    return REFERENCE
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +62,15 @@ def made(shared: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     subprocess.run([sys.executable, shared / "tools" / "make_hostile.py", folder, photo], check=True, timeout=PATIENCE)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what a run without the data outside the repository did not test."""
+    skipped = [
+        report for report in terminalreporter.stats.get("skipped", []) if NO_OUTSIDE_DATA in str(report.longrepr)
+    ]
+    if skipped:
+        terminalreporter.line(
+            f"{len(skipped)} tests were skipped: {NO_OUTSIDE_DATA}. "
+            f"Put them at {OUTSIDE}, or set {OUTSIDE_VARIABLE} to their folder (see CONTRIBUTING.md)."
+        )

@@ -1035,9 +1035,17 @@ def _of_manifests(scene: Scene) -> Iterator[Forgery]:
 def try_forgeries(
     folder: str, kind: str, is_unfinished: bool, part: int, parts: int, most: int
 ) -> tuple[list[Case], int]:
-    """Try forgeries of every sort, about `most`, of those the `part`-th of `parts`; returns the cases, and how many."""
+    """Try about `most` forgeries of all sorts, of those the `part`-th of `parts`.
+
+    Each kind of output begins at another one, so that together they try more of those that they have in common.
+
+    Returns:
+        The cases, and how many there are in all parts.
+    """
     scene = set_scene(Path(folder), kind, is_unfinished=is_unfinished)
     sound = sound_values(scene)
     found = forgeries(scene)
-    chosen = found[:: max(1, len(found) // most)]
+    step = max(1, len(found) // most)
+    number = 2 * list(KINDS).index(kind) + is_unfinished
+    chosen = found[number * step // (2 * len(KINDS)) :: step]
     return [try_case(scene, forgery, sound) for forgery in chosen[part::parts]], len(chosen)

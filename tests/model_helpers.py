@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
-from shared_folder import SHARED
+from folders import REFERENCE
 
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight
@@ -18,11 +17,8 @@ from internvit_cli.model.layouts import expected_shapes
 if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard
 
-REFERENCE = SHARED / "reference"
 LAYOUTS = ("standalone", "chat", "hf")
 FAMILIES = ("300m", "6b")
-
-needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason=f"no reference checkpoints at {REFERENCE}")
 
 
 def reference_card(family: str, layout: str) -> ModelCard:

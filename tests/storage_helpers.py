@@ -219,7 +219,7 @@ class PlainShard:
     """A finished shard as h5py, or numpy and json, see it."""
 
     arrays: dict[str, NDArray[Any]]
-    """By the names of DESIGN, `image/` included; keys apart."""
+    """By their names in a file, `image/` included; keys apart."""
     keys: list[bytes]
     attributes: dict[str, Any]
     run_log: list[dict[str, Any]]

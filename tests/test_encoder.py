@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import (
-    needs_reference,
     open_all,
     random_checkpoint,
     random_tiles,
@@ -156,7 +155,6 @@ def test_tokens_are_stored_in_the_asked_type_rounded_once(hidden, store):
     assert np.array_equal(stored, torch.from_numpy(exact).to(torch_type).view(torch.from_numpy(stored).dtype))
 
 
-@needs_reference
 @pytest.mark.parametrize("layout", ["chat", "hf"])
 def test_projected_tokens_come_from_any_layout_with_a_projector(layout):
     card = reference_card("300m", layout)

@@ -14,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 from hub_helpers import COMMIT, OLDER, answer, hf_download, use_cache
-from model_helpers import needs_reference, reference_card, safetensors_bytes
+from model_helpers import reference_card, safetensors_bytes
 from run_helpers import command, internvit, make_pictures
 
 from internvit_cli.config import DEFAULT_MODEL
@@ -287,7 +287,6 @@ def test_an_empty_cache_folder_says_what_it_is(cache: Path) -> None:
     assert "without any files" in refusal(str(cache / "models--some--model")).message
 
 
-@needs_reference
 def test_every_command_uses_the_model_of_the_cache_offline(tmp_path: Path, cache: Path) -> None:
     hf_download(cache, "some/InternVL", Path(str(reference_card("300m", "chat").directory)))
     pictures = make_pictures(tmp_path / "imgs", 3)

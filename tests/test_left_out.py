@@ -164,9 +164,11 @@ def test_no_extension_that_is_read_has_a_remedy() -> None:
 
 
 def test_summary_plan_and_json_tell_of_what_was_left_out_beside_counts_that_reconcile(
-    shared: Path, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    mixed = shared / "cases" / "mixed"
+    mixed = put(tmp_path / "mixed", "a.jpg", "c.jpg?w=300", "n01440764_10026", data=picture("PNG"))
+    put(mixed, "IMG_0001.HEIC", data=HEIC)
+    put(mixed, "b.jxl", data=b"\xff\n" + bytes(64))
     output = tmp_path / "f.h5"
     expected = {".heic": 1, ".jpg?...": 1, ".jxl": 1, "no extension": 1}
     assert planned(mixed)["left_out"]["extensions"] == expected
@@ -379,8 +381,15 @@ def test_a_picture_that_another_program_made_of_a_drawing_is_taken(tmp_path: Pat
 # -------------------------------------------------------------------------------------------------------------- junk
 
 
-def test_what_a_nas_or_a_mac_leaves_beside_pictures_is_no_picture_of_them(shared: Path, tmp_path: Path) -> None:
-    nas = shared / "cases" / "nas"
+def test_what_a_nas_or_a_mac_leaves_beside_pictures_is_no_picture_of_them(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "a.jpg",
+        "@eaDir/a.jpg/SYNOPHOTO_THUMB_XL.jpg",
+        ".ipynb_checkpoints/a-checkpoint.jpg",
+        data=picture("PNG"),
+    )
+    nas = put(tmp_path, "._a.jpg", data=b"\0\x05\x16\x07\0\x02\0\0Mac OS X        ")
     plan = planned(nas)
     assert (plan["images"], plan["skipped"]) == (1, 0)
     assert plan["left_out"]["excluded"] == {"._*": 1, ".ipynb_checkpoints/": 1, "@eaDir/": 1}

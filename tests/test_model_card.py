@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from model_helpers import FAMILIES, LAYOUTS, needs_reference, reference_card, tiny_card
+from model_helpers import FAMILIES, LAYOUTS, reference_card, tiny_card
 
 from internvit_cli.config import Pool, Tokens
 from internvit_cli.errors import InternvitError, ModelError, UsageError
@@ -63,7 +63,6 @@ def test_unknown_keys_are_ignored():
     assert card(official(num_experts=8, moe_coeff_ratio=0.5)).vision == card(official()).vision
 
 
-@needs_reference
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_layouts_of_one_model_have_the_same_tower(family):
     towers = {reference_card(family, layout).vision for layout in LAYOUTS}

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from model_helpers import (
     FAMILIES,
     LAYOUTS,
-    needs_reference,
     open_all,
     reference_card,
     safetensors_bytes,
@@ -69,13 +68,11 @@ def refusal(directory, **options) -> ModelError:
     return caught.value
 
 
-@needs_reference
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_digest_is_the_same_in_every_layout(family):
     assert len({open_all(reference_card(family, layout)).digest() for layout in LAYOUTS}) == 1
 
 
-@needs_reference
 def test_the_digest_is_of_the_tensors_used_and_of_nothing_else():
     card = reference_card("300m", "chat")
     digests = [
@@ -293,7 +290,6 @@ def test_whatever_bytes_come_the_header_reader_gives_tensors_or_a_model_error(da
         assert 8 + len(data) <= tensor.begin <= tensor.end <= 8 + len(data) + 64
 
 
-@needs_reference
 @given(st.data())
 def test_a_reference_header_with_one_flipped_byte_gives_tensors_or_a_model_error(data):
     text = bytearray(reference_header())
@@ -316,7 +312,6 @@ def test_a_projector_is_wanted_only_of_a_model_that_has_one():
         Checkpoint.open(tiny_card(), layer=2, projector=True)
 
 
-@needs_reference
 def test_a_projector_of_another_size_is_named(tmp_path):
     shutil.copytree(reference_card("300m", "hf").directory, tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from model_helpers import REFERENCE, needs_reference, open_all, reference_card, relative_error, safetensors_bytes
+from folders import REFERENCE
+from model_helpers import open_all, reference_card, relative_error, safetensors_bytes
 from safetensors.numpy import load_file, save_file
 
 from internvit_cli.errors import ModelError
@@ -125,7 +126,6 @@ def refusal(path: str, **options: Any) -> ModelError:
 # ------------------------------------------------------------------------------------------------------ names, prefixes
 
 
-@needs_reference
 @pytest.mark.parametrize("family", ["300m", "6b"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_renaming_of_a_golden_checkpoint_holds_the_same_tensors(tmp_path, family, layout):
@@ -135,7 +135,6 @@ def test_every_renaming_of_a_golden_checkpoint_holds_the_same_tensors(tmp_path, 
     assert digest == open_all(reference_card(family, "standalone")).digest()
 
 
-@needs_reference
 @pytest.mark.parametrize(
     "prefix", ["model.vision_tower.", "model.model.vision_tower.", "base_model.model.vision_tower."]
 )
@@ -213,7 +212,6 @@ MODELS = (
 )
 
 
-@needs_reference
 @pytest.mark.parametrize("family", ["300m", "6b"])
 @pytest.mark.parametrize("model", MODELS)
 def test_a_config_with_an_internvit_in_it_is_taken_whosever_it_is(tmp_path, family, model):
@@ -231,7 +229,6 @@ def test_a_config_with_an_internvit_in_it_is_taken_whosever_it_is(tmp_path, fami
         assert open_all(card, projector=True).digest() == chat.digest()
 
 
-@needs_reference
 def test_a_projector_of_another_kind_is_refused_and_the_tower_still_serves(tmp_path):
     tensors, _ = reference("6b", "chat")
     without = {name: array for name, array in tensors.items() if not re.fullmatch(r"mlp1\.[13]\.bias", name)}
@@ -267,7 +264,6 @@ def test_a_config_of_another_model_is_refused_by_what_it_is(tmp_path, config, wo
 # ----------------------------------------------------------------------------------------------------- without a config
 
 
-@needs_reference
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("config", [None, {"num_attention_heads": 4}], ids=["no config", "heads alone"])
 def test_a_tower_without_a_config_is_described_by_its_shapes(tmp_path, layout, config):
@@ -281,7 +277,6 @@ def test_a_tower_without_a_config_is_described_by_its_shapes(tmp_path, layout, c
     assert open_all(card).digest() == open_all(original).digest()
 
 
-@needs_reference
 @pytest.mark.parametrize("args", [{"num_heads": 4}, None])
 def test_a_checkpoint_of_timm_is_described_by_its_shapes_and_normalized_as_it_says(tmp_path, args):
     tensors, _ = reference("300m")
@@ -439,7 +434,6 @@ def test_a_norm_behind_the_last_block_is_refused(tmp_path, name):
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-@needs_reference
 @pytest.mark.parametrize("model", ["Intern-S1", "Sa2VA"])
 def test_features_of_another_layout_are_the_golden_ones(tmp_path, model):
     tensors, _ = reference("300m", "hf" if model == "Intern-S1" else "chat")

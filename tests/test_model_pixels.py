@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from model_helpers import REFERENCE, needs_reference, open_all, random_checkpoint, random_tiles, tiny_card
+from folders import REFERENCE
+from model_helpers import open_all, random_checkpoint, random_tiles, tiny_card
 from run_helpers import internvit, make_pictures
 
 from internvit_cli.config import DEFAULT_RESCALE_FACTOR, Preprocess
@@ -141,7 +142,6 @@ def test_what_is_folded_into_the_embedding_is_what_was_asked_for(how: Normalizat
     torch.testing.assert_close(embedding(tiles), vit.embeddings(pixels.float()), rtol=1e-4, atol=1e-4)
 
 
-@needs_reference
 def test_the_recipe_tells_how_pixels_were_normalized_and_a_re_extraction_agrees(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
@@ -210,7 +210,6 @@ def test_the_tiling_is_read_from_the_config_and_nonsense_there_says_nothing(tmp_
     assert native.own_tiling == OwnTiling(None, 1, 4, None, bicubic=False)
 
 
-@needs_reference
 def test_extract_and_plan_note_the_checkpoints_own_tiling_once(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from folders import REFERENCE
 from model_helpers import (
     FAMILIES,
     LAYOUTS,
-    REFERENCE,
-    needs_reference,
     open_all,
     random_checkpoint,
     random_tiles,
@@ -87,7 +86,6 @@ def native_model(checkpoint) -> InternVLVisionModel:
     return model.eval()
 
 
-@needs_reference
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_reproduces_the_official_codes_hidden_states(family, layout):
@@ -100,7 +98,6 @@ def test_every_layout_reproduces_the_official_codes_hidden_states(family, layout
     assert relative_error(before_last, golden["hidden_states_minus_2"]) < 1e-5
 
 
-@needs_reference
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_layer_of_one_pass_is_the_official_codes_hidden_state(family, layout):
@@ -128,7 +125,6 @@ def test_a_rectangle_of_another_size_reproduces_the_official_codes_position_tabl
     assert relative_error(hidden, golden["other_size_last_hidden_state"]) < 1e-5
 
 
-@needs_reference
 @pytest.mark.parametrize("layout", ["chat", "hf"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_projector_reproduces_the_official_codes_projected_tokens(family, layout):
@@ -139,7 +135,6 @@ def test_the_projector_reproduces_the_official_codes_projected_tokens(family, la
     assert relative_error(tokens, golden["projected"]) < 1e-5
 
 
-@needs_reference
 @pytest.mark.parametrize("order", [TokenOrder.V1, TokenOrder.V2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_unshuffle_is_the_official_codes_bit_for_bit(family, order):
@@ -154,7 +149,6 @@ def test_only_squares_of_even_sides_unshuffle(patches):
         pixel_unshuffle(torch.zeros(1, patches, 4), TokenOrder.V2)
 
 
-@needs_reference
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_class_with_the_reference_weights_agrees(family):
     golden, card = expected(family), reference_card(family, "hf")

@@ -9,9 +9,9 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from folders import REFERENCE
 from hub_helpers import answer, hf_download, use_cache
 from huggingface_hub import constants
-from model_helpers import REFERENCE, needs_reference
 from run_helpers import internvit, make_pictures, state_of
 
 from internvit_cli import doctor
@@ -98,7 +98,6 @@ def test_a_folder_that_cannot_be_written_is_bad(tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path], check=True)
 
 
-@needs_reference
 def test_the_model_of_a_run_is_looked_for_in_the_cache_in_folders_and_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +181,6 @@ def test_what_no_device_of_that_kind_can_do_fails_a_plan_as_it_fails_a_run(
     assert run.returncode == code
 
 
-@needs_reference
 def test_a_model_that_a_run_would_refuse_is_a_note_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, told = plan(tmp_path, "--model", "300m")
     assert code == 0 and "described by the catalog" in told

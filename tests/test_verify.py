@@ -16,7 +16,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from model_helpers import FAMILIES, LAYOUTS, REFERENCE, needs_reference
+from folders import REFERENCE
+from model_helpers import FAMILIES, LAYOUTS
 from PIL import Image
 from run_helpers import Result, extract, internvit, make_pictures, state_of
 from storage_helpers import AWKWARD_KEYS, fill_partial, make_output, make_shard, make_table, publish, random_image
@@ -534,7 +535,6 @@ def test_every_recipe_can_be_encoded_again(extracted: Path, tmp_path: Path, opti
     assert verdict.comparisons[0].bit_equal == 2
 
 
-@needs_reference
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_agrees_on_every_published_layout(
@@ -592,9 +592,8 @@ def test_missing_and_other_weights_are_said_plainly(extracted: Path, copied: Pat
     path = copied / "feats.h5"
     finding = one_finding(path, re_extract=1, model=str(copied / "nowhere"))
     assert "the weights cannot be had" in finding.problem and "--model" in finding.problem
-    if REFERENCE.is_dir():
-        finding = one_finding(path, re_extract=1, model=str(REFERENCE / "300m-standalone"))
-        assert "are not those that made the rows" in finding.problem
+    finding = one_finding(path, re_extract=1, model=str(REFERENCE / "300m-standalone"))
+    assert "are not those that made the rows" in finding.problem
     finding = one_finding(path, re_extract=1, device="cuda:9")
     assert "--device cuda:9" in finding.problem
 

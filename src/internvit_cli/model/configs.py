@@ -1,6 +1,6 @@
 """From a config.json in any published layout to what it says of the vision tower and of what stands behind it.
 
-Sources: FACTS 1 and 2: OpenGVLab's configuration_intern_vit.py and configuration_internvl_chat.py, which NVLM-D,
+Sources, as in docs/model.md: OpenGVLab's configuration_intern_vit.py and configuration_internvl_chat.py, which NVLM-D,
 H2OVL-Mississippi, Skywork-R1V and Sa2VA follow; and transformers' InternVLVisionConfig and InternVLConfig, which
 Intern-S1 follows: they rename some keys and leave out those that have their default value.
 """
@@ -41,7 +41,7 @@ _NATIVE_KEYS = frozenset({"attention_bias", "use_qk_norm"})
 _SECTIONS = ("vision_config", "llm_config", "text_config")
 _DEEPEST = 4
 
-# A key that a config leaves out has the default of the class that wrote it; the two classes disagree (FACTS 1.1).
+# A key that a config leaves out has the default of the class that wrote it; the two classes disagree (docs/model.md).
 _OFFICIAL_DEFAULTS = {
     "hidden_size": 3200,
     "num_hidden_layers": 48,

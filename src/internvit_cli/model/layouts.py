@@ -1,7 +1,7 @@
 """Names of tensors in every published layout, under one set of names, with whatever stands before them.
 
-The names are those of the standalone InternViT (FACTS 2a). transformers' own layout renames them and splits qkv into
-three, whose rows are simply joined; timm's layout renames them too. A tower is found inside a larger model by its
+The names are those of the standalone InternViT (docs/model.md). transformers' own layout renames them and splits qkv
+into three, whose rows are simply joined; timm's layout renames them too. A tower is found inside a larger model by its
 tensors: the one prefix under which all of them are.
 """
 

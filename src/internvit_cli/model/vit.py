@@ -7,7 +7,7 @@
 
 Letters in shapes: B tiles, T = 1 + N tokens (class token first, then N patches row by row), C hidden size, H heads,
 D = C / H, M mlp size, S side of a tile in pixels, P = 14. Parameters have the names of the published checkpoints
-(FACTS 2a), so that a state dict loads as it is. Semantics: FACTS 3.
+(docs/model.md), so that a state dict loads as it is. Their meaning stands there too.
 """
 
 # ruff: noqa: N806, N812  (shape letters, and the name that everyone gives torch.nn.functional)

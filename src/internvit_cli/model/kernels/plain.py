@@ -32,7 +32,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Matmul, softmax, matmul, one head at a time, so that a head's scores stay in the cache; [B,H,T,D] each.
 
-    In bfloat16 on CPUs without AMX this takes half the time of the fused kernel (FACTS 10), and with AMX 1.5 times.
+    In bfloat16 on CPUs without AMX this takes half the time of the fused kernel, and with AMX 1.5 times.
     """
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
