@@ -115,7 +115,6 @@ def test_every_layer_of_one_pass_is_the_official_codes_hidden_state(family, layo
         assert relative_error(ours, state) < 1e-5
 
 
-@needs_reference
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rectangle_of_another_size_reproduces_the_official_codes_position_table(family, layout):
