@@ -45,7 +45,7 @@ def hostile() -> Path:
 
 @pytest.fixture(scope="session")
 def cases() -> Path:
-    return _folder("cases")
+    return _outside("cases")
 
 
 @pytest.fixture(scope="session")
