@@ -18,6 +18,7 @@ from internvit_cli.encoder import on_host
 from internvit_cli.errors import DeviceError
 from internvit_cli.model.features import Features
 from internvit_cli.tile_features import TileFeatures
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,7 +119,8 @@ class BatchRunner:
     def _halve(self, error: Exception) -> None:
         if self.halved or self.batch_tiles == 1:
             raise DeviceError(
-                f"{self._launcher.device}: out of memory with batches of {self.batch_tiles} tiles", OUT_OF_MEMORY_HINT
+                f"{self._launcher.device}: out of memory with batches of {counted(self.batch_tiles, 'tile')}",
+                OUT_OF_MEMORY_HINT,
             ) from error
         self.halved = True
         self.batch_tiles //= 2

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from internvit_cli.config import PATCH_SIZE, Pool, TokenOrder, Tokens
 from internvit_cli.errors import ModelError, UsageError
 from internvit_cli.model.pixels import Normalization, OwnTiling
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -136,9 +137,12 @@ class ModelCard:
         if -entries <= index < entries:
             return index % entries
         if layer is None:
-            raise ModelError(f"config.json: feature layer {index} of a model with {entries - 1} blocks", "give --layer")
+            raise ModelError(
+                f"config.json: feature layer {index} of a model with {counted(entries - 1, 'block')}", "give --layer"
+            )
         raise UsageError(
-            f"--layer {layer}: {self.name} has {entries - 1} blocks", f"give a number from -{entries} to {entries - 1}"
+            f"--layer {layer}: {self.name} has {counted(entries - 1, 'block')}",
+            f"give a number from -{entries} to {entries - 1}",
         )
 
 

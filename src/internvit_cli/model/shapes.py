@@ -17,6 +17,7 @@ from internvit_cli.model.card import VisionConfig
 from internvit_cli.model.configs import MOST_HIDDEN, MOST_LAYERS, MOST_MLP
 from internvit_cli.model.kinds import no_tower, other_tower, refuse_altered, refuse_first_internvl
 from internvit_cli.model.layouts import Tower, expected_shapes, find_towers
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,7 +73,7 @@ def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, w
     if not found:
         raise _refusal(towers, str(outcomes[0]), where)
     vision = found[0]
-    note = f"no config describes the tower: {vision.num_layers} blocks of size {vision.hidden_size}"
+    note = f"no config describes the tower: {counted(vision.num_layers, 'block')} of size {vision.hidden_size}"
     return FromTensors(vision, f"{note}, {vision.num_heads} heads of {vision.head_dim}, {vision.image_size} px")
 
 

@@ -15,6 +15,7 @@ from internvit_cli.config import Projection
 from internvit_cli.errors import InternvitError, OutputError, UsageError
 from internvit_cli.observer import SILENT, Observer
 from internvit_cli.use.maps import components, spread, unit
+from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +82,7 @@ def lay_out(
     """
     if projection is Projection.UMAP and len(numbers) < UMAP_LEAST:
         raise UsageError(
-            f"--map umap with {len(numbers)} images: they have no neighborhoods to keep",
+            f"--map umap with {counted(len(numbers), 'image')}: they have no neighborhoods to keep",
             f"it takes {UMAP_LEAST} images; leave it at --map pca",
         )
     if not len(numbers):
