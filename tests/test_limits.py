@@ -50,6 +50,8 @@ def run(pictures: Path, output: Path, *options: object) -> dict[str, Any]:
 def test_a_higher_pixel_limit_takes_what_it_admits_without_further_options(output: Path, pictures: Path) -> None:
     assert run(pictures, output, "--max-pixels", PIXELS - 1)["reasons"] == {"too_large": 1}
     assert f"{PIXELS:,} pixels, more than --max-pixels {PIXELS - 1}" in listed(output)[0]["message"]
+    found = run(pictures, output, "--max-pixels", 1000)
+    assert f"1 image over the limit of pixels: --max-pixels {PIXELS} takes it" in found["notes"]
     found = run(pictures, output, "--max-pixels", PIXELS)
     assert (found["encoded"], found["skipped"], found["exit_code"]) == (1, 0, 0)
     assert open_features(output)["large.png"].is_done and not listed(output)
@@ -59,7 +61,7 @@ def test_a_limit_that_is_raised_too_little_changes_nothing(output: Path, picture
     run(pictures, output, "--max-pixels", 1000)
     before = state_of(output.parent)
     found = run(pictures, output, "--max-pixels", PIXELS - 1)
-    assert (found["encoded"], found["skipped"], found["notes"][1:]) == (0, 1, [])
+    assert (found["encoded"], found["skipped"]) == (0, 1)
     assert state_of(output.parent) == before
 
 
@@ -125,3 +127,31 @@ def test_the_list_says_which_limit_a_picture_exceeded(
         assert not SkipLog(path, Limits(**{name: above})).is_admitted(b"a.png")
     log.append([(b"a.png", Skipped(Status.TRUNCATED, "", ""))])
     assert not log.is_limited(b"a.png") and not SkipLog(path).is_limited(b"a.png")
+
+
+def test_images_are_counted_by_the_limit_that_they_exceeded(tmp_path: Path) -> None:
+    log = SkipLog(str(tmp_path / "skipped.jsonl"), Limits(decode_timeout=3.5, worker_memory=7))
+    log.append((b"p%d" % pixels, Skipped(Status.TOO_LARGE, "", "", pixels=pixels)) for pixels in (900, 500, 700))
+    log.append([(b"t", Skipped(Status.TIMEOUT, "", "")), (b"m", Skipped(Status.TOO_LARGE, "MemoryError", ""))])
+    log.append([(b"d", Skipped(Status.TRUNCATED, "", ""))])
+    assert log.exceeded_limits(lambda key: key != "p900") == {
+        "max_pixels": (2, 699),
+        "decode_timeout": (1, 3.5),
+        "worker_memory": (1, 7),
+    }
+
+
+def test_the_summary_says_what_takes_pictures_that_exceeded_a_limit(tmp_path: Path, pictures: Path) -> None:
+    output = tmp_path / "f.h5"
+    run(pictures, output, "--max-pixels", PIXELS - 1)
+    for limit, above, words in (
+        ("decode_timeout", 600.0, "1 image not decoded within 600 s: a higher --decode-timeout tries it again"),
+        (
+            "worker_memory",
+            5 << 30,
+            "1 image not decoded within 5 GiB of memory: a higher --worker-memory tries it again",
+        ),
+    ):
+        relist(output, limit=limit, above=above)
+        (note,) = (note for note in run(pictures, output)["notes"] if words in note)
+        assert note.endswith("--retry-skipped")

@@ -18,7 +18,7 @@ from internvit_cli.table import count_statuses
 from internvit_cli.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from internvit_cli.reconcile import Changes
     from internvit_cli.sources import Listing
     from internvit_cli.storage.output import FinishedShard, Output
+    from internvit_cli.storage.skipped import SkipLog
     from internvit_cli.table import ImageTable
 
 
@@ -73,6 +74,7 @@ class Account:
     existing: Existing
     """What is at the output at the end."""
     totals: Totals
+    skip_log: SkipLog
 
 
 def summarize(account: Account, engine: Engine | None, *, seconds: float, stopped_by: int) -> Summary:
@@ -156,7 +158,22 @@ def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
         )
     if totals.clamped:
         notes.append(f"{counted(totals.clamped, 'value')} clamped to the range of the stored type")
-    return (*notes, *listing_notes(account.listing, totals.drawn_and_named))
+    return (*notes, *_limit_notes(account), *listing_notes(account.listing, totals.drawn_and_named))
+
+
+def _limit_notes(account: Account) -> Iterator[str]:
+    """Yield which limits pictures were skipped for, and what takes them."""
+    stored, settled = StoredImages(account.existing.shards), (None, Status.DONE, Status.PENDING)
+    exceeded = account.skip_log.exceeded_limits(lambda key: stored.status(os.fsencode(key)) not in settled)
+    for name, (count, above) in sorted(exceeded.items()):
+        images, them = counted(count, "image"), "it" if count == 1 else "them"
+        if name == "max_pixels":
+            yield f"{images} over the limit of pixels: --max-pixels {int(above) + 1} takes {them}"
+            continue
+        is_time = name == "decode_timeout"
+        bound = f"{above:g} s" if is_time else f"{above / (1 << 30):g} GiB of memory"
+        option = "--decode-timeout" if is_time else "--worker-memory"
+        yield f"{images} not decoded within {bound}: a higher {option} tries {them} again, as does --retry-skipped"
 
 
 def _bytes_on_disk(shard: FinishedShard) -> int:

@@ -173,7 +173,7 @@ class _Extraction:
         with self._observer.phase("counting"):
             existing = load_existing(self._output, overwrite=self._options.store.overwrite)
             return summarize(
-                Account(self._options, self._output, self._listing, existing, self._totals),
+                Account(self._options, self._output, self._listing, existing, self._totals, self._skip_log),
                 self._engine,
                 seconds=time.monotonic() - started,
                 stopped_by=self._stop.signal,

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 HASH_BLOCK = 1 << 20
 TOLD_EVERY = 256
 """Images between two reports of progress: most take less time than a report."""
-WORTH_RETRYING = frozenset({Status.TIMEOUT, Status.WORKER_DIED, Status.UNREADABLE, Status.UNSUPPORTED})
-"""Reasons that lie in a machine, a disk or a version of Pillow rather than in a picture."""
+WORTH_RETRYING = frozenset({Status.UNREADABLE, Status.UNSUPPORTED})
+"""Reasons that lie in a disk or in a version of Pillow rather than in a picture."""
+LIMITED = frozenset({Status.TOO_LARGE, Status.TIMEOUT, Status.WORKER_DIED})
+"""Reasons that lie in a limit of the run; lists of earlier versions do not say in which."""
 ROW_BITS = 40
 """Of a row's number in a shard."""
 
@@ -145,9 +147,7 @@ class StoredImages:
                 changed.append(entry)
             else:
                 skipped_before += is_skipped
-                worth_retrying += status in WORTH_RETRYING or (
-                    status is Status.TOO_LARGE and not skip_log.is_limited(key)
-                )
+                worth_retrying += status in WORTH_RETRYING or (status in LIMITED and not skip_log.is_limited(key))
         unlisted = [key for key in self._places if key not in listed]
         return Changes(new, changed, unlisted, damaged, skipped_before, worth_retrying)
 

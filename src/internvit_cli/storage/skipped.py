@@ -53,6 +53,15 @@ class SkipLog:
         """Whether the list says which limit an image exceeded."""
         return self._exceeded.get(os.fsdecode(key)) is not None
 
+    def exceeded_limits(self, is_skipped: Callable[[str], bool]) -> dict[str, tuple[int, float]]:
+        """Return how many images exceeded each limit, and the value that it must be above for all of them."""
+        found: dict[str, tuple[int, float]] = {}
+        for key, exceeded in self._exceeded.items():
+            if exceeded is not None and is_skipped(key):
+                count, above = found.get(exceeded[0], (0, 0.0))
+                found[exceeded[0]] = count + 1, max(above, exceeded[1])
+        return found
+
     def is_admitted(self, key: bytes) -> bool:
         """Whether an image exceeded a limit that is higher in this run, high enough to try it again."""
         exceeded = self._exceeded.get(os.fsdecode(key))
