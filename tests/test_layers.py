@@ -10,6 +10,7 @@ import shutil
 import tarfile
 from typing import TYPE_CHECKING, Any
 
+import forging
 import h5py
 import numpy as np
 import pyarrow.parquet as pq
@@ -385,8 +386,61 @@ def test_a_dataset_of_a_layer_that_is_missing_or_of_another_shape_is_refused(thr
     with h5py.File(path, "r+") as file:
         file.move("tile_pooled", "pooled_layer_1")
         file.move("elsewhere", "tile_pooled")
-    with pytest.raises(OutputError, match="has shape"):
+    with pytest.raises(OutputError, match="tile_pooled has shape"):
         open_features(path)
+
+
+@pytest.mark.parametrize("name", ["pooled_layer_1", "visual_tokens_layer_0", "tile_pooled", "tile_pooled_layer_1"])
+def test_forged_datasets_of_any_layer_are_refused(three: Path, tmp_path: Path, name: str) -> None:
+    scene = forging.Scene(tmp_path, "file")
+    scene.secret.write_bytes(forging.SECRET * 1000)
+    changes = forging.DATASET_FORGERS | {
+        "has narrower rows": lambda file, name, _: replace_dataset(file, name, file[name][..., 1:]),
+        "has rows of another kind": lambda file, name, _: replace_dataset(file, name, file[name][..., :1]),
+        "is shorter": lambda file, name, _: replace_dataset(file, name, file[name][1:]),
+    }
+    for words, forge in changes.items():
+        path = tmp_path / "f.h5"
+        shutil.copy(three, path)
+        with h5py.File(path, "r+") as file:
+            forge(file, name, scene)
+        with pytest.raises(OutputError):
+            open_features(path)
+            pytest.fail(f"{name} {words}: opened")
+
+
+def replace_dataset(file: h5py.File, name: str, values: np.ndarray) -> None:
+    named = dict(file[name].attrs)
+    del file[name]
+    file.create_dataset(name, data=values).attrs.update(named)
+
+
+@pytest.mark.parametrize("name", ["pooled_layer_1", "visual_tokens_layer_0", "tile_pooled", "tile_pooled_layer_1"])
+def test_forged_npy_files_of_any_layer_are_refused(three: Path, tmp_path: Path, name: str) -> None:
+    sound = tmp_path / "sound"
+    assert internvit("export", three, sound).returncode == 0
+    sound_array = sound / f"shard-00000.{name}.npy"
+    rows = np.load(sound_array)
+    header = sound_array.read_bytes()[:4096]
+    shape = str(rows.shape).encode()
+    changes = {
+        "shorter": header.replace(shape, str((rows.shape[0] - 1, *rows.shape[1:])).encode()) + rows[1:].tobytes(),
+        "narrower": header.replace(shape, str((*rows.shape[:-1], rows.shape[-1] // 2)).encode().ljust(len(shape)))
+        + rows[..., : rows.shape[-1] // 2].tobytes(),
+        "of another type": header.replace(rows.dtype.str.encode(), b"<i4") + rows.astype("<i4").tobytes(),
+        "cut": header + rows.tobytes()[:-1],
+        "empty": b"",
+    }
+    for words, data in changes.items():
+        folder = tmp_path / words
+        shutil.copytree(sound, folder)
+        (folder / sound_array.name).write_bytes(data)
+        with pytest.raises(OutputError):
+            open_features(folder)
+            pytest.fail(f"{name} {words}: opened")
+    (sound / sound_array.name).unlink()
+    with pytest.raises(OutputError, match=f"{name} is missing"):
+        open_features(sound)
 
 
 @pytest.mark.parametrize("target", ["copy.h5", "copy", "copy.parquet", "copy.safetensors", "copy.tar"])

@@ -115,7 +115,7 @@ def expected_columns(images: int) -> dict[str, Expected]:
 
 
 def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, Expected], path: str) -> None:
-    """Refuse datasets of features that are missing, too many, or of another shape or type than is demanded.
+    """Refuse datasets that are missing, too many, or of another shape or type than is demanded.
 
     Raises:
         OutputError: the first of them is named.
@@ -126,6 +126,17 @@ def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, Expe
         _check_dataset(found[name], wanted, path)
     for name in crc_order(set(found) - set(expected)):
         raise damaged(path, f"{name} is there, but the recipe stores none")
+    _check_widths(found, path)
+
+
+def _check_widths(found: Mapping[str, DatasetSpec], path: str) -> None:
+    """Refuse rows that are not as wide as those of the main layer: the recipe leaves the width to the model, once."""
+    for name in crc_order(found):
+        kind = feature_name(name).kind
+        model = POOLED if kind == TILE_POOLED else kind
+        row, wanted = found[name].shape[1:], found[model].shape[1:]
+        if row != wanted:
+            raise damaged(path, f"a row of {name} has shape {row}, and one of {model} {wanted}")
 
 
 def _check_dataset(spec: DatasetSpec, wanted: Expected, path: str) -> None:
