@@ -427,7 +427,7 @@ def test_forged_npy_files_of_any_layer_are_refused(three: Path, tmp_path: Path, 
         "shorter": header.replace(shape, str((rows.shape[0] - 1, *rows.shape[1:])).encode()) + rows[1:].tobytes(),
         "narrower": header.replace(shape, str((*rows.shape[:-1], rows.shape[-1] // 2)).encode().ljust(len(shape)))
         + rows[..., : rows.shape[-1] // 2].tobytes(),
-        "of another type": header.replace(rows.dtype.str.encode(), b"<i4") + rows.astype("<i4").tobytes(),
+        "of another type": header.replace(rows.dtype.str.encode(), b"<i4") + np.zeros(rows.shape, "<i4").tobytes(),
         "cut": header + rows.tobytes()[:-1],
         "empty": b"",
     }
