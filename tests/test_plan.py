@@ -198,6 +198,8 @@ def changed(value: Any) -> Any:
             return value + 1
         case str():
             return value + "x"
+        case ():  # numbers of layers
+            return (1, 2)
         case tuple():
             return (0.1, 0.2, 0.3)
     return (1, 2, 3)
