@@ -191,17 +191,15 @@ def changed(value: Any) -> Any:
     """Another value of the same type."""
     match value:
         case Enum():
-            return next(member for member in type(value) if member not in (value, ComputeDtype.AUTO))
+            return next(member for member in type(value) if member is not value and member is not ComputeDtype.AUTO)
         case bool():
             return not value
         case int() | float():
             return value + 1
         case str():
             return value + "x"
-        case ():  # numbers of layers
-            return (1, 2)
         case tuple():
-            return (0.1, 0.2, 0.3)
+            return (0.1, 0.2, 0.3) if value else (1, 2)  # none are numbers of layers
     return (1, 2, 3)
 
 
