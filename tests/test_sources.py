@@ -23,7 +23,7 @@ from internvit_cli.sources import DiscoverOptions, Listing, discover
 from internvit_cli.sources.extensions import EXTENSIONS, looks_like_picture
 from internvit_cli.sources.lists import read_list
 from internvit_cli.sources.selection import Selection
-from internvit_cli.sources.signatures import kind_by_bytes
+from internvit_cli.sources.signatures import is_picture, kind_by_bytes
 from internvit_cli.sources.walk import walk
 
 if TYPE_CHECKING:
@@ -222,7 +222,8 @@ def test_any_names_survive_a_list_that_ends_them_in_nul(names: list[bytes]) -> N
 @given(st.lists(file_names.filter(lambda name: b"\n" not in name and not name.endswith(b"\r"))), st.booleans())
 def test_names_survive_a_list_of_lines(names: list[bytes], windows: bool) -> None:
     end = b"\r\n" if windows else b"\n"
-    assume(not any(kind_by_bytes(name + end) for name in names[:1]))  # a name that reads as the start of another file
+    first = names[0] + end if names else b""
+    assume(not kind_by_bytes(first) and not is_picture(first))  # a name that reads as the start of another file
     assert list(read_list(io.BytesIO(b"".join(name + end for name in names)), null_separated=False)) == names
 
 

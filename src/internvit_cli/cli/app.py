@@ -88,6 +88,20 @@ ESSENTIAL = {
         "json",
         "quiet",
     ),
+    "show": (
+        "output",
+        "maps",
+        "point",
+        "foreground",
+        "raw",
+        "separate",
+        "size",
+        "terminal",
+        "pictures_in",
+        "layer",
+        "json",
+        "quiet",
+    ),
 }
 """The options that the short help of a command lists, for commands that have more than it shows."""
 REQUIRED = {"extract": ("sources", "output"), "plan": ("sources",), "merge": ("output",), "show": ("keys",)}
