@@ -22,10 +22,10 @@ from internvit_cli.filling import FillRules, unusable
 from internvit_cli.finding import find_images, require_images
 from internvit_cli.observer import SILENT, Observer, Phase, Work
 from internvit_cli.plan import Plan, PlanOptions, plan_images
-from internvit_cli.preview import check_words, find_output
 from internvit_cli.recipes import ModelInUse, encoder_options_of_run, feature_shape, pixel_rule
 from internvit_cli.reconcile import Relocation, StoredImages, prunable, stored_sources
 from internvit_cli.report import Summary, Tally, run_log_entry
+from internvit_cli.requests import check_words, find_output
 from internvit_cli.sampling import SAMPLE_IMAGES
 from internvit_cli.sharding import (
     EMPTY_TABLE,

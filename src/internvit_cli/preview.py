@@ -9,22 +9,21 @@ import numpy as np
 
 from internvit_cli.config import ComputeDtype, Status, Tokens
 from internvit_cli.devices import ALL_DEVICES, find_devices
-from internvit_cli.encoder_options import AUTO_DEVICE, check_kind, parse_device
-from internvit_cli.errors import InternvitError, ModelError, UsageError
+from internvit_cli.encoder_options import AUTO_DEVICE, parse_device
+from internvit_cli.errors import InternvitError, ModelError
 from internvit_cli.finding import EMPTY_LISTING, find_images, listing_notes, require_images
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.hub import HubUnavailableError
 from internvit_cli.model.known import download_bytes
 from internvit_cli.observer import SILENT, Observer
-from internvit_cli.output_names import check_features_name
 from internvit_cli.own_tiling import tiling_note
 from internvit_cli.plan import PlanOptions, plan_images
 from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, check_layers, feature_shape, make_recipe, pixel_rule
 from internvit_cli.report import PlanSummary
+from internvit_cli.requests import check_words, find_output
 from internvit_cli.sharding import EMPTY_TABLE, Draft, ShardSize, new_shard
 from internvit_cli.storage.durable import disk_errors, free_bytes
-from internvit_cli.storage.output import Output
 from internvit_cli.table import count_statuses
 from internvit_cli.workers import usable_cpus
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from internvit_cli.options import ExtractOptions, RunOptions
     from internvit_cli.sources import Listing
     from internvit_cli.storage.layout import FeatureShape
+    from internvit_cli.storage.output import Output
     from internvit_cli.table import ImageTable
 
 UNKNOWN_DIGEST = "0" * 64
@@ -142,35 +142,6 @@ def summarize_plan(found: Survey) -> PlanSummary:
         left_out=listing.left_out,
         notes=(*filter(None, notes), *listing_notes(listing, found.drawn_and_named)),
     )
-
-
-def find_output(options: ExtractOptions) -> Output:
-    """The output of a command; nothing is read or written.
-
-    Raises:
-        UsageError: nothing can be written by its name, or the name and the options contradict each other.
-    """
-    store = options.store
-    check_features_name(store.output)
-    output = Output(store.output, store.format)
-    if output.is_file and store.shard_bytes is not None:
-        raise UsageError(
-            f"--shard-size: {store.output} is one file, and has no shards",
-            "leave it out, or name a folder, such as -o feats/",
-        )
-    return output
-
-
-def check_words(run: RunOptions) -> None:
-    """Refuse devices that no machine has, and what a named kind of device cannot do.
-
-    Raises:
-        DeviceError: fp8 on a device that is not CUDA's.
-        UsageError: no device's name, or torch.compile on a device that is not CUDA's.
-    """
-    for name in run.devices:
-        if name != ALL_DEVICES:
-            check_kind(name, parse_device(name).kind, run.dtype, compile=run.compile)
 
 
 def _device_notes(run: RunOptions) -> Iterator[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import TYPE_CHECKING
 
 from internvit_cli.sources import kinds
 from internvit_cli.sources.kinds import kind_of
+from internvit_cli.untrusted import opened
 
 if TYPE_CHECKING:
     from internvit_cli.sources.kinds import Kind
@@ -195,15 +195,8 @@ def _brands(first: bytes) -> set[bytes]:
 
 def first_bytes(path: bytes) -> bytes:
     """Return the first bytes of a regular file; none of what cannot be opened or is no regular file."""
-    from internvit_cli.config import Skipped
-    from internvit_cli.decode.files import open_regular  # it loads Pillow
-
-    opened = open_regular(path)
-    if isinstance(opened, Skipped):
-        return b""
     try:
-        return os.pread(opened.descriptor, FIRST_BYTES, 0)
+        with opened(path) as file:
+            return file.read(FIRST_BYTES)
     except OSError:
         return b""
-    finally:
-        os.close(opened.descriptor)
