@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 
-from internvit_cli import allocator
+from internvit_cli.runtime import malloc as allocator
 
 CASES = ("bfloat16", "float32", "decode")
 REPEATS = 15
@@ -26,9 +26,9 @@ REPEATS = 15
 
 def encode(dtype: str) -> float:
     """Tiles a second, the median of some batches."""
-    from internvit_cli import encoder as encoder_module
     from internvit_cli.config import ComputeDtype
-    from internvit_cli.encoder_options import EncoderOptions
+    from internvit_cli.encode import encoder as encoder_module
+    from internvit_cli.encode.options import EncoderOptions
     from internvit_cli.model.catalog import TINY_RANDOM, describe_model
     from internvit_cli.model.stand_in import stand_in_checkpoint
 
@@ -45,8 +45,8 @@ def decode(folder: str) -> float:
     """Tiles a second of processor time."""
     from internvit_cli.config import PixelRule
     from internvit_cli.decode.pictures import decode_tiles
-    from internvit_cli.headers import Header, read_header
-    from internvit_cli.tiling import choose_grid
+    from internvit_cli.plan.headers import Header, read_header
+    from internvit_cli.plan.tiling import choose_grid
 
     rule = PixelRule()
     paths = [os.path.join(os.fsencode(folder), name) for name in sorted(os.listdir(os.fsencode(folder)))]

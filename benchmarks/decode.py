@@ -18,8 +18,8 @@ import time
 
 from internvit_cli.config import PixelRule
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
-from internvit_cli.headers import Header, read_header
-from internvit_cli.tiling import choose_grid, has_thumbnail, tile_count
+from internvit_cli.plan.headers import Header, read_header
+from internvit_cli.plan.tiling import choose_grid, has_thumbnail, tile_count
 
 RULE = PixelRule()
 

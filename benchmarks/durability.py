@@ -17,11 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from internvit_cli import storing
 from internvit_cli.config import ComputeDtype
+from internvit_cli.extract import writer_thread as storing
+from internvit_cli.extract.pipeline import extract
 from internvit_cli.options import ExtractOptions, ModelOptions, RunOptions, StoreOptions
-from internvit_cli.pipeline import extract
-from internvit_cli.stopping import StopRequest
+from internvit_cli.runtime.signals import StopRequest
 
 NEVER_SECONDS, NEVER_BYTES = 86_400.0, sys.maxsize
 

@@ -25,12 +25,12 @@ import transformers
 from peers import Graphed, Transformers
 
 from internvit_cli.config import ComputeDtype
-from internvit_cli.encoder import Encoder
-from internvit_cli.encoder_devices import find_device
-from internvit_cli.encoder_options import EncoderOptions
+from internvit_cli.encode.devices import find_device
+from internvit_cli.encode.encoder import Encoder
+from internvit_cli.encode.options import EncoderOptions
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.stand_in import stand_in_checkpoint
-from internvit_cli.workers import usable_cpus
+from internvit_cli.runtime.workers import usable_cpus
 
 SHAPES = {"300m": "300m", "6b": "6b", "tiny": TINY_RANDOM}
 LARGEST_GRAPHED = 8

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvit_cli.config import ComputeDtype, TokenOrder
-from internvit_cli.encoder import Encoder
+from internvit_cli.encode.encoder import Encoder
 from internvit_cli.model import features
 from internvit_cli.model.kernels import fp8, plain
 from internvit_cli.model.kernels.interface import StorePlan

@@ -17,12 +17,12 @@ from internvit_cli.config import (
     TokenOrder,
     Tokens,
 )
-from internvit_cli.reconcile import sources_to_json
+from internvit_cli.extract.changes import sources_to_json
+from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable
 from internvit_cli.sources.interface import Source
-from internvit_cli.storage.commit import create_shard
-from internvit_cli.storage.layout import DIGEST, FORMAT, FORMAT_VERSION, POOLED, STATUS, FeatureShape, NewShard
+from internvit_cli.storage.format.layout import DIGEST, FORMAT, FORMAT_VERSION, POOLED, STATUS, FeatureShape, NewShard
 from internvit_cli.storage.output import Output
-from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.storage.write.commit import create_shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -112,8 +112,8 @@ def ours(folder: str, output: str, dtype: str) -> dict[str, float]:
 
     from internvit_cli.cli.extract import StopRequest
     from internvit_cli.config import ComputeDtype
+    from internvit_cli.extract.pipeline import extract
     from internvit_cli.options import ExtractOptions, ModelOptions, RunOptions, StoreOptions
-    from internvit_cli.pipeline import extract
 
     options = ExtractOptions(
         sources=(folder,),

@@ -95,10 +95,10 @@ def run(*arguments: object, code: int = 0) -> Cost:
 FILL = """
 import sys
 import numpy as np
-from internvit_cli import pipeline
+from internvit_cli.extract import pipeline
 from internvit_cli.cli.app import run
 from internvit_cli.config import Status
-from internvit_cli.storage.commit import ImageRows
+from internvit_cli.storage.write.commit import ImageRows
 
 class Engine:
     device_name, batch_tiles, batch_tiles_to_record, workers, kernels, notes = "none", 1, 0, 0, "", ()

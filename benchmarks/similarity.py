@@ -26,11 +26,11 @@ import numpy as np
 from outputs import write_output
 from PIL import Image, ImageOps
 
-from internvit_cli.use.alignment import SAME, agreement
-from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
-from internvit_cli.use.looks import squeezed
-from internvit_cli.use.search import SearchOptions, search
-from internvit_cli.use.similarity_space import RAW, choose_space
+from internvit_cli.similarity.alignment import SAME, agreement
+from internvit_cli.similarity.duplicates import DuplicateOptions, find_duplicates
+from internvit_cli.similarity.looks import squeezed
+from internvit_cli.similarity.search import SearchOptions, search
+from internvit_cli.similarity.similarity_space import RAW, choose_space
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -31,12 +31,12 @@ from internvit_cli.config import (
     TokenOrder,
     Tokens,
 )
-from internvit_cli.storage.commit import ImageRows, ShardWriter, create_shard
-from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
+from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.storage.format.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
 from internvit_cli.storage.output import Output
-from internvit_cli.table import COLUMN_DTYPES, ImageTable
-from internvit_cli.verdict import VerifyOptions
-from internvit_cli.verify import verify
+from internvit_cli.storage.write.commit import ImageRows, ShardWriter, create_shard
+from internvit_cli.verify.checks import verify
+from internvit_cli.verify.result import VerifyOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from internvit_cli.config import Format, StoreDtype, Tokens
-from internvit_cli.storage.commit import ImageRows, ShardWriter, create_shard
+from internvit_cli.extract.writer_thread import CHECKPOINT_BYTES, ShardSink
+from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable
 from internvit_cli.storage.durable import reserve, sync_data, write_all
-from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
+from internvit_cli.storage.format.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog
-from internvit_cli.storing import CHECKPOINT_BYTES, ShardSink
-from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.storage.write.commit import ImageRows, ShardWriter, create_shard
 
 TILES, TOKENS, CHANNELS, HIDDEN = 13, 256, 4096, 1024
 IMAGE_BYTES = TILES * TOKENS * CHANNELS * 2

@@ -23,18 +23,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli import engine, pipeline, plan, sharding, storing
 from internvit_cli.cli import app
 from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, FailedImage
-from internvit_cli.headers import header_reader
-from internvit_cli.storage import commit, takeover
-from internvit_cli.storage.commit import RowWriter, ShardWriter
+from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
+from internvit_cli.extract import engine, pipeline
+from internvit_cli.extract import shard_plan as sharding
+from internvit_cli.extract import writer_thread as storing
+from internvit_cli.extract.writer_thread import ShardSink
+from internvit_cli.plan.headers import header_reader
+from internvit_cli.plan.scan import scan as plan
+from internvit_cli.runtime.workers import Finished
 from internvit_cli.storage.durable import disk_errors, sync_data, sync_together
-from internvit_cli.storage.layout import FeatureShape
-from internvit_cli.storing import ShardSink
-from internvit_cli.tile_features import LayerFeatures, TileFeatures
-from internvit_cli.workers import Finished
+from internvit_cli.storage.format.layout import FeatureShape
+from internvit_cli.storage.write import commit, takeover
+from internvit_cli.storage.write.commit import RowWriter, ShardWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,9 +45,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from internvit_cli.storage.layout import Extent
-    from internvit_cli.storing import FinishedImage
-    from internvit_cli.table import ImageTable
+    from internvit_cli.extract.writer_thread import FinishedImage
+    from internvit_cli.plan.table import ImageTable
+    from internvit_cli.storage.format.layout import Extent
 
 POOLED_WIDTH = 5
 SPOILED = b"spoiled"
@@ -269,9 +272,9 @@ def fill_disk(path: str) -> None:
 
 def prepare(behaviour: Behaviour) -> None:
     """Put the stand-ins in place."""
-    stand_in = types.ModuleType("internvit_cli.encoder")
+    stand_in = types.ModuleType("internvit_cli.encode.encoder")
     stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
-    sys.modules["internvit_cli.encoder"] = stand_in
+    sys.modules["internvit_cli.encode.encoder"] = stand_in
     plan.WorkerPool = InlinePool  # type: ignore[assignment,misc]
     DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens
     engine.Decoder = DigestDecoder  # type: ignore[assignment,misc]

@@ -12,16 +12,16 @@ from forking import PATIENCE
 from run_helpers import Result, internvit
 
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, Tokens
-from internvit_cli.storage.commit import ShardWriter
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog
+from internvit_cli.storage.write.commit import ShardWriter
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
 
-    from internvit_cli.storage.layout import NewShard
+    from internvit_cli.storage.format.layout import NewShard
 
 GRIDS = [(1, 1, 0), (2, 3, 1), (1, 1, 0), (3, 1, 1), (1, 2, 1), (1, 1, 0)]
 TRUNCATED = Skipped(Status.TRUNCATED, "OSError", "image file is truncated")
@@ -56,7 +56,7 @@ def make_partial(path: Path, shard: NewShard, rows: list[int]) -> None:
     output = Output(str(path))
     output.prepare()
     partial = output.partial_path(0)
-    from internvit_cli.storage.commit import create_shard
+    from internvit_cli.storage.write.commit import create_shard
 
     create_shard(output.backend, partial, shard)
     writer = ShardWriter(output.backend, partial, shard.table)

@@ -13,16 +13,16 @@ import storage_helpers as helpers
 
 from internvit_cli.config import PixelRule, Status, TilingRule
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
+from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
 from internvit_cli.errors import DeviceError
-from internvit_cli.filling import Filled, FillJob, FillRules, fill
-from internvit_cli.headers import Header, read_header
-from internvit_cli.storage.commit import ShardWriter, create_shard
-from internvit_cli.storage.layout import stored_recipe
+from internvit_cli.extract.encode_loop import Filled, FillJob, FillRules, fill
+from internvit_cli.extract.writer_thread import ShardSink
+from internvit_cli.plan.headers import Header, read_header
+from internvit_cli.plan.table import ImageTable
+from internvit_cli.plan.tiling import choose_grid, has_thumbnail
+from internvit_cli.storage.format.layout import stored_recipe
 from internvit_cli.storage.skipped import SkipLog
-from internvit_cli.storing import ShardSink
-from internvit_cli.table import ImageTable
-from internvit_cli.tile_features import LayerFeatures, TileFeatures
-from internvit_cli.tiling import choose_grid, has_thumbnail
+from internvit_cli.storage.write.commit import ShardWriter, create_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

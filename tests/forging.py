@@ -34,9 +34,9 @@ from internvit_cli.cli import app
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.config import Status
 from internvit_cli.errors import InternvitError, OutputError
+from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable
 from internvit_cli.storage import output as output_module
-from internvit_cli.storage.layout import index_digest
-from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.storage.format.layout import index_digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -157,8 +157,8 @@ def serve(path: str) -> None:
     import select
 
     import internvit_cli.cli
-    import internvit_cli.encoder
-    import internvit_cli.pipeline
+    import internvit_cli.encode.encoder
+    import internvit_cli.extract.pipeline
 
     for module in pkgutil.iter_modules(internvit_cli.cli.__path__):
         importlib.import_module(f"internvit_cli.cli.{module.name}")

@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.01
 
-LOAD = ("internvit_cli.encoder:Encoder.load",)
-SUBMIT = ("internvit_cli.encoder:Encoder.submit",)
+LOAD = ("internvit_cli.encode.encoder:Encoder.load",)
+SUBMIT = ("internvit_cli.encode.encoder:Encoder.submit",)
 """A batch goes to the encoder."""
-WRITE = ("internvit_cli.storage.commit:ShardWriter.write",)
+WRITE = ("internvit_cli.storage.write.commit:ShardWriter.write",)
 """An image's rows are about to be written."""
-ROWS = ("internvit_cli.storage.commit:RowWriter.write",)
+ROWS = ("internvit_cli.storage.write.commit:RowWriter.write",)
 """The same in whatever process writes them."""
-RECORD = ("internvit_cli.storage.commit:ShardWriter.record",)
+RECORD = ("internvit_cli.storage.write.commit:ShardWriter.record",)
 """The same of an image that a device's process has written."""
-COMMIT = ("internvit_cli.storage.commit:ShardWriter.commit",)
+COMMIT = ("internvit_cli.storage.write.commit:ShardWriter.commit",)
 DISK = ("os:pwrite", "os:fsync", "os:fdatasync", "os:replace", "os:rename")
 """Whatever Python's own calls do to files; what HDF5's library does while it makes a file is not among them."""
-EVERY_IMAGE = {"internvit_cli.storing:CHECKPOINT_BYTES": 1}
+EVERY_IMAGE = {"internvit_cli.extract.writer_thread:CHECKPOINT_BYTES": 1}
 """Settings with which every image is committed, instead of all that come within two seconds."""
 
 

@@ -25,12 +25,12 @@ from internvit_cli.config import (
     TokenOrder,
     Tokens,
 )
-from internvit_cli.reconcile import sources_to_json
+from internvit_cli.extract.changes import sources_to_json
+from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable
 from internvit_cli.sources import Source
-from internvit_cli.storage.commit import ImageRows, ShardWriter, create_shard
-from internvit_cli.storage.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
+from internvit_cli.storage.format.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
 from internvit_cli.storage.output import Output
-from internvit_cli.table import COLUMN_DTYPES, ImageTable
+from internvit_cli.storage.write.commit import ImageRows, ShardWriter, create_shard
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from internvit_cli import Extractor, accuracy, open_features
-from internvit_cli.accuracy import ATTRIBUTE_CHARACTERS, Accuracy, AccuracyError, ComputeError, StoreError
+from internvit_cli import Extractor, open_features
 from internvit_cli.cli.app import run
 from internvit_cli.config import ComputeDtype, StoreDtype, Tokens
+from internvit_cli.model import accuracy
+from internvit_cli.model.accuracy import ATTRIBUTE_CHARACTERS, Accuracy, AccuracyError, ComputeError, StoreError
 from internvit_cli.model.kernels.plain import quantise_tokens
-from internvit_cli.storage.layout import decode_values
+from internvit_cli.storage.format.layout import decode_values
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from internvit_cli.use import alignment
-from internvit_cli.use.alignment import SAME, SIDE, agreement
-from internvit_cli.use.looks import squeezed
+from internvit_cli.similarity import alignment
+from internvit_cli.similarity.alignment import SAME, SIDE, agreement
+from internvit_cli.similarity.looks import squeezed
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_helpers import internvit, make_pictures, state_of
 
-from internvit_cli.bench import ADVICE, DecodeRate, EncoderRate, predict
 from internvit_cli.cli.bench import batch_list, dtype_list
 from internvit_cli.cli.values import UnusableWordError
+from internvit_cli.commands.bench import ADVICE, DecodeRate, EncoderRate, predict
 from internvit_cli.config import ComputeDtype
-from internvit_cli.workers import usable_cpus
+from internvit_cli.runtime.workers import usable_cpus
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,7 +67,7 @@ def test_without_pictures_encoder_and_disk_are_measured(tmp_path: Path, monkeypa
 
 
 def test_a_model_on_the_hub_is_measured_with_weights_that_are_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    from internvit_cli import bench
+    from internvit_cli.commands import bench
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(bench, "_encoder_rate", lambda encoder, options, seconds: EncoderRate("cpu", "x", 1, 2.0))

@@ -23,13 +23,13 @@ from forking import PATIENCE
 from internvit_cli.config import Format, Skipped, Status
 from internvit_cli.errors import ExitCode, InternvitError, LockedError, NoSpaceError, OutputError
 from internvit_cli.storage import lock
-from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.durable import check_space, free_bytes, write_file
-from internvit_cli.storage.layout import CRC32, DIGEST, STATUS, Extent
+from internvit_cli.storage.format.layout import CRC32, DIGEST, STATUS, Extent
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
-from internvit_cli.storage.takeover import take_over
+from internvit_cli.storage.write.commit import ShardWriter, create_shard
+from internvit_cli.storage.write.takeover import take_over
 
 GRIDS = [(1, 1, 0), (2, 1, 1), (1, 1, 0), (1, 3, 1)]
 BOTH = pytest.mark.parametrize("shard_format", list(Format), ids=lambda f: f.value)
@@ -281,7 +281,7 @@ import resource, sys
 import storage_helpers as helpers
 from internvit_cli.config import Format
 from internvit_cli.errors import InternvitError
-from internvit_cli.storage.commit import create_shard
+from internvit_cli.storage.write.commit import create_shard
 from internvit_cli.storage.output import Output
 output = Output(sys.argv[1], Format(sys.argv[2]))
 output.prepare()

@@ -17,19 +17,22 @@ from moments import SUBMIT, Moment, wait_until
 from PIL import Image
 from run_helpers import extract, internvit, make_pictures, summary_of
 
-from internvit_cli import filling, open_features, storing, workers
+from internvit_cli import open_features
 from internvit_cli.config import Format, Status
 from internvit_cli.decode.decoder import DecodedImage
 from internvit_cli.errors import NoSpaceError, OutputError
-from internvit_cli.filling import FillJob, FillRules, fill
+from internvit_cli.extract import encode_loop as filling
+from internvit_cli.extract import writer_thread as storing
+from internvit_cli.extract.encode_loop import FillJob, FillRules, fill
+from internvit_cli.extract.writer_thread import ShardSink
+from internvit_cli.runtime import workers
 from internvit_cli.sources import FolderProblem, discover
 from internvit_cli.sources import walk as walk_module
-from internvit_cli.storage import commit
-from internvit_cli.storage.commit import ShardWriter, create_shard
-from internvit_cli.storage.layout import index_digest
+from internvit_cli.storage.format.layout import index_digest
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
-from internvit_cli.storing import ShardSink
+from internvit_cli.storage.write import commit
+from internvit_cli.storage.write.commit import ShardWriter, create_shard
 
 if TYPE_CHECKING:
     from pathlib import Path

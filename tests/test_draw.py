@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from internvit_cli.config import Graphics
-from internvit_cli.draw import figure as figure_module
-from internvit_cli.draw.figure import LEAST_WIDTH, MARGIN, Panel, figure
-from internvit_cli.draw.palette import DIVERGING, Scale, short_number, unit_colors
-from internvit_cli.draw.sheet import EMPTY, Cell, Row, contact_sheet
-from internvit_cli.draw.terminal import CELL_WIDTH, detect, render
-from internvit_cli.draw.text import FAINT, PAPER, drawable, fitted, text_width, wrapped, write
+from internvit_cli.viz.draw import figure as figure_module
+from internvit_cli.viz.draw.figure import LEAST_WIDTH, MARGIN, Panel, figure
+from internvit_cli.viz.draw.palette import DIVERGING, Scale, short_number, unit_colors
+from internvit_cli.viz.draw.sheet import EMPTY, Cell, Row, contact_sheet
+from internvit_cli.viz.draw.terminal import CELL_WIDTH, detect, render
+from internvit_cli.viz.draw.text import FAINT, PAPER, drawable, fitted, text_width, wrapped, write
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
 

@@ -16,22 +16,22 @@ from model_helpers import (
     tiny_card,
 )
 
-from internvit_cli import encoder_devices
-from internvit_cli.accuracy import LOWEST_TOKEN_COSINE
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
-from internvit_cli.encoder import TORCH_DTYPE, Encoder
-from internvit_cli.encoder_batches import BatchRunner, Launcher, measure_batch
-from internvit_cli.encoder_devices import fastest_dtype, find_device
-from internvit_cli.encoder_options import EncoderOptions
-from internvit_cli.encoder_quantisation import measure_computing
+from internvit_cli.encode import devices as encoder_devices
+from internvit_cli.encode.batches import BatchRunner, Launcher, measure_batch
+from internvit_cli.encode.devices import fastest_dtype, find_device
+from internvit_cli.encode.encoder import TORCH_DTYPE, Encoder
+from internvit_cli.encode.options import EncoderOptions
+from internvit_cli.encode.quantization import measure_computing
+from internvit_cli.encode.tile_features import LayerFeatures
 from internvit_cli.errors import DeviceError, UsageError
+from internvit_cli.model.accuracy import LOWEST_TOKEN_COSINE
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.loading import load_vit
 from internvit_cli.model.vit import pixel_unshuffle
-from internvit_cli.storage.layout import decode_values
-from internvit_cli.tile_features import LayerFeatures
+from internvit_cli.storage.format.layout import decode_values
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -493,7 +493,7 @@ def test_on_cuda_every_kernel_works_and_small_batches_are_graphs():
 @needs_cuda
 @pytest.mark.cuda
 def test_on_cuda_a_graph_that_cannot_be_captured_changes_nothing_but_the_report(monkeypatch):
-    from internvit_cli.encoder_cuda import CudaLauncher
+    from internvit_cli.encode.cuda import CudaLauncher
 
     def refuse(self, tiles):
         raise RuntimeError("operation not permitted when stream is capturing")

@@ -24,9 +24,9 @@ from run_helpers import extract, make_pictures, summary_of
 
 from internvit_cli import open_features
 from internvit_cli.config import Format, Status, StoreDtype, Tokens
-from internvit_cli.exchange.csv_index import FIELDS, as_line
-from internvit_cli.exchange.safetensors_file import tensor_header
-from internvit_cli.exchange.tar import entry_header, npy_header, padding
+from internvit_cli.export.csv_index import FIELDS, as_line
+from internvit_cli.export.safetensors_file import tensor_header
+from internvit_cli.export.tar import entry_header, npy_header, padding
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
 
@@ -201,7 +201,7 @@ def test_row_groups_are_bounded_and_bfloat16_is_widened_when_asked_for(
 ) -> None:
     pq = pytest.importorskip("pyarrow.parquet")
     make(tmp_path / "a.h5", exchange.mixed_shard(store_dtype=StoreDtype.BFLOAT16))
-    monkeypatch.setattr("internvit_cli.exchange.parquet.GROUP_BYTES", 100)
+    monkeypatch.setattr("internvit_cli.export.parquet.GROUP_BYTES", 100)
     assert "uint16" in ok("export", tmp_path / "a.h5", tmp_path / "bits.parquet").stderr
     assert "uint16" not in ok("export", tmp_path / "a.h5", tmp_path / "wide.parquet", "--widen").stderr
     file = pq.ParquetFile(tmp_path / "wide.parquet")
@@ -424,7 +424,7 @@ def test_what_is_there_is_replaced_only_when_asked_for_and_complete(
     names = names_in(tmp_path)
     assert "is there already" in fails(2, "export", tmp_path / "b.h5", tmp_path / target)
     with monkeypatch.context() as patch:
-        patch.setattr("internvit_cli.exchange.export.read_blocks", lambda *_, **__: iter(["no block"]))
+        patch.setattr("internvit_cli.export.export.read_blocks", lambda *_, **__: iter(["no block"]))
         with pytest.raises((AttributeError, TypeError)):
             ok("export", tmp_path / "b.h5", tmp_path / target, "--overwrite")
     assert names_in(tmp_path) == names
@@ -531,7 +531,7 @@ def test_a_place_that_another_run_holds_is_left_alone(tmp_path: Path) -> None:
 
 DIES = """
 import os, sys
-import internvit_cli.exchange.export as export
+import internvit_cli.export.export as export
 from internvit_cli.cli.app import main
 blocks, number, read = int(sys.argv[1]), int(sys.argv[2]), export.read_blocks
 def until(*arguments, **options):

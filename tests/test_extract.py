@@ -224,7 +224,7 @@ def test_a_signal_while_planning_ends_the_run_at_once_with_nothing_made(tmp_path
         (tmp_path / f"{number:05d}.jpg").write_bytes(picture)
     output = tmp_path / "feats.h5"
     arguments = ("extract", tmp_path, "-o", output, "--model", "tiny-random", "--max-tiles", 1, "--json")
-    process = Moment(("internvit_cli.workers:WorkerPool.wait",)).run("SIGTERM", *arguments)
+    process = Moment(("internvit_cli.runtime.workers:WorkerPool.wait",)).run("SIGTERM", *arguments)
     assert process.returncode == 143 and json.loads(process.stdout)["exit_code"] == 143
     assert "images to encode" not in process.stderr, "the plan never came to its end"
     assert not list(tmp_path.glob("feats.h5*"))
@@ -235,7 +235,7 @@ def test_a_killed_run_over_a_folder_of_shards_goes_on_with_the_next_shard(many_p
     options = (*SHAPE, "--shard-size", "6MB")
     assert extract(many_pictures, "-o", whole, *options).returncode == 0
     arguments = ("extract", many_pictures, "-o", output, "--model", "tiny-random", *options)
-    moment = Moment(("internvit_cli.pipeline:create_shard",), 2).then(WRITE)
+    moment = Moment(("internvit_cli.extract.pipeline:create_shard",), 2).then(WRITE)
     assert moment.run("SIGKILL", *arguments).returncode == -9
     assert open_features(output), "the shards that the manifest names can be read"
     assert (output / "shard-00001.partial").exists()

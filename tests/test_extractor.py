@@ -28,7 +28,7 @@ from internvit_cli.errors import ClosedError, ModelError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from internvit_cli.storage.image import ImageFeatures
+    from internvit_cli.storage.read.image import ImageFeatures
 
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
 CPU = {"dtype": "float32", "device": "cpu"}

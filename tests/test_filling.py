@@ -26,9 +26,9 @@ from PIL import Image
 
 from internvit_cli.config import Format, Skipped, Status, Tokens
 from internvit_cli.errors import DeviceError, ExitCode, InternvitError, NoSpaceError
-from internvit_cli.storage.commit import ShardWriter, create_shard
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
+from internvit_cli.storage.write.commit import ShardWriter, create_shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,7 +97,7 @@ def test_batches_across_images_change_no_value(noise, tmp_path, batch_tiles):
 
 def decode(job: DecodeJob) -> NDArray[Any]:
     from internvit_cli.decode.pictures import decode_tiles
-    from internvit_cli.tiling import tile_count
+    from internvit_cli.plan.tiling import tile_count
 
     out = np.empty((tile_count(job.grid, thumbnail=True), SIDE, SIDE, 3), np.uint8)
     decode_tiles(job.path, job.header, job.grid, RULE, out)

@@ -18,11 +18,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from internvit_cli.config import PixelRule, Preprocess, Skipped, Status, TilingRule
-from internvit_cli.decode.files import classify, open_picture, open_regular
-from internvit_cli.draw.png import encode_png
-from internvit_cli.headers import Drawn, Header, read_header, read_headers
-from internvit_cli.orientation import as_turn
-from internvit_cli.quick_headers import QuickHeader, quick_header
+from internvit_cli.plan.headers import Drawn, Header, read_header, read_headers
+from internvit_cli.plan.orientation import as_turn
+from internvit_cli.plan.quick_headers import QuickHeader, quick_header
+from internvit_cli.sources.files import classify, open_picture, open_regular
+from internvit_cli.viz.draw.png import encode_png
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_helpers import internvit
 
+from internvit_cli.commands.info import describe_output
 from internvit_cli.config import Format, Skipped, Status
 from internvit_cli.errors import OutputError
-from internvit_cli.inspect import describe_output
-from internvit_cli.storage import hdf5_strings, npy
+from internvit_cli.storage.format import hdf5_strings, npy
 from internvit_cli.storage.output import MANIFEST, Output
-from internvit_cli.storage.places import find_places
-from internvit_cli.storage.reader import find_shards
+from internvit_cli.storage.read.places import find_places
+from internvit_cli.storage.read.reader import find_shards
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,13 +9,13 @@ import pytest
 import torch
 from model_helpers import open_all, random_tiles, tiny_card
 
-from internvit_cli import encoder_cuda
 from internvit_cli.config import Pool, StoreDtype, TokenOrder, Tokens
-from internvit_cli.encoder_batches import BatchRunner
-from internvit_cli.encoder_cuda import IN_FLIGHT, LARGEST_GRAPH, CudaLauncher
+from internvit_cli.encode import cuda as encoder_cuda
+from internvit_cli.encode.batches import BatchRunner
+from internvit_cli.encode.cuda import IN_FLIGHT, LARGEST_GRAPH, CudaLauncher
+from internvit_cli.encode.tile_features import TileFeatures
 from internvit_cli.model.features import FeatureModel, FeatureSpec
-from internvit_cli.storage.layout import decode_values
-from internvit_cli.tile_features import TileFeatures
+from internvit_cli.storage.format.layout import decode_values
 
 CPU = torch.device("cpu")
 

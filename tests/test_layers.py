@@ -22,18 +22,18 @@ from safetensors.numpy import load_file
 
 from internvit_cli import Extractor, FeatureDataset, open_features
 from internvit_cli.config import Pool, StoreDtype, TokenOrder, Tokens
-from internvit_cli.encoder import on_host
+from internvit_cli.encode.encoder import on_host
 from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.model.features import FeatureModel, Features, FeatureSpec
 from internvit_cli.model.vit import Block
-from internvit_cli.storage.layout import FeatureName, crc_order, dataset_of
-from internvit_cli.verdict import VerifyOptions
-from internvit_cli.verify import verify
+from internvit_cli.storage.format.layout import FeatureName, crc_order, dataset_of
+from internvit_cli.verify.checks import verify
+from internvit_cli.verify.result import VerifyOptions
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from internvit_cli.storage.image import ImageFeatures
+    from internvit_cli.storage.read.image import ImageFeatures
 
 FEW = ("--max-tiles", 2)
 ALL = ("--layer", "0,-2,-1")

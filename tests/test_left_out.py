@@ -13,14 +13,14 @@ from PIL import Image, features
 from run_helpers import extract, internvit, make_pictures, state_of, summary_of
 
 from internvit_cli.config import DRAWN_BY
-from internvit_cli.draw.png import encode_png
 from internvit_cli.errors import NoImagesError
-from internvit_cli.finding import require_images
 from internvit_cli.sources import DiscoverOptions, Listing, discover
 from internvit_cli.sources.extensions import EXTENSIONS, label_of, looks_like_picture
+from internvit_cli.sources.find_images import require_images
 from internvit_cli.sources.kinds import KINDS, kind_of
 from internvit_cli.sources.left_out import MOST_COUNTED, LeftOut
 from internvit_cli.sources.signatures import FIRST_BYTES, is_picture, kind_by_bytes
+from internvit_cli.viz.draw.png import encode_png
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,10 +17,10 @@ from run_helpers import Result, internvit
 
 from internvit_cli import UnknownKeyError, open_features
 from internvit_cli.cli.ls import STATUSES
+from internvit_cli.commands.ls import Listing, ListOptions
 from internvit_cli.config import Format, Skipped, Status
-from internvit_cli.listing import Listing, ListOptions
 from internvit_cli.storage.output import Output
-from internvit_cli.storage.wanted_keys import find_wanted, key_pattern
+from internvit_cli.storage.read.wanted_keys import find_wanted, key_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -158,8 +158,8 @@ def test_a_word_whose_images_have_another_status_is_known(output: str) -> None:
 def test_a_pattern_that_means_too_many_images_is_refused_and_names_may_be_as_many(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    monkeypatch.setattr("internvit_cli.use.show.MOST_IMAGES", 3)
-    monkeypatch.setattr("internvit_cli.use.search.MOST_QUERIES", 3)
+    monkeypatch.setattr("internvit_cli.viz.show.MOST_IMAGES", 3)
+    monkeypatch.setattr("internvit_cli.similarity.search.MOST_QUERIES", 3)
     path = str(tmp_path / "feats.h5")
     helpers.make_output(path, shard_of([b"%d.jpg" % number for number in range(5)]))
     keys = [f"{number}.jpg" for number in range(5)]
@@ -335,7 +335,7 @@ def test_a_reader_that_has_seen_enough_ends_the_listing(tmp_path: Path) -> None:
 def test_shards_are_read_one_after_another_while_the_listing_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from internvit_cli.storage.places import ShardPlace
+    from internvit_cli.storage.read.places import ShardPlace
 
     path = tmp_path / "feats"
     for number in range(3):

@@ -17,7 +17,7 @@ from run_helpers import datasets, extract, internvit, make_pictures, summary_of
 
 from internvit_cli import open_features
 from internvit_cli.config import Skipped, Status, StoreDtype, TokenOrder, Tokens
-from internvit_cli.exchange.likeness import Kernels, cosines
+from internvit_cli.export.likeness import Kernels, cosines
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 

@@ -20,7 +20,7 @@ from internvit_cli.model import hub
 from internvit_cli.model.catalog import KNOWN_MODELS, TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.layouts import expected_shapes
-from internvit_cli.observer import Observer
+from internvit_cli.runtime.observer import Observer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"model_type": "intern_vit_6b", "hidden_size": 64, "num_attention_heads": 2}

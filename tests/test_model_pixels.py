@@ -17,11 +17,11 @@ from internvit_cli.config import DEFAULT_RESCALE_FACTOR, Preprocess
 from internvit_cli.errors import ModelError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.loading import load_vit
+from internvit_cli.model.own_tiling import tiling_note
 from internvit_cli.model.pixels import Normalization, OwnTiling, normalization
 from internvit_cli.model.vit import TileEmbedding
 from internvit_cli.options import PictureOptions
-from internvit_cli.own_tiling import tiling_note
-from internvit_cli.storage.reader import open_features
+from internvit_cli.storage.read.reader import open_features
 
 if TYPE_CHECKING:
     from pathlib import Path

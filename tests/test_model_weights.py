@@ -19,7 +19,7 @@ from run_helpers import internvit, make_pictures
 from internvit_cli.errors import ModelError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.layouts import expected_shapes
-from internvit_cli.storage.reader import open_features
+from internvit_cli.storage.read.reader import open_features
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ import storage_helpers as helpers
 from exchange_helpers import make, names_in
 from run_helpers import Result, command, extract, internvit, make_pictures, summary_of
 
-from internvit_cli import doctor
+from internvit_cli.commands import doctor
 from internvit_cli.errors import ENOTSUPP, InternvitError, LockedError, OutputError
 from internvit_cli.storage import durable
 from internvit_cli.storage.durable import rename_durably, sync_path, unsynced_folder, write_file

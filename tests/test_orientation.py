@@ -24,8 +24,8 @@ from PIL.PngImagePlugin import PngInfo, iTXt
 
 from internvit_cli.config import PixelRule, Preprocess, Skipped, TilingRule
 from internvit_cli.decode.direct import Tiled, tile_bytes, tile_file, tile_picture
-from internvit_cli.headers import Header, read_header
-from internvit_cli.orientation import as_turn, exif_orientation, metadata_orientation
+from internvit_cli.plan.headers import Header, read_header
+from internvit_cli.plan.orientation import as_turn, exif_orientation, metadata_orientation
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,16 +13,16 @@ from run_helpers import extract, internvit, make_pictures, summary_of
 
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError, UsageError
-from internvit_cli.exchange.targets import TARGET_OF_SUFFIX, Target, choose_target
-from internvit_cli.output_names import (
+from internvit_cli.export.targets import TARGET_OF_SUFFIX, Target, choose_target
+from internvit_cli.storage.output import Output
+from internvit_cli.storage.output_names import (
     DATA_FILE_SUFFIXES,
     EXPORTED_SUFFIXES,
     SINGLE_FILE_SUFFIXES,
     check_features_name,
     is_single_file,
 )
-from internvit_cli.storage.output import Output
-from internvit_cli.storage.reader import open_features
+from internvit_cli.storage.read.reader import open_features
 
 if TYPE_CHECKING:
     from pathlib import Path

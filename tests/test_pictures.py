@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 from internvit_cli.config import GreyRange, PixelRule, Preprocess, Skipped, Status, TilingRule
 from internvit_cli.decode import pictures
 from internvit_cli.decode.pictures import decode_tiles
-from internvit_cli.headers import Header, read_header
+from internvit_cli.plan.headers import Header, read_header
+from internvit_cli.plan.tiling import choose_grid, decoded_tile_count
 from internvit_cli.sources import DiscoverOptions, discover
-from internvit_cli.tiling import choose_grid, decoded_tile_count
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from internvit_cli import plan as plan_module
 from internvit_cli.cli.declarations import REGISTERED
 from internvit_cli.cli.values import UnusableWordError, value_of
 from internvit_cli.config import (
@@ -33,23 +32,24 @@ from internvit_cli.config import (
     Tokens,
 )
 from internvit_cli.errors import ExitCode, OtherRecipeError, OutputError, UsageError
-from internvit_cli.plan import Plan, PlanOptions, plan_images
+from internvit_cli.extract.results import Counts, Stages, Summary
+from internvit_cli.extract.shard_plan import ShardSize
+from internvit_cli.plan.scan import Plan, PlanOptions, plan_images
+from internvit_cli.plan.scan import scan as plan_module
+from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable, concatenate, count_statuses
+from internvit_cli.plan.tiling import choose_grid, tile_count
 from internvit_cli.recipes import check_same
-from internvit_cli.report import Counts, Stages, Summary
-from internvit_cli.sharding import ShardSize
+from internvit_cli.runtime.workers import WorkerSpec
 from internvit_cli.sources import DiscoverOptions, Source, discover
 from internvit_cli.sources.interface import Listing
-from internvit_cli.storage import hdf5, npy
-from internvit_cli.storage.interface import backend_of
-from internvit_cli.storage.layout import FeatureShape, NewShard, stored_recipe
-from internvit_cli.table import COLUMN_DTYPES, ImageTable, concatenate, count_statuses
-from internvit_cli.tiling import choose_grid, tile_count
-from internvit_cli.workers import WorkerSpec
+from internvit_cli.storage.format import hdf5, npy
+from internvit_cli.storage.format.interface import backend_of
+from internvit_cli.storage.format.layout import FeatureShape, NewShard, stored_recipe
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from internvit_cli.storage.interface import ShardFormat
+    from internvit_cli.storage.format.interface import ShardFormat
 
 # ----------------------------------------------------------------------------------------------------------- tables
 

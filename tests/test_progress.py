@@ -26,10 +26,10 @@ from internvit_cli.cli.app import run
 from internvit_cli.cli.progress import Line, PlainDisplay, TerminalDisplay, View, clock, fit, plain_line, progress
 from internvit_cli.config import ComputeDtype
 from internvit_cli.errors import OutputError
-from internvit_cli.observer import BYTES, Observer, Phase, State, Work
+from internvit_cli.extract.pipeline import extract as extract_in_process
 from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions
-from internvit_cli.pipeline import extract as extract_in_process
-from internvit_cli.stopping import StopRequest
+from internvit_cli.runtime.observer import BYTES, Observer, Phase, State, Work
+from internvit_cli.runtime.signals import StopRequest
 from internvit_cli.storage.output import Output
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ import internvit_cli
 from internvit_cli import FeatureDataset, SkippedImageError, UnknownKeyError, open_features
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import ClosedError, InternvitError, OutputError
-from internvit_cli.storage.image import stitch
-from internvit_cli.storage.layout import index_digest
-from internvit_cli.storage.near_keys import near_keys
+from internvit_cli.plan.tiling import Grid
+from internvit_cli.storage.format.layout import index_digest
 from internvit_cli.storage.output import Output
-from internvit_cli.tiling import Grid
+from internvit_cli.storage.read.image import stitch
+from internvit_cli.storage.read.near_keys import near_keys
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image, ImageFile, features
 
 from internvit_cli.config import PixelRule, Skipped, Status, TilingRule, Truncated
-from internvit_cli.decode import files
 from internvit_cli.decode.direct import Tiled, tile_bytes, tile_file, tile_picture
-from internvit_cli.headers import read_header
-from internvit_cli.untrusted import Opened
+from internvit_cli.plan.headers import read_header
+from internvit_cli.runtime.untrusted import Opened
+from internvit_cli.sources import files
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -276,7 +276,7 @@ def test_what_is_no_picture_is_called_by_its_name_with_what_would_help(data: byt
 
 def test_a_format_that_this_pillow_cannot_read_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "readable_formats", lambda: ("JPEG",))
-    monkeypatch.setattr("internvit_cli.headers.readable_formats", lambda: ("JPEG",))
+    monkeypatch.setattr("internvit_cli.plan.headers.readable_formats", lambda: ("JPEG",))
     found = outcome(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(60))
     assert isinstance(found, Skipped)
     assert found.status is Status.UNSUPPORTED

@@ -29,16 +29,16 @@ from run_helpers import extract, internvit
 from internvit_cli import open_features
 from internvit_cli.config import Projection, Skipped, Status, Tokens
 from internvit_cli.errors import InternvitError, UsageError
+from internvit_cli.extract.results import pictures, plane, selection
+from internvit_cli.model.caveats import caveats
+from internvit_cli.report.build import ReportOptions, write_report
+from internvit_cli.report.page import as_page, as_script_data
+from internvit_cli.runtime.workers import WorkerSpec
+from internvit_cli.similarity.similarity_space import RAW, Space, choose_space
 from internvit_cli.storage.output import Output
-from internvit_cli.storage.shard import OpenShard
-from internvit_cli.use import photograph
-from internvit_cli.use.caveats import caveats
-from internvit_cli.use.photograph import PictureFile
-from internvit_cli.use.report import pictures, plane, selection
-from internvit_cli.use.report.build import ReportOptions, write_report
-from internvit_cli.use.report.page import as_page, as_script_data
-from internvit_cli.use.similarity_space import RAW, Space, choose_space
-from internvit_cli.workers import WorkerSpec
+from internvit_cli.storage.read.shard import OpenShard
+from internvit_cli.viz import photograph
+from internvit_cli.viz.photograph import PictureFile
 
 if TYPE_CHECKING:
     from pathlib import Path

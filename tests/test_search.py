@@ -22,20 +22,21 @@ from run_helpers import extract, internvit
 from internvit_cli import open_features
 from internvit_cli.config import Tokens
 from internvit_cli.errors import InternvitError, OutputError, UsageError
-from internvit_cli.observer import SILENT
-from internvit_cli.storage.layout import POOLED
-from internvit_cli.use import ann_index, contact_sheets, lsh, nearest, pairs, same_pictures, similarity_space
-from internvit_cli.use import duplicates as duplicates_module
-from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
-from internvit_cli.use.links import Links
-from internvit_cli.use.lsh import hashed_pairs, table_shape
-from internvit_cli.use.nearest import best
-from internvit_cli.use.pairs import BestPairs, exact_pairs
-from internvit_cli.use.search import SearchOptions, search
-from internvit_cli.use.similarity_space import RAW, choose_space
+from internvit_cli.runtime.observer import SILENT
+from internvit_cli.similarity import ann_index, lsh, nearest, pairs, same_pictures, similarity_space
+from internvit_cli.similarity import contact_sheet as contact_sheets
+from internvit_cli.similarity import duplicates as duplicates_module
+from internvit_cli.similarity.duplicates import DuplicateOptions, find_duplicates
+from internvit_cli.similarity.links import Links
+from internvit_cli.similarity.lsh import hashed_pairs, table_shape
+from internvit_cli.similarity.nearest import best
+from internvit_cli.similarity.pairs import BestPairs, exact_pairs
+from internvit_cli.similarity.search import SearchOptions, search
+from internvit_cli.similarity.similarity_space import RAW, choose_space
+from internvit_cli.storage.format.layout import POOLED
 
 if TYPE_CHECKING:
-    from internvit_cli.storage.row_index import PooledVectors
+    from internvit_cli.storage.read.row_index import PooledVectors
 
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
 TWINS = (
@@ -423,7 +424,7 @@ def test_what_cannot_be_searched_for_is_said_with_a_way_out(stored_photos, argum
 
 def test_a_query_that_is_no_picture_is_refused_before_weights_are_loaded(stored_photos, monkeypatch):
     """With a hint that fits: a key is one, a folder has pictures, and words find nothing."""
-    monkeypatch.setattr("internvit_cli.use.search._encode", lambda *_: pytest.fail("weights are loaded"))
+    monkeypatch.setattr("internvit_cli.similarity.search._encode", lambda *_: pytest.fail("weights are loaded"))
     for query, hint in (
         ("a dog", "name a picture file"),
         (TWINS[0][0], f"--key '{TWINS[0][0]}'"),

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from run_helpers import extract, internvit, make_pictures, summary_of
 
+from internvit_cli.api.settings import extract_options
 from internvit_cli.cli.app import COMMANDS, run
 from internvit_cli.cli.declarations import REGISTERED, Parameter
 from internvit_cli.cli.settings import is_on_command_line, variable_of
 from internvit_cli.errors import UsageError
-from internvit_cli.use.settings import extract_options
 
 if sys.version_info >= (3, 11):
     import tomllib

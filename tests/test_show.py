@@ -19,13 +19,13 @@ from run_helpers import extract, internvit
 from internvit_cli import open_features
 from internvit_cli.config import Preprocess, TokenMapKind
 from internvit_cli.errors import UsageError
-from internvit_cli.tiling import clip_size, covered_box
-from internvit_cli.use import maps, photograph
-from internvit_cli.use.maps import TokenMap, components, fit, similarity, similarity_scale, tile_pattern
-from internvit_cli.use.panels import GONE, Canvas, mark_outliers
-from internvit_cli.use.photograph import PictureFile, load_photograph
-from internvit_cli.use.show import ShowOptions, file_name, show, token_at
-from internvit_cli.workers import WorkerSpec
+from internvit_cli.plan.tiling import clip_size, covered_box
+from internvit_cli.runtime.workers import WorkerSpec
+from internvit_cli.viz import maps, photograph
+from internvit_cli.viz.maps import TokenMap, components, fit, similarity, similarity_scale, tile_pattern
+from internvit_cli.viz.panels import GONE, Canvas, mark_outliers
+from internvit_cli.viz.photograph import PictureFile, load_photograph
+from internvit_cli.viz.show import ShowOptions, file_name, show, token_at
 
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
 PHOTO, PORTRAIT = "040_imageio_768x512.png", "021_exif-orientation_1200x1800.jpg"

@@ -12,13 +12,13 @@ import storage_helpers as helpers
 from exchange_helpers import make, names_in
 from run_helpers import extract, internvit, make_pictures, state_of, summary_of
 
-from internvit_cli import pipeline
 from internvit_cli.config import Format, Skipped, Status
 from internvit_cli.errors import InternvitError, OutputError
+from internvit_cli.extract import pipeline
 from internvit_cli.storage.durable import append, create, folder_for, make_way, open_ours, write_file
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
-from internvit_cli.storage.reader import open_features
+from internvit_cli.storage.read.reader import open_features
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 
 if TYPE_CHECKING:
@@ -306,7 +306,7 @@ def pipeline_run(line: list[object]) -> None:
     """A run of which every exception comes through."""
     from internvit_cli.config import Tokens
     from internvit_cli.options import ExtractOptions, ModelOptions, StoreOptions
-    from internvit_cli.stopping import StopRequest
+    from internvit_cli.runtime.signals import StopRequest
 
     store = StoreOptions(str(line[2]), tokens=Tokens.NONE)
     pipeline.extract(ExtractOptions((str(line[0]),), store, model=ModelOptions("tiny-random")), StopRequest())

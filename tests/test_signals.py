@@ -23,9 +23,9 @@ from terminal_helpers import Terminal
 from internvit_cli import open_features
 from internvit_cli.cli.signals import stop_on_signals
 from internvit_cli.config import Status
-from internvit_cli.exchange import export as export_module
-from internvit_cli.pipeline import extract as extract_in_process
-from internvit_cli.stopping import StopRequest
+from internvit_cli.export import export as export_module
+from internvit_cli.extract.pipeline import extract as extract_in_process
+from internvit_cli.runtime.signals import StopRequest
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -142,7 +142,9 @@ def test_a_signal_at_any_moment_ends_the_run_and_the_same_command_finishes(
             shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("name", ["typer", "internvit_cli.cli.app", "numpy", "h5py", "internvit_cli.pipeline", "torch"])
+@pytest.mark.parametrize(
+    "name", ["typer", "internvit_cli.cli.app", "numpy", "h5py", "internvit_cli.extract.pipeline", "torch"]
+)
 def test_an_interrupt_during_any_import_ends_with_130_and_no_traceback(
     pictures: Path, tmp_path: Path, name: str
 ) -> None:

@@ -17,10 +17,10 @@ from PIL import Image
 from run_helpers import extract, internvit
 
 from internvit_cli.config import Status
-from internvit_cli.decode.files import readable_formats
 from internvit_cli.errors import NoImagesError, UsageError
 from internvit_cli.sources import DiscoverOptions, Listing, discover
 from internvit_cli.sources.extensions import EXTENSIONS, looks_like_picture
+from internvit_cli.sources.files import readable_formats
 from internvit_cli.sources.lists import read_list
 from internvit_cli.sources.selection import Selection
 from internvit_cli.sources.signatures import is_picture, kind_by_bytes

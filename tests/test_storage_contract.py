@@ -20,12 +20,12 @@ from forking import PATIENCE
 
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import OutputError, UsageError
-from internvit_cli.storage.commit import ShardWriter
-from internvit_cli.storage.interface import backend_of
-from internvit_cli.storage.layout import ALIGNMENT, RUN_LOG_BYTES, ForeignFileError
+from internvit_cli.plan.table import COLUMN_DTYPES
+from internvit_cli.storage.format.interface import backend_of
+from internvit_cli.storage.format.layout import ALIGNMENT, RUN_LOG_BYTES, ForeignFileError
 from internvit_cli.storage.output import MANIFEST, Output
-from internvit_cli.storage.reader import SkippedImageError, open_features
-from internvit_cli.table import COLUMN_DTYPES
+from internvit_cli.storage.read.reader import SkippedImageError, open_features
+from internvit_cli.storage.write.commit import ShardWriter
 
 GRIDS = [(1, 1, 0), (2, 3, 1), (1, 1, 0), (3, 1, 1), (1, 2, 1), (1, 1, 0)]
 TRUNCATED = Skipped(Status.TRUNCATED, "OSError", "image file is truncated")
@@ -703,7 +703,7 @@ def test_a_damaged_manifest_never_costs_a_shard(tmp_path):
 @pytest.mark.parametrize("damaged", [MANIFEST, "shard-00000.*", "manifest.next.json"])
 def test_an_output_that_is_damaged_can_be_replaced(tmp_path, kind, damaged):
     """Every hint says so: --overwrite goes on where nothing else can."""
-    from internvit_cli.existing import load_existing, settle
+    from internvit_cli.extract.resume import load_existing, settle
 
     path, shard_format = place(tmp_path, kind)
     shard = helpers.make_shard(helpers.make_table([(1, 1, 0)]))
@@ -747,7 +747,7 @@ def test_an_unfinished_shard_that_cannot_be_read_is_dropped_on_request_and_what_
     tmp_path, kind, damage
 ):
     """It is ours by its name beside the output; --overwrite, and nothing less, begins it anew."""
-    from internvit_cli.existing import load_existing, settle
+    from internvit_cli.extract.resume import load_existing, settle
 
     path, shard_format = place(tmp_path, kind)
     first = helpers.make_shard(helpers.make_table([(1, 1, 0)], [b"a.jpg"]))
@@ -773,7 +773,7 @@ def test_an_unfinished_shard_that_cannot_be_read_is_dropped_on_request_and_what_
 
 @pytest.mark.parametrize("kind", ["file", "h5 folder"])
 def test_another_programs_file_by_the_name_of_an_unfinished_shard_is_never_dropped(tmp_path, kind):
-    from internvit_cli.existing import load_existing
+    from internvit_cli.extract.resume import load_existing
 
     path, shard_format = place(tmp_path, kind)
     helpers.make_output(path, helpers.make_shard(helpers.make_table([(1, 1, 0)])), shard_format)
@@ -830,7 +830,7 @@ def test_damage_to_an_hdf5_file_is_an_error_with_a_hint(tmp_path):
 
 
 def test_a_foreign_hdf5_file_is_never_overwritten(tmp_path):
-    from internvit_cli.existing import load_existing
+    from internvit_cli.extract.resume import load_existing
 
     with h5py.File(tmp_path / "feats.h5", "w") as file:
         file["precious"] = np.arange(5)
@@ -840,7 +840,7 @@ def test_a_foreign_hdf5_file_is_never_overwritten(tmp_path):
 
 @pytest.mark.parametrize("content", [b"a picture, maybe", b"\x89PNG\r\n\x1a\n" + bytes(5000), bytes(5000)])
 def test_a_file_that_merely_has_the_outputs_name_is_never_overwritten(tmp_path, content):
-    from internvit_cli.existing import load_existing
+    from internvit_cli.extract.resume import load_existing
 
     (tmp_path / "feats.h5").write_bytes(content)
     with pytest.raises(ForeignFileError):

@@ -14,7 +14,7 @@ from hub_helpers import answer, hf_download, use_cache
 from huggingface_hub import constants
 from run_helpers import internvit, make_pictures, state_of
 
-from internvit_cli import doctor
+from internvit_cli.commands import doctor
 from internvit_cli.config import DEFAULT_MODEL
 from internvit_cli.model.catalog import KNOWN_MODELS
 

@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from internvit_cli.config import PixelRule, Preprocess, TilingRule
-from internvit_cli.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail, tile_count
+from internvit_cli.plan.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail, tile_count
 
 if TYPE_CHECKING:
     from pathlib import Path

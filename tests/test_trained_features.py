@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
-from internvit_cli.use.search import SearchOptions, search
-from internvit_cli.use.similarity_space import choose_space
+from internvit_cli.similarity.duplicates import DuplicateOptions, find_duplicates
+from internvit_cli.similarity.search import SearchOptions, search
+from internvit_cli.similarity.similarity_space import choose_space
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import similarity as bench
 
 if TYPE_CHECKING:
-    from internvit_cli.use.duplicates import Duplicates
+    from internvit_cli.similarity.duplicates import Duplicates
 
 SOME = 8
 """Photographs of which the quick tests make copies."""

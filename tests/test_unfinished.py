@@ -13,7 +13,7 @@ from run_helpers import internvit, state_of
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.output import Output
-from internvit_cli.storage.reader import open_features
+from internvit_cli.storage.read.reader import open_features
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,12 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from internvit_cli import untrusted
 from internvit_cli.errors import UsageError
-from internvit_cli.reconcile import sources_to_json
+from internvit_cli.extract.changes import sources_to_json
+from internvit_cli.runtime import untrusted
+from internvit_cli.runtime.untrusted import (
+    NotRegularError,
+    TooLargeError,
+    lines_of,
+    open_regular,
+    parse_json,
+    read_bounded,
+)
 from internvit_cli.sources import Source
-from internvit_cli.storage.layout import SOURCES_BYTES, recorded_sources
-from internvit_cli.untrusted import NotRegularError, TooLargeError, lines_of, open_regular, parse_json, read_bounded
+from internvit_cli.storage.format.layout import SOURCES_BYTES, recorded_sources
 
 
 @pytest.fixture

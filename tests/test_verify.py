@@ -22,20 +22,20 @@ from PIL import Image
 from run_helpers import Result, extract, internvit, make_pictures, state_of
 from storage_helpers import AWKWARD_KEYS, fill_partial, make_output, make_shard, make_table, publish, random_image
 
-from internvit_cli.agreement import Tolerance, compare
 from internvit_cli.config import Format, Skipped, Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.model.native import pixel_shuffle
 from internvit_cli.model.vit import pixel_unshuffle
-from internvit_cli.observer import Observer, Phase
-from internvit_cli.storage import checksums
+from internvit_cli.runtime.observer import Observer, Phase
 from internvit_cli.storage import output as output_module
-from internvit_cli.storage.commit import ShardWriter, create_shard
-from internvit_cli.storage.interface import backend_of
-from internvit_cli.storage.layout import DIGEST, POOLED, STATUS, Extent
+from internvit_cli.storage.check import checksums
+from internvit_cli.storage.format.interface import backend_of
+from internvit_cli.storage.format.layout import DIGEST, POOLED, STATUS, Extent
 from internvit_cli.storage.output import Output
-from internvit_cli.verdict import Finding, Verdict, VerifyOptions
-from internvit_cli.verify import verify
+from internvit_cli.storage.write.commit import ShardWriter, create_shard
+from internvit_cli.verify.checks import verify
+from internvit_cli.verify.result import Finding, Verdict, VerifyOptions
+from internvit_cli.verify.tolerance import Tolerance, compare
 
 FORMATS = {"feats.h5": Format.H5, "feats": Format.NPY, "shards": Format.H5}
 KINDS = list(FORMATS)

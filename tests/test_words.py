@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from internvit_cli.words import counted, counted_of
+from internvit_cli.runtime.words import counted, counted_of
 
 
 @pytest.mark.parametrize(

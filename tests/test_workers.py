@@ -19,15 +19,15 @@ from moments import wait_until
 from PIL import Image
 from worker_handlers import FOR_EVER
 
-from internvit_cli import workers
 from internvit_cli.config import PixelRule, Skipped, Status, TilingRule
 from internvit_cli.decode import decoder as decoder_module
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder, FailedImage
 from internvit_cli.decode.pictures import decode_tiles
 from internvit_cli.errors import InternvitError
-from internvit_cli.headers import read_header
-from internvit_cli.tiling import choose_grid, tile_count
-from internvit_cli.workers import QUEUE_DEPTH, Finished, Lost, WorkerPool, WorkerSpec, map_in_workers
+from internvit_cli.plan.headers import read_header
+from internvit_cli.plan.tiling import choose_grid, tile_count
+from internvit_cli.runtime import workers
+from internvit_cli.runtime.workers import QUEUE_DEPTH, Finished, Lost, WorkerPool, WorkerSpec, map_in_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -314,7 +314,7 @@ def test_closing_a_pool_ends_its_workers_whatever_they_do(tmp_path):
 
 PARENT = """
 import sys, time
-from internvit_cli.workers import WorkerPool, WorkerSpec
+from internvit_cli.runtime.workers import WorkerPool, WorkerSpec
 pool = WorkerPool(WorkerSpec("worker_handlers:obey"), 3, 60)
 for number in range(3):
     pool.submit(number, ("pid", 0))

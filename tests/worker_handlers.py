@@ -123,7 +123,7 @@ def endless(name: bytes, marker: str, rule: Any, shape: Any, descriptor: int) ->
 
 def deadly_header(name: bytes, rule: Any) -> Any:
     """The real header reader, but for one file that crashes it."""
-    from internvit_cli.headers import header_reader
+    from internvit_cli.plan.headers import header_reader
 
     read = header_reader(rule)
 

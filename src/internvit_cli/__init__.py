@@ -16,13 +16,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from internvit_cli.api.dataset import FeatureDataset, collate_nested, collate_padded
+    from internvit_cli.api.extractor import Extractor
     from internvit_cli.config import Recipe, Status
     from internvit_cli.errors import ClosedError, InternvitError, OutputError, UsageError
-    from internvit_cli.storage.image import ImageFeatures, SkippedImageError, Tile
-    from internvit_cli.storage.reader import Features, UnknownKeyError, open_features
-    from internvit_cli.tiling import Grid
-    from internvit_cli.use.dataset import FeatureDataset, collate_nested, collate_padded
-    from internvit_cli.use.extractor import Extractor
+    from internvit_cli.plan.tiling import Grid
+    from internvit_cli.storage.read.image import ImageFeatures, SkippedImageError, Tile
+    from internvit_cli.storage.read.reader import Features, UnknownKeyError, open_features
 
     __version__: str
 
@@ -50,11 +50,11 @@ __all__ = [
 _MODULES = {
     "internvit_cli.config": ("Recipe", "Status"),
     "internvit_cli.errors": ("ClosedError", "InternvitError", "OutputError", "UsageError"),
-    "internvit_cli.storage.image": ("ImageFeatures", "SkippedImageError", "Tile"),
-    "internvit_cli.storage.reader": ("Features", "UnknownKeyError", "open_features"),
-    "internvit_cli.tiling": ("Grid",),
-    "internvit_cli.use.dataset": ("FeatureDataset", "collate_nested", "collate_padded"),
-    "internvit_cli.use.extractor": ("Extractor",),
+    "internvit_cli.storage.read.image": ("ImageFeatures", "SkippedImageError", "Tile"),
+    "internvit_cli.storage.read.reader": ("Features", "UnknownKeyError", "open_features"),
+    "internvit_cli.plan.tiling": ("Grid",),
+    "internvit_cli.api.dataset": ("FeatureDataset", "collate_nested", "collate_padded"),
+    "internvit_cli.api.extractor": ("Extractor",),
 }
 
 

@@ -22,8 +22,8 @@ from internvit_cli.config import (
     Truncated,
 )
 from internvit_cli.errors import UsageError
+from internvit_cli.runtime.words import described
 from internvit_cli.sources.interface import DiscoverOptions
-from internvit_cli.words import described
 
 DEFAULT_SHARD_BYTES = 4 << 30
 

@@ -15,17 +15,17 @@ from internvit_cli.config import (
     TokenOrder,
     Tokens,
 )
-from internvit_cli.encoder_options import EncoderOptions
+from internvit_cli.encode.options import EncoderOptions
 from internvit_cli.errors import OtherRecipeError, OutputError, UsageError
 from internvit_cli.model.card import ModelCard, feature_shapes
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.names import parse_model_name
+from internvit_cli.model.own_tiling import tiling_note
 from internvit_cli.model.pixels import Normalization
-from internvit_cli.observer import SILENT, Observer
-from internvit_cli.own_tiling import tiling_note
-from internvit_cli.storage.layout import FeatureShape, stored_recipe
-from internvit_cli.words import listed
+from internvit_cli.runtime.observer import SILENT, Observer
+from internvit_cli.runtime.words import listed
+from internvit_cli.storage.format.layout import FeatureShape, stored_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -37,8 +37,8 @@ from internvit_cli.options import (
     StoreOptions,
     color_named,
 )
-from internvit_cli.output_names import is_single_file
 from internvit_cli.sources.interface import DiscoverOptions
+from internvit_cli.storage.output_names import is_single_file
 
 MODEL, PICTURES, STORE, RUN, SOURCES = "Model", "Pictures", "What is stored", "How it runs", "Sources"
 LEAST_WORKER_MEMORY = 512 << 20

@@ -15,10 +15,10 @@ from internvit_cli.cli.values import UnusableWordError, member
 from internvit_cli.config import ComputeDtype
 from internvit_cli.errors import ExitCode
 from internvit_cli.options import ExtractOptions
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
-    from internvit_cli.bench import Benchmark
+    from internvit_cli.commands.bench import Benchmark
 
 
 def batch_list(word: str) -> tuple[int, ...]:
@@ -69,8 +69,8 @@ def bench_command(
 
     Example: internvit bench ./imgs -o /data/feats.h5
     """
-    from internvit_cli.bench import BenchOptions, run_benchmark
-    from internvit_cli.preview import survey
+    from internvit_cli.commands.bench import BenchOptions, run_benchmark
+    from internvit_cli.commands.plan import survey
 
     how = BenchOptions(seconds, batch_sizes, dtypes)
     options = with_output(options)

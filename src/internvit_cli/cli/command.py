@@ -13,7 +13,7 @@ from internvit_cli.cli.declarations import REGISTERED, Command, Parameter, as_ty
 from internvit_cli.cli.help import command_help, root_help
 from internvit_cli.cli.settings import OWN, Settings, is_on, print_settings, resolve, unknown_variables
 from internvit_cli.errors import ExitCode, InternvitError, UsageError
-from internvit_cli.words import did_you_mean
+from internvit_cli.runtime.words import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -14,7 +14,7 @@ MOST_IMAGES = 100_000
 def complete_keys(context: typer.Context, incomplete: str) -> list[str]:
     """Keys of the output that was named before, those that a shell takes as they are; none where it cannot be read."""
     from internvit_cli.errors import InternvitError
-    from internvit_cli.storage.places import find_places
+    from internvit_cli.storage.read.places import find_places
 
     try:
         places = find_places(str(context.params.get("path") or ""))

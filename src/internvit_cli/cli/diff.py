@@ -10,12 +10,12 @@ from internvit_cli.cli.console import fail, print_json, print_line, say
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import InternvitError
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from internvit_cli.exchange.compare import Difference, Spread
+    from internvit_cli.export.compare import Difference, Spread
 
 KEYS_SHOWN = 10
 """Keys that are listed of each kind; --json has them all."""
@@ -42,7 +42,7 @@ def diff_command(
 
     Example: internvit diff bfloat16.h5 fp8.h5 --threshold 0.999
     """
-    from internvit_cli.exchange.compare import DiffOptions, diff
+    from internvit_cli.export.compare import DiffOptions, diff
 
     with progress(quiet=quiet) as observer:
         found = diff(DiffOptions(found_output(one), found_output(other), not no_tokens, worst, threshold), observer)

@@ -24,7 +24,7 @@ def doctor_command(
     The command tries versions, memory, worker processes, the model, devices, and the disk of the output with its locks.
     It exits with 1 if something will not work, and says what to do.
     """
-    from internvit_cli.doctor import State, examine
+    from internvit_cli.commands.doctor import State, examine
 
     checks = []
     for check in examine(output, model):

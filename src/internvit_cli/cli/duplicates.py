@@ -12,11 +12,11 @@ from internvit_cli.cli.progress import progress
 from internvit_cli.cli.stored_layer import StoredLayer
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode
-from internvit_cli.output_names import check_file_name
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
+from internvit_cli.storage.output_names import check_file_name
 
 if TYPE_CHECKING:
-    from internvit_cli.use.duplicates import Comparison, Duplicates
+    from internvit_cli.similarity.duplicates import Comparison, Duplicates
 
 
 def duplicates_command(
@@ -52,9 +52,9 @@ def duplicates_command(
     """
     if sheet is not None:
         check_file_name(sheet, (".png",), "--sheet", "PNG")
-    from internvit_cli.use.contact_sheets import duplicates_sheet
-    from internvit_cli.use.duplicates import DuplicateOptions, find_duplicates
-    from internvit_cli.use.show import save_png
+    from internvit_cli.similarity.contact_sheet import duplicates_sheet
+    from internvit_cli.similarity.duplicates import DuplicateOptions, find_duplicates
+    from internvit_cli.viz.show import save_png
 
     options = DuplicateOptions(found_output(path), threshold, raw, exact, bytes_only, pictures_in, layer)
     with progress(quiet=quiet) as observer:

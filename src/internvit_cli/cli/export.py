@@ -18,15 +18,15 @@ from internvit_cli.cli.signals import exit_code_of, stop_on_signals
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import layers, size
 from internvit_cli.errors import ExitCode, StoppedError, UsageError, one_line
-from internvit_cli.exchange.targets import Target, choose_target
-from internvit_cli.words import counted
+from internvit_cli.export.targets import Target, choose_target
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from internvit_cli.exchange.export import Written
-    from internvit_cli.observer import Observer
-    from internvit_cli.stopping import StopRequest
+    from internvit_cli.export.export import Written
+    from internvit_cli.runtime.observer import Observer
+    from internvit_cli.runtime.signals import StopRequest
 
 
 def export_command(
@@ -104,7 +104,7 @@ def export_command(
     """
     place = choose_target(new, target)
     shard_bytes = shard_bytes_for(shard_size, has_shards=place.is_folder or place.target is Target.TAR)
-    from internvit_cli.exchange.export import ExportOptions, WriteOptions, export
+    from internvit_cli.export.export import ExportOptions, WriteOptions, export
 
     write = WriteOptions(new, target, shard_bytes, overwrite=overwrite, lock=not no_lock, widen=widen)
     keys = tuple(read_keys(keys_from, null_separated=null)) if keys_from is not None else ()

@@ -16,10 +16,10 @@ from internvit_cli.cli.signals import exit_code_of, stop_on_signals
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.errors import ExitCode, InternvitError, StoppedError, UsageError
 from internvit_cli.options import ExtractOptions
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
-    from internvit_cli.report import Summary
+    from internvit_cli.extract.results import Summary
 
 
 class AllowedSkips(NamedTuple):
@@ -78,7 +78,7 @@ def extract_command(
         raise UsageError("no output given", "add -o feats.h5 for one file, or -o feats/ for shards")
     if dry_run:
         return show_plan(options, as_json=json, quiet=quiet)
-    from internvit_cli.pipeline import extract
+    from internvit_cli.extract.pipeline import extract
 
     with stop_on_signals() as stop:
         try:

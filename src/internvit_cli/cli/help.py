@@ -12,7 +12,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from internvit_cli.cli.settings import OWN
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

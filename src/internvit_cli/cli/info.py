@@ -12,7 +12,7 @@ from internvit_cli.cli.console import human_bytes, one_line, print_json, print_t
 from internvit_cli.cli.help import columns, wrapped
 from internvit_cli.cli.ls import print_images
 from internvit_cli.cli.unfinished import CONTINUE, found_output
-from internvit_cli.words import counted, listed
+from internvit_cli.runtime.words import counted, listed
 
 WIDER_THAN_ALL = 10_000
 """Columns: the lines are broken before they are laid out, which rich would do within words."""
@@ -31,8 +31,8 @@ def info_command(
 
     Example: internvit info feats.h5
     """
-    from internvit_cli.inspect import describe_output
-    from internvit_cli.listing import Listing, ListOptions
+    from internvit_cli.commands.info import describe_output
+    from internvit_cli.commands.ls import Listing, ListOptions
 
     path = found_output(path)
     facts = describe_output(path)

@@ -15,12 +15,12 @@ from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Status
 from internvit_cli.errors import ExitCode, InternvitError
-from internvit_cli.words import did_you_mean
+from internvit_cli.runtime.words import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from internvit_cli.listing import Listed
+    from internvit_cli.commands.ls import Listed
 
 AT_ONCE = 1000
 """Images that are written together."""
@@ -75,7 +75,7 @@ def ls_command(
 
     Example: internvit ls feats.h5 '2024/**' --status skipped
     """
-    from internvit_cli.listing import Listing, ListOptions
+    from internvit_cli.commands.ls import Listing, ListOptions
 
     wanted = frozenset().union(*status) if status else frozenset(Status)
     path = found_output(path)

@@ -12,7 +12,7 @@ from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import one_of, size
 from internvit_cli.config import Format
 from internvit_cli.errors import UsageError
-from internvit_cli.output_names import is_single_file
+from internvit_cli.storage.output_names import is_single_file
 
 
 def merge_command(
@@ -65,9 +65,9 @@ def merge_command(
     """
     if not output:
         raise UsageError("no output given", "add -o all.h5 for one file, or -o all/ for shards")
-    from internvit_cli.exchange.export import WriteOptions
-    from internvit_cli.exchange.merge import MergeOptions, Prefer, merge
-    from internvit_cli.exchange.targets import Target
+    from internvit_cli.export.export import WriteOptions
+    from internvit_cli.export.merge import MergeOptions, Prefer, merge
+    from internvit_cli.export.targets import Target
 
     target = None if shard_format is None else Target(shard_format.value)
     shard_bytes = shard_bytes_for(shard_size, has_shards=not is_single_file(output))

@@ -13,11 +13,11 @@ from internvit_cli.cli.console import human_bytes, human_seconds, print_json, pr
 from internvit_cli.cli.progress import progress
 from internvit_cli.errors import ExitCode
 from internvit_cli.options import ExtractOptions
-from internvit_cli.words import listed
+from internvit_cli.runtime.words import listed
 
 if TYPE_CHECKING:
-    from internvit_cli.bench import Prediction
-    from internvit_cli.report import PlanSummary
+    from internvit_cli.commands.bench import Prediction
+    from internvit_cli.extract.results import PlanSummary
 
 BAR_WIDTH = 40
 
@@ -45,7 +45,7 @@ def plan_command(
 
 def show_plan(options: ExtractOptions, *, with_bench: bool = False, as_json: bool, quiet: bool) -> int:
     """Print the plan of an extraction, maybe with its expected duration; returns the exit code."""
-    from internvit_cli.preview import summarize_plan, survey
+    from internvit_cli.commands.plan import summarize_plan, survey
 
     require_sources(options)
     options = with_output(options)
@@ -54,7 +54,7 @@ def show_plan(options: ExtractOptions, *, with_bench: bool = False, as_json: boo
         found = survey(options, observer, sys.stdin.buffer)
         planned = summarize_plan(found)
         if with_bench:
-            from internvit_cli.bench import BenchOptions, run_benchmark
+            from internvit_cli.commands.bench import BenchOptions, run_benchmark
 
             expected = run_benchmark(options, found, BenchOptions(seconds=1.0, batches=()), observer).prediction
     if as_json:

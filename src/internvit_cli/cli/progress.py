@@ -19,8 +19,8 @@ from typing import Any
 from typing_extensions import Self
 
 from internvit_cli.cli.console import human_bytes, human_seconds, is_terminal, make_way_with, say, write_progress
-from internvit_cli.observer import BYTES, SILENT, Observer, Phase, State
-from internvit_cli.words import counted, counted_of
+from internvit_cli.runtime.observer import BYTES, SILENT, Observer, Phase, State
+from internvit_cli.runtime.words import counted, counted_of
 
 PLAIN_SECONDS = 30.0
 """Between two lines where there is no terminal."""

@@ -15,10 +15,10 @@ from internvit_cli.cli.stored_layer import StoredLayer
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.config import Projection
 from internvit_cli.errors import ExitCode, one_line
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
-    from internvit_cli.use.report.build import Report
+    from internvit_cli.report.build import Report
 
 MOST_MISSING = 5
 """Pictures without a thumbnail that are named; the page and --json tell of all."""
@@ -62,7 +62,7 @@ def report_command(
 
     Example: internvit report feats.h5 -o report.html
     """
-    from internvit_cli.use.report.build import ReportOptions, write_report
+    from internvit_cli.report.build import ReportOptions, write_report
 
     options = ReportOptions(
         path=found_output(path),

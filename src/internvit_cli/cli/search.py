@@ -13,11 +13,11 @@ from internvit_cli.cli.progress import progress
 from internvit_cli.cli.stored_layer import StoredLayer
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import ExitCode, InternvitError
-from internvit_cli.output_names import check_file_name
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
+from internvit_cli.storage.output_names import check_file_name
 
 if TYPE_CHECKING:
-    from internvit_cli.use.search import Found
+    from internvit_cli.similarity.search import Found
 
 
 def search_command(
@@ -72,9 +72,9 @@ def search_command(
     """
     if sheet is not None:
         check_file_name(sheet, (".png",), "--sheet", "PNG")
-    from internvit_cli.use.contact_sheets import search_sheet
-    from internvit_cli.use.search import SearchOptions, search
-    from internvit_cli.use.show import save_png
+    from internvit_cli.similarity.contact_sheet import search_sheet
+    from internvit_cli.similarity.search import SearchOptions, search
+    from internvit_cli.viz.show import save_png
 
     options = SearchOptions(
         path=found_output(path),

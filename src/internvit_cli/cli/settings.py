@@ -31,7 +31,7 @@ from internvit_cli.cli.console import one_line
 from internvit_cli.cli.declarations import REGISTERED, Command, Parameter, parameters_of
 from internvit_cli.cli.values import TRUE, UnusableWordError, value_of
 from internvit_cli.errors import InternvitError, UsageError
-from internvit_cli.words import did_you_mean
+from internvit_cli.runtime.words import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -18,10 +18,10 @@ from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Graphics, TokenMapKind
 from internvit_cli.errors import ExitCode, UsageError
-from internvit_cli.output_names import check_folder_name
+from internvit_cli.storage.output_names import check_folder_name
 
 if TYPE_CHECKING:
-    from internvit_cli.use.show import Shown
+    from internvit_cli.viz.show import Shown
 
 
 def pixel(word: str) -> tuple[float, float]:
@@ -96,7 +96,7 @@ def show_command(
     if json and terminal:
         raise UsageError("--json and --terminal both write to standard output", "choose one")
     check_folder_name(output, "-o")
-    from internvit_cli.use.show import ShowOptions, show
+    from internvit_cli.viz.show import ShowOptions, show
 
     options = ShowOptions(
         path=found_output(path),
@@ -138,8 +138,8 @@ def show_command(
 
 def _write(shown: Shown, folder: str, *, separate: bool) -> list[str]:
     """Write the figure, or each of its maps; returns the files' names."""
-    from internvit_cli.draw.figure import figure
-    from internvit_cli.use.show import file_name, save_png
+    from internvit_cli.viz.draw.figure import figure
+    from internvit_cli.viz.show import file_name, save_png
 
     pictures = {file_name(shown.key): shown.figure}
     if separate:
@@ -156,7 +156,7 @@ def _chosen_graphics(named: Graphics | None) -> Graphics:
     Raises:
         UsageError: there is none, and no way to draw was named outright.
     """
-    from internvit_cli.draw.terminal import detect
+    from internvit_cli.viz.draw.terminal import detect
 
     if named is not None:
         return named
@@ -169,7 +169,7 @@ def _chosen_graphics(named: Graphics | None) -> Graphics:
 
 def _draw(shown: Shown, graphics: Graphics) -> None:
     """The whole figure, or where letters would not be legible, map after map with its title."""
-    from internvit_cli.draw.terminal import render
+    from internvit_cli.viz.draw.terminal import render
 
     columns, pixels = _terminal_width()
     print_line(shown.key)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from internvit_cli.errors import ExitCode
-from internvit_cli.stopping import StopRequest
+from internvit_cli.runtime.signals import StopRequest
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 

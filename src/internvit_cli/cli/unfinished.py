@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from internvit_cli.cli.console import say
-from internvit_cli.output_names import unfinished_path, unfinished_shards
+from internvit_cli.storage.output_names import unfinished_path, unfinished_shards
 
 CONTINUE = "the same internvit extract command finishes it"
 

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import AnyEnum, member_named, names_of
-from internvit_cli.words import did_you_mean
+from internvit_cli.runtime.words import did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable

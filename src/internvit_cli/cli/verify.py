@@ -10,10 +10,10 @@ from internvit_cli.cli.console import human_bytes, human_seconds, print_json, pr
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.errors import UsageError
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
-    from internvit_cli.verdict import Comparison, Finding, PictureCheck, Verdict
+    from internvit_cli.verify.result import Comparison, Finding, PictureCheck, Verdict
 
 KEYS_SHOWN = 10
 """Changed or missing pictures that are listed by name; --json has them all."""
@@ -61,8 +61,8 @@ def verify_command(
     """
     if reference and not re_extract:
         raise UsageError("--reference without --re-extract", "say how many images: --re-extract 10")
-    from internvit_cli.verdict import VerifyOptions
-    from internvit_cli.verify import verify
+    from internvit_cli.verify.checks import verify
+    from internvit_cli.verify.result import VerifyOptions
 
     options = VerifyOptions(
         path=found_output(path),

@@ -7,21 +7,21 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from internvit_cli.allocator import keep_freed_memory
 from internvit_cli.config import PixelRule, Skipped, Status
 from internvit_cli.decode.pictures import Decoded, decode_tiles
 from internvit_cli.decode.slots import Slots, SlotShape
-from internvit_cli.headers import Header
-from internvit_cli.tiling import Grid, decoded_tile_count
-from internvit_cli.workers import Finished, Lost, WorkerPool, WorkerSpec
+from internvit_cli.plan.headers import Header
+from internvit_cli.plan.tiling import Grid, decoded_tile_count
+from internvit_cli.runtime.malloc import keep_freed_memory
+from internvit_cli.runtime.workers import Finished, Lost, WorkerPool, WorkerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from internvit_cli.plan.table import ImageTable
     from internvit_cli.sources.interface import Source
-    from internvit_cli.table import ImageTable
 
 PIXELS_IN_FLIGHT = 256_000_000
 """Source pixels that the workers of a run may have in hand together: decoded pictures are what memory goes to."""

@@ -14,10 +14,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped
-from internvit_cli.decode.files import any_size, classify, pillow_failure, pillow_settings
 from internvit_cli.decode.pictures import Decoded, _fill, decode_tiles, upright_rgb
-from internvit_cli.headers import loaded_size, read_header, unusable_size, upright_size
-from internvit_cli.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail
+from internvit_cli.plan.headers import loaded_size, read_header, unusable_size, upright_size
+from internvit_cli.plan.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail
+from internvit_cli.sources.files import any_size, classify, pillow_failure, pillow_settings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from internvit_cli.config import MOST_GREY, GreyRange, PixelRule, Preprocess, Skipped, Status
-from internvit_cli.decode.files import any_size, open_picture, pillow_settings, readable_formats
-from internvit_cli.png_chunks import despite_texts
-from internvit_cli.table import modified_ns
-from internvit_cli.tiling import clip_size, has_thumbnail
+from internvit_cli.plan.png_chunks import despite_texts
+from internvit_cli.plan.table import modified_ns
+from internvit_cli.plan.tiling import clip_size, has_thumbnail
+from internvit_cli.sources.files import any_size, open_picture, pillow_settings, readable_formats
 
 if TYPE_CHECKING:
     import os
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.decode.files import OpenPicture
-    from internvit_cli.headers import Header
-    from internvit_cli.tiling import Grid
+    from internvit_cli.plan.headers import Header
+    from internvit_cli.plan.tiling import Grid
+    from internvit_cli.sources.files import OpenPicture
 
 _IN_MEMORY = 64 << 20
 """Files up to so many bytes are read at once; larger ones are hashed in blocks, then decoded from the file."""

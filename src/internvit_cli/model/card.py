@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from internvit_cli.config import PATCH_SIZE, Pool, TokenOrder, Tokens
 from internvit_cli.errors import ModelError, UsageError
 from internvit_cli.model.pixels import Normalization, OwnTiling
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -31,8 +31,8 @@ from internvit_cli.model.layouts import (
 )
 from internvit_cli.model.tiny import tiny_weights
 from internvit_cli.model.weights import choose_weights, read_stored
-from internvit_cli.observer import BYTES, SILENT, Observer
-from internvit_cli.untrusted import opened
+from internvit_cli.runtime.observer import BYTES, SILENT, Observer
+from internvit_cli.runtime.untrusted import opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -11,7 +11,7 @@ from internvit_cli.errors import ModelError
 from internvit_cli.model.hub import OFFLINE_MODE, HubUnavailableError, ask, download, is_offline
 from internvit_cli.model.hub_cache import COMMIT, CachedModel
 from internvit_cli.model.pixels import PREPROCESSOR_FILE, PROCESSOR_FILE
-from internvit_cli.observer import SILENT, Observer
+from internvit_cli.runtime.observer import SILENT, Observer
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from internvit_cli.errors import ModelError
 from internvit_cli.model.hub_cache import COMMIT
-from internvit_cli.observer import BYTES, SILENT, Observer
+from internvit_cli.runtime.observer import BYTES, SILENT, Observer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from internvit_cli.observer import Phase
+    from internvit_cli.runtime.observer import Phase
 
 TIMEOUT_SECONDS = 10.0
 """The longest that the hub is waited for, whatever is slow about it: names, connections, proxies or answers."""

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from internvit_cli.errors import ModelError, UsageError
-from internvit_cli.untrusted import read_bounded
+from internvit_cli.runtime.untrusted import read_bounded
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAIN = "main"

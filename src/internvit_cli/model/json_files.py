@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from internvit_cli.errors import ModelError
-from internvit_cli.untrusted import TooLargeError, read_bounded
+from internvit_cli.runtime.untrusted import TooLargeError, read_bounded
 
 MAX_CONFIG_BYTES = 4 << 20
 """More than the config.json of any real model."""

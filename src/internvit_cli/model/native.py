@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from internvit_cli.config import Pool, TokenOrder, Tokens
 from internvit_cli.model.loading import read_tensor
-from internvit_cli.workers import usable_cpus
+from internvit_cli.runtime.workers import usable_cpus
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli.errors import ModelError
 from internvit_cli.model.json_files import check_tensor_name, refuse_foreign, short, unreadable
-from internvit_cli.untrusted import opened
+from internvit_cli.runtime.untrusted import opened
 
 if TYPE_CHECKING:
     from typing import TypeGuard

@@ -17,7 +17,7 @@ from internvit_cli.model.card import VisionConfig
 from internvit_cli.model.configs import MOST_HIDDEN, MOST_LAYERS, MOST_MLP
 from internvit_cli.model.kinds import no_tower, other_tower, refuse_altered, refuse_first_internvl
 from internvit_cli.model.layouts import Tower, expected_shapes, find_towers
-from internvit_cli.words import counted
+from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

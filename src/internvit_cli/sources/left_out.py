@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.errors import NoImagesError
+from internvit_cli.runtime.words import counted
 from internvit_cli.sources.extensions import NO_EXTENSION, label_of
 from internvit_cli.sources.kinds import KINDS, Kind, kind_of
-from internvit_cli.words import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

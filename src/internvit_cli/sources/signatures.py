@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from internvit_cli.runtime.untrusted import opened
 from internvit_cli.sources import kinds
 from internvit_cli.sources.kinds import kind_of
-from internvit_cli.untrusted import opened
 
 if TYPE_CHECKING:
     from internvit_cli.sources.kinds import Kind

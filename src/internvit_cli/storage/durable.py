@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from internvit_cli.errors import ENOTSUPP, NoSpaceError, OutputError, system_words
-from internvit_cli.untrusted import kind_of
+from internvit_cli.runtime.untrusted import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

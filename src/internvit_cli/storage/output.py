@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from internvit_cli.config import Format, Status
 from internvit_cli.errors import OutputError, UsageError, one_line, system_words
 from internvit_cli.options import named_path
-from internvit_cli.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, is_single_file, suffix_of
+from internvit_cli.runtime.untrusted import TooLargeError, parse_json, read_bounded
 from internvit_cli.storage.durable import make_way, refuse_special, remove, rename_durably, write_file
-from internvit_cli.storage.interface import ShardFormat, backend_of
-from internvit_cli.storage.layout import (
+from internvit_cli.storage.format.interface import ShardFormat, backend_of
+from internvit_cli.storage.format.layout import (
     FORMAT,
     FORMAT_VERSION,
     NEWER,
@@ -26,8 +26,8 @@ from internvit_cli.storage.layout import (
     UnrecognizedFileError,
     unknown_value,
 )
-from internvit_cli.storage.soundness import check_shard
-from internvit_cli.untrusted import TooLargeError, parse_json, read_bounded
+from internvit_cli.storage.format.soundness import check_shard
+from internvit_cli.storage.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, is_single_file, suffix_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Limits
 from internvit_cli.errors import OutputError
+from internvit_cli.runtime.untrusted import lines_of, opened, parse_json
 from internvit_cli.storage.durable import append, disk_errors, remove, sync_path, write_file
-from internvit_cli.untrusted import lines_of, opened, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

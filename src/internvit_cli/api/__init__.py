@@ -1,0 +1,1 @@
+"""Encoding and training from Python."""

@@ -1,0 +1,1 @@
+"""What the smaller commands compute: plan, info, ls, bench, doctor."""

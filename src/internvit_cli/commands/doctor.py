@@ -1,0 +1,312 @@
+"""`internvit doctor`: what a run would meet on this machine, tried out one by one, each with what to do about it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import resource
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli import __version__
+from internvit_cli.config import DEFAULT_MODEL
+from internvit_cli.decode.slots import Slots, SlotShape
+from internvit_cli.errors import InternvitError, system_words
+from internvit_cli.extract.results import package_version
+from internvit_cli.model.catalog import known_card
+from internvit_cli.model.files import locate_on_hub
+from internvit_cli.model.hub import HubUnavailableError, is_offline
+from internvit_cli.model.known import download_bytes, open_offline
+from internvit_cli.model.names import ModelName, parse_model_name
+from internvit_cli.runtime.words import counted
+from internvit_cli.runtime.workers import Finished, WorkerPool, WorkerSpec, usable_cpus
+from internvit_cli.storage.durable import free_bytes, reserve, sync_data, unsynced_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface_hub",
+    "pillow",
+    "numpy",
+    "h5py",
+    "typer",
+    "rich",
+    "tqdm",
+)
+PICTURE_FORMATS = {"jpg": "JPEG", "webp": "WebP", "avif": "AVIF", "jpg_2000": "JPEG 2000", "libtiff": "TIFF"}
+SHM = "/dev/shm"  # noqa: S108 - only looked at
+FEW_OPEN_FILES = 256
+LITTLE_MEMORY = 4_000_000_000
+LITTLE_DISK = 1_000_000_000
+TRIED_BYTES = 1 << 20
+
+
+class State(Enum):
+    """How a check came out."""
+
+    OK = "ok"
+    NOTE = "note"
+    """It will work, but a user may want to know."""
+    BAD = "bad"
+    """It will not work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    state: State
+    found: str
+    hint: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self) | {"state": self.state.value}
+
+
+def examine(output: str, model: str = DEFAULT_MODEL) -> Iterator[Check]:
+    """Yield all checks, the quick ones first.
+
+    Args:
+        output: where features would go; its folder is tried out and left as it was.
+        model: the --model of the run.
+    """
+    yield _versions()
+    yield _processor()
+    yield _memory()
+    yield _pictures()
+    yield _open_files()
+    yield _slots()
+    yield _workers()
+    yield from _hub()
+    yield _model(model)
+    yield from _folder(output)
+    yield from _devices()
+
+
+def _versions() -> Check:
+    found = {package: package_version(package) for package in PACKAGES}
+    missing = [package for package, version in found.items() if not version]
+    own = {"internvit": __version__, "python": platform.python_version()}
+    text = ", ".join(f"{name} {version}" for name, version in (own | found).items() if version)
+    if missing:
+        return Check(
+            "versions", State.BAD, f"{text}; not installed: {', '.join(missing)}", "install internvit-cli again"
+        )
+    return Check("versions", State.OK, text)
+
+
+def _processor() -> Check:
+    cpus, all_cpus = usable_cpus(), os.cpu_count() or 1
+    found = f"{cpus} of {all_cpus} cores, {platform.machine()}, {platform.system()} {platform.release()}"
+    return Check("processor", State.OK, found)
+
+
+def _memory() -> Check:
+    available = _available_memory()
+    if available is None:
+        return Check("memory", State.OK, "not known on this system")
+    state = State.NOTE if available < LITTLE_MEMORY else State.OK
+    hint = (
+        "a decode process may take up to --worker-memory (4 GiB); lower it, or --workers" if state is State.NOTE else ""
+    )
+    return Check("memory", state, f"{available / 1e9:.1f} GB available", hint)
+
+
+def _available_memory() -> int | None:
+    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _pictures() -> Check:
+    from PIL import features
+
+    missing = [name for feature, name in PICTURE_FORMATS.items() if not features.check(feature)]
+    if missing:
+        return Check("pictures", State.NOTE, f"Pillow reads no {', '.join(missing)}", "such pictures are skipped")
+    return Check("pictures", State.OK, f"Pillow reads {', '.join(PICTURE_FORMATS.values())} and others")
+
+
+def _open_files() -> Check:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < FEW_OPEN_FILES:
+        return Check("open files", State.BAD, f"at most {soft}", f"ulimit -n {FEW_OPEN_FILES * 4}")
+    return Check("open files", State.OK, f"at most {soft:,}")
+
+
+def _slots() -> Check:
+    shape = SlotShape(slots=8, tiles=13, tile_size=448)
+    try:
+        Slots.allocate(shape).close()
+    except InternvitError as error:
+        return Check("shared memory", State.BAD, error.message, error.hint)
+    shm = shutil.disk_usage(SHM).total if os.path.isdir(SHM) else 0
+    found = f"{shape.nbytes / 1e6:.0f} MB of tile slots allocated in memory files"
+    return Check("shared memory", State.OK, f"{found}; {SHM} ({shm / 1e6:,.0f} MB) is not used")
+
+
+def _workers() -> Check:
+    from internvit_cli.config import PixelRule
+
+    spec = WorkerSpec("internvit_cli.plan.headers:header_reader", (PixelRule(),))
+    try:
+        with WorkerPool(spec, 1, 30.0) as pool:
+            pool.submit(0, [os.fsencode(__file__)])
+            outcomes = pool.wait(30.0)
+    except InternvitError as error:
+        return Check("workers", State.BAD, error.message, error.hint)
+    if not (outcomes and isinstance(outcomes[0], Finished)):
+        return Check("workers", State.BAD, "a worker process gave no answer", "is the machine out of memory?")
+    return Check("workers", State.OK, "a worker process started and answered")
+
+
+def _hub() -> Iterator[Check]:
+    from huggingface_hub import constants, get_token
+
+    folder = constants.HF_HUB_CACHE
+    offline = ", offline mode is on" if constants.HF_HUB_OFFLINE else ""
+    token = "a token is set" if get_token() else "no token is set"  # the token itself is nobody's business
+    yield Check("hub cache", State.OK, f"{folder}, {free_bytes(folder) / 1e9:.1f} GB free; {token}{offline}")
+
+
+def _model(name: str) -> Check:
+    """Check that a run would have the model: at hand, or on a hub that answers."""
+    try:
+        named = parse_model_name(name)
+        try:
+            checkpoint = open_offline(name)
+        except HubUnavailableError as unavailable:
+            return _on_hub(named, unavailable)
+    except InternvitError as error:
+        return Check("model", State.BAD, error.message, error.hint)
+    where = "in the hub cache" if named.repo else "built in" if named.is_built_in else "in its folder"
+    tensors = counted(len(checkpoint.weights), "tensor")
+    notes = "".join(f"; {note}" for note in (*checkpoint.card.notes, *checkpoint.notes))
+    return Check("model", State.OK, f"{checkpoint.card.name} is {where}, {tensors} for a run{notes}")
+
+
+def _on_hub(named: ModelName, unavailable: HubUnavailableError) -> Check:
+    """Check a model that the cache does not hold."""
+    if is_offline() or named.repo is None:
+        return Check("model", State.BAD, unavailable.message, unavailable.hint)
+    try:
+        files, _ = locate_on_hub(named.repo, named.revision)
+    except HubUnavailableError as error:
+        return Check("model", State.BAD, error.message, error.hint)
+    if files.offline:
+        return Check("model", State.BAD, f"{unavailable.message}; {files.offline}", unavailable.hint)
+    size = f", about {download_bytes(known_card(named.known)) / 1e9:.1f} GB" if named.known else ""
+    found = f"{named.repo} is on the hub; the first run fetches it{size}"
+    return Check("model", State.OK, found)
+
+
+def _folder(output: str) -> Iterator[Check]:
+    folder = os.path.dirname(os.path.abspath(output))
+    if not os.path.isdir(folder):
+        yield Check("output", State.BAD, f"the folder {folder} does not exist", f"mkdir -p {folder}")
+        return
+    free = free_bytes(folder)
+    state = State.NOTE if free < LITTLE_DISK else State.OK
+    yield Check("output", state, f"{folder} on {_filesystem(folder)}, {free / 1e9:.1f} GB free")
+    try:
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".internvit-doctor-")  # noqa: SIM115 - closed below
+    except OSError as error:
+        yield Check("writing", State.BAD, f"{folder}: {system_words(error)}", "choose a folder that can be written")
+        return
+    with file:
+        yield _try("writing", "written and synced", lambda: _write(file.name))
+        yield _try("names", "new names survive a power cut", lambda: unsynced_folder(folder))
+        yield _try("reserving", "space can be set aside", lambda: _reserve(file.name))
+        yield _try("locking", "locks work", lambda: _lock(file.fileno()))
+
+
+HINTS = {
+    "names": "features are safe all the same; choose another folder to have their names so too",
+    "reserving": "a run goes on without; see to it that the disk has room until it ends",
+    "locking": "run with --no-lock, and see to it that only one run writes an output",
+}
+"""Of what a run can do without."""
+
+
+def _try(name: str, found: str, action: Callable[[], str]) -> Check:
+    """Do something to a file or its folder; `action` returns what is amiss though a run is possible."""
+    try:
+        words = action()
+    except OSError as error:
+        return Check(name, State.BAD, system_words(error), "check the disk")
+    except InternvitError as error:
+        return Check(name, State.BAD, error.message, error.hint)
+    return Check(name, State.NOTE, words, HINTS[name]) if words else Check(name, State.OK, found)
+
+
+def _write(path: str) -> str:
+    with open(path, "wb", buffering=0) as file:
+        file.write(b"features")
+        sync_data(file.fileno())
+    return ""
+
+
+def _reserve(path: str) -> str:
+    os.truncate(path, TRIED_BYTES)
+    return "" if reserve(path) else "the filesystem sets no space aside"
+
+
+def _lock(descriptor: int) -> str:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return system_words(error)
+    return ""
+
+
+def _filesystem(folder: str) -> str:
+    """Type of the filesystem that a folder is on, from the longest mount point above it."""
+    best, kind = "", "a filesystem of unknown type"
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            _, mount_point, filesystem, *_ = line.split(" ")
+            inside = folder == mount_point or folder.startswith(mount_point.rstrip("/") + "/")
+            if inside and len(mount_point) >= len(best):
+                best, kind = mount_point, filesystem
+    return kind
+
+
+def _devices() -> Iterator[Check]:
+    from internvit_cli.commands.torch_info import torch_facts
+
+    facts = torch_facts()
+    build = f"PyTorch {facts.version}, " + (f"built for CUDA {facts.cuda}" if facts.cuda else "built without CUDA")
+    if facts.problem:
+        yield Check("devices", State.NOTE, f"{build}: {facts.problem}", "check nvidia-smi; the CPU is used meanwhile")
+    elif facts.cards:
+        yield Check("devices", State.OK, build)
+    elif facts.has_apple_gpu:
+        yield Check("devices", State.OK, f"{build}; an Apple GPU")
+    else:
+        hint = "install a CUDA build of torch to use a card" if _has_nvidia() else ""
+        state = State.NOTE if hint else State.OK
+        yield Check("devices", state, f"{build}; the CPU alone, with {facts.cpu}", hint)
+    for number, card in enumerate(facts.cards):
+        types = ["float32", *(["bfloat16"] if card.has_bfloat16 else []), *(["fp8"] if card.has_fp8 else [])]
+        found = f"{card.name}, {card.memory / 2**30:.0f} GiB, {card.free / 2**30:.0f} free, {', '.join(types)}"
+        state = State.OK if card.has_bfloat16 else State.NOTE
+        yield Check(f"cuda:{number}", state, found, "" if card.has_bfloat16 else "too old for bfloat16: slow")
+    if facts.cards and not facts.triton:
+        yield Check("triton", State.NOTE, "not installed", "pip install triton: without it the encoder is slower")
+
+
+def _has_nvidia() -> bool:
+    return os.path.exists("/dev/nvidiactl") or shutil.which("nvidia-smi") is not None

@@ -1,0 +1,1 @@
+"""From uint8 tiles to features on a device."""

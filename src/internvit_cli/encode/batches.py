@@ -1,0 +1,189 @@
+"""Batches of one fixed size on an accelerator: padded, overlapped on CUDA, halved once when memory runs out.
+
+A fixed size makes every batch run the same kernels, so that a tile's features do not depend on the tiles beside it, and
+lets every buffer be allocated once.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from internvit_cli.encode.encoder import on_host
+from internvit_cli.encode.tile_features import TileFeatures
+from internvit_cli.errors import DeviceError
+from internvit_cli.model.features import Features
+from internvit_cli.runtime.words import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from internvit_cli.encode.encoder import PendingBatch
+    from internvit_cli.model.features import FeatureModel, FeatureSpec
+
+MEASURED_SIZES = (8, 16, 32, 64, 128, 256)
+WORTHWHILE_GAIN = 1.03
+"""A doubled batch that gains less than this is not worth its memory."""
+
+DEFAULT_BATCH = 8
+"""Where nothing is measured."""
+
+OUT_OF_MEMORY_HINT = "give a smaller --batch-size"
+
+
+def accelerator_runner(model: FeatureModel, batch_tiles: int | None) -> BatchRunner:
+    """The runner for a CUDA or Apple device, with its batch size measured when none is given, and tried once.
+
+    Raises:
+        DeviceError: not even half a batch fits.
+    """
+    launcher = Launcher(model, model.device)
+    if model.device.type == "cuda":
+        from internvit_cli.encode.cuda import CudaLauncher
+
+        launcher = CudaLauncher(model, model.device)
+        batch_tiles = batch_tiles or measure_batch(launcher.seconds)
+    runner = BatchRunner(launcher, batch_tiles or DEFAULT_BATCH)
+    size = model.spec.tile_size
+    runner.submit([np.zeros((size, size, 3), np.uint8)]).result()  # out of memory shows here, not an hour later
+    launcher.busy_seconds = 0.0
+    return runner
+
+
+def measure_batch(seconds: Callable[[int], float]) -> int:
+    """The batch size after which doubling gains less than 3 %, or memory ends.
+
+    Args:
+        seconds: how long a batch of so many tiles takes; raises torch.cuda.OutOfMemoryError when it does not fit.
+
+    Raises:
+        DeviceError: not even the smallest fits.
+    """
+    best_size, best_rate = 0, 0.0
+    for size in MEASURED_SIZES:
+        try:
+            rate = size / seconds(size)
+        except torch.cuda.OutOfMemoryError:
+            break
+        if rate < best_rate * WORTHWHILE_GAIN:
+            break
+        best_size, best_rate = size, rate
+    if not best_size:
+        raise DeviceError(f"a batch of {MEASURED_SIZES[0]} tiles does not fit the device's memory", OUT_OF_MEMORY_HINT)
+    return best_size
+
+
+class BatchRunner:
+    """Splits what is submitted into batches that fit, and survives one out-of-memory error."""
+
+    fixed_batch = True
+
+    def __init__(self, launcher: Launcher, batch_tiles: int) -> None:
+        self.batch_tiles = batch_tiles
+        self.halved = False
+        self._launcher = launcher
+
+    @property
+    def device_seconds(self) -> float:
+        """Seconds the device computed, of batches whose results were fetched."""
+        return self._launcher.busy_seconds
+
+    @property
+    def note(self) -> str:
+        """How batches are run, as far as it is worth telling."""
+        return self._launcher.note
+
+    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+        """Start a batch; more tiles than `batch_tiles`, as after a halving, become several.
+
+        Raises:
+            DeviceError: out of memory again after a halving.
+        """
+        parts: list[PendingBatch] = []
+        begin = 0
+        while begin < len(tiles):
+            part = tiles[begin : begin + self.batch_tiles]
+            try:
+                parts.append(self._launcher.launch(part, self.batch_tiles))
+            except torch.cuda.OutOfMemoryError as error:
+                self._halve(error)
+            else:
+                begin += len(part)
+        return parts[0] if len(parts) == 1 else JoinedBatches(parts)
+
+    def _halve(self, error: Exception) -> None:
+        if self.halved or self.batch_tiles == 1:
+            raise DeviceError(
+                f"{self._launcher.device}: out of memory with batches of {counted(self.batch_tiles, 'tile')}",
+                OUT_OF_MEMORY_HINT,
+            ) from error
+        self.halved = True
+        self.batch_tiles //= 2
+        self._launcher.release()
+
+    def close(self) -> None:
+        """Fetch what is in flight and free the buffers."""
+        self._launcher.release()
+
+
+class JoinedBatches:
+    """Several batches that were submitted as one."""
+
+    def __init__(self, parts: Sequence[PendingBatch]) -> None:
+        self._parts = parts
+
+    def result(self) -> TileFeatures:
+        """Wait for all of them."""
+        return TileFeatures.join([part.result() for part in self._parts])
+
+
+def taken(layers: Sequence[Features], count: int, spec: FeatureSpec) -> TileFeatures:
+    """The first `count` tiles of features that lie on the host, copied: the buffers may be used again."""
+    # PyTorch copies with several threads; numpy would not.
+    return on_host([each_part(layer, lambda part: part[:count].clone()) for layer in layers], spec)
+
+
+def each_part(layer: Features, change: Callable[[Tensor], Tensor]) -> Features:
+    """Features with something done to each tensor that there is."""
+    return Features(*(None if part is None else change(part) for part in layer))  # type: ignore[arg-type]
+
+
+class Launcher:
+    """Runs padded batches on one device. This one, for any device, waits for each batch."""
+
+    note = ""
+
+    def __init__(self, model: FeatureModel, device: torch.device) -> None:
+        self.device = device
+        self.busy_seconds = 0.0
+        self.model = model
+
+    def launch(self, tiles: Sequence[np.ndarray], size: int) -> PendingBatch:
+        """Encode up to `size` tiles as a batch of exactly `size`."""
+        start = time.perf_counter()
+        batch = np.zeros((size, *tiles[0].shape), np.uint8)
+        np.stack(tiles, out=batch[: len(tiles)])
+        with torch.inference_mode():
+            layers: tuple[Features, ...] = self.model(torch.from_numpy(batch).to(self.device))
+            fetched = [each_part(layer, Tensor.cpu) for layer in layers]
+        self.busy_seconds += time.perf_counter() - start
+        return FinishedBatch(taken(fetched, len(tiles), self.model.spec))
+
+    def release(self) -> None:
+        """Fetch what is in flight and free the buffers."""
+
+
+@dataclass(frozen=True)
+class FinishedBatch:
+    """A batch whose features are here."""
+
+    features: TileFeatures
+
+    def result(self) -> TileFeatures:
+        """The features."""
+        return self.features

@@ -1,0 +1,93 @@
+"""Tiles on a CPU: every one a task of its own on one thread, and threads run tiles side by side."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import torch
+
+from internvit_cli.encode.encoder import on_host
+from internvit_cli.encode.tile_features import TileFeatures
+from internvit_cli.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from internvit_cli.encode.encoder import PendingBatch
+    from internvit_cli.model.features import FeatureModel, Features, FeatureSpec
+
+CPU_TILES_PER_THREAD = 4
+"""A batch on a CPU is this many tiles a thread. Throughput does not depend on it, since tiles are encoded one by one;
+it only has to outlast the hand-over of the next batch, and to stay small so that little is in flight."""
+
+
+class CpuRunner:
+    """One task a tile, one thread a task."""
+
+    halved = False
+    fixed_batch = False
+    note = ""
+
+    def __init__(self, model: FeatureModel, *, threads: int, batch_tiles: int | None) -> None:
+        self.batch_tiles = batch_tiles or CPU_TILES_PER_THREAD * threads
+        self._model = model
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(
+            threads, thread_name_prefix="encode", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._lock = threading.Lock()
+        self._busy_seconds = 0.0
+
+    @property
+    def device_seconds(self) -> float:
+        """Thread seconds spent on tiles, divided by the threads."""
+        return self._busy_seconds / self._threads
+
+    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+        """Queue one task a tile."""
+        return CpuBatch([self._pool.submit(self._encode, tile) for tile in tiles], self._model.spec)
+
+    def close(self) -> None:
+        """Finish what was submitted and end the threads."""
+        self._pool.shutdown()
+
+    def _encode(self, tile: np.ndarray) -> tuple[Features, ...]:
+        start = time.perf_counter()
+        try:
+            with torch.inference_mode():  # belongs to the thread
+                features: tuple[Features, ...] = self._model(torch.from_numpy(tile)[None])
+        except RuntimeError as error:
+            if "allocate memory" not in str(error):
+                raise
+            raise DeviceError(
+                "cpu: not enough memory to encode a tile", "use fewer threads or a smaller model"
+            ) from error
+        finally:
+            with self._lock:
+                self._busy_seconds += time.perf_counter() - start
+        return features
+
+
+class CpuBatch:
+    """Tiles whose tasks were queued together."""
+
+    def __init__(self, futures: list[Future[tuple[Features, ...]]], spec: FeatureSpec) -> None:
+        self._futures = futures
+        self._spec = spec
+        self._result: TileFeatures | None = None
+
+    def result(self) -> TileFeatures:
+        """Wait for the features.
+
+        Raises:
+            DeviceError: out of memory.
+        """
+        if self._result is None:
+            self._result = TileFeatures.join([on_host(future.result(), self._spec) for future in self._futures])
+            self._futures = []
+        return self._result

@@ -1,0 +1,285 @@
+"""uint8 tiles to features: devices, dtypes, batches in flight.
+
+On a CPU every tile is a task of its own on one thread, and threads run tiles side by side: no result depends on which
+tiles were submitted together, and no core waits at a barrier. On an accelerator batches have one fixed size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from internvit_cli.config import ComputeDtype
+from internvit_cli.encode.devices import device_name, fastest_dtype, find_fit_device
+from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
+from internvit_cli.errors import DeviceError, UsageError
+from internvit_cli.model.accuracy import Accuracy
+from internvit_cli.model.features import FeatureModel, FeatureSpec, verdicts
+from internvit_cli.model.kernels.fp8 import FP8
+from internvit_cli.runtime.malloc import keep_freed_memory
+from internvit_cli.runtime.workers import usable_cpus
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from internvit_cli.encode.options import EncoderOptions
+    from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.model.features import Features
+
+TORCH_DTYPE = {
+    ComputeDtype.BFLOAT16: torch.bfloat16,
+    ComputeDtype.FLOAT16: torch.float16,
+    ComputeDtype.FLOAT32: torch.float32,
+    ComputeDtype.FP8: FP8,
+}
+
+COMPILED_BATCH = 64
+"""With torch.compile the batch is not measured: every size would be compiled anew."""
+
+
+class PendingBatch(Protocol):
+    """A batch on its way."""
+
+    def result(self) -> TileFeatures:
+        """Wait for the features; the same object however often it is called.
+
+        Raises:
+            DeviceError: the device ran out of memory.
+        """
+        ...
+
+
+class Runner(Protocol):
+    """What does the work on one kind of device."""
+
+    batch_tiles: int
+    halved: bool
+    fixed_batch: bool
+    """Whether a row's last bits depend on the size of batches."""
+
+    @property
+    def note(self) -> str:
+        """How batches are run, where that is worth telling; such as `, in CUDA graphs`."""
+        ...
+
+    @property
+    def device_seconds(self) -> float:
+        """Time the device was busy so far, seconds."""
+        ...
+
+    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+        """Start a batch of uint8 [S,S,3] tiles."""
+        ...
+
+    def close(self) -> None:
+        """Give up threads and memory."""
+        ...
+
+
+class Encoder:
+    """A loaded model on its device. Make one with `Encoder.load`, and close it."""
+
+    def __init__(self, checkpoint: Checkpoint, options: EncoderOptions, model: FeatureModel, runner: Runner) -> None:
+        """Take over what `load` made, with `options` that say which dtype."""
+        self.device_name = device_name(model.device)
+        """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
+        self.dtype = options.dtype
+        """The type it computes in, never AUTO."""
+        self.shapes = model.shapes
+        self._tile_shape = (model.spec.tile_size, model.spec.tile_size, 3)
+        self._checkpoint = checkpoint
+        self._compile = options.compile
+        self._model = model
+        self._runner = runner
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, options: EncoderOptions) -> Encoder:
+        """Read the weights to the device, choose dtype and batch, and be ready for the first batch.
+
+        Raises:
+            DeviceError: the device is not there or can't compute in that dtype, or a batch does not fit.
+            ModelError: the weights can't be read.
+            UsageError: options that contradict each other or the model.
+        """
+        _check(options, checkpoint)
+        device = find_fit_device(options.device, options.dtype, compile=options.compile)
+        if device.type == "cpu":
+            keep_freed_memory()
+            torch.set_num_threads(1)  # of each of our own threads: tiles run side by side, an operation does not
+        if options.dtype is ComputeDtype.AUTO:
+            options = replace(options, dtype=fastest_dtype(device, checkpoint.card.vision, options.tile_size))
+        model = _load_model(checkpoint, options, device)
+        return cls(checkpoint, options, model, _make_runner(model, options))
+
+    @property
+    def batch_tiles(self) -> int:
+        """The most tiles of one `submit`; smaller after a batch ran out of memory."""
+        return self._runner.batch_tiles
+
+    @property
+    def batch_tiles_to_record(self) -> int:
+        """What a later run has to use again for the same bits; 0 on a CPU, where tiles are encoded one by one."""
+        return self._runner.batch_tiles if self._runner.fixed_batch else 0
+
+    @property
+    def kernels(self) -> str:
+        """What computes, for the report: `triton`, `plain PyTorch`, and why where that is not the fastest."""
+        name = f"torch.compile over {self._model.kernels.name}" if self._compile else self._model.kernels.name
+        return name + self._runner.note
+
+    @property
+    def halved(self) -> bool:
+        """Whether a batch ran out of memory and the size was halved."""
+        return self._runner.halved
+
+    @property
+    def device_seconds(self) -> float:
+        """Time the device was busy so far, seconds."""
+        return self._runner.device_seconds
+
+    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+        """Start encoding and return at once; several batches may be in flight.
+
+        Args:
+            tiles: uint8 [S,S,3] RGB each, C-contiguous, at least one. On a CPU their memory is read until `result`
+                returns; on other devices it is free when this returns.
+
+        Raises:
+            DeviceError: the device ran out of memory a second time.
+        """
+        self._check_tiles(tiles)
+        return self._runner.submit(tiles)
+
+    def accuracy(self, tiles: Sequence[np.ndarray]) -> Accuracy:
+        """What the coarse types in use cost: fp8 arithmetic against bfloat16 and float32, and int8 or fp8 tokens.
+
+        For fp8 arithmetic the model is loaded in both wider types, one after the other, and freed again.
+
+        Args:
+            tiles: uint8 [S,S,3] RGB each; without any, nothing is known.
+
+        Raises:
+            DeviceError: a reference does not fit the device's memory.
+            ModelError: the weights can't be read again.
+        """
+        from internvit_cli.encode.quantization import measure_computing, measure_storing
+
+        self._check_tiles(tiles)
+        if not tiles:
+            return Accuracy()
+        stores_coarsely = self._model.spec.store_dtype.is_scaled
+        computes_coarsely = self.dtype is ComputeDtype.FP8
+        return Accuracy(
+            compute=measure_computing(self._checkpoint, self._model, tiles) if computes_coarsely else None,
+            store=measure_storing(self._model, tiles) if stores_coarsely else None,
+        )
+
+    def _check_tiles(self, tiles: Sequence[np.ndarray]) -> None:
+        for tile in tiles:
+            if tile.dtype != np.uint8 or tile.shape != self._tile_shape:
+                raise ValueError(f"a tile is {tile.dtype} {tile.shape}, not uint8 {self._tile_shape}")
+
+    def close(self) -> None:
+        """Give up threads and memory; batches in flight are finished first."""
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _check(options: EncoderOptions, checkpoint: Checkpoint) -> None:
+    if options.layer not in {None, checkpoint.blocks}:
+        raise ValueError(f"the checkpoint was opened for {checkpoint.blocks} blocks, not {options.layer}")
+    if any(layer >= checkpoint.blocks for layer in options.earlier_layers):
+        raise ValueError(f"of layers {options.earlier_layers} one is not before block {checkpoint.blocks}")
+    if options.batch_tiles is not None and options.batch_tiles < 1:
+        raise UsageError(f"--batch-size {options.batch_tiles}: at least one tile", "leave it out to let it be chosen")
+    if options.threads is not None and options.threads < 1:
+        raise UsageError(f"threads {options.threads}: at least one", "leave it out to use all cores")
+
+
+def feature_spec(options: EncoderOptions) -> FeatureSpec:
+    """What is kept of a tile under these options."""
+    return FeatureSpec(
+        tokens=options.tokens,
+        pool=options.pool,
+        tile_size=options.tile_size,
+        token_order=options.token_order,
+        store_dtype=options.store_dtype,
+        on_overflow=options.on_overflow,
+        earlier_layers=options.earlier_layers,
+    )
+
+
+def _load_model(checkpoint: Checkpoint, options: EncoderOptions, device: torch.device) -> FeatureModel:
+    """The model with its weights on the device."""
+    try:
+        model = FeatureModel.load(
+            checkpoint,
+            feature_spec(options),
+            device=device,
+            dtype=TORCH_DTYPE[options.dtype],
+            fused=options.fused and not options.compile,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{device}: the model does not fit its memory", "use --dtype bfloat16, or another device"
+        ) from error
+    if options.compile:
+        model.encoder.compile(dynamic=False)
+    return model
+
+
+def _make_runner(model: FeatureModel, options: EncoderOptions) -> Runner:
+    """What runs batches on the model's device."""
+    if model.device.type == "cpu":
+        from internvit_cli.encode.cpu import CpuRunner
+
+        return CpuRunner(model, threads=options.threads or usable_cpus(), batch_tiles=options.batch_tiles)
+    from internvit_cli.encode.batches import accelerator_runner
+
+    batch_tiles = options.batch_tiles or options.recorded_batch_tiles
+    try:
+        return accelerator_runner(model, batch_tiles or (COMPILED_BATCH if options.compile else None))
+    except RuntimeError as error:
+        if not options.compile:
+            raise
+        raise DeviceError(
+            f"torch.compile failed: {' '.join(str(error).split())[:200]}", "leave --compile out"
+        ) from error
+
+
+def on_host(layers: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
+    """Features whose tensors lie on the host, as arrays over the same memory.
+
+    Args:
+        layers: of the same tiles, the main layer's first.
+        spec: what they are.
+    """
+    found = tuple(
+        LayerFeatures(
+            tokens=None if layer.tokens is None else _as_stored(layer.tokens),
+            pooled=layer.pooled.numpy(),
+            scales=None if layer.scales is None else layer.scales.numpy(),
+        )
+        for layer in layers
+    )
+    # The verdicts are ordered: one layer that cannot be stored is enough.
+    fits = [verdicts(layer.extremes.numpy(), layer.pooled.numpy(), spec) for layer in layers]
+    return TileFeatures(found, np.maximum.reduce(fits), sum(int(layer.clamped.sum()) for layer in layers))
+
+
+def _as_stored(tokens: torch.Tensor) -> np.ndarray:
+    """Tokens as numpy sees them: bfloat16 as uint16 bits."""
+    return (tokens.view(torch.uint16) if tokens.dtype is torch.bfloat16 else tokens).numpy()

@@ -1,0 +1,1 @@
+"""Features in other formats, merged, and compared."""

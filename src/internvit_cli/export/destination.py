@@ -1,0 +1,237 @@
+"""Where a result appears: made whole in a folder beside, then renamed, so that its name never stands for a part."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from internvit_cli.errors import OutputError, UsageError
+from internvit_cli.storage.durable import create, disk_errors, remove, rename_durably, sync_path
+from internvit_cli.storage.format.hdf5 import read as read_hdf5
+from internvit_cli.storage.format.layout import SHARD_FILE, ForeignFileError
+from internvit_cli.storage.lock import exclusive
+from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, SKIPPED
+from internvit_cli.storage.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, suffix_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from internvit_cli.export.targets import Place
+
+STAGING = ".exporting"
+"""What the name of the folder ends in that holds a result while it is made."""
+MARKER = "internvit" + STAGING
+"""The empty file by which that folder is known as ours; no result may have such a name."""
+REPLACED = "replaced"
+RENAME_EXCHANGE = 2
+AT_FDCWD = -100
+
+
+class Destination:
+    """One result's place. Under `open` it belongs to this process, and has a folder to work in."""
+
+    def __init__(self, place: Place, sources: Sequence[str], *, overwrite: bool = False, lock: bool = True) -> None:
+        """Refuse places that cannot or must not be written; nothing is touched yet.
+
+        Args:
+            place: what is to appear.
+            sources: the outputs that are read.
+            overwrite: replace what is there, if it is of the same kind.
+            lock: hold a lock against other runs.
+
+        Raises:
+            UsageError: something is there already, or the place overlaps a source.
+            OutputError: there is no such folder, or what is there is none of ours.
+        """
+        is_alias = os.path.islink(place.path) or os.path.basename(place.path) in (".", "..")
+        self.path = os.path.realpath(place.path) if is_alias else os.path.abspath(place.path)
+        self.is_folder = place.is_folder
+        self.folder = self.path + STAGING
+        self._skip_list = [f"{self.path}.{SKIPPED}"] if place.target.is_feature_file and not place.is_folder else []
+        self._lock = lock
+        self._overwrite = overwrite
+        self._check_parent()
+        for source in sources:
+            self._check_overlap(source)
+        self._check_present()
+
+    @property
+    def name(self) -> str:
+        """The result's own name."""
+        return os.path.basename(self.path)
+
+    def staged(self, name: str) -> str:
+        """Where a file of the result is made."""
+        return os.path.join(self.folder, name)
+
+    def final(self, name: str) -> str:
+        """Where it will be."""
+        return os.path.join(os.path.dirname(self.path), name)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the place, with an empty folder to work in, which goes in the end, however that comes.
+
+        Raises:
+            LockedError: another run holds it.
+            UsageError: something else has the folder's name.
+        """
+        with exclusive(self.path, enabled=self._lock):
+            self._check_present()
+            self._remove_folder()  # what a run that was killed left
+            with disk_errors(self.folder):
+                os.mkdir(self.folder)
+                create(self.staged(MARKER)).close()
+            sync_path(self.folder)  # before there is anything else in it
+            try:
+                yield
+            finally:
+                self._remove_folder()
+
+    def publish(self, names: Sequence[str], obsolete: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> None:
+        """Give the finished and synced files their names, one after another.
+
+        Args:
+            names: of what was made.
+            obsolete: paths that belonged to what is replaced.
+            withdrawn: paths that speak for what is replaced, and must not for anything else: they go first.
+        """
+        for path in withdrawn:
+            self._remove_durably(path)
+        for name in names:
+            if os.path.isdir(self.final(name)) and os.listdir(self.final(name)):
+                self._exchange(name)
+            else:
+                rename_durably(self.staged(name), self.final(name))
+        for path in obsolete:
+            self._remove_durably(path)
+
+    def refuse_present(self, path: str) -> None:
+        """Refuse a file that is there, unless it may be replaced.
+
+        Raises:
+            UsageError: it is there.
+        """
+        if os.path.lexists(path) and not self._overwrite:
+            raise UsageError(f"{path} is there already", "choose another name, or replace it with --overwrite")
+
+    def refuse_beside(self, path: str) -> None:
+        """Refuse what has the name of another file that belongs to the result, unless it may be replaced.
+
+        Raises:
+            UsageError: it is there, or is a folder.
+        """
+        self.refuse_present(path)
+        if os.path.isdir(path) and not os.path.islink(path):
+            raise UsageError(f"{path} is a folder, and would be replaced by a file", "choose another name")
+
+    # ------------------------------------------------------------------------------------------------------- refusals
+
+    def _check_parent(self) -> None:
+        parent = os.path.dirname(self.path)
+        if not os.path.isdir(parent):
+            raise OutputError(f"the folder {parent} does not exist", f"create it: mkdir -p {parent}")
+
+    def _check_overlap(self, source: str) -> None:
+        read, written = (os.path.realpath(path) for path in (source.rstrip("/") or "/", self.path))
+        if read == written or _is_same(read, written):
+            raise UsageError(f"{self.path} is what is read", "choose another name")
+        for inner, outer in ((written, read), (read, written)):
+            if inner.startswith(outer + os.sep):
+                raise UsageError(f"{inner} lies inside {outer}", "choose a name outside")
+
+    def _check_present(self) -> None:
+        self._refuse_foreign_folder()
+        if os.path.lexists(self.path):
+            self._check_result()
+        for path in (self.path + PARTIAL, *self._skip_list):
+            self.refuse_beside(path)
+
+    def _check_result(self) -> None:
+        if os.path.islink(self.path):  # though what a link leads to is what is written
+            raise UsageError(f"{self.path} is a link that leads back to itself", "choose another name")
+        mode = os.stat(self.path).st_mode
+        if self.is_folder:
+            self._check_folder(mode)
+        elif not stat.S_ISREG(mode):
+            what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise UsageError(f"{self.path} is {what}", "choose another name")
+        else:
+            self.refuse_present(self.path)
+            self._refuse_foreign()
+
+    def _check_folder(self, mode: int) -> None:
+        if not stat.S_ISDIR(mode):
+            what = "a file" if stat.S_ISREG(mode) else "not a regular file"
+            raise UsageError(f"{self.path} is {what}, but the result would be a folder", "choose another name")
+        names = os.listdir(self.path)
+        known = (MANIFEST, NEXT_MANIFEST, SKIPPED)
+        if strange := [name for name in names if name not in known and not SHARD_FILE.fullmatch(name)]:
+            raise UsageError(f"{self.path} holds other files, such as {min(strange)}", "name a new or empty folder")
+        if names:
+            self.refuse_present(self.path)
+
+    def _refuse_foreign(self) -> None:
+        """Never replace another program's HDF5 file; a damaged one of ours may go."""
+        if suffix_of(self.path) not in SINGLE_FILE_SUFFIXES:
+            return
+        try:
+            read_hdf5(self.path)
+        except ForeignFileError:
+            raise
+        except OutputError:
+            return
+
+    def _refuse_foreign_folder(self) -> None:
+        """Never remove another's folder. An empty one may be ours: it was made just before a crash."""
+        if not os.path.lexists(self.folder):
+            return
+        if os.path.isdir(self.folder) and not os.path.islink(self.folder):
+            names = os.listdir(self.folder)
+            if MARKER in names or not names:
+                return
+        raise UsageError(
+            f"{self.folder} is in the way, and was not made by an export", "move it away, or choose another name"
+        )
+
+    def _remove_folder(self) -> None:
+        """Remove the folder to work in, the marker last: what a crash leaves of it stays known as ours."""
+        if not os.path.isdir(self.folder):
+            return
+        for name in os.listdir(self.folder):
+            if name != MARKER:
+                remove(self.staged(name))
+        remove(self.staged(MARKER))
+        os.rmdir(self.folder)
+
+    def _remove_durably(self, path: str) -> None:
+        if os.path.lexists(path):
+            with disk_errors(path):
+                remove(path)
+            sync_path(os.path.dirname(path))
+
+    def _exchange(self, name: str) -> None:
+        """Put a folder in the place of another, in one step where the system has one."""
+        staged, final = self.staged(name), self.final(name)
+        if not _exchange_names(staged, final):
+            with disk_errors(final):
+                os.rename(final, self.staged(REPLACED))
+                os.rename(staged, final)
+        sync_path(os.path.dirname(final))
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two paths lead to one file."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def _exchange_names(one: str, other: str) -> bool:
+    """Swap two names in one step; False where the system or the filesystem cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)

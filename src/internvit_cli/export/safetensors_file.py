@@ -1,0 +1,175 @@
+"""Features as one .safetensors file: every dataset a tensor, bfloat16 as such, keys and reasons as bytes.
+
+The header comes first and the rows go to their places behind it, so the file is written in one pass and bounded memory.
+The library reads headers of up to 100 MB: keys, of which there may be millions, are no part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.export.blocks import Rows
+from internvit_cli.export.facts import attributes_text, native_type, stored_type
+from internvit_cli.export.writer import Made
+from internvit_cli.plan.table import COLUMN_DTYPES
+from internvit_cli.storage.durable import create, disk_errors, open_ours, reserve, sync_data, write_all
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.export.blocks import Block
+    from internvit_cli.export.destination import Destination
+    from internvit_cli.export.selection import Selection
+
+ALIGNMENT = 4096
+"""Where the first tensor begins: rows of a mapped file lie on pages."""
+TYPES = {
+    "<f8": "F64",
+    "<f4": "F32",
+    "<f2": "F16",
+    "<i8": "I64",
+    "<i4": "I32",
+    "|i1": "I8",
+    "|u1": "U8",
+    "<u2": "U16",
+    "<u4": "U32",
+    "<u8": "U64",
+}
+SIGNED = {"<u2": "<i4", "<u4": "<i8", "<u8": "<i8"}
+"""Not every framework has unsigned numbers of more than a byte; these hold all values that occur."""
+
+
+def tensor_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the first tensor, and where each one begins.
+
+    Args:
+        tensors: by name its safetensors type, shape and bytes; they follow each other in this order, without gaps.
+        metadata: texts.
+
+    Returns:
+        The header with the length in front, padded with blanks, and byte offsets in the file by name.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    position, starts = 0, {}
+    for name, (kind, shape, nbytes) in tensors.items():
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        starts[name] = position
+        position += nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    size = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT
+    header = (size - 8).to_bytes(8, "little") + text.ljust(size - 8)
+    return header, {name: size + start for name, start in starts.items()}
+
+
+class SafetensorsWriter:
+    """Writes a selection as one file."""
+
+    def __init__(self, selection: Selection, destination: Destination) -> None:
+        self._selection = selection
+        self._destination = destination
+        self._rows = Rows(selection.written_datasets())
+        self._index = index_tensors(selection)
+        self._path = destination.staged(destination.name)
+        self._descriptor: int | None = None
+        tensors = self._tensors()
+        self._header, self._starts = tensor_header(tensors, self._metadata())
+        self._size = len(self._header) + sum(nbytes for _, _, nbytes in tensors.values())
+
+    def needed_bytes(self) -> int:
+        """The exact size."""
+        return self._size
+
+    def begin(self) -> None:
+        """Make the file at full size with all but the features in it."""
+        with disk_errors(self._path):
+            with create(self._path) as file:
+                file.truncate(self._size)
+            self._descriptor = open_ours(self._path)
+            reserve(self._path)
+        self._put(self._header, 0)
+        for name, array in self._index.items():
+            self._put(np.ascontiguousarray(array), self._starts[name])
+
+    def add(self, block: Block) -> None:
+        """Write rows at their places; the vectors of skipped images are NaN."""
+        tile = int(self._selection.table.tile_offset[block.first])
+        for name, spec in self._rows.specs.items():
+            is_per_tile = self._rows.is_per_tile(name)
+            if name not in block.arrays and not is_per_tile:
+                array: NDArray[Any] = np.full((len(block), *spec.shape[1:]), np.nan, spec.dtype)
+            elif name in block.arrays:
+                array = block.arrays[name]
+            else:
+                continue  # reserved and unwritten, as in a feature file
+            first = tile if is_per_tile else block.first
+            self._put(array, self._starts[name] + first * spec.row_bytes)
+
+    def finish(self) -> Made:
+        """Sync it."""
+        assert self._descriptor is not None
+        with disk_errors(self._path):
+            sync_data(self._descriptor)
+        self.close()
+        return Made([self._destination.name])
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _put(self, data: Any, offset: int) -> None:
+        assert self._descriptor is not None
+        if len(data):
+            with disk_errors(self._path):
+                write_all(self._descriptor, data, offset)
+
+    def _tensors(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
+        """Type, shape and bytes of all tensors; wide types first, so that each lies on a multiple of its size."""
+        found = {name: (TYPES[array.dtype.str], array.shape, array.nbytes) for name, array in self._index.items()}
+        sizes = {name: array.dtype.itemsize for name, array in self._index.items()}
+        images, tiles = len(self._selection), self._selection.table.tiles
+        for spec in self._selection.written_datasets(images, tiles):
+            kind = native_type(self._selection, spec.name) or TYPES[spec.dtype]
+            found[spec.name] = (kind, spec.shape, spec.nbytes)
+            sizes[spec.name] = np.dtype(spec.dtype).itemsize
+        # Features come first: the header ends on a page.
+        ordered = sorted(found, key=lambda name: (-sizes[name], name in self._index))
+        return {name: found[name] for name in ordered}
+
+    def _metadata(self) -> dict[str, str]:
+        attributes = json.loads(attributes_text(self._selection))
+        types = {name: stored_type(self._selection, name, spec) for name, spec in self._rows.specs.items()}
+        return {name: str(value) for name, value in attributes.items()} | {"dtypes": json.dumps(types)}
+
+
+def index_tensors(selection: Selection) -> dict[str, NDArray[Any]]:
+    """All that is known of the images beside their features.
+
+    Returns:
+        By name an array [n], but for `tile_offset` and `key_offset`, [n + 1], `digest`, uint8 [n, 32], and `key_bytes`
+        and `skipped_jsonl`, uint8 [bytes].
+    """
+    table = selection.table
+    lengths = np.fromiter((len(key) for key in table.keys), np.int64, len(table))
+    columns = {name: getattr(table, name) for name in COLUMN_DTYPES}
+    skips = b"".join(json.dumps(entry).encode() + b"\n" for entry in selection.skips)
+    tensors = {
+        **columns,
+        "tile_offset": table.tile_offset,
+        "status": table.status,
+        "digest": selection.digests,
+        "crc32": selection.checksums,
+        "key_offset": np.concatenate([[0], np.cumsum(lengths)]).astype("<i8"),
+        "key_bytes": np.frombuffer(b"".join(table.keys), np.uint8),
+        "skipped_jsonl": np.frombuffer(skips, np.uint8),
+    }
+    return {name: array.astype(SIGNED.get(array.dtype.str, array.dtype)) for name, array in tensors.items()}

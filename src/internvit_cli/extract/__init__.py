@@ -1,0 +1,1 @@
+"""The run of `internvit extract`: decode, encode and store, resumable at every image."""

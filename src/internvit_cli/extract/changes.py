@@ -1,0 +1,284 @@
+"""What an output holds already, held against what the sources hold now."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli.config import Status
+from internvit_cli.errors import InternvitError, OtherRecipeError, UsageError, one_line
+from internvit_cli.plan.table import modified_ns
+from internvit_cli.runtime.untrusted import opened
+from internvit_cli.runtime.words import counted_of
+from internvit_cli.sources.interface import Listing, Source
+from internvit_cli.storage.format.layout import SOURCES_BYTES, recorded_sources
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from internvit_cli.storage.output import FinishedShard
+    from internvit_cli.storage.skipped import SkipLog
+
+HASH_BLOCK = 1 << 20
+TOLD_EVERY = 256
+"""Images between two reports of progress: most take less time than a report."""
+WORTH_RETRYING = frozenset({Status.UNREADABLE, Status.UNSUPPORTED})
+"""Reasons that lie in a disk or in a version of Pillow rather than in a picture."""
+LIMITED = frozenset({Status.TOO_LARGE, Status.TIMEOUT, Status.WORKER_DIED})
+"""Reasons that lie in a limit of the run; lists of earlier versions do not say in which."""
+ROW_BITS = 40
+"""Of a row's number in a shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Entries of a listing that are not in the output as they are now, by index into the listing."""
+
+    new: list[int]
+    changed: list[int]
+    """Also those that were skipped and are to be tried again."""
+    unlisted: list[bytes]
+    """Keys of rows whose picture is not in the listing."""
+    damaged: int = 0
+    """How many of the changed ones are so because their status cannot be what was committed."""
+    skipped_before: int = 0
+    """How many of the others were skipped by an earlier run."""
+    worth_retrying: int = 0
+    """How many of those another try may well turn out better for."""
+
+    @property
+    def entries(self) -> list[int]:
+        """All that has to be planned, in the listing's order."""
+        return sorted(self.new + self.changed)
+
+
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """A tree that moved: `--relocate OLD=NEW`, absolute paths."""
+
+    old: bytes
+    new: bytes
+
+    def apply(self, source: Source) -> Source:
+        """The source where it is now."""
+        if source.root == self.old:
+            return Source(self.new, source.name)
+        below = self.old.rstrip(b"/") + b"/"
+        if not source.root.startswith(below):
+            return source
+        return Source(self.new.rstrip(b"/") + b"/" + source.root.removeprefix(below), source.name)
+
+
+class StoredImages:
+    """The rows of an output by key; a later shard's row replaces an earlier one's."""
+
+    def __init__(self, shards: Sequence[FinishedShard], relocations: Sequence[Relocation] = ()) -> None:
+        self._shards = shards
+        self._sources = [stored_sources(shard.stored.attributes, shard.path, relocations) for shard in shards]
+        self._known_digests: dict[int, Any] = {}
+        self._places: dict[bytes, int] = {}
+        """A shard's number and a row in it, as one integer: of a million small tuples the memory would be felt."""
+        for number, shard in enumerate(shards):
+            superseded = shard.superseded_keys
+            for row, key in enumerate(shard.stored.table.keys):
+                if key not in superseded:
+                    self._places[key] = number << ROW_BITS | row
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def status(self, key: bytes) -> Status | None:
+        """The status of an image; None when the output has no row for it."""
+        place = self._place(key)
+        return None if place is None else Status(int(self._table(place).status[place[1]]))
+
+    def shard_name(self, key: bytes) -> str:
+        """The shard that holds a key's row."""
+        return self._shards[self._places[key] >> ROW_BITS].name
+
+    def source(self, key: bytes) -> Source:
+        """The source that a key's row came from."""
+        number, row = divmod(self._places[key], 1 << ROW_BITS)
+        return self._sources[number][int(self._table((number, row)).source[row])]
+
+    def path(self, key: bytes) -> bytes:
+        """The file that a key's row came from."""
+        return self.source(key).path(key)
+
+    def compare(
+        self,
+        listing: Listing,
+        skip_log: SkipLog,
+        *,
+        retry_skipped: bool = False,
+        on_progress: Callable[[int], None] = lambda _: None,
+    ) -> Changes:
+        """What is new or changed in a listing. Only files whose size or time differ are read.
+
+        Args:
+            listing: what the sources hold.
+            skip_log: the list of skipped images; those that exceeded a limit which admits them now are changed.
+            retry_skipped: take all images that were skipped for changed.
+            on_progress: called with the number of images looked at.
+
+        Raises:
+            OtherRecipeError: a key that comes from another root than its row.
+        """
+        new, changed, listed, damaged, skipped_before, worth_retrying = [], [], set(), 0, 0, 0
+        for entry, key in enumerate(listing.keys):
+            if entry % TOLD_EVERY == 0:
+                on_progress(entry)
+            place = self._place(key)
+            if place is None:
+                new.append(entry)
+                continue
+            listed.add(key)
+            self._check_root(listing, entry, place)
+            status = Status(int(self._table(place).status[place[1]]))
+            is_skipped = status not in (Status.DONE, Status.PENDING)
+            is_retried = is_skipped and (retry_skipped or skip_log.is_admitted(key))
+            if self._is_contradictory(place, key in skip_log, bool(skip_log)):
+                damaged += 1
+                changed.append(entry)
+            elif is_retried or not self._is_unchanged(listing, entry, place):
+                changed.append(entry)
+            else:
+                skipped_before += is_skipped
+                worth_retrying += status in WORTH_RETRYING or (status in LIMITED and not skip_log.is_limited(key))
+        unlisted = [key for key in self._places if key not in listed]
+        return Changes(new, changed, unlisted, damaged, skipped_before, worth_retrying)
+
+    def _place(self, key: bytes) -> tuple[int, int] | None:
+        """Number of the shard that holds a key's row, and the row."""
+        place = self._places.get(key)
+        return None if place is None else divmod(place, 1 << ROW_BITS)
+
+    def _is_contradictory(self, place: tuple[int, int], is_listed: bool, is_any_listed: bool) -> bool:
+        """Whether a finished shard's status cannot be what was committed, given the list of skipped images.
+
+        A list that is lost says nothing.
+        """
+        number, row = place
+        if self._shards[number].is_partial:
+            return False
+        status = int(self._table(place).status[row])
+        if status == Status.DONE:
+            return is_listed and not self._digests(number)[row].any()
+        return status == Status.PENDING or (is_any_listed and not is_listed)
+
+    def _table(self, place: tuple[int, int]) -> Any:
+        return self._shards[place[0]].stored.table
+
+    def _check_root(self, listing: Listing, entry: int, place: tuple[int, int]) -> None:
+        number, row = place
+        then = self._sources[number][int(self._table(place).source[row])]
+        now = listing.sources[listing.source_index[entry]]
+        if then == now or then.path(listing.keys[entry]) == listing.path(entry):
+            return
+        raise OtherRecipeError(
+            f"{os.fsdecode(listing.keys[entry])!r} came from {os.fsdecode(then.root)!r} before "
+            f"and comes from {os.fsdecode(now.root)!r} now",
+            f"if the tree moved, add --relocate {one_line(os.fsdecode(then.root))}={one_line(os.fsdecode(now.root))}; "
+            "else choose another output, or give the sources names of their own: NAME=DIR",
+        )
+
+    def _is_unchanged(self, listing: Listing, entry: int, place: tuple[int, int]) -> bool:
+        row, table = place[1], self._table(place)
+        if entry in listing.skipped:
+            return int(table.status[row]) == listing.skipped[entry].status
+        path = listing.path(entry)
+        try:
+            now = os.stat(path)
+        except OSError:
+            return True  # its row stays what it is: whoever opens the file finds out
+        # A disk that was away for a moment is no reason to leave its pictures out for ever.
+        if table.status[row] == Status.VANISHED or now.st_size != int(table.file_size[row]):
+            return False
+        if modified_ns(now) == int(table.file_mtime_ns[row]):
+            return True
+        return bool(table.status[row] == Status.DONE) and self._has_same_bytes(path, place)
+
+    def _has_same_bytes(self, path: bytes, place: tuple[int, int]) -> bool:
+        """A new time with the same bytes is no change: a copied or touched tree costs a read, not an encoding."""
+        number, row = place
+        try:
+            digest = _file_digest(path)
+        except OSError:
+            return False  # planning it anew gives the reason
+        return bool(digest == self._digests(number)[row].tobytes())
+
+    def _digests(self, number: int) -> Any:
+        if number not in self._known_digests:
+            shard = self._shards[number]
+            self._known_digests[number] = shard.backend.commit_records(shard.path)[0]
+        return self._known_digests[number]
+
+
+def prunable(stored: StoredImages, changes: Changes, listing: Listing, *, confirmed: bool) -> list[bytes]:
+    """Keys of rows whose pictures were deleted from the sources of this listing, or are excluded there now.
+
+    Raises:
+        InternvitError: it looks like a disk that is not mounted rather than like deleted pictures.
+    """
+    if listing.unreadable_folders:
+        folder = os.fsdecode(listing.unreadable_folders[0].path)
+        raise InternvitError(
+            f"--prune: {one_line(folder)} cannot be read, so its pictures may still be there",
+            "make it readable, or run without --prune",
+        )
+    empty = set(range(len(listing.sources))) - set(listing.source_index)
+    if empty:
+        root = os.fsdecode(listing.sources[min(empty)].root)
+        raise InternvitError(f"--prune: {one_line(root)} holds no pictures at all", "is its disk mounted?")
+    dropped = [
+        key for key in changes.unlisted if stored.source(key) in listing.sources and _is_out(stored.path(key), listing)
+    ]
+    if 2 * len(dropped) > len(stored) and not confirmed:
+        raise InternvitError(
+            f"--prune would drop {counted_of(len(dropped), len(stored), 'row')}",
+            "add --yes if that many pictures were deleted or excluded",
+        )
+    return dropped
+
+
+def _is_out(path: bytes, listing: Listing) -> bool:
+    """Whether a picture that is not in a listing is not there any more, or excluded by its patterns."""
+    return not os.path.lexists(path) or listing.excludes(path)
+
+
+def stored_sources(attributes: dict[str, Any], path: str, relocations: Sequence[Relocation] = ()) -> list[Source]:
+    """The sources of a shard, from its attributes, where they are now.
+
+    Raises:
+        OutputError: they are damaged.
+    """
+    sources = recorded_sources(attributes, path)
+    for relocation in relocations:
+        sources = [relocation.apply(source) for source in sources]
+    return sources
+
+
+def sources_to_json(sources: Sequence[Source]) -> str:
+    """Return sources as a shard stores them.
+
+    Raises:
+        UsageError: there are more than a shard can name.
+    """
+    text = json.dumps([{"root": os.fsdecode(source.root), "name": os.fsdecode(source.name)} for source in sources])
+    if len(text) > SOURCES_BYTES:
+        raise UsageError(
+            f"the pictures come from {len(sources):,} folders, each a source of its own: more than an output can name",
+            "give them a common --root, or name a folder above them",
+        )
+    return text
+
+
+def _file_digest(path: bytes) -> bytes:
+    hasher = hashlib.sha256()
+    with opened(path) as file:
+        while block := file.read(HASH_BLOCK):
+            hasher.update(block)
+    return hasher.digest()

@@ -1,0 +1,288 @@
+"""Fill rows: pictures are decoded, encoded in batches across images, and handed on, all at the same time.
+
+decode thread -> images -> main thread: batches -> encoder -> images' rows -> sink, a thread that stores them
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import Skipped, Status
+from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, FailedImage
+from internvit_cli.encode.tile_features import UNFIT
+from internvit_cli.errors import InternvitError, one_line
+from internvit_cli.extract.results import Stages, Tally
+from internvit_cli.extract.writer_thread import SkippedImage
+from internvit_cli.storage.image_rows import image_arrays
+from internvit_cli.storage.write.commit import ImageRows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import Recipe
+    from internvit_cli.encode.encoder import Encoder, PendingBatch
+    from internvit_cli.encode.tile_features import TileFeatures
+    from internvit_cli.extract.writer_thread import Sink
+    from internvit_cli.runtime.signals import Stop
+
+BATCHES_IN_FLIGHT = 2
+"""One that the device works on and one that waits, so that the device never does."""
+LAG_SECONDS = 2.0
+"""Without a full batch for so long, what there is goes on its way: slow decoding must not hold back what is encoded."""
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class FillRules:
+    """What becomes of the features of an image, and of an image that has none."""
+
+    recipe: Recipe
+    """What is stored of an image."""
+    is_begun: bool = False
+    """The output has rows: a value that is too large skips its image, and no more ends the run."""
+    strict: bool = False
+    """End at the first image that cannot be used, leaving it pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class FillJob:
+    """Images to be encoded, and where they go."""
+
+    keys: Any
+    """The images' keys, by row."""
+    jobs: Iterable[DecodeJob | None]
+    """None when there is none at the moment, and there may be later."""
+    sink: Sink
+    rules: FillRules
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What `fill` did."""
+
+    stages: Stages
+    tally: Tally
+    clamped: int
+    """Values that were clamped to the stored type's range."""
+
+
+@dataclass(slots=True)
+class _Assembly:
+    """An image whose tiles are on their way through the encoder."""
+
+    row: int
+    digest: bytes
+    missing: int
+    """Tiles whose features have not come yet."""
+    parts: list[TileFeatures] = field(default_factory=list)
+    """Features of consecutive tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Consecutive tiles of one image in one batch."""
+
+    assembly: _Assembly
+    start: int
+    count: int
+
+
+def fill(job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
+    """Decode, encode and store all images of a job, or as many as there are before `stop`.
+
+    All that was encoded has gone to the sink when this returns, and also when it raises. The sink is closed.
+
+    Raises:
+        InternvitError: the disk, the device or the workers fail; with `strict`, an image cannot be used.
+    """
+    try:
+        return _Filling(job, decoder, encoder, stop, on_progress).run()
+    finally:
+        job.sink.close()
+
+
+class _Filling:
+    def __init__(
+        self, job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]
+    ) -> None:
+        self._job = job
+        self._decoder = decoder
+        self._encoder = encoder
+        self._stop = stop
+        self._on_progress = on_progress
+        self._rules = job.rules
+        tile_size = decoder.tile_size
+        self._batch_tiles = encoder.batch_tiles  # fixed: a halved encoder takes a batch in two
+        shape = (self._batch_tiles, tile_size, tile_size, 3)
+        self._buffers = deque(np.empty(shape, np.uint8) for _ in range(BATCHES_IN_FLIGHT + 1))
+        self._spans: list[_Span] = []
+        self._filled = 0
+        self._in_flight: deque[tuple[PendingBatch, list[_Span], NDArray[Any]]] = deque()
+        self._submitted = time.monotonic()
+        self._tally = Tally()
+        self.clamped = 0
+
+    def run(self) -> Filled:
+        started = time.perf_counter()
+        decode_before, device_before = self._decoder.busy_seconds, self._encoder.device_seconds
+        try:
+            self._encode_all()
+        finally:
+            self._job.sink.close()
+        stages = Stages(
+            wall=time.perf_counter() - started,
+            decode=(self._decoder.busy_seconds - decode_before) / max(1, len(self._decoder.pids)),
+            device=self._encoder.device_seconds - device_before,
+            write=self._job.sink.busy_seconds,
+        )
+        return Filled(stages, self._tally, self.clamped)
+
+    def _encode_all(self) -> None:
+        decoded = _DecodeThread(self._decoder, self._job.jobs, self._stop)
+        try:
+            for item in decoded:
+                if isinstance(item, FailedImage):
+                    self._skip(item.row, item.skipped, item.tiles)
+                elif item is not None:
+                    self._encode(item)
+                if time.monotonic() - self._submitted >= LAG_SECONDS:
+                    self._catch_up()
+            if not self._stop.signal:
+                self._submit()
+            while self._in_flight:
+                self._finish_oldest()
+        finally:
+            decoded.close()
+
+    def _encode(self, image: DecodedImage) -> None:
+        """Copy an image's tiles into the batch at hand, sending off each batch that becomes full."""
+        tiles = len(image.tiles)
+        assembly = _Assembly(image.row, image.digest, tiles)
+        position = 0
+        while position < tiles:
+            count = min(tiles - position, self._batch_tiles - self._filled)
+            self._buffers[0][self._filled : self._filled + count] = image.tiles[position : position + count]
+            self._spans.append(_Span(assembly, self._filled, count))
+            self._filled += count
+            position += count
+            if self._filled == self._batch_tiles:
+                self._submit()
+        image.release()
+
+    def _catch_up(self) -> None:
+        """Fetch what the encoder has, and when it has nothing left, give it a batch that is not full."""
+        if self._in_flight:
+            self._finish_oldest()
+        else:
+            self._submit()
+
+    def _submit(self) -> None:
+        if not self._filled:
+            return
+        if len(self._in_flight) == BATCHES_IN_FLIGHT:
+            self._finish_oldest()
+        buffer = self._buffers.popleft()
+        self._in_flight.append((self._encoder.submit(list(buffer[: self._filled])), self._spans, buffer))
+        self._spans, self._filled = [], 0
+        self._submitted = time.monotonic()
+
+    def _finish_oldest(self) -> None:
+        pending, spans, buffer = self._in_flight.popleft()
+        features = pending.result()
+        self._buffers.append(buffer)
+        self.clamped += features.clamped
+        for span in spans:
+            part = slice(span.start, span.start + span.count)
+            span.assembly.parts.append(features.take(part))
+            span.assembly.missing -= span.count
+            if not span.assembly.missing:
+                self._store(span.assembly)
+
+    def _store(self, assembly: _Assembly) -> None:
+        row, parts = assembly.row, assembly.parts
+        tiles = sum(map(len, parts))
+        if (unfit := _unfit(parts)) is not None:
+            is_first = not (self._tally.images or self._rules.is_begun)
+            if is_first and unfit.exception == "OverflowError":
+                raise InternvitError(
+                    f"{one_line(self._job.keys[row])}: {unfit.message}",
+                    "store with --store-dtype bfloat16 (or float32), or --on-overflow clamp",
+                )
+            self._skip(row, unfit, tiles)
+            return
+        arrays = image_arrays([part.layers for part in parts], self._rules.recipe)
+        self._job.sink.put(ImageRows(row, assembly.digest, arrays))
+        self._count(Tally(images=1, tiles=tiles))
+
+    def _skip(self, row: int, skipped: Skipped, tiles: int) -> None:
+        if self._rules.strict:
+            raise unusable(self._job.keys[row], skipped)
+        self._job.sink.put(SkippedImage(row, skipped))
+        self._count(Tally(skipped=1, skipped_tiles=tiles))
+
+    def _count(self, image: Tally) -> None:
+        self._tally = self._tally.plus(image)
+        self._on_progress(self._tally)
+
+
+def _unfit(parts: list[TileFeatures]) -> Skipped | None:
+    """Why an image's features cannot be stored; None when they can."""
+    worst = max(int(part.fits.max()) for part in parts)
+    if worst == 0:
+        return None
+    return Skipped(Status.OVERFLOW, "OverflowError" if worst == 1 else "ArithmeticError", UNFIT[worst])
+
+
+def unusable(key: bytes, skipped: Skipped) -> InternvitError:
+    """What `--strict` ends a run with."""
+    return InternvitError(
+        f"{one_line(key)}: {skipped.status.word}: {skipped.message}",
+        "run without --strict to skip such images and list them",
+    )
+
+
+class _DecodeThread:
+    """Runs the decoder beside the encoder, some images ahead of it."""
+
+    def __init__(self, decoder: Decoder, jobs: Iterable[DecodeJob | None], stop: Stop) -> None:
+        self._results: queue.SimpleQueue[DecodedImage | FailedImage | BaseException | None] = queue.SimpleQueue()
+        self._closed = False
+        self._stop = stop
+        self._thread = threading.Thread(target=self._run, args=(decoder, jobs), name="decode", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[DecodedImage | FailedImage | None]:
+        """Images as they come, and None now and then while there are none."""
+        while True:
+            try:
+                item = self._results.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if isinstance(item, BaseException):
+                raise item
+            if item is None or self._stop.signal:
+                return
+            yield item
+
+    def close(self) -> None:
+        self._closed = True
+        self._thread.join()
+
+    def _run(self, decoder: Decoder, jobs: Iterable[DecodeJob | None]) -> None:
+        try:
+            # Slots bound what lies in the queue: an image keeps its slot until its tiles are taken.
+            for item in decoder.run(jobs, lambda: self._closed or bool(self._stop.signal)):
+                self._results.put(item)
+        except BaseException as error:  # noqa: BLE001 - raised again where the results are read
+            self._results.put(error)
+        self._results.put(None)

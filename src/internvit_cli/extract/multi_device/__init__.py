@@ -1,0 +1,1 @@
+"""Several encoders on one plan, each in a process of its own."""

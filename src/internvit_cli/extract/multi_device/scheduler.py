@@ -1,0 +1,208 @@
+"""Images of one shard on their way to several devices and back.
+
+Images go to whichever device has room. When a process dies, its images are given to the others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli import errors
+from internvit_cli.errors import InternvitError
+from internvit_cli.extract.encode_loop import Filled
+from internvit_cli.extract.engine import decode_options
+from internvit_cli.extract.multi_device.worker import BeginShard, Failure, NoMore, Ready, ShardEnd, Task
+from internvit_cli.extract.results import Stages, Tally
+from internvit_cli.extract.writer_thread import ShardSink, SkippedImage
+from internvit_cli.plan.tiling import decoded_tile_count
+from internvit_cli.runtime.workers import ending
+from internvit_cli.storage.write.commit import Recorded
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Iterator
+    from multiprocessing.connection import Connection
+
+    from internvit_cli.extract.engine import EngineOptions, ShardJob
+    from internvit_cli.runtime.signals import Stop
+
+BATCHES_AHEAD = 3
+"""What a device is given: so many batches of tiles, and at least so many images a worker."""
+IMAGES_AHEAD = 4
+POLL_SECONDS = 0.5
+
+
+@dataclass(eq=False, slots=True)
+class Device:
+    """A device's process and what it has in hand."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    connection: Connection
+    ready: Ready | None = None
+    given: dict[int, Task] = field(default_factory=dict)
+    tiles: int = 0
+    """Of the images that it was given and has not finished."""
+    is_filling: bool = False
+    """Whether a shard has begun and not ended."""
+    is_told: bool = False
+    """Whether it knows that the shard has no more for it."""
+    halved: bool = False
+
+    def kill(self) -> None:
+        """End it now, whatever it is doing."""
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def error_of(failure: Failure, device: Device) -> InternvitError:
+    """What a device's process ended with, as an error of ours that names the device."""
+    kind = getattr(errors, failure.kind, InternvitError)
+    error: InternvitError = kind(f"{device.name}: {failure.message}", failure.hint)
+    return error
+
+
+class Dispatch:
+    """One shard's images on their way to the devices and back."""
+
+    def __init__(
+        self,
+        devices: list[Device],
+        options: EngineOptions,
+        job: ShardJob,
+        stop: Stop,
+        on_progress: Callable[[Tally], None],
+    ) -> None:
+        self.notes: list[str] = []
+        self._devices = devices
+        self._options = options
+        self._job = job
+        self._stop = stop
+        self._on_progress = on_progress
+        self._tasks = self._all_tasks()
+        self._again: deque[Task] = deque()
+        self._failure: InternvitError | None = None
+        self._tally = Tally()
+        self._ends: list[ShardEnd] = []
+        self._sink: ShardSink
+
+    def run(self) -> Filled:
+        """Rounds until no image is left: a second one when a device died and its images came back."""
+        started = time.perf_counter()
+        self._sink = ShardSink(self._job.writer, self._job.skip_log, self._job.keys)
+        try:
+            self._round()
+            while self._again and not self._is_ending:
+                self._round()
+        finally:
+            self._sink.close()
+        return self._filled(time.perf_counter() - started)
+
+    @property
+    def _is_ending(self) -> bool:
+        """Whether no more images are begun."""
+        return bool(self._stop.signal or self._failure)
+
+    def _all_tasks(self) -> Iterator[Task]:
+        job = self._job
+        for each in job.jobs:
+            yield Task(each, job.keys[each.row], int(job.first_tile[each.row]))
+
+    def _round(self) -> None:
+        decode = decode_options(self._options, self._job.workload)
+        for device in list(self._devices):
+            device.is_filling, device.is_told = True, False
+            self._send(device, BeginShard(self._job.writer.extents, self._job.rules, decode))
+        while filling := [device for device in self._devices if device.is_filling]:
+            self._give(filling)
+            for connection in wait([device.connection for device in filling], POLL_SECONDS):
+                self._receive(next(device for device in filling if device.connection is connection))
+        if self._failure is not None:
+            raise self._failure
+        if not self._devices:
+            raise InternvitError("no device is left: " + "; ".join(self.notes), "run the same command to continue")
+
+    def _give(self, devices: list[Device]) -> None:
+        """Hand out images while any device has room, and say so when there are no more."""
+        while not self._is_ending:
+            able = [device for device in devices if device.is_filling and not device.is_told and self._has_room(device)]
+            if not able:
+                return
+            task = self._again.popleft() if self._again else next(self._tasks, None)
+            if task is None:
+                break
+            device = min(able, key=lambda device: device.tiles)
+            device.given[task.job.row] = task
+            device.tiles += self._tiles(task)
+            self._send(device, task)
+        for device in devices:
+            if device.is_filling and not device.is_told:
+                device.is_told = True
+                self._send(device, NoMore(is_stop=self._is_ending))
+
+    def _has_room(self, device: Device) -> bool:
+        assert device.ready is not None
+        workers = decode_options(self._options, self._job.workload).workers
+        return device.tiles < BATCHES_AHEAD * device.ready.batch_tiles or len(device.given) < IMAGES_AHEAD * workers
+
+    def _tiles(self, task: Task) -> int:
+        return decoded_tile_count(task.job.grid, self._options.rule)
+
+    def _send(self, device: Device, message: Any) -> None:
+        try:
+            device.connection.send(message)
+        except OSError:
+            self._bury(device)
+
+    def _receive(self, device: Device) -> None:
+        try:
+            message = device.connection.recv()
+        except (EOFError, OSError):
+            self._bury(device)
+            return
+        match message:
+            case Recorded() | SkippedImage():
+                task = device.given.pop(message.row)
+                device.tiles -= self._tiles(task)
+                self._take(message, self._tiles(task))
+            case ShardEnd():
+                device.is_filling = False
+                device.halved = message.halved
+                self._ends.append(message)
+                device.given.clear()  # left alone after a stop
+                device.tiles = 0
+            case Failure():  # the others finish what they have begun, and all of it is committed
+                self._failure = self._failure or error_of(message, device)
+                device.is_filling = False
+
+    def _take(self, image: Recorded | SkippedImage, tiles: int) -> None:
+        is_done = isinstance(image, Recorded)
+        self._tally = self._tally.plus(Tally(1, 0, tiles) if is_done else Tally(skipped=1, skipped_tiles=tiles))
+        self._sink.put(image)
+        self._on_progress(self._tally)
+
+    def _bury(self, device: Device) -> None:
+        """A process died: its images go to the others."""
+        if device not in self._devices:
+            return
+        self._devices.remove(device)
+        device.is_filling = False
+        device.kill()
+        self.notes.append(f"the process of {device.name} ended ({ending(device.process)}); the others did its images")
+        self._again += device.given.values()
+
+    def _filled(self, wall: float) -> Filled:
+        parts = [end.filled for end in self._ends]
+        devices = max(1, len(parts))
+        stages = Stages(
+            wall=wall,
+            decode=sum(part.stages.decode for part in parts) / devices,
+            device=sum(part.stages.device for part in parts) / devices,
+            write=max((part.stages.write for part in parts), default=0.0),
+        )
+        return Filled(stages, self._tally, sum(part.clamped for part in parts))

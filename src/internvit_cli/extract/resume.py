@@ -1,0 +1,104 @@
+"""What lies at the output already, and whether a run may go on with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli.errors import OutputError
+from internvit_cli.recipes import check_same
+from internvit_cli.storage.format.layout import ForeignFileError, stored_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from internvit_cli.config import Recipe
+    from internvit_cli.storage.output import FinishedShard, Output
+
+
+@dataclass(frozen=True, slots=True)
+class Existing:
+    """The shards of an output: complete ones, and the one that an earlier run left unfinished."""
+
+    finished: tuple[FinishedShard, ...] = ()
+    partial: FinishedShard | None = None
+    damage: OutputError | None = None
+    """Why the complete ones could not be read; only `--overwrite` goes on from there."""
+
+    @property
+    def shards(self) -> list[FinishedShard]:
+        """All of them, oldest first."""
+        return [*self.finished, *([self.partial] if self.partial else [])]
+
+    @property
+    def attributes(self) -> dict[str, Any] | None:
+        """Those of the newest shard; None without any."""
+        return self.shards[-1].stored.attributes if self.shards else None
+
+
+def load_existing(output: Output, *, overwrite: bool) -> Existing:
+    """Read what is there.
+
+    Raises:
+        OutputError: it is damaged, and not to be overwritten, or it is none of ours.
+    """
+    finished, damage = _load_or_damage(lambda: _complete(output), overwrite=overwrite)
+    # One that cannot be read is dropped, and what is finished stays.
+    partial, _ = _load_or_damage(lambda: _listed(output.partial()), overwrite=overwrite)
+    return Existing(finished, partial[0] if partial else None, damage)
+
+
+def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: bool) -> Existing:
+    """What of the existing shards a run with the recipe `wanted` goes on with.
+
+    With `overwrite`, shards of another recipe are set aside, to be replaced when the new output is complete, and an
+    unfinished shard of another recipe is dropped.
+
+    Raises:
+        OtherRecipeError: there is another recipe and `overwrite` is off.
+    """
+    if not overwrite:
+        for shard in existing.shards:
+            check_same(wanted, stored_recipe(shard.stored.attributes, shard.path), shard.path)
+        return existing
+    if existing.damage or not all(_has_recipe(shard, wanted) for shard in existing.finished):
+        output.replace_all()
+        existing = Existing((), existing.partial) if output.is_file else load_existing(output, overwrite=True)
+    unfit = [shard for shard in existing.shards if not _has_recipe(shard, wanted)]
+    if existing.damage or unfit:
+        output.discard_partial()
+        return Existing(() if existing.damage else tuple(s for s in existing.finished if s not in unfit))
+    if output.partial_exists and existing.partial is None:
+        output.discard_partial()
+    return existing
+
+
+def _load_or_damage(
+    load: Callable[[], list[FinishedShard]], *, overwrite: bool
+) -> tuple[tuple[FinishedShard, ...], OutputError | None]:
+    try:
+        shards = tuple(load())
+    except ForeignFileError:
+        raise
+    except OutputError as error:
+        if not overwrite:
+            raise
+        return (), error
+    return shards, None
+
+
+def _complete(output: Output) -> list[FinishedShard]:
+    """The complete shards, once every manifest has been read: that of an unfinished replacement too."""
+    output.next_number()
+    return output.finished()
+
+
+def _listed(shard: FinishedShard | None) -> list[FinishedShard]:
+    return [] if shard is None else [shard]
+
+
+def _has_recipe(shard: FinishedShard, wanted: Recipe) -> bool:
+    try:
+        return stored_recipe(shard.stored.attributes, shard.path) == wanted
+    except OutputError:
+        return False

@@ -1,0 +1,28 @@
+"""The first pictures of a run, looked at before anything is made of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from internvit_cli.decode.decoder import DecodedImage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from internvit_cli.decode.decoder import DecodeJob, Decoder
+    from internvit_cli.runtime.signals import Stop
+
+SAMPLE_IMAGES = 8
+"""From each the first and the last tile, which is the thumbnail where there is one."""
+
+
+def sample_tiles(decoder: Decoder, jobs: Sequence[DecodeJob], stop: Stop) -> list[np.ndarray]:
+    """Two tiles of each picture that can be decoded, copied, uint8 [S,S,3], in the order of the jobs."""
+    found: dict[int, list[np.ndarray]] = {}
+    for item in decoder.run(jobs, lambda: bool(stop.signal)):
+        if isinstance(item, DecodedImage):
+            found[item.row] = [item.tiles[index].copy() for index in sorted({0, len(item.tiles) - 1})]
+            item.release()
+    return [tile for row in sorted(found) for tile in found[row]]

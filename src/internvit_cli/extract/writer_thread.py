@@ -1,0 +1,164 @@
+"""Where finished images go while others are encoded: a thread that writes their rows and makes the checkpoints."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from internvit_cli.storage.write.commit import ImageRows, Recorded
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import Skipped
+    from internvit_cli.storage.skipped import SkipLog
+    from internvit_cli.storage.write.commit import ShardWriter
+
+CHECKPOINT_SECONDS = 2.0
+CHECKPOINT_BYTES = 256_000_000
+MOST_WAITING = 16
+"""Finished images that may wait for the disk."""
+
+
+class SkippedImage(NamedTuple):
+    """An image that could not be used."""
+
+    row: int
+    skipped: Skipped
+
+
+FinishedImage = ImageRows | Recorded | SkippedImage
+
+
+class _Mark(Enum):
+    """What comes from a sink's queue beside images."""
+
+    NOTHING = "no image for a while"
+    END = "no image any more"
+
+
+class Sink(ABC):
+    """Takes finished images in a thread of its own. Once that has failed it takes and drops everything."""
+
+    def __init__(self) -> None:
+        self._queue: queue.Queue[FinishedImage | _Mark] = queue.Queue(MOST_WAITING)
+        self._failure: BaseException | None = None
+        self.busy_seconds = 0.0
+        """Time that the thread was at work."""
+        self._thread = threading.Thread(target=self._run, name="sink")
+        self._thread.start()
+
+    def put(self, image: FinishedImage) -> None:
+        """Hand over a finished image; waits while too many wait for the disk.
+
+        Raises:
+            InternvitError: an earlier one could not be written.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._queue.put(image)
+
+    def close(self) -> None:
+        """Finish what was put and end; a second time does nothing.
+
+        Raises:
+            InternvitError: the disk failed.
+        """
+        if not self._thread.is_alive():
+            return
+        self._queue.put(_Mark.END)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    @abstractmethod
+    def take(self, image: FinishedImage) -> None:
+        """Write one image."""
+
+    @abstractmethod
+    def settle(self, *, is_end: bool) -> None:
+        """Called after each image, in idle moments, and at the end."""
+
+    def _run(self) -> None:
+        is_end = False
+        while not is_end:
+            image = self._next()
+            is_end = image is _Mark.END
+            if self._failure is not None:
+                continue
+            started = time.perf_counter()
+            try:
+                if not isinstance(image, _Mark):
+                    self.take(image)
+                self.settle(is_end=is_end)
+            except BaseException as error:  # noqa: BLE001 - raised again by whoever puts or closes
+                self._failure = error
+            self.busy_seconds += time.perf_counter() - started
+
+    def _next(self) -> FinishedImage | _Mark:
+        try:
+            return self._queue.get(timeout=CHECKPOINT_SECONDS)
+        except queue.Empty:
+            return _Mark.NOTHING
+
+
+class ShardSink(Sink):
+    """Writes the rows of one shard, or records those that other processes wrote, and commits them now and then.
+
+    A commit waits for the disk in a thread of its own, while rows go on being written.
+    """
+
+    def __init__(self, writer: ShardWriter, skip_log: SkipLog, keys: Any) -> None:
+        self._writer = writer
+        self._skip_log = skip_log
+        self._keys = keys
+        self._skips: list[SkippedImage] = []
+        self._first_skip = 0.0
+        self._commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._commit: Future[None] | None = None
+        super().__init__()
+
+    def take(self, image: FinishedImage) -> None:
+        """Write or record it; it is done after the next checkpoint."""
+        match image:
+            case ImageRows():
+                self._writer.write(image)
+            case Recorded():
+                self._writer.record(image)
+            case SkippedImage():
+                self._first_skip = self._first_skip if self._skips else time.monotonic()
+                self._skips.append(image)
+
+    def settle(self, *, is_end: bool) -> None:
+        """Make a checkpoint when it is time, and the last one is through."""
+        if self._commit is not None and (is_end or self._commit.done()):
+            commit, self._commit = self._commit, None
+            commit.result()
+        if is_end:
+            self._commits.shutdown()
+            self.commit(*self._taken())
+        elif self._is_due and self._commit is None:
+            self._commit = self._commits.submit(self.commit, *self._taken())
+
+    @property
+    def _is_due(self) -> bool:
+        waiting = time.monotonic() - self._first_skip if self._skips else 0.0
+        seconds = max(self._writer.uncommitted_seconds, waiting)
+        return seconds >= CHECKPOINT_SECONDS or self._writer.uncommitted_bytes >= CHECKPOINT_BYTES
+
+    def _taken(self) -> tuple[list[SkippedImage], NDArray[Any]]:
+        """What the next commit is about: images that were skipped, and rows, theirs too."""
+        skips, self._skips = self._skips, []
+        for image in skips:
+            self._writer.skip(image.row, image.skipped)
+        return skips, self._writer.take_uncommitted()
+
+    def commit(self, skips: list[SkippedImage], rows: NDArray[Any]) -> None:
+        """Have it all on the disk, the reasons first: a status that says skipped always has its line."""
+        self._skip_log.append((self._keys[image.row], image.skipped) for image in skips)
+        self._writer.commit(rows)

@@ -1,0 +1,144 @@
+"""What coarse types cost, measured on the first pictures of an output and stored in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli.config import ComputeDtype, Tokens
+from internvit_cli.errors import InternvitError
+from internvit_cli.runtime.untrusted import parse_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from internvit_cli.config import Recipe
+
+COMPUTE_ERROR = "compute_error"
+STORE_ERROR = "store_error"
+LOWEST_TOKEN_COSINE = 0.999
+"""Against bfloat16: a run in fp8 with a token below this is not worth its speed, and stops."""
+ATTRIBUTE_CHARACTERS = 320
+"""An attribute has its length before its figures are known, for the size of a file is planned."""
+
+
+class AccuracyError(InternvitError):
+    """A type is too coarse for these weights and pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeError:
+    """How far hidden states of some tiles are from those in wider types.
+
+    Those tokens count whose values are kept in some form: patches, and the class token where it is pooled.
+    """
+
+    tiles: int
+    """How many were measured."""
+    lowest_cosine_bfloat16: float
+    """Of a token in the measured type and the same in bfloat16."""
+    mean_cosine_bfloat16: float
+    lowest_cosine_float32: float
+    mean_cosine_float32: float
+    relative_error_float32: float
+    """L2 norm of the difference as a share of that of the hidden states in float32."""
+
+    @property
+    def is_acceptable(self) -> bool:
+        """Whether every token is close enough to its bfloat16 form; never so with a NaN."""
+        return self.lowest_cosine_bfloat16 >= LOWEST_TOKEN_COSINE
+
+
+@dataclass(frozen=True, slots=True)
+class StoreError:
+    """How far stored tokens of some tiles are from what the encoder gave."""
+
+    tiles: int
+    """How many were measured."""
+    lowest_cosine: float
+    """Of a token as it is read back and as it was."""
+    mean_cosine: float
+    relative_error: float
+    """L2 norm of the difference as a share of that of the tokens as they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """What was measured; None where the types in use need no measuring, or no tile could be decoded."""
+
+    compute: ComputeError | None = None
+    store: StoreError | None = None
+
+    def check(self) -> None:
+        """Refuse what is too coarse.
+
+        Raises:
+            AccuracyError: fp8 is further from bfloat16 than it may be.
+        """
+        if self.compute is not None and not self.compute.is_acceptable:
+            raise AccuracyError(
+                f"--dtype fp8: a token of the first pictures has a cosine of {self.compute.lowest_cosine_bfloat16:.5f} "
+                f"to its bfloat16 form, below {LOWEST_TOKEN_COSINE}",
+                "use --dtype bfloat16",
+            )
+
+    @property
+    def words(self) -> str:
+        """The figures for a reader; empty where there are none."""
+        parts = []
+        if (compute := self.compute) is not None:
+            parts.append(
+                f"fp8 arithmetic: lowest cosine {compute.lowest_cosine_bfloat16:.5f} to bfloat16, relative error "
+                f"{compute.relative_error_float32:.2%} of float32"
+            )
+        if (store := self.store) is not None:
+            parts.append(
+                f"stored tokens: lowest cosine {store.lowest_cosine:.5f}, mean {store.mean_cosine:.5f}, relative error "
+                f"{store.relative_error:.2%}"
+            )
+        return "; ".join(parts)
+
+
+def measured_attributes(recipe: Recipe) -> list[str]:
+    """Which attributes an output of a recipe has."""
+    computes_coarsely = recipe.compute_dtype is ComputeDtype.FP8
+    stores_coarsely = recipe.tokens is not Tokens.NONE and recipe.store_dtype.is_scaled
+    return [name for name, is_due in ((COMPUTE_ERROR, computes_coarsely), (STORE_ERROR, stores_coarsely)) if is_due]
+
+
+def to_attributes(recipe: Recipe, accuracy: Accuracy) -> dict[str, str]:
+    """Attributes of an output: JSON objects, `{"tiles": 0}` where nothing could be measured."""
+    found = {COMPUTE_ERROR: accuracy.compute, STORE_ERROR: accuracy.store}
+    return {name: _text(found[name]) for name in measured_attributes(recipe)}
+
+
+def from_attributes(attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the figures of an output, by attribute.
+
+    Raises:
+        ValueError: an attribute holds something else.
+    """
+    return {name: _figures(attributes[name]) for name in (COMPUTE_ERROR, STORE_ERROR) if name in attributes}
+
+
+def is_measured(attribute: str) -> bool:
+    """Whether an attribute has figures: there was a tile to measure."""
+    return bool(_figures(attribute).get("tiles"))
+
+
+def _figures(attribute: Any) -> dict[str, Any]:
+    figures = parse_json(attribute) if isinstance(attribute, str) else None
+    if not isinstance(figures, dict):
+        raise ValueError("it is no object of figures")  # noqa: TRY004 - damage, not a mistake of the caller
+    if any(value is not None and not isinstance(value, int | float) for value in figures.values()):
+        raise ValueError("a figure is no number")
+    return figures
+
+
+def _text(error: ComputeError | StoreError | None) -> str:
+    figures = asdict(error) if error is not None else {"tiles": 0}
+    # JSON has no NaN.
+    finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    return json.dumps(finite).ljust(ATTRIBUTE_CHARACTERS)

@@ -1,0 +1,54 @@
+"""The model that an output was made with: found again, held to its digest, and run as it ran then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from internvit_cli.config import Tokens
+from internvit_cli.errors import InternvitError, ModelError
+from internvit_cli.model.catalog import describe_model
+from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.model.pixels import Normalization
+from internvit_cli.runtime.observer import SILENT, Observer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from internvit_cli.config import Recipe
+
+
+def open_recorded(
+    recipe: Recipe, attributes: Mapping[str, Any], model: str | None = None, observer: Observer = SILENT
+) -> Checkpoint:
+    """Find the weights of a recipe and check that they are those.
+
+    Args:
+        recipe: what is to be repeated.
+        attributes: of the output, which name the model.
+        model: where the weights are, when not where the output says.
+        observer: told how it goes.
+
+    Raises:
+        ModelError: they cannot be had, or are others.
+    """
+    name = model or str(attributes.get("model", ""))
+    revision = None if model else attributes.get("model_revision") or None
+    try:
+        card = describe_model(name, revision=revision)
+        # What the run took from the model's JSON files, which may have changed since, is in the recipe.
+        card = replace(card, normalization=Normalization(recipe.mean, recipe.std, recipe.rescale_factor))
+        projector = recipe.tokens is Tokens.PROJECTED
+        checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=projector, observer=observer)
+        digest = checkpoint.digest(observer)
+    except InternvitError as error:
+        raise ModelError(
+            f"the weights cannot be had: {error.message}", error.hint or "name their folder with --model"
+        ) from error
+    if digest != recipe.weights_digest:
+        raise ModelError(
+            f"the weights of {name} are not those that made the rows: digest {digest[:12]}, not "
+            f"{recipe.weights_digest[:12]}",
+            "name the right ones with --model",
+        )
+    return checkpoint

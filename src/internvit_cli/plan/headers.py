@@ -1,0 +1,155 @@
+"""Sizes and orientations from the first bytes of files: all that planning needs to know, without decoding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
+
+from internvit_cli.config import DEFAULT_MAX_PIXELS, DRAWN_BY, PixelRule, Skipped, Status
+from internvit_cli.plan.orientation import UPRIGHT, XMP, as_turn, metadata_orientation, xmp_orientation
+from internvit_cli.plan.png_chunks import despite_texts, png_orientation
+from internvit_cli.plan.quick_headers import quick_header
+from internvit_cli.plan.table import modified_ns
+from internvit_cli.plan.tiling import largest_resized
+from internvit_cli.sources.files import open_picture, pillow_settings, readable_formats, too_many_pixels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import BinaryIO
+
+    from internvit_cli.sources.files import OpenPicture
+
+_MARK = b"tEXt" + "\0".join(DRAWN_BY).encode()
+_MARK_AT = 8 + 25 + 4
+"""Behind a PNG's signature, its first chunk and the length of the second: where `draw.png` puts it."""
+_ORIENTATION_TAG = 0x0112
+
+
+class Header(NamedTuple):
+    """What is known of a picture before it is decoded."""
+
+    width: int
+    """Pixels, after orientation."""
+    height: int
+    """Pixels, after orientation."""
+    orientation: int
+    """EXIF's number, 1 to 8, of the turn that decoding applies; 1 for none."""
+    file_size: int
+    """Bytes."""
+    file_mtime_ns: int
+
+
+class Drawn(NamedTuple):
+    """A picture that this program drew of others, and that a source holds by chance."""
+
+    outcome: Header | Skipped
+    """What it is like any other picture."""
+
+
+def read_header(path: bytes, rule: PixelRule) -> Header | Skipped:
+    """Read the header of one file, whoever made it; see `read_headers`."""
+    found = read_headers((path,), rule)[0]
+    return found.outcome if isinstance(found, Drawn) else found
+
+
+def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | Drawn | Skipped]:
+    """Read the headers of files; one thread of a process at a time.
+
+    Args:
+        paths: files; links are followed.
+        rule: whether EXIF counts, and the pixels that are too many.
+
+    Returns:
+        For each path, in order, its header or why it cannot be used.
+    """
+    with pillow_settings(rule):
+        return [_read(path, rule) for path in paths]
+
+
+def header_reader(rule: PixelRule) -> Callable[[list[bytes]], list[Header | Drawn | Skipped]]:
+    """What a planning worker runs: `read_headers` under one rule."""
+    return lambda paths: read_headers(paths, rule)
+
+
+def _read(path: bytes, rule: PixelRule) -> Header | Drawn | Skipped:
+    picture = open_picture(path)
+    if isinstance(picture, Skipped):
+        return picture
+    with picture:
+        if not picture.size:
+            return Skipped(Status.NOT_AN_IMAGE, "", "the file is empty")
+        try:
+            return _inspect(picture, rule)
+        except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
+            return _marked(picture, picture.failure(error, rule.max_pixels))
+
+
+def _inspect(picture: OpenPicture, rule: PixelRule) -> Header | Drawn | Skipped:
+    quick = quick_header(picture)
+    if quick is None:
+        upright = despite_texts(lambda stream: _opened(stream, picture, rule), picture.stream())
+    else:
+        upright = _upright(quick.width, quick.height, quick.orientation if rule.exif else UPRIGHT)
+    return _marked(picture, _usable(upright, picture, rule))
+
+
+def _opened(stream: BinaryIO, picture: OpenPicture, rule: PixelRule) -> tuple[int, int, int]:
+    """The upright size of a picture that Pillow opens."""
+    image = Image.open(stream, formats=readable_formats())
+    if image.format == "PNG":  # only without its pixels does Pillow know all of its metadata
+        return _upright(*image.size, png_orientation(picture) if rule.exif else UPRIGHT)
+    return upright_size(image, rule)
+
+
+def _usable(upright: tuple[int, int, int], picture: OpenPicture, rule: PixelRule) -> Header | Skipped:
+    width, height, orientation = upright
+    time = modified_ns(picture.status)
+    return unusable_size(width, height, rule) or Header(width, height, orientation, picture.size, time)
+
+
+def _marked(picture: OpenPicture, outcome: Header | Skipped) -> Header | Drawn | Skipped:
+    """What a file is, told apart from others when its mark says that this program drew it."""
+    try:
+        return Drawn(outcome) if picture.at(_MARK_AT, len(_MARK)) == _MARK else outcome
+    except OSError:  # which is why it is skipped
+        return outcome
+
+
+def upright_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
+    """Width and height, pixels, after the turn that sets a picture upright, and EXIF's number of that turn.
+
+    Args:
+        image: a picture that is not loaded yet.
+        rule: whether its orientation counts.
+    """
+    if image.format == "TIFF":
+        # Pillow turns it while it loads it. In the size it says so already, but for an orientation in XMP alone.
+        by_xmp = as_turn(xmp_orientation(None, image.info.get(XMP)))
+        is_said = _ORIENTATION_TAG in getattr(image, "tag_v2", ())
+        return (*_upright(*image.size, UPRIGHT if is_said else by_xmp)[:2], UPRIGHT)
+    return _upright(*image.size, metadata_orientation(image.info) if rule.exif else UPRIGHT)
+
+
+def loaded_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
+    """Return the same of a picture that is loaded, when all of its metadata is known and a TIFF is upright."""
+    counts = rule.exif and image.format != "TIFF"
+    return _upright(*image.size, metadata_orientation(image.info) if counts else UPRIGHT)
+
+
+def _upright(width: int, height: int, orientation: int) -> tuple[int, int, int]:
+    return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
+
+
+def unusable_size(width: int, height: int, rule: PixelRule) -> Skipped | None:
+    """Why a picture of this size, pixels, is not decoded; None when it is."""
+    if min(width, height) < 1:
+        return Skipped(Status.TRUNCATED, "", f"a size of {width} x {height} pixels")
+    if width * height > rule.max_pixels:
+        return too_many_pixels(width * height, f"{width} x {height} are", rule.max_pixels)
+    # A low limit is about the pictures; it must not forbid the tiles that small ones are made into.
+    limit = max(rule.max_pixels, DEFAULT_MAX_PIXELS)
+    resized = largest_resized(width, height, rule)
+    if resized > limit:
+        return too_many_pixels(resized, f"{width} x {height} would be resized by way of", limit)
+    return None

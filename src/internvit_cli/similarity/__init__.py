@@ -1,0 +1,1 @@
+"""Which images are alike: search, duplicates, and the space in which vectors are compared."""

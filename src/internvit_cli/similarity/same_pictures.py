@@ -1,0 +1,112 @@
+"""Of images whose vectors are near, those whose pictures show the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.similarity.alignment import SAME, agreement
+from internvit_cli.similarity.looks import read_looks
+from internvit_cli.viz.photograph import PictureFile
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from internvit_cli.runtime.observer import Observer, Phase
+    from internvit_cli.similarity.links import Links
+    from internvit_cli.similarity.pairs import Pairs
+    from internvit_cli.storage.read.row_index import PooledVectors
+
+MOST_PICTURES = 20_000
+"""Pictures that are read at most, those of the nearest pairs first: some minutes of two processors."""
+MOST_REFUSALS = 8
+"""Pictures that an image may differ from before its other pairs are left alone: of a long burst, each is near each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Pairs of near images, by what came of them."""
+
+    same: int
+    """Whose pictures show the same."""
+    different: int
+    """Whose pictures do not."""
+    unseen: int
+    """Of which a picture is not there any more, or one too many to be read: their vectors decided alone."""
+
+
+def link_same(
+    links: Links,
+    vectors: PooledVectors,
+    pairs: Pairs,
+    least_alone: float,
+    observer: Observer,
+    folder: str | None = None,
+) -> Compared:
+    """Link the images of pairs whose pictures show the same.
+
+    Args:
+        links: between the vectors' numbers; new ones are added.
+        vectors: whose images are meant.
+        pairs: numbers and similarities, those first that shall be compared first.
+        least_alone: similarity from which a pair is linked when its pictures cannot be compared.
+        observer: told how it goes.
+        folder: where to look for the pictures; None is where they were when they were encoded.
+    """
+    first, second, similarities = pairs
+    needed = _in_order(first, second)[:MOST_PICTURES]
+    files = (PictureFile.of(vectors.image(number), folder) for number in needed.tolist())
+    with observer.phase("reading pictures", "picture", len(needed)) as phase:
+        looks, is_there = read_looks(files, len(needed), phase.at)
+    place = np.full(len(vectors), -1)
+    place[needed[is_there]] = np.flatnonzero(is_there)
+    is_seen = (place[first] >= 0) & (place[second] >= 0)
+    alone = ~is_seen & (similarities >= least_alone)
+    links.add(first[alone], second[alone])
+    with observer.phase("comparing pictures", "pair") as phase:
+        same, different = _compare(links, first[is_seen], second[is_seen], looks, place, phase)
+    return Compared(same, different, int((~is_seen).sum()))
+
+
+def _compare(
+    links: Links, first: NDArray[Any], second: NDArray[Any], looks: NDArray[Any], place: NDArray[Any], phase: Phase
+) -> tuple[int, int]:
+    """Link pairs whose looks, at `place` of their numbers, agree; return how many do, and how many were seen not to.
+
+    Each round takes every image once, with its nearest: what a round links need not be compared in the next.
+    """
+    same = different = 0
+    refusals = np.zeros(len(place), np.int64)
+    while len(first):
+        now = _each_once(first, second)
+        ones, others = first[now], second[now]
+        agree = agreement(looks[place[ones]], looks[place[others]]) >= SAME
+        links.add(ones[agree], others[agree])
+        same, different = same + int(agree.sum()), different + int((~agree).sum())
+        for numbers in (ones, others):
+            refusals[numbers[~agree]] += 1
+        is_open = ~now & links.are_apart(first, second)
+        is_open &= (refusals[first] < MOST_REFUSALS) | (refusals[second] < MOST_REFUSALS)
+        first, second = first[is_open], second[is_open]
+        phase.at(same + different)
+    return same, different
+
+
+def _in_order(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
+    """All numbers of pairs, in the order of their first pair."""
+    numbers = np.stack([first, second], axis=1).ravel()
+    found, places = np.unique(numbers, return_index=True)
+    return found[np.argsort(places)]
+
+
+def _each_once(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.bool_]:
+    """A mask of pairs that are the first one of both their numbers."""
+    numbers = np.stack([first, second], axis=1).ravel()
+    found, places = np.unique(numbers, return_index=True)
+    earliest = np.empty(int(numbers.max()) + 1, np.int64)
+    earliest[found] = places // 2
+    own = np.arange(len(first))
+    mask: NDArray[np.bool_] = (earliest[first] == own) & (earliest[second] == own)
+    return mask

@@ -1,0 +1,64 @@
+"""The images of a command's sources, or why there are none."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, BinaryIO
+
+from internvit_cli.config import Status
+from internvit_cli.errors import InternvitError, NoImagesError
+from internvit_cli.runtime.observer import SILENT, Observer
+from internvit_cli.runtime.words import counted
+from internvit_cli.sources import Listing, discover
+
+if TYPE_CHECKING:
+    from internvit_cli.options import ExtractOptions
+
+EMPTY_LISTING = Listing((), [], array("I"), {}, (), 0)
+
+
+def find_images(options: ExtractOptions, stdin: BinaryIO | None, observer: Observer = SILENT) -> Listing:
+    """The listing of a command's sources.
+
+    Raises:
+        NoImagesError: there is nothing in them.
+        InternvitError: all they are is lists, and not one file in them is there.
+    """
+    with observer.phase("looking for images"):
+        listing = require_images(discover(options.sources, options.discover, stdin))
+    if listing.is_missing:
+        raise InternvitError(listing.missing_lists[0].message, listing.missing_lists[0].hint)
+    return listing
+
+
+def require_images(listing: Listing) -> Listing:
+    """Return the listing as it is.
+
+    Raises:
+        NoImagesError: there is nothing in it; with what lies in the sources instead.
+    """
+    if len(listing) or listing.unreadable_folders:
+        return listing
+    error = listing.left_out.no_images("no pictures found in the given sources")
+    if listing.unfollowed_links and not listing.left_out.total:
+        links = counted(listing.unfollowed_links, "link")
+        raise NoImagesError(error.message, f"{links} to folders left alone: --follow-links follows them")
+    raise error
+
+
+def listing_notes(listing: Listing, drawn_and_named: int) -> list[str]:
+    """What a user should know of the sources, beside the counts.
+
+    Args:
+        listing: what was found.
+        drawn_and_named: pictures in it that this program drew, and that are taken since they were named outright.
+    """
+    notes = [f"{missing.message}: {missing.hint}" for missing in listing.missing_lists]
+    if listing.unfollowed_links:
+        notes.append(f"{counted(listing.unfollowed_links, 'link')} to folders left alone (--follow-links follows them)")
+    outside = sum(skipped.status is Status.LINK_OUTSIDE for skipped in listing.skipped.values())
+    if outside:
+        notes.append(f"{counted(outside, 'link')} out of the sources left alone (--follow-links reads them)")
+    if drawn_and_named:
+        notes.append(f"named outright and so taken: {counted(drawn_and_named, 'picture')} that internvit drew itself")
+    return notes

@@ -1,0 +1,1 @@
+"""Whether rows still are what was committed."""

@@ -1,0 +1,1 @@
+"""What a shard holds, in HDF5 and in .npy files."""

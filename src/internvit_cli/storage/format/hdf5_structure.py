@@ -1,0 +1,388 @@
+"""What HDF5 says of a file that somebody else may have made, held against what a shard has to be.
+
+HDF5 does what a file tells it to: it follows links and datasets into other files, runs filters that make gigabytes out
+of kilobytes, and walks groups without end. So it is asked for the attributes, and for the place of each dataset that
+has a name of ours; nothing else is opened, and no data is read through it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from internvit_cli.config import StoreDtype
+from internvit_cli.errors import OutputError, one_line
+from internvit_cli.runtime.untrusted import NotRegularError, open_regular
+from internvit_cli.storage.durable import read_exactly
+from internvit_cli.storage.format.hdf5_strings import PLACE, StringReader
+from internvit_cli.storage.format.layout import (
+    ATTRIBUTES_BYTES,
+    FEATURE_DATASETS,
+    REMEDY,
+    SHARD_FILE,
+    DatasetSpec,
+    Extent,
+    ForeignFileError,
+    UnrecognizedFileError,
+    check_format,
+    is_tokens,
+    unknown_value,
+)
+from internvit_cli.storage.format.soundness import (
+    LONGEST_KEY,
+    MOST_ATTRIBUTES,
+    Expected,
+    check_attributes,
+    check_datasets,
+    damaged,
+    expected_columns,
+    expected_features,
+    expected_records,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import Recipe
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+KEYS = "image/key"
+TILE_OFFSET = "image/tile_offset"
+METADATA_READ_BYTES = ATTRIBUTES_BYTES + (1 << 20)
+"""More than HDF5 reads in one go of a file of ours: its longest piece is a long attribute."""
+ADDRESS_BYTES = (8, 8)
+DAMAGE = (
+    KeyError,
+    ValueError,
+    OSError,
+    RuntimeError,
+    SystemError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
+"""What HDF5 and h5py have been seen to raise on damaged files, and its kin."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A file whose attributes and datasets are those of a shard; its data is read by position, and only on request."""
+
+    path: str
+    attributes: dict[str, Any]
+    recipe: Recipe
+    sources: int
+    """How many folders its pictures came from."""
+    extents: dict[str, Extent]
+    """Where the rows of each dataset lie but for the keys, also of those without rows."""
+    images: int
+    tiles: int
+    _descriptor: int
+    _keys_offset: int
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Read one dataset."""
+        return _read(self._descriptor, self.extents[name])
+
+    @property
+    def keys(self) -> StringReader:
+        """What reads the keys."""
+        return StringReader(self._descriptor, self.path, self._keys_offset, self.images, LONGEST_KEY)
+
+
+@contextmanager
+def open_structure(path: str) -> Iterator[Structure]:
+    """Open an HDF5 file and hold its structure against what a shard has to be.
+
+    Raises:
+        ForeignFileError: another program's file, or no file at all.
+        OutputError: it is not there, cannot be read, is damaged, or of a newer version.
+    """
+    descriptor = _open(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        _check_signature(path, os.pread(descriptor, len(SIGNATURE), 0))
+        try:
+            with _hdf5_file(descriptor, size) as file:
+                structure = _examine(file, path, descriptor, size)
+            yield structure
+        except DAMAGE as error:
+            if isinstance(error, OSError) and error.strerror:
+                raise OutputError(f"cannot read {path}: {error.strerror}", "check the disk") from error
+            raise damaged(path, one_line(str(error))) from error
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: str) -> int:
+    is_member = SHARD_FILE.fullmatch(os.path.basename(path)) is not None
+    try:
+        return open_regular(path, follow_links=not is_member).descriptor
+    except NotRegularError as error:
+        raise ForeignFileError(
+            f"{path} is {error.kind}, not a feature file", "choose another output, or move that away"
+        ) from error
+    except FileNotFoundError as error:
+        raise OutputError(f"{path} is not there", "check the path") from error
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}", "check its permissions") from error
+
+
+def _check_signature(path: str, start: bytes) -> None:
+    if not start:  # it may be what a full disk left of ours
+        raise OutputError(f"{path} is empty", REMEDY)
+    if start != SIGNATURE:
+        raise UnrecognizedFileError(f"{path} is not an HDF5 file", "choose another output, or move that file away")
+
+
+class _Metadata(io.RawIOBase):
+    """A file as HDF5 reads its structure: what asks for more than a structure can have is refused."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._size = size
+        self._position = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to a byte offset."""
+        origin = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}
+        self._position = origin[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer.
+
+        Raises:
+            OSError: the file ends before, or the buffer is too large.
+        """
+        if len(buffer) > METADATA_READ_BYTES:
+            raise OSError(f"a piece of its structure has {len(buffer):,} bytes")
+        view = memoryview(buffer).cast("B")
+        while view:
+            got = os.preadv(self._descriptor, [view], self._position)
+            if got == 0:
+                raise OSError("its structure reaches beyond its end")
+            view, self._position = view[got:], self._position + got
+        return len(buffer)
+
+
+@contextmanager
+def _hdf5_file(descriptor: int, size: int) -> Iterator[h5py.File]:
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, _Metadata(descriptor, size))
+    with h5py.File(h5py.h5f.open(b"shard", h5py.h5f.ACC_RDONLY, fapl=access)) as file:
+        yield file
+
+
+def _examine(file: h5py.File, path: str, descriptor: int, size: int) -> Structure:
+    attributes = _root_attributes(file, path)
+    recipe, sources = check_attributes(attributes, path)
+    creation = file.id.get_create_plist()
+    if creation.get_userblock() or creation.get_sizes() != ADDRESS_BYTES:
+        raise ValueError("it is laid out as no shard is")
+    datasets = _Datasets(file.id, size)
+    images, keys_offset = datasets.keys()
+    extents = datasets.find(expected_columns(images) | expected_records(images), path)
+    tiles = _last_offset(descriptor, extents[TILE_OFFSET])
+    expected = expected_features(recipe, images, tiles)
+    extents |= datasets.find(expected, path)
+    for name in FEATURE_DATASETS:
+        if name not in expected and datasets.has(name):
+            raise damaged(path, f"{name} is there, but the recipe stores none")
+    for name in filter(is_tokens, expected):
+        _check_type_attribute(datasets.type_attribute(name), name, recipe, attributes, path)
+    _check_places(extents.values(), Extent(path, keys_offset, DatasetSpec(KEYS, (images,), PLACE.str)))
+    return Structure(path, attributes, recipe, len(sources), extents, images, tiles, descriptor, keys_offset)
+
+
+class _Datasets:
+    """The datasets of an open file that have names of ours."""
+
+    def __init__(self, file: h5py.h5f.FileID, size: int) -> None:
+        self._size = size
+        self._groups = {"": h5py.h5g.open(file, b"/")}
+        """By what the names in them begin with."""
+        _check_link(self._groups[""], b"image", "image")
+        self._groups["image"] = h5py.h5g.open(self._groups[""], b"image")
+
+    def has(self, name: str) -> bool:
+        """Return whether anything has a dataset's name."""
+        return _exists(*self._place(name))
+
+    def keys(self) -> tuple[int, int]:
+        """Return the number of images, and the byte offset of the places of their keys."""
+        dataset = self._open(KEYS)
+        if dataset.get_type() != h5py.h5t.py_create(h5py.string_dtype("utf-8"), logical=True):
+            raise ValueError(f"{KEYS} holds {_name_of(dataset.get_type())}")
+        if dataset.rank != 1:
+            raise ValueError(f"{KEYS} has {dataset.rank} dimensions")
+        (images,) = dataset.shape
+        return images, self._offset(dataset, KEYS, images * PLACE.itemsize)
+
+    def find(self, expected: Mapping[str, Expected], path: str) -> dict[str, Extent]:
+        """Return where datasets lie.
+
+        Raises:
+            OutputError: one is missing, or has another shape or type.
+            ValueError: one does not lie in one piece in this file.
+        """
+        opened = {name: self._open(name) for name in expected if self.has(name)}
+        specs = {name: DatasetSpec(name, one.shape, _dtype_of(one, expected[name])) for name, one in opened.items()}
+        check_datasets(specs, expected, path)
+        return {name: Extent(path, self._offset(opened[name], name, spec.nbytes), spec) for name, spec in specs.items()}
+
+    def type_attribute(self, name: str) -> Any:
+        """Return what the tokens say that their bits are; None when they say nothing."""
+        dataset = self._open(name)
+        return _value(h5py.h5a.open(dataset, b"dtype")) if h5py.h5a.exists(dataset, b"dtype") else None
+
+    def _place(self, name: str) -> tuple[h5py.h5g.GroupID, bytes]:
+        group, _, last = name.rpartition("/")
+        return self._groups[group], last.encode()
+
+    def _open(self, name: str) -> h5py.h5d.DatasetID:
+        """Open a dataset that lies in this file as it is; one that does not is closed before it is looked at."""
+        group, last = self._place(name)
+        _check_link(group, last, name)
+        dataset = h5py.h5d.open(group, last)
+        creation = dataset.get_create_plist()
+        if creation.get_layout() != h5py.h5d.CONTIGUOUS or creation.get_nfilters():
+            raise ValueError(f"{name} does not lie in one piece")
+        if creation.get_external_count():
+            raise ValueError(f"{name} lies in another file")
+        return dataset
+
+    def _offset(self, dataset: h5py.h5d.DatasetID, name: str, nbytes: int) -> int:
+        if not nbytes:
+            return 0
+        offset = dataset.get_offset()
+        if offset is None or offset + nbytes > self._size:
+            raise ValueError(f"{name} reaches beyond the end of the file")
+        return int(offset)
+
+
+def _exists(group: h5py.h5g.GroupID, name: bytes) -> bool:
+    return bool(group.links.exists(name))
+
+
+def _check_link(group: h5py.h5g.GroupID, name: bytes, shown: str) -> None:
+    """Refuse what leads elsewhere, such as into another file; it is not followed.
+
+    Raises:
+        ValueError: it is not there, or is a link.
+    """
+    if not _exists(group, name):
+        raise ValueError(f"{shown} is missing")
+    if group.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+        raise ValueError(f"{shown} is a link to something else")
+
+
+def _dtype_of(dataset: h5py.h5d.DatasetID, wanted: Expected) -> str:
+    """Return a dataset's little-endian numpy type; words for a type that is no plain number."""
+    stored = dataset.get_type()
+    if stored == h5py.h5t.py_create(np.dtype(wanted.dtype), logical=True):
+        return wanted.dtype
+    is_number = isinstance(stored, (h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID))
+    return str(stored.dtype.str) if is_number else _name_of(stored)
+
+
+def _name_of(stored: h5py.h5t.TypeID) -> str:
+    return type(stored).__name__.removeprefix("Type").removesuffix("ID").lower()
+
+
+def _check_places(extents: Collection[Extent], keys: Extent) -> None:
+    """Refuse datasets that lie where none can: rows are written there past HDF5, which would not notice.
+
+    Raises:
+        ValueError: two of them share bytes.
+    """
+    ordered = sorted((one for one in (*extents, keys) if one.spec.nbytes), key=lambda extent: extent.offset)
+    for extent, following in pairwise(ordered):
+        if extent.offset + extent.spec.nbytes > following.offset:
+            raise ValueError(f"{extent.spec.name} and {following.spec.name} lie in the same place")
+
+
+def _last_offset(descriptor: int, offsets: Extent) -> int:
+    size = offsets.spec.row_bytes
+    data = read_exactly(descriptor, size, offsets.offset + offsets.spec.nbytes - size, offsets.path)
+    return int.from_bytes(data, "little")
+
+
+def _read(descriptor: int, extent: Extent) -> NDArray[Any]:
+    data = read_exactly(descriptor, extent.spec.nbytes, extent.offset, extent.path)
+    return np.frombuffer(data, extent.spec.dtype).reshape(extent.spec.shape)
+
+
+# -------------------------------------------------------------------------------------------------------- attributes
+
+
+class _Unknown(NamedTuple):
+    """The value of an attribute of a type that no attribute of ours has."""
+
+    words: str
+
+
+def _root_attributes(file: h5py.File, path: str) -> dict[str, Any]:
+    """Read the attributes of a file of ours.
+
+    Raises:
+        ForeignFileError: another program's file.
+        OutputError: a newer version's, or attributes that no shard has.
+    """
+    count = h5py.h5a.get_num_attrs(file.id)
+    values: dict[str, Any] = {}
+    room = ATTRIBUTES_BYTES
+    for index in range(min(count, MOST_ATTRIBUTES)):
+        attribute = h5py.h5a.open(file.id, index=index)
+        value = values[attribute.name.decode("utf-8", "surrogateescape")] = _value(attribute)
+        room -= len(value) if isinstance(value, str) else 0
+        if room < 0:
+            raise ValueError(f"its attributes have more than {ATTRIBUTES_BYTES:,} bytes")
+    known = {name: value for name, value in values.items() if not isinstance(value, _Unknown)}
+    check_format(known, path)
+    if count > MOST_ATTRIBUTES:
+        raise ValueError(f"it has {count:,} attributes")
+    for name, value in values.items():
+        if isinstance(value, _Unknown):
+            raise unknown_value(known, f"attribute {one_line(name, 80)} of {path} is {value.words}")
+    return known
+
+
+def _value(attribute: h5py.h5a.AttrID) -> Any:
+    """Return the value of an attribute that is one text or one number, and of no other."""
+    stored = attribute.get_type()
+    if attribute.get_space().get_simple_extent_type() != h5py.h5s.SCALAR:
+        return _Unknown("no single value")
+    if isinstance(stored, h5py.h5t.TypeStringID) and stored.is_variable_str():
+        text = np.empty((), object)
+        attribute.read(text, mtype=h5py.h5t.py_create(h5py.string_dtype("utf-8")))
+        return bytes(text[()]).decode("utf-8", "surrogateescape")
+    if isinstance(stored, h5py.h5t.TypeIntegerID) and stored.get_size() <= 8:
+        number = np.empty((), np.int64 if stored.get_sign() else np.uint64)
+        attribute.read(number)
+        return int(number)
+    return _Unknown(f"of type {_name_of(stored)}")
+
+
+def _check_type_attribute(value: Any, name: str, recipe: Recipe, attributes: Mapping[str, Any], path: str) -> None:
+    """Refuse tokens that say that their bits are of another type than the recipe's: other programs go by that."""
+    wanted = recipe.store_dtype.value
+    if value == wanted:
+        return
+    if isinstance(value, _Unknown):
+        raise unknown_value(attributes, f"the type of {name} in {path} is {value.words}")
+    if value is not None and value not in {known.value for known in StoreDtype}:
+        raise unknown_value(attributes, f"the type of {name} in {path} is {one_line(repr(value), 80)}")
+    raise damaged(path, f"{name} says that its type is {value!r}, not {wanted!r}")

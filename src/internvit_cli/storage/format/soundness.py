@@ -1,0 +1,354 @@
+"""What is demanded of a shard before anything in it is believed, whoever made it and whatever became of it since.
+
+Both formats hold what they find against these rules as soon as they open a shard, so every command refuses the same
+files, by the same words, before it reads a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from internvit_cli.config import PATCH_SIZE, Preprocess, Recipe, Status, Tokens
+from internvit_cli.errors import OutputError, one_line
+from internvit_cli.model.accuracy import COMPUTE_ERROR, STORE_ERROR, from_attributes
+from internvit_cli.plan.table import COLUMN_DTYPES
+from internvit_cli.runtime.words import listed
+from internvit_cli.storage.format.layout import (
+    CRC32,
+    DIGEST,
+    MODEL_LAYERS,
+    POOLED,
+    REMEDY,
+    RUN_LOG,
+    RUN_LOG_BYTES,
+    SOURCES_BYTES,
+    STATUS,
+    TEXT_BYTES,
+    TILE_POOLED,
+    DatasetSpec,
+    StoredShard,
+    check_format,
+    crc_order,
+    feature_datasets,
+    feature_name,
+    index_digest,
+    recorded_sources,
+    stored_recipe,
+    unknown_value,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.sources.interface import Source
+
+NUMBERS = ("format_version", "batch_tiles")
+TEXTS = ("format", "recipe", "recipe_digest", "index_digest", "sources", "weights_digest")
+"""Attributes that every shard has, beside the numbers."""
+MORE_TEXTS = ("created_by", "model", "model_revision", "pooled_from", COMPUTE_ERROR, STORE_ERROR)
+"""Attributes that nothing depends on. Those of later versions are texts or numbers too."""
+MORE_NUMBERS = (MODEL_LAYERS,)
+MOST_LAYERS = 1024
+"""Of a model: many times more than any has."""
+MOST_ATTRIBUTES = 64
+MOST_BATCH_TILES = 65536
+MOST_TILE_SIDE = 16384
+MOST_GRID_TILES = 4096
+MOST_ROW_VALUES = 1 << 20
+"""Values of one vector, or of one token: many times more than any model gives."""
+LONGEST_KEY = 16384
+"""Bytes: four times the longest path."""
+MOST_ORIENTATION = 8
+KEY_BLOCK = 65536
+"""Keys looked at in one go."""
+CLIMBING = re.compile(rb"[\0/]\.\.[\0/]")
+
+
+class Expected(NamedTuple):
+    """A dataset as it has to be: the lengths of its first axes, the number of all, and its type."""
+
+    lengths: tuple[int, ...]
+    dimensions: int
+    dtype: str
+
+    @classmethod
+    def exactly(cls, shape: tuple[int, ...], dtype: str) -> Expected:
+        """Expect a shape of which every length is known."""
+        return cls(shape, len(shape), dtype)
+
+
+def expected_features(recipe: Recipe, images: int, tiles: int) -> dict[str, Expected]:
+    """Return the datasets of features by name; the width of a vector and of a token is the model's affair."""
+    patches = (recipe.tile_size // PATCH_SIZE) ** 2
+    count = patches if recipe.tokens is Tokens.PATCH else patches // 4
+    of_kind = {
+        POOLED: Expected((images,), 2, "<f4"),
+        recipe.tokens.dataset: Expected((tiles, count), 3, recipe.store_dtype.numpy_name),
+        recipe.tokens.scales_dataset: Expected.exactly((tiles, count), "<f4"),
+        TILE_POOLED: Expected((tiles,), 2, "<f4"),
+    }
+    return {name: of_kind[feature_name(name).kind] for name in feature_datasets(recipe)}
+
+
+def expected_records(images: int) -> dict[str, Expected]:
+    """Return what is recorded of every image when it is committed, and the log of runs, by dataset name."""
+    return {
+        STATUS: Expected.exactly((images,), "|u1"),
+        DIGEST: Expected.exactly((images, 32), "|u1"),
+        CRC32: Expected.exactly((images,), "<u4"),
+        RUN_LOG: Expected.exactly((RUN_LOG_BYTES,), "|u1"),
+    }
+
+
+def expected_columns(images: int) -> dict[str, Expected]:
+    """Return the columns of the index that are arrays of their own, by dataset name."""
+    columns = {f"image/{name}": Expected.exactly((images,), dtype) for name, dtype in COLUMN_DTYPES.items()}
+    return columns | {"image/tile_offset": Expected.exactly((images + 1,), "<u8")}
+
+
+def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, Expected], path: str) -> None:
+    """Refuse datasets that are missing, too many, or of another shape or type than is demanded.
+
+    Raises:
+        OutputError: the first of them is named.
+    """
+    for name, wanted in expected.items():
+        if name not in found:
+            raise damaged(path, f"{name} is missing")
+        _check_dataset(found[name], wanted, path)
+    for name in crc_order(set(found) - set(expected)):
+        raise damaged(path, f"{name} is there, but the recipe stores none")
+    _check_widths(found, path)
+
+
+def _check_widths(found: Mapping[str, DatasetSpec], path: str) -> None:
+    """Refuse rows that are not as wide as those of the main layer: the recipe leaves the width to the model, once."""
+    for name in crc_order(found):
+        kind = feature_name(name).kind
+        model = POOLED if kind == TILE_POOLED else kind
+        row, wanted = found[name].shape[1:], found[model].shape[1:]
+        if row != wanted:
+            raise damaged(path, f"a row of {name} has shape {row}, and one of {model} {wanted}")
+
+
+def _check_dataset(spec: DatasetSpec, wanted: Expected, path: str) -> None:
+    shape, known = spec.shape, len(wanted.lengths)
+    is_row_sound = all(0 < length <= MOST_ROW_VALUES for length in shape[known:])
+    if shape[:known] != wanted.lengths or len(shape) != wanted.dimensions or not is_row_sound:
+        rest = ", ".join([*map(str, wanted.lengths), *["any"] * (wanted.dimensions - known)])
+        raise damaged(path, f"{spec.name} has shape {shape}, not ({rest})")
+    if spec.dtype != wanted.dtype:
+        raise damaged(path, f"{spec.name} has type {spec.dtype}, not {wanted.dtype}")
+
+
+# -------------------------------------------------------------------------------------------------------- attributes
+
+
+def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, list[Source]]:
+    """Refuse attributes that cannot be those of a sound shard of a version we know.
+
+    Returns:
+        The recipe and the sources that they hold.
+
+    Raises:
+        ForeignFileError: another program's file.
+        OutputError: a newer version's, or a damaged one.
+    """
+    check_format(attributes, path)
+    _check_kinds(attributes, path)
+    recipe = stored_recipe(attributes, path)
+    text = attributes["recipe"].encode("utf-8", "surrogatepass")
+    if attributes["recipe_digest"] != hashlib.sha256(text).hexdigest():
+        raise damaged(path, "its recipe does not match the digest beside it")
+    if attributes["weights_digest"] != recipe.weights_digest:
+        raise damaged(path, "its weights_digest is not that of its recipe")
+    if recipe.tile_size > MOST_TILE_SIDE or recipe.max_tiles > MOST_GRID_TILES:
+        raise damaged(path, f"its recipe asks for tiles of {recipe.tile_size} px, up to {recipe.max_tiles} an image")
+    _check_layers(recipe, attributes.get(MODEL_LAYERS, recipe.layer), path)
+    if not 0 <= attributes["batch_tiles"] <= MOST_BATCH_TILES:
+        raise damaged(path, f"batch_tiles is {attributes['batch_tiles']}")
+    try:
+        from_attributes(attributes)
+    except ValueError as error:
+        raise damaged(path, f"the accuracy that it records: {error}") from error
+    return recipe, recorded_sources(attributes, path)
+
+
+def _check_layers(recipe: Recipe, model_layers: int, path: str) -> None:
+    """Refuse layers that no run stores: out of order, twice, or more than the model has."""
+    layers = recipe.layers
+    if any(layer >= following for layer, following in pairwise(layers)):
+        raise damaged(path, f"its recipe stores the layers {listed(layers)}, which do not ascend")
+    if recipe.earlier_layers and recipe.tokens is Tokens.PROJECTED:
+        raise damaged(path, "its recipe stores projected tokens of several layers")
+    if recipe.earlier_layers and not recipe.layer <= model_layers <= MOST_LAYERS:
+        raise damaged(path, f"it stores layer {recipe.layer} of a model of {model_layers}")
+
+
+def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
+    if len(attributes) > MOST_ATTRIBUTES:
+        raise damaged(path, f"it has {len(attributes):,} attributes")
+    for name, value in attributes.items():
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise unknown_value(attributes, f"attribute {one_line(name, 80)} of {path} is {one_line(repr(value), 80)}")
+        most = SOURCES_BYTES if name == "sources" else TEXT_BYTES
+        if isinstance(value, str) and (len(value) > most or not _is_storable(value)):
+            raise damaged(path, f"attribute {one_line(name, 80)} is no text of ours: {one_line(value, 80)}")
+    for name in (*TEXTS, *NUMBERS):
+        if name not in attributes:
+            raise damaged(path, f"it has no attribute {name}")
+    for names, kind in (((*TEXTS, *MORE_TEXTS), str), ((*NUMBERS, *MORE_NUMBERS), int)):
+        for name in names:
+            if not isinstance(attributes.get(name, kind()), kind):
+                value = one_line(repr(attributes[name]), 80)
+                raise unknown_value(attributes, f"attribute {name} of {path} is {value}")
+
+
+def _is_storable(text: str) -> bool:
+    """Whether a text is one in every format: bytes that are not UTF-8 are, as in names of files; NUL is not."""
+    try:
+        return b"\0" not in text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return False
+
+
+# ------------------------------------------------------------------------------------------------------------- index
+
+
+def check_shard(stored: StoredShard, path: str) -> None:
+    """Refuse an index that is not what was made, or that nobody could have made.
+
+    Raises:
+        OutputError: an index that does not match its digest, or contradicts itself, its recipe or its sources.
+    """
+    attributes, table = stored.attributes, stored.table
+    recipe, sources = check_attributes(attributes, path)
+    check_lengths([len(table.status)], len(table), path)
+    check_statuses(table.status, path)
+    unsigned = {name: value for name, value in attributes.items() if name != "index_digest"}
+    if index_digest(table, unsigned) != attributes["index_digest"]:
+        raise damaged(path, "its index does not match the digest that vouches for it")
+    columns = {name: getattr(table, name) for name in COLUMN_DTYPES}
+    check_columns(columns, table.status, recipe, len(sources), path)
+    check_keys(table.keys, path)
+    _check_prefixes(table.keys, table.source, sources, path)
+
+
+def check_statuses(status: NDArray[Any], path: str) -> None:
+    """Refuse statuses that mean nothing.
+
+    Raises:
+        OutputError: they are damaged.
+    """
+    if int(np.bincount(status, minlength=256)[list(Status)].sum()) != len(status):
+        raise OutputError(f"the statuses of {path} are damaged", REMEDY)
+
+
+def check_columns(
+    columns: Mapping[str, NDArray[Any]], status: NDArray[Any], recipe: Recipe, sources: int, path: str
+) -> None:
+    """Refuse columns that no listing of pictures gives under a recipe.
+
+    Args:
+        columns: of the table, [n] each.
+        status: [n] uint8.
+        recipe: what the shard was made with.
+        sources: how many there are.
+        path: the shard, for the message.
+
+    Raises:
+        OutputError: they contradict each other, the recipe or the sources.
+    """
+    if not len(status):
+        return
+    if int(columns["source"].max()) >= sources:
+        raise damaged(path, f"an image is of source {int(columns['source'].max())}, and there are {sources}")
+    most = recipe.max_tiles if recipe.preprocess is Preprocess.TILES else 1
+    grid = columns["columns"].astype(np.uint64) * columns["rows"]
+    if int(grid.max()) > most or int(columns["thumbnail"].max()) > 1:
+        raise damaged(path, f"an image has more tiles than its recipe allows, which are {most} and a thumbnail")
+    if int(columns["orientation"].max()) > MOST_ORIENTATION:
+        raise damaged(path, f"an image has orientation {int(columns['orientation'].max())}")
+    if ((grid == 0) & (status == Status.DONE)).any():
+        raise damaged(path, "an image without tiles is done")
+
+
+def check_keys(keys: Sequence[bytes], path: str) -> None:
+    """Refuse keys that lead out of the folder they are relative to, or that are no names of files at all.
+
+    Raises:
+        OutputError: one is empty, absolute, climbs with `..`, holds NUL, or names two images.
+    """
+    for start in range(0, len(keys), KEY_BLOCK):
+        block = keys[start : start + KEY_BLOCK]
+        text = b"\0" + b"\0".join(block) + b"\0"  # one search is some ten times as fast as one each
+        climbs = b".." in text and CLIMBING.search(text) is not None
+        if climbs or b"\0\0" in text or b"\0/" in text or text.count(b"\0") > len(block) + 1:
+            for key in block:
+                if problem := _problem_of(key):
+                    raise damaged(path, f"the key {one_line(key, 80)!r} {problem}")
+    if len(set(keys)) < len(keys):
+        ordered = sorted(keys)
+        twice = next(key for key, following in pairwise(ordered) if key == following)
+        raise damaged(path, f"two images have the key {one_line(twice, 80)!r}")
+
+
+def _problem_of(key: bytes) -> str:
+    if not key:
+        return "is empty"
+    if b"\0" in key:
+        return "holds NUL"
+    if key.startswith(b"/"):
+        return "is absolute"
+    return "climbs out of its folder" if b".." in key.split(b"/") else ""
+
+
+def _check_prefixes(keys: Sequence[bytes], source: NDArray[Any], sources: Sequence[Source], path: str) -> None:
+    """Refuse keys that lack the name of their source, which is cut off to find their files."""
+    for number, named in enumerate(sources):
+        if not named.prefix:
+            continue
+        for row in np.flatnonzero(source == number).tolist():
+            if not keys[row].startswith(named.prefix):
+                name = one_line(os.fsdecode(named.name), 80)
+                raise damaged(path, f"the key {one_line(keys[row], 80)!r} is not of its source {name!r}")
+
+
+def check_lengths(lengths: Collection[int], images: int, path: str) -> None:
+    """Refuse arrays that should have one row an image and have not.
+
+    Raises:
+        OutputError: at least one differs.
+    """
+    if any(length != images for length in lengths):
+        raise damaged(path, f"it has not one entry for each of its {images:,} images everywhere")
+
+
+def check_alike(shards: Sequence[tuple[str, Mapping[str, DatasetSpec]]]) -> None:
+    """Refuse shards of one output whose rows have different sizes.
+
+    Args:
+        shards: path and datasets of each.
+
+    Raises:
+        OutputError: two of them differ.
+    """
+    first: dict[str, tuple[str, DatasetSpec]] = {}
+    for path, specs in shards:
+        for name in crc_order(specs):
+            where, spec = first.setdefault(name, (path, specs[name]))
+            if (spec.shape[1:], spec.dtype) != (specs[name].shape[1:], specs[name].dtype):
+                raise damaged(path, f"a row of {name} is {specs[name].shape[1:]}, and that of {where} {spec.shape[1:]}")
+
+
+def damaged(path: str, problem: str) -> OutputError:
+    """Return the error of a shard of ours that is not as it has to be."""
+    return OutputError(f"{path} is not a sound feature shard: {problem}", REMEDY)

@@ -1,0 +1,410 @@
+"""One image's features: read when they are asked for, in the order and the types that a reader wants."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from internvit_cli.config import Status, StoreDtype, TokenOrder, Tokens
+from internvit_cli.errors import InternvitError, OutputError, UsageError
+from internvit_cli.plan.tiling import ONE_TILE, Grid, covered_box
+from internvit_cli.runtime.words import listed
+from internvit_cli.storage.format.layout import (
+    POOLED,
+    SCALE_DATASETS,
+    TILE_POOLED,
+    TOKEN_DATASETS,
+    dataset_of,
+    decode_values,
+    feature_name,
+    is_tokens,
+    stored_layer,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+
+    import torch
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import Recipe
+
+FEATURE_NAMES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
+
+
+class SkippedImageError(InternvitError):
+    """An image that has no features; the message gives the reason."""
+
+
+class RowStore(Protocol):
+    """Where an image's rows come from: a shard on disk, or features that were just computed."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """What the rows were made with."""
+        ...
+
+    @property
+    def model_layers(self) -> int | None:
+        """How many blocks the model has; None where that is not known."""
+        ...
+
+    @property
+    def stored(self) -> Collection[str]:
+        """Names of the datasets that have rows."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows of one dataset as stored, [stop - start, ...], the caller's own."""
+        ...
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one row of a dataset."""
+        ...
+
+    def picture(self, row: int) -> bytes | None:
+        """Path of the file that an image came from; None for one that never was a file."""
+        ...
+
+    def digest(self, row: int) -> bytes:
+        """SHA-256 of that file, 32 bytes; zeros where there is none."""
+        ...
+
+    def file_size(self, row: int) -> int:
+        """Bytes of that file; 0 where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One image's row. Arrays are read from the disk when they are asked for, and belong to the caller.
+
+    >>> image = open_features("feats.h5")["street.jpg"]
+    >>> image.grid, image.tiles, image.visual_tokens.shape
+    (Grid(columns=4, rows=3), 13, (13, 256, 256))
+    """
+
+    key: str
+    status: Status
+    width: int
+    """After orientation, pixels."""
+    height: int
+    orientation: int
+    """EXIF's number of the turn that sets the file's picture upright, 1 to 8; 0 where the header could not be read."""
+    grid: Grid
+    """(columns, rows) of tiles."""
+    has_thumbnail: bool
+    """Whether the last tile is the thumbnail."""
+    _store: RowStore
+    _row: int
+    _first_tile: int
+    reason: str = ""
+    """Why an image that was just encoded has no features, in words; files keep theirs in their list of skipped ones."""
+    _layer: int | None = None
+    """Which earlier layer its arrays are of; None is the main one."""
+
+    def __repr__(self) -> str:
+        what = f"<{type(self).__name__} {self.key!r}: {self.status}"
+        if not self.is_done:
+            return f"{what} ({self.reason})>" if self.reason else f"{what}>"
+        tiles = f"{self.grid.columns} x {self.grid.rows} tiles" + self.has_thumbnail * " and a thumbnail"
+        size = f"{self.width} x {self.height} pixels"
+        arrays = described_arrays(self._store, self.tiles, layer=self._layer)
+        return f"{what}, {size}, {tiles}, {arrays}{described_layer(self.recipe, self._layer)}>"
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, the thumbnail included."""
+        return self.grid.columns * self.grid.rows + self.has_thumbnail
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has features."""
+        return self.status is Status.DONE
+
+    @property
+    def recipe(self) -> Recipe:
+        """What its features were made with."""
+        return self._store.recipe
+
+    @property
+    def path(self) -> str | None:
+        """Where its picture was when it was encoded; None for one that never was a file."""
+        picture = self._store.picture(self._row)
+        return None if picture is None else os.fsdecode(picture)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of its picture's file, 32 bytes; zeros where there is none."""
+        return self._store.digest(self._row)
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of its picture's file when it was encoded; 0 where there is none."""
+        return self._store.file_size(self._row)
+
+    # ---------------------------------------------------------------------------------------------------------- layers
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The stored layers, ascending: each is a number of blocks, as an index into hidden_states."""
+        return self.recipe.layers
+
+    @property
+    def layer(self) -> int:
+        """The layer that the arrays are of; the deepest one, unless `at_layer` chose another."""
+        return self.recipe.layer if self._layer is None else self._layer
+
+    def at_layer(self, layer: int) -> ImageFeatures:
+        """The same image with the arrays of another stored layer.
+
+        Args:
+            layer: one of `layers`, or a negative number that counts from the end of the model, as for `--layer`.
+
+        Raises:
+            UsageError: that layer is not stored.
+        """
+        found = stored_layer(layer, self.recipe, self._store.model_layers, repr(self.key))
+        return replace(self, _layer=found)
+
+    # ------------------------------------------------------------------------------------------------------- as stored
+
+    @property
+    def pooled(self) -> NDArray[Any]:
+        """One vector of the whole image, [d] float32."""
+        vector: NDArray[Any] = self._store.rows(self._dataset(POOLED), self._row, self._row + 1)[0]
+        return vector
+
+    @property
+    def visual_tokens(self) -> NDArray[Any]:
+        """[tiles, 256, 4 * hidden_size], each tile's tokens row by row; bfloat16, int8 and fp8 come as float32."""
+        return self._tokens(Tokens.VISUAL)
+
+    @property
+    def patch_tokens(self) -> NDArray[Any]:
+        """[tiles, 1024, hidden_size], row by row."""
+        return self._tokens(Tokens.PATCH)
+
+    @property
+    def projected_tokens(self) -> NDArray[Any]:
+        """[tiles, 256, llm_hidden_size], row by row."""
+        return self._tokens(Tokens.PROJECTED)
+
+    @property
+    def tokens(self) -> NDArray[Any]:
+        """The tokens of whichever kind the file holds."""
+        return self._tokens(self._kind)
+
+    @property
+    def tile_pooled(self) -> NDArray[Any]:
+        """One vector a tile, [tiles, d] float32."""
+        return self._tile_rows(TILE_POOLED, 0, self.tiles)
+
+    # ------------------------------------------------------------------------------------------------ over the picture
+
+    @property
+    def covered(self) -> tuple[float, float, float, float]:
+        """What of the picture its tokens are about: left, top, right, bottom, pixels after orientation.
+
+        All of it, but for `--preprocess clip`, which crops the middle.
+        """
+        recipe = self.recipe
+        return covered_box(self.width, self.height, recipe.preprocess, recipe.tile_size)
+
+    def token_map(self) -> NDArray[Any]:
+        """The tokens where they lie on the picture: the tiles' grids put together, the thumbnail left out.
+
+        Returns:
+            [rows * s, columns * s, C], where a tile has s * s tokens: s is 16 for visual and projected tokens of
+            448-px tiles, 32 for patch tokens. It lies over the part of the picture that `covered` tells: all of it,
+            but for `--preprocess clip`.
+
+        >>> open_features("feats.h5")["street.jpg"].token_map().shape
+        (48, 64, 256)
+        """
+        return stitch(self._tokens(self._kind, 0, self.grid.columns * self.grid.rows), self.grid)
+
+    def thumbnail_map(self) -> NDArray[Any]:
+        """The tokens of the whole picture seen at once, [s, s, C]: of the thumbnail, or of the only tile.
+
+        Raises:
+            OutputError: several tiles, and no thumbnail (`--no-thumbnail`).
+
+        >>> open_features("feats.h5")["street.jpg"].thumbnail_map().shape
+        (16, 16, 256)
+        """
+        if self.is_done and self.tiles > 1 and not self.has_thumbnail:
+            raise OutputError(f"{self.key!r} has no thumbnail", "extract without --no-thumbnail, or use token_map()")
+        return stitch(self._tokens(self._kind, self.tiles - 1, self.tiles), ONE_TILE)
+
+    def tile_tokens(self, tile: int) -> NDArray[Any]:
+        """The tokens of one tile, [T, C], row by row."""
+        tokens: NDArray[Any] = self._tokens(self._kind, tile, tile + 1)[0]
+        return tokens
+
+    def iter_tiles(self) -> Iterator[Tile]:
+        """Its tiles one after another, row by row, the thumbnail last; the tokens are read at once."""
+        tokens = self.tokens if self._kind is not Tokens.NONE else [None] * self.tiles
+        vectors = self.tile_pooled if self.recipe.tile_pooled else [None] * self.tiles
+        for number, (tile_tokens, vector) in enumerate(zip(tokens, vectors, strict=True)):
+            yield Tile(self, number, tile_tokens, vector)
+
+    # --------------------------------------------------------------------------------------------------------- tensors
+
+    def to_torch(self, name: str = "tokens", tile: int | None = None) -> torch.Tensor:
+        """One of its arrays as a tensor of the stored type on the CPU; bfloat16 stays, int8 and fp8 become float32.
+
+        Args:
+            name: `tokens`, `visual_tokens`, `patch_tokens`, `projected_tokens`, `pooled` or `tile_pooled`.
+            tile: only this tile's, without the axis of tiles.
+
+        >>> open_features("feats.h5")["street.jpg"].to_torch().dtype
+        torch.float16
+        """
+        from internvit_cli.model.tensors import as_tensor
+
+        if name == POOLED:
+            return as_tensor(self.pooled, StoreDtype.FLOAT32)
+        start, stop = (0, self.tiles) if tile is None else (tile, tile + 1)
+        if name == TILE_POOLED:
+            tensor = as_tensor(self._tile_rows(name, start, stop), StoreDtype.FLOAT32)
+        else:
+            if name != "tokens" and name not in TOKEN_DATASETS:
+                raise UsageError(f"an image has no {name!r}", f"it may have {', '.join(('tokens', *FEATURE_NAMES))}")
+            kind = self._kind if name == "tokens" else Tokens(name.removesuffix("_tokens"))
+            dtype = self.recipe.store_dtype
+            if dtype.is_scaled:
+                tensor = as_tensor(self._tokens(kind, start, stop), StoreDtype.FLOAT32)
+            else:
+                tensor = as_tensor(self._of_tokens(kind, kind.dataset, start, stop), dtype)
+        return tensor if tile is None else tensor[0]
+
+    # ------------------------------------------------------------------------------------------------------- the rows
+
+    @property
+    def _kind(self) -> Tokens:
+        return self._store.recipe.tokens
+
+    def _tokens(self, kind: Tokens, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        stop = self.tiles if stop is None else stop
+        dtype = self.recipe.store_dtype
+        stored = self._of_tokens(kind, kind.dataset, start, stop)
+        scales = self._of_tokens(kind, kind.scales_dataset, start, stop) if dtype.is_scaled else None
+        return decode_values(stored, dtype, scales)
+
+    def _of_tokens(self, kind: Tokens, name: str, start: int, stop: int) -> NDArray[Any]:
+        """What is stored of each token, [tiles, T, ...], row by row."""
+        values = self._tile_rows(name, start, stop)
+        if kind is not Tokens.PATCH and self.recipe.token_order is TokenOrder.V1:
+            side = math.isqrt(values.shape[1])
+            by_column = values.reshape(-1, side, side, *values.shape[2:])
+            values = by_column.swapaxes(1, 2).reshape(values.shape)
+        return values
+
+    def _tile_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        return self._store.rows(self._dataset(name), self._first_tile + start, self._first_tile + stop)
+
+    def _dataset(self, kind: str) -> str:
+        """The dataset with its rows of a kind.
+
+        Raises:
+            SkippedImageError: the image has no features.
+            OutputError: none are stored.
+        """
+        if not self.is_done:
+            why = f" ({self.reason})" if self.reason else ""
+            what = f"{self.key!r} has no features: {self.status.word}{why}"
+            raise SkippedImageError(what, "features[key].status tells")
+        name = dataset_of(kind, self._layer)
+        if name not in self._store.stored:
+            holdings = ", ".join(sorted(self._store.stored))
+            what = "tokens" if kind == Tokens.NONE.dataset else name
+            raise OutputError(f"the file holds no {what}", f"it holds {holdings}")
+        return name
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of an image, with what is stored of it."""
+
+    image: ImageFeatures
+    number: int
+    """From 0, row by row."""
+    tokens: NDArray[Any] | None
+    """[T, C], row by row, bfloat16, int8 and fp8 as float32; None where no tokens are stored."""
+    pooled: NDArray[Any] | None
+    """[d] float32; None without `--tile-pooled`."""
+
+    def __repr__(self) -> str:
+        place = self.place
+        where = "the thumbnail" if place is None else f"column {place[0]}, row {place[1]}"
+        arrays = {"tokens": self.tokens, "pooled": self.pooled}
+        shapes = [f"{name} {list(array.shape)} {array.dtype}" for name, array in arrays.items() if array is not None]
+        return f"<{type(self).__name__} {self.number} of {self.image.key!r}: {', '.join([where, *shapes])}>"
+
+    @property
+    def is_thumbnail(self) -> bool:
+        """Whether it is the whole picture."""
+        return self.image.has_thumbnail and self.number == self.image.tiles - 1
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """(column, row) in the grid; None for the thumbnail."""
+        row, column = divmod(self.number, self.image.grid.columns)
+        return None if self.is_thumbnail else (column, row)
+
+
+def described_arrays(store: RowStore, tiles: int, images: int | None = None, *, layer: int | None = None) -> str:
+    """The arrays of one image, or of so many images, with their shapes and stored types, in words.
+
+    A description must not fail: where a file cannot be read any more, it says that instead.
+
+    Args:
+        store: where they are.
+        tiles: of the image, or of all images together.
+        images: how many; None is one image, whose vector has one axis.
+        layer: an earlier layer whose arrays are meant; None is the main one.
+    """
+    try:
+        shapes = {kind: store.row_shape(dataset_of(kind, layer)) for kind in kinds_of_layer(store.stored, layer)}
+        dtype = store.recipe.store_dtype.value
+    except (InternvitError, ValueError) as error:
+        return f"arrays that cannot be read: {error}"
+    words = []
+    for kind, row in shapes.items():
+        if kind in SCALE_DATASETS:
+            continue
+        first = [tiles] if kind != POOLED else [] if images is None else [images]
+        words.append(f"{kind} {[*first, *row]} {dtype if is_tokens(kind) else 'float32'}")
+    return ", ".join(words)
+
+
+def described_layer(recipe: Recipe, layer: int | None) -> str:
+    """Which of several layers arrays are of, in words that end a description; empty where there is but one."""
+    if not recipe.earlier_layers:
+        return ""
+    return f", of layer {recipe.layer if layer is None else layer} (stored: {listed(recipe.layers)})"
+
+
+def kinds_of_layer(names: Iterable[str], layer: int | None) -> tuple[str, ...]:
+    """What some datasets hold of one layer, such as `pooled` and `visual_tokens`; None is the main layer."""
+    found = map(feature_name, names)
+    return tuple(name.kind for name in found if name.layer == layer)
+
+
+def stitch(tokens: NDArray[Any], grid: Grid) -> NDArray[Any]:
+    """Tokens of a grid's tiles side by side, as on the picture.
+
+    Args:
+        tokens: [columns * rows, s * s, C], tiles and their tokens row by row.
+        grid: of the tiles.
+
+    Returns:
+        [rows * s, columns * s, C].
+    """
+    side = math.isqrt(tokens.shape[1])
+    tiles = tokens.reshape(grid.rows, grid.columns, side, side, tokens.shape[2])
+    stitched: NDArray[Any] = tiles.swapaxes(1, 2).reshape(grid.rows * side, grid.columns * side, tokens.shape[2])
+    return stitched

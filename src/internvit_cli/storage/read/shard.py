@@ -1,0 +1,183 @@
+"""A shard open for reading: its index in memory, its rows on the disk."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import Recipe, Status
+from internvit_cli.errors import ClosedError, OutputError
+from internvit_cli.plan.tiling import Grid
+from internvit_cli.runtime.untrusted import NotRegularError, open_regular
+from internvit_cli.storage.durable import read_exactly
+from internvit_cli.storage.format.layout import MODEL_LAYERS, Extent, crc_order, recorded_sources, stored_recipe
+from internvit_cli.storage.output import FinishedShard, file_identity
+from internvit_cli.storage.read.image import ImageFeatures
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.sources.interface import Source
+    from internvit_cli.storage.format.layout import DatasetSpec
+
+
+class OpenShard:
+    """A shard's index in memory and its rows on disk."""
+
+    def __init__(self, shard: FinishedShard) -> None:
+        self._found = shard
+        self.table = shard.stored.table
+        self.attributes = shard.stored.attributes
+        self.superseded_keys = shard.superseded_keys
+        self._is_closed = False
+
+    @property
+    def path(self) -> str:
+        """Its file, or what its files' names begin with."""
+        return self._found.path
+
+    @property
+    def identity(self) -> list[tuple[int, ...]]:
+        """What tells its files from later ones of the same names, one entry a file."""
+        return list(self._found.files.values())
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What its rows were made with."""
+        return stored_recipe(self.attributes, self._found.path)
+
+    @cached_property
+    def sources(self) -> list[Source]:
+        """The folders that its keys are relative to."""
+        return recorded_sources(self.attributes, self._found.path)
+
+    @cached_property
+    def extents(self) -> dict[str, Extent]:
+        """Where the rows of each dataset lie."""
+        return self._found.backend.extents(self._found.path)
+
+    @property
+    def specs(self) -> Mapping[str, DatasetSpec]:
+        """Its datasets, those without rows too."""
+        return self._found.stored.specs
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The datasets of features that have rows."""
+        return crc_order(self.extents)
+
+    @property
+    def model_layers(self) -> int | None:
+        """How many blocks the model has; None where that is not recorded."""
+        return self.attributes.get(MODEL_LAYERS)
+
+    @cached_property
+    def digests(self) -> NDArray[Any]:
+        """SHA-256 of every picture's file, [n, 32] uint8; zeros where there is none."""
+        return self._found.backend.commit_records(self._found.path)[0]
+
+    @property
+    def checksums(self) -> NDArray[Any]:
+        """CRC-32 of every image's rows, [n] uint32."""
+        return self._found.backend.commit_records(self._found.path)[1]
+
+    def close(self) -> None:
+        """Refuse to read from now on; between reads nothing is open anyway."""
+        self._is_closed = True
+
+    def require_open(self) -> None:
+        """Raise ClosedError after `close`."""
+        if self._is_closed:
+            raise ClosedError(f"the features of {self.path} were closed", "open them again, or read before closing")
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one row of a dataset."""
+        return self.extents[name].spec.shape[1:]
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows of one dataset as stored, [stop - start, ...]."""
+        extent = self.extents[name]
+        size = extent.spec.row_bytes
+        # Opened for each read: a reader that is pickled or forked into workers shares no file position and no handle.
+        descriptor = self._open(extent.path)
+        try:
+            data = read_exactly(descriptor, (stop - start) * size, extent.offset + start * size, extent.path)
+        finally:
+            os.close(descriptor)
+        return np.frombuffer(data, extent.spec.dtype).reshape(stop - start, *extent.spec.shape[1:])
+
+    def mapped(self, name: str) -> NDArray[Any]:
+        """All rows of one dataset as stored, mapped into memory, read-only; a file that is replaced stays as it was."""
+        extent = self.extents[name]
+        descriptor = self._open(extent.path)
+        try:
+            data = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise OutputError(f"{extent.path} cannot be mapped: {error}", "copy it to another filesystem") from error
+        finally:
+            os.close(descriptor)
+        if extent.offset + extent.spec.nbytes > len(data):
+            raise OutputError(
+                f"{extent.path} is shorter than its index says", "it was truncated; restore it from a copy"
+            )
+        count = extent.spec.nbytes // np.dtype(extent.spec.dtype).itemsize
+        return np.frombuffer(data, extent.spec.dtype, count, extent.offset).reshape(extent.spec.shape)
+
+    def picture(self, row: int) -> bytes:
+        """Path of the file that an image came from."""
+        return self.sources[int(self.table.source[row])].path(self.table.keys[row])
+
+    def digest(self, row: int) -> bytes:
+        """SHA-256 of that file, 32 bytes; zeros where there is none."""
+        return bytes(self.digests[row].tobytes())
+
+    def file_size(self, row: int) -> int:
+        """Bytes of that file when it was encoded."""
+        return int(self.table.file_size[row])
+
+    def image(self, row: int, layer: int | None = None) -> ImageFeatures:
+        """One row, by number, with the arrays of an earlier layer or, by default, of the main one."""
+        self.require_open()
+        table = self.table
+        return ImageFeatures(
+            key=os.fsdecode(table.keys[row]),
+            status=Status(int(table.status[row])),
+            width=int(table.width[row]),
+            height=int(table.height[row]),
+            orientation=int(table.orientation[row]),
+            grid=Grid(int(table.columns[row]), int(table.rows[row])),
+            has_thumbnail=bool(table.thumbnail[row]),
+            _store=self,
+            _row=row,
+            _first_tile=int(table.tile_offset[row]),
+            _layer=layer,
+        )
+
+    def _open(self, path: str) -> int:
+        """A descriptor of one of the shard's files, and of no other that has its name by now.
+
+        Raises:
+            OutputError: a later run has replaced the file: this index says nothing of the new one's rows.
+            ClosedError: after `close`.
+        """
+        self.require_open()
+        try:
+            descriptor, status = open_regular(path)
+        except (FileNotFoundError, NotRegularError):
+            raise replaced(path) from None
+        identity = file_identity(path, status)
+        if self._found.files.get(path, identity) != identity:
+            os.close(descriptor)
+            raise replaced(path)
+        return descriptor
+
+
+def replaced(path: str) -> OutputError:
+    """The error of an index whose file is another one by now."""
+    return OutputError(f"{path} was replaced after it was opened", "open the features again")

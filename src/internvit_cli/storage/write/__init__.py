@@ -1,0 +1,1 @@
+"""Rows to disk, in the order that makes them safe."""

@@ -1,0 +1,336 @@
+"""The commit protocol: an image is done when, and only when, its rows are on the disk.
+
+Rows, digests and CRCs are written and synced first, statuses after them, and synced again. So whatever instant a
+process dies or the power goes, a status that says done is true. Between checkpoints nothing is promised, and nothing
+but those images is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from internvit_cli.config import Skipped, Status
+from internvit_cli.errors import OutputError
+from internvit_cli.storage.durable import (
+    disk_errors,
+    open_ours,
+    read_exactly,
+    remove,
+    rename_durably,
+    reserve,
+    sync_data,
+    sync_path,
+    sync_together,
+    write_all,
+)
+from internvit_cli.storage.format.layout import (
+    CRC32,
+    DIGEST,
+    RUN_LOG,
+    RUN_LOG_BYTES,
+    STATUS,
+    Extent,
+    NewShard,
+    crc_order,
+    feature_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.plan.table import ImageTable
+    from internvit_cli.storage.format.interface import ShardFormat
+
+
+def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
+    """Make an empty shard with its space reserved. It appears under `partial` whole and durable, or not at all.
+
+    Images whose header could not be read have their status, and NaN for vectors, from the start.
+    """
+    temporary = f"{partial}.tmp"
+    try:
+        with disk_errors(partial):
+            backend.build(temporary, shard)
+            extents = backend.extents(temporary)
+            for path in sorted({extent.path for extent in extents.values()}):
+                reserve(path)
+                _write_known_skips({name: e for name, e in extents.items() if e.path == path}, path, shard.table)
+                sync_path(path)
+            sync_path(temporary)
+            rename_durably(temporary, partial)
+    except BaseException:
+        remove(temporary)  # on a full disk above all: it may hold all the room that is left
+        raise
+
+
+def _write_known_skips(extents: dict[str, Extent], path: str, table: ImageTable) -> None:
+    rows = np.flatnonzero(table.status != Status.PENDING)
+    if not len(rows):
+        return
+    descriptor = open_ours(path)
+    try:
+        if (extent := extents.get(STATUS)) is not None:
+            write_all(descriptor, table.status, extent.offset)
+        for name in crc_order(extents):
+            if feature_name(name).is_per_tile:
+                continue
+            extent = extents[name]
+            for start, stop in _runs(rows):
+                nothing = np.full((stop - start, *extent.spec.shape[1:]), np.nan, "<f4")
+                write_all(descriptor, nothing, extent.offset + start * extent.spec.row_bytes)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRows:
+    """The features of one image, ready to be stored."""
+
+    row: int
+    digest: bytes
+    """SHA-256 of the file that was decoded, 32 bytes."""
+    arrays: Mapping[str, Sequence[NDArray[Any]]]
+    """By dataset, consecutive blocks of its rows in the stored type: one row per image, or one per tile."""
+
+    @property
+    def blocks(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Every block with its dataset, in the order in which the image's CRC goes over them."""
+        return ((name, block) for name in crc_order(self.arrays) for block in self.arrays[name])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that storing this image writes."""
+        return sum(block.nbytes for _, block in self.blocks)
+
+    @property
+    def checksum(self) -> int:
+        """CRC-32 over all its rows."""
+        checksum = 0
+        for _, block in self.blocks:
+            checksum = zlib.crc32(np.ascontiguousarray(block).data, checksum)
+        return checksum
+
+
+@dataclass(slots=True)
+class _Uncommitted:
+    rows: list[int] = field(default_factory=list)
+    nbytes: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+
+class Recorded(NamedTuple):
+    """An image whose rows are written, and what is to be recorded of it."""
+
+    row: int
+    digest: bytes
+    """SHA-256 of the file that was decoded, 32 bytes."""
+    checksum: int
+    """CRC-32 over its rows."""
+    nbytes: int
+    """Of its rows."""
+
+
+class RowWriter:
+    """Writes feature rows at their places. Several processes may, each those of its own images: none shares a byte."""
+
+    def __init__(self, extents: Mapping[str, Extent]) -> None:
+        """Open the files of a shard that `create_shard` made; `extents` say where its datasets lie."""
+        self.extents = extents
+        self.descriptors = {path: open_ours(path) for path in {extent.path for extent in extents.values()}}
+        self._vectors = [name for name in crc_order(extents) if not feature_name(name).is_per_tile]
+
+    def write(self, image: ImageRows, first_tile: int) -> Recorded:
+        """Write the rows of a finished image; its tiles' rows begin at `first_tile`."""
+        checksum = 0
+        written: dict[str, int] = {}
+        for name, block in image.blocks:
+            first = first_tile if feature_name(name).is_per_tile else image.row
+            before = written.get(name, 0)
+            checksum = self.put(name, first + before, block, checksum)
+            written[name] = before + len(block)
+        return Recorded(image.row, image.digest, checksum, image.nbytes)
+
+    def write_nothing(self, row: int) -> int:
+        """Write the vectors of a skipped image, which are NaN; returns their bytes."""
+        for name in self._vectors:
+            self.put(name, row, np.full((1, *self.extents[name].spec.shape[1:]), np.nan, "<f4"), 0)
+        return sum(self.extents[name].spec.row_bytes for name in self._vectors)
+
+    def put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
+        """Write rows of one dataset from index `position` on; returns the running CRC."""
+        extent = self.extents[name]
+        data = np.ascontiguousarray(rows)
+        with disk_errors(extent.path):
+            write_all(self.descriptors[extent.path], data, extent.offset + position * extent.spec.row_bytes)
+        return zlib.crc32(data.data, checksum)
+
+    def close(self) -> None:
+        """Let the files go."""
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
+class ShardWriter:
+    """Fills one shard. One thread writes rows; the same or another one commits them, one commit at a time."""
+
+    def __init__(self, backend: ShardFormat, partial: str, table: ImageTable) -> None:
+        """Open a shard that `create_shard` made; `table` is its table with the statuses on disk."""
+        self.extents = backend.extents(partial)
+        """Where the rows of each dataset lie."""
+        self._rows = RowWriter(self.extents)
+        self._descriptors = self._rows.descriptors
+        self._tile_offset = table.tile_offset
+        images = len(table)
+        self._status: NDArray[Any] = table.status.copy()
+        self._digest = self._load(DIGEST, (images, 32), np.uint8)
+        self._crc32 = self._load(CRC32, (images,), np.uint32)
+        self._pending = _Uncommitted()
+        self._failed = False
+
+    @property
+    def status(self) -> NDArray[Any]:
+        """Statuses as they will stand after the next checkpoint, [n] uint8; do not change them."""
+        return self._status
+
+    @property
+    def digest(self) -> NDArray[Any]:
+        """SHA-256 of the files that rows came from, [n, 32] uint8, zeros where there is none; do not change them."""
+        return self._digest
+
+    @property
+    def checksums(self) -> NDArray[Any]:
+        """CRC-32 of each image's rows, [n] uint32; do not change them."""
+        return self._crc32
+
+    @property
+    def uncommitted_bytes(self) -> int:
+        """Bytes written since the last checkpoint."""
+        return self._pending.nbytes
+
+    @property
+    def uncommitted_seconds(self) -> float:
+        """Seconds since the last checkpoint, or since the first write after it."""
+        return time.monotonic() - self._pending.since if self._pending.rows else 0.0
+
+    def rewrite_commit_records(self) -> None:
+        """Write digests, CRCs and statuses again and sync: an earlier, failed sync may have dropped them."""
+        self._write_records(np.arange(len(self._status)))
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Have images be pending again, on the disk too: what is recorded of them cannot be trusted."""
+        for row in rows:
+            self._status[row], self._digest[row], self._crc32[row] = Status.PENDING, 0, 0
+        if rows:
+            self._write_records(np.array(sorted(rows), np.int64))
+
+    def write(self, image: ImageRows) -> None:
+        """Write the rows of a finished image. It is not done before the next checkpoint."""
+        self.record(self._rows.write(image, int(self._tile_offset[image.row])))
+
+    def record(self, written: Recorded) -> None:
+        """Take note of an image whose rows another process has written. It is not done before the next checkpoint."""
+        self._crc32[written.row] = written.checksum
+        self._finish(written.row, Status.DONE, written.digest, written.nbytes)
+
+    def skip(self, row: int, skipped: Skipped) -> None:
+        """Mark an image that could not be used: its vectors are NaN, its tile rows stay unwritten."""
+        self._finish(row, skipped.status, bytes(32), self._rows.write_nothing(row))
+
+    def checkpoint(self) -> int:
+        """Commit all that was written; returns the number of images committed.
+
+        Raises:
+            OutputError: the disk reported an error. It is fatal: what a failed sync left behind cannot be known.
+        """
+        return self.commit(self.take_uncommitted())
+
+    def take_uncommitted(self) -> NDArray[Any]:
+        """The images that were written since the last time, by row, sorted; whoever takes them has to commit them."""
+        rows = np.array(sorted(self._pending.rows), np.int64)
+        self._pending = _Uncommitted()
+        return rows
+
+    def commit(self, rows: NDArray[Any]) -> int:
+        """Commit images whose rows are written; returns their number. Others may be written meanwhile.
+
+        Raises:
+            OutputError: the disk reported an error.
+        """
+        self._check_disk()
+        if len(rows):
+            self._write_records(rows)
+        return len(rows)
+
+    def append_run_log(self, entry: dict[str, Any]) -> None:
+        """Add one JSON line on this start to the shard; the oldest lines go when there is no room left."""
+        extent = self.extents[RUN_LOG]
+        descriptor = self._descriptors[extent.path]
+        log = read_exactly(descriptor, RUN_LOG_BYTES, extent.offset, extent.path).rstrip(b"\0")
+        lines = [*bytes(log).splitlines(keepends=True), json.dumps(entry, sort_keys=True).encode() + b"\n"]
+        while sum(map(len, lines)) > RUN_LOG_BYTES:
+            del lines[0]
+        with disk_errors(extent.path):
+            write_all(descriptor, b"".join(lines).ljust(RUN_LOG_BYTES, b"\0"), extent.offset)
+            sync_data(descriptor)
+
+    def close(self) -> None:
+        """Let the files go, without a checkpoint."""
+        self._rows.close()
+
+    def _load(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        extent = self.extents[name]
+        data = read_exactly(self._descriptors[extent.path], extent.spec.nbytes, extent.offset, extent.path)
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def _finish(self, row: int, status: Status, digest: bytes, nbytes: int) -> None:
+        if not self._pending.rows:
+            self._pending.since = time.monotonic()
+        self._status[row] = status
+        self._digest[row] = np.frombuffer(digest, np.uint8)
+        self._pending.rows.append(row)
+        self._pending.nbytes += nbytes
+
+    def _write_records(self, rows: NDArray[Any]) -> None:
+        runs = list(_runs(rows))
+        for name, column in ((DIGEST, self._digest), (CRC32, self._crc32)):
+            self._write_runs(name, column, runs)
+        self._sync({extent.path for extent in self.extents.values()})
+        self._write_runs(STATUS, self._status, runs)
+        self._sync({self.extents[STATUS].path})
+
+    def _write_runs(self, name: str, column: NDArray[Any], runs: list[tuple[int, int]]) -> None:
+        extent: Extent = self.extents[name]
+        with disk_errors(extent.path):
+            for start, stop in runs:
+                write_all(
+                    self._descriptors[extent.path], column[start:stop], extent.offset + start * extent.spec.row_bytes
+                )
+
+    def _check_disk(self) -> None:
+        if self._failed:
+            raise OutputError("the disk has failed before", "check it, then run the same command again")
+
+    def _sync(self, paths: set[str]) -> None:
+        self._check_disk()
+        self._failed = True  # until the kernel says otherwise: a failed sync is never asked for again
+        sync_together({path: self._descriptors[path] for path in sorted(paths)})
+        self._failed = False
+
+
+def _runs(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:
+    """Consecutive rows of a sorted array as (start, stop)."""
+    if len(rows) == 0:
+        return
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for part in np.split(rows, breaks):
+        yield int(part[0]), int(part[-1]) + 1

@@ -1,1 +1,0 @@
-"""What features are for: computing them in memory, training on them, looking at them, finding pictures by them."""

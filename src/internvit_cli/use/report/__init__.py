@@ -1,1 +1,0 @@
-"""One page that shows what an output holds: facts, a map of its images, token maps, duplicates, neighbors."""

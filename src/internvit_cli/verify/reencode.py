@@ -1,0 +1,347 @@
+"""A random sample of stored images, decoded and encoded again under the stored recipe, and held against their rows."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from internvit_cli.config import DEFAULT_MAX_PIXELS, OnOverflow, StoreDtype
+from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
+from internvit_cli.encode.tile_features import LayerFeatures
+from internvit_cli.errors import InternvitError
+from internvit_cli.model.recorded import open_recorded
+from internvit_cli.plan.headers import Header
+from internvit_cli.plan.table import modified_ns
+from internvit_cli.plan.tiling import Grid
+from internvit_cli.recipes import encoder_options, pixel_rule
+from internvit_cli.runtime.words import counted_of
+from internvit_cli.storage.format.layout import (
+    SCALE_DATASETS,
+    dataset_of,
+    decode_values,
+    feature_datasets,
+    feature_name,
+    is_tokens,
+)
+from internvit_cli.storage.image_rows import image_arrays
+from internvit_cli.storage.read.reader import OpenShard
+from internvit_cli.verify.result import Comparison
+from internvit_cli.verify.tolerance import Differences, compare, tolerance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import Recipe
+    from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.runtime.observer import Observer
+    from internvit_cli.verify.result import Row, VerifyOptions
+
+DECODE_SECONDS = 60.0
+DECODE_MEMORY = 4 << 30
+
+
+class TileEncoder(Protocol):
+    """What encodes the sample."""
+
+    check: str
+    """The check that it is for."""
+    activity: str
+    """What it does, for whoever watches."""
+    name: str
+    """For the report."""
+
+    def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
+        """Features of uint8 tiles [n,S,S,3], in parts, each layer by layer, tokens in the stored type or in float32."""
+        ...
+
+    def close(self) -> None:
+        """Let the device go."""
+        ...
+
+
+class ReExtraction:
+    """The sample of one verification."""
+
+    def __init__(
+        self,
+        options: VerifyOptions,
+        rows: list[Row],
+        observer: Observer,
+        note: Callable[[str], None],
+        report: Callable[[str, str, str | None, str], None],
+    ) -> None:
+        """Prepare; nothing is read.
+
+        Args:
+            options: how many images, which, and with what.
+            rows: done rows to choose from.
+            observer: told of progress.
+            note: takes what is worth knowing.
+            report: takes what is wrong: check, path, key, problem.
+        """
+        self._options = options
+        self._rows = rows
+        self._observer = observer
+        self._note = note
+        self._report = report
+        self._is_sample_settled = False
+
+    def comparisons(self) -> Iterator[Comparison]:
+        """Encode the sample with ours, then, if asked for, with transformers' class; one comparison each.
+
+        What keeps it from being done (no pictures, no weights, other weights) is reported as wrong: it was asked for.
+        """
+        rows = list(self._rows)
+        random.Random(self._options.seed).shuffle(rows)  # noqa: S311 - a sample, not a secret
+        if not rows:
+            self._report("re-extract", self._options.path, None, "no image is done, so none can be encoded again")
+            return
+        # Shards of other recipes are wrong by themselves; the sample is of the newest one's.
+        recipe, attributes = rows[0].shard.recipe, rows[0].shard.found.stored.attributes
+        rows = [row for row in rows if row.shard.recipe == recipe]
+        loaders: list[Callable[[_Model], TileEncoder]] = [_Ours]
+        if self._options.reference:
+            loaders.append(_Native)
+        try:
+            model = self._open_model(recipe, attributes)
+            wanted = min(self._options.re_extract, len(rows))
+            for load in loaders:
+                with self._observer.phase("loading the model"):
+                    encoder = load(model)
+                try:
+                    rows, comparison = self._compare(encoder, rows, wanted, recipe)
+                finally:
+                    encoder.close()
+                if not rows:
+                    return
+                yield comparison
+        except InternvitError as error:
+            self._report("re-extract", self._options.path, None, f"{error.message} ({error.hint})")
+
+    def _compare(
+        self, encoder: TileEncoder, candidates: list[Row], wanted: int, recipe: Recipe
+    ) -> tuple[list[Row], Comparison]:
+        """The rows that were compared, at most `wanted`, and the outcome."""
+        limit = tolerance(recipe)
+        taken: list[Row] = []
+        unusable: list[tuple[Row, str]] = []
+        total = Differences()
+        with self._observer.phase(encoder.activity, "image", min(wanted, len(candidates))) as phase:
+            for row, tiles in _decoded(candidates, wanted, recipe, unusable):
+                difference = _differences(row, recipe, encoder.encode(tiles))
+                if not difference.is_within(limit):
+                    problem = f"{encoder.name} gives other values: {difference.words(limit)}"
+                    self._report(encoder.check, row.shard.path, row.key, problem)
+                total = total.worst(difference)
+                taken.append(row)
+                phase.at(len(taken))
+        if not self._is_sample_settled:
+            self._tell_of_missing(taken, unusable)
+            self._is_sample_settled = True
+        return taken, Comparison(
+            encoder.check,
+            encoder.name,
+            len(taken),
+            total.bit_equal,
+            total.largest,
+            total.relative,
+            total.cosine,
+            *limit,
+        )
+
+    def _open_model(self, recipe: Recipe, attributes: dict[str, Any]) -> _Model:
+        """Find the weights and check that they are those of the recipe.
+
+        Raises:
+            ModelError: they cannot be had, or are others.
+        """
+        options = self._options
+        checkpoint = open_recorded(recipe, attributes, options.model, self._observer)
+        return _Model(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
+
+    def _tell_of_missing(self, taken: list[Row], unusable: list[tuple[Row, str]]) -> None:
+        asked = self._options.re_extract
+        if not taken:
+            row, why = unusable[0]
+            problem = f"no picture is as it was, so none can be encoded again; {row.key!r}: {why}"
+            self._report("re-extract", self._options.path, None, problem)
+        elif len(taken) < asked:
+            self._note(f"{counted_of(len(taken), asked, 'image')} encoded again: no more are as they were")
+
+
+# --------------------------------------------------------------------------------------------------------- the pictures
+
+
+def _decoded(
+    candidates: list[Row], wanted: int, recipe: Recipe, unusable: list[tuple[Row, str]]
+) -> Iterator[tuple[Row, NDArray[Any]]]:
+    """Tiles, uint8 [n,S,S,3], of the first `wanted` candidates whose pictures still are the files of then."""
+    upcoming = iter(candidates)
+    found = 0
+    while found < wanted:
+        jobs: list[tuple[Row, DecodeJob]] = []
+        for row in upcoming:
+            job = _job(row, len(jobs))
+            if isinstance(job, str):
+                unusable.append((row, job))
+            else:
+                jobs.append((row, job))
+            if len(jobs) == wanted - found:
+                break
+        if not jobs:
+            return
+        for row, tiles in _decode(jobs, recipe, unusable):
+            found += 1
+            yield row, tiles
+
+
+def _job(row: Row, number: int) -> DecodeJob | str:
+    """What decodes a row's picture, or why it cannot be the same picture."""
+    table, at = row.shard.table, row.number
+    try:
+        now = os.stat(row.picture)
+    except OSError as error:
+        return error.strerror or str(error)
+    if now.st_size != int(table.file_size[at]):
+        return "it changed"
+    header = Header(
+        int(table.width[at]), int(table.height[at]), int(table.orientation[at]), now.st_size, modified_ns(now)
+    )
+    return DecodeJob(number, row.picture, header, Grid(int(table.columns[at]), int(table.rows[at])))
+
+
+def _decode(
+    jobs: list[tuple[Row, DecodeJob]], recipe: Recipe, unusable: list[tuple[Row, str]]
+) -> Iterator[tuple[Row, NDArray[Any]]]:
+    pixels = max(job.header.width * job.header.height for _, job in jobs)
+    rule = pixel_rule(recipe, max(DEFAULT_MAX_PIXELS, pixels))  # they were within the limit of their run
+    most = max(int(row.shard.table.tile_counts[row.number]) for row, _ in jobs)
+    tiles = 1 if rule.global_view_only else most
+    decoder = Decoder(DecodeOptions(rule, tiles, 1, DECODE_SECONDS, DECODE_MEMORY))
+    try:
+        for image in decoder.run(job for _, job in jobs):
+            row = jobs[image.row][0]
+            if not isinstance(image, DecodedImage):
+                unusable.append((row, image.skipped.message))
+            elif image.digest != row.digest:
+                unusable.append((row, "it changed"))
+            else:
+                yield row, image.tiles
+            if isinstance(image, DecodedImage):
+                image.release()
+    finally:
+        decoder.close()
+
+
+# --------------------------------------------------------------------------------------------------------- the encoders
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The weights of a recipe, and what is made of them."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    batch_tiles: int | None
+    device: str
+
+
+class _Ours:
+    """Our own encoder, as `extract` runs it."""
+
+    check = "re-extract"
+    activity = "encoding again"
+
+    def __init__(self, model: _Model) -> None:
+        from internvit_cli.encode.encoder import Encoder
+
+        options = encoder_options(model.recipe, model.device, model.batch_tiles)
+        self._encoder = Encoder.load(model.checkpoint, options)
+        self.name = f"internvit in {self._encoder.dtype.value} on {self._encoder.device_name}"
+
+    def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
+        """Features as they would be stored."""
+        size = self._encoder.batch_tiles
+        return [
+            self._encoder.submit(list(tiles[start : start + size])).result().layers
+            for start in range(0, len(tiles), size)
+        ]
+
+    def close(self) -> None:
+        """End its threads."""
+        self._encoder.close()
+
+
+class _Native:
+    """transformers' own class in float32, a tile at a time."""
+
+    check = "reference"
+    activity = "encoding with transformers"
+
+    def __init__(self, model: _Model) -> None:
+        from internvit_cli.encode.devices import find_device
+        from internvit_cli.encode.encoder import feature_spec
+        from internvit_cli.model.native import NativeModel
+
+        spec = feature_spec(encoder_options(model.recipe, model.device, None))
+        self._model = NativeModel(model.checkpoint, spec, find_device(model.device))
+        self._limit = _largest(model.recipe)
+        self.name = f"transformers' InternVLVisionModel in float32 on {self._model.device}"
+
+    def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
+        """Features in float32, tokens clamped where the rows were."""
+        parts = [self._model.features(tiles[start : start + 1]) for start in range(len(tiles))]
+        return [[LayerFeatures(self._clamped(layer.tokens), layer.pooled) for layer in part] for part in parts]
+
+    def _clamped(self, tokens: NDArray[Any] | None) -> NDArray[Any] | None:
+        return None if tokens is None else np.clip(tokens, -self._limit, self._limit)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _largest(recipe: Recipe) -> float:
+    """The largest value that a token can have."""
+    if recipe.on_overflow is OnOverflow.CLAMP and recipe.store_dtype is StoreDtype.FLOAT16:
+        return float(np.finfo(np.float16).max)
+    return float("inf")
+
+
+def _differences(row: Row, recipe: Recipe, parts: list[Sequence[LayerFeatures]]) -> Differences:
+    """One image's stored rows against its new features, all layers together."""
+    anew = {name: np.concatenate(blocks) for name, blocks in image_arrays(parts, recipe).items()}
+    stored = _stored_arrays(row, recipe)
+    figures = []
+    for name in anew:
+        if feature_name(name).kind in SCALE_DATASETS:
+            continue  # compared as part of the numbers that they scale
+        dtype = recipe.store_dtype if is_tokens(name) and not recipe.store_dtype.is_scaled else StoreDtype.FLOAT32
+        figures.append(compare(_numbers(stored, name, recipe), _numbers(anew, name, recipe), dtype))
+    total = reduce(Differences.worst, figures)
+    return replace(total, bit_equal=int(total.bit_equal == len(figures)))
+
+
+def _stored_arrays(row: Row, recipe: Recipe) -> dict[str, NDArray[Any]]:
+    """One image's rows by dataset."""
+    shard = OpenShard(row.shard.found)
+    tiles = [int(offset) for offset in row.shard.table.tile_offset[row.number : row.number + 2]]
+    places = {
+        name: tiles if feature_name(name).is_per_tile else [row.number, row.number + 1]
+        for name in feature_datasets(recipe)
+    }
+    return {name: shard.rows(name, start, stop) for name, (start, stop) in places.items()}
+
+
+def _numbers(arrays: dict[str, NDArray[Any]], name: str, recipe: Recipe) -> NDArray[Any]:
+    """One dataset's values; of tokens with scales, the numbers that they stand for."""
+    scales = dataset_of(recipe.tokens.scales_dataset, feature_name(name).layer)
+    if not is_tokens(name) or scales not in arrays:
+        return arrays[name]
+    return decode_values(arrays[name], recipe.store_dtype, arrays[scales])

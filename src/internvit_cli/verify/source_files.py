@@ -1,0 +1,77 @@
+"""Whether the pictures that rows came from still are the same files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from internvit_cli.config import Skipped
+from internvit_cli.plan.table import modified_ns
+from internvit_cli.sources.files import open_regular
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from internvit_cli.verify.result import Row
+
+HASH_BLOCK = 1 << 20
+PICTURES_AHEAD = 8
+"""Pictures a thread that wait to be read."""
+
+
+class PictureState(Enum):
+    """How a picture stands to the digest of its row."""
+
+    UNCHANGED = "unchanged"
+    CHANGED = "changed"
+    """Another size, or another time and other bytes."""
+    MISSING = "missing"
+    """Gone, or not to be read."""
+    CONTRADICTS = "contradicts"
+    """Size and time are those of then, and the digest is not: the stored digest is wrong, or the picture decayed."""
+
+
+class Picture(NamedTuple):
+    """What became of one picture."""
+
+    state: PictureState
+    nbytes: int
+    """Read."""
+
+
+def look_at_pictures(rows: Sequence[Row], threads: int) -> Iterator[tuple[Row, Picture]]:
+    """Read the pictures of some rows, several at a time, in order; those of another size are not read."""
+    waiting: deque[tuple[Row, Future[Picture]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="pictures") as pool:
+        for row in rows:
+            if len(waiting) == threads * PICTURES_AHEAD:
+                first, picture = waiting.popleft()
+                yield first, picture.result()
+            waiting.append((row, pool.submit(look_at_picture, row)))
+        for last, picture in waiting:
+            yield last, picture.result()
+
+
+def look_at_picture(row: Row) -> Picture:
+    """Hold one row's digest against its picture."""
+    opened = open_regular(row.picture)
+    if isinstance(opened, Skipped):
+        return Picture(PictureState.MISSING, 0)
+    with os.fdopen(opened.descriptor, "rb", buffering=0) as file:
+        if opened.status.st_size != int(row.shard.table.file_size[row.number]):
+            return Picture(PictureState.CHANGED, 0)
+        hasher, nbytes = hashlib.sha256(), 0
+        try:
+            while block := file.read(HASH_BLOCK):
+                hasher.update(block)
+                nbytes += len(block)
+        except OSError:
+            return Picture(PictureState.MISSING, nbytes)
+    if hasher.digest() == row.digest:
+        return Picture(PictureState.UNCHANGED, nbytes)
+    is_untouched = modified_ns(opened.status) == int(row.shard.table.file_mtime_ns[row.number])
+    return Picture(PictureState.CONTRADICTS if is_untouched else PictureState.CHANGED, nbytes)

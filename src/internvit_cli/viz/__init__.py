@@ -1,0 +1,1 @@
+"""Features over their photographs."""

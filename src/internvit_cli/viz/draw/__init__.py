@@ -1,0 +1,1 @@
+"""Text, color scales, figures and sheets with Pillow and numpy alone."""

@@ -1,0 +1,96 @@
+"""Text in pictures, in the font that Pillow brings along."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+from internvit_cli.errors import one_line
+
+if TYPE_CHECKING:
+    from internvit_cli.viz.draw.palette import Color
+
+INK: Color = (34, 34, 34)
+FAINT: Color = (110, 110, 110)
+PAPER: Color = (255, 255, 255)
+ELLIPSIS = "..."
+SPACE = 0.32
+"""Width of a space as a share of the size of letters: the font's own, 3 pixels at sizes up to 16, is hardly seen."""
+
+
+@lru_cache(maxsize=16)
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, of so many pixels; one fixed small size where Pillow was built without FreeType."""
+    try:
+        return ImageFont.load_default(size)
+    except ImportError:
+        return ImageFont.load_default()
+
+
+def drawable(text: str) -> str:
+    """The text on one line; what Pillow's font has no letters for, all beyond ASCII, is written out."""
+    return one_line(text, limit=None).encode("ascii", "backslashreplace").decode("ascii")
+
+
+def text_width(text: str, size: int) -> float:
+    """Pixels that a text takes from left to right."""
+    return _set(drawable(text), size)[1]
+
+
+def _set(text: str, size: int) -> tuple[list[tuple[str, float]], float]:
+    """Where the words of a text begin, and its width."""
+    words, left = [], 0.0
+    for word in text.split(" "):
+        words.append((word, left))
+        left += float(font(size).getlength(word)) + round(SPACE * size)
+    return words, left - round(SPACE * size)
+
+
+def line_height(size: int) -> int:
+    """Pixels from one line to the next."""
+    return round(size * 1.35)
+
+
+def fitted(text: str, size: int, width: float) -> str:
+    """The text, or so much of its beginning and its end as fits; what tells keys apart is at their end."""
+    text = drawable(text)
+    if text_width(text, size) <= width:
+        return text
+    for kept in range(len(text) - 1, 0, -1):
+        head = kept // 3
+        shortened = text[:head] + ELLIPSIS + text[len(text) - (kept - head) :]
+        if text_width(shortened, size) <= width:
+            return shortened
+    return ""
+
+
+def wrapped(text: str, size: int, width: float) -> list[str]:
+    """Break a text into lines that fit, between words where possible."""
+    lines = [""]
+    for word in drawable(text).split(" "):
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if text_width(joined, size) <= width:
+            lines[-1] = joined
+            continue
+        lines += [""] * bool(lines[-1])
+        for letter in word:
+            if lines[-1] and text_width(lines[-1] + letter, size) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def write(image: Image.Image, place: tuple[float, float], text: str, size: int, color: Color = INK) -> None:
+    """Write one line, its upper left corner at a place."""
+    draw = ImageDraw.Draw(image)
+    for word, left in _set(drawable(text), size)[0]:
+        draw.text((place[0] + left, place[1]), word, fill=color, font=font(size))
+
+
+def write_outlined(image: Image.Image, place: tuple[float, float], text: str, size: int) -> None:
+    """White letters with a dark edge, legible on any picture."""
+    draw, chosen = ImageDraw.Draw(image), font(size)
+    edge = 1 if isinstance(chosen, ImageFont.FreeTypeFont) else 0
+    draw.text(place, drawable(text), fill=PAPER, font=chosen, stroke_width=edge, stroke_fill=INK)
