@@ -1,4 +1,4 @@
-"""What it brings that freed memory stays with a process (`internvit_cli/allocator.py`), for encoding and for decoding.
+"""What it brings that freed memory stays with a process (`runtime/malloc.py`), for encoding and for decoding.
 
     python benchmarks/allocator.py PHOTOS [--rounds 5]
 

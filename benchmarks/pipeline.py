@@ -110,10 +110,10 @@ def ours(folder: str, output: str, dtype: str) -> dict[str, float]:
     """internvit, called as its command line calls it."""
     import torch  # noqa: F401 - imported before the clock starts, as for the script
 
-    from internvit_cli.cli.extract import StopRequest
     from internvit_cli.config import ComputeDtype
     from internvit_cli.extract.pipeline import extract
     from internvit_cli.options import ExtractOptions, ModelOptions, RunOptions, StoreOptions
+    from internvit_cli.runtime.signals import StopRequest
 
     options = ExtractOptions(
         sources=(folder,),

@@ -27,12 +27,10 @@ from internvit_cli.cli import app
 from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, FailedImage
 from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
-from internvit_cli.extract import engine, pipeline
-from internvit_cli.extract import shard_plan as sharding
-from internvit_cli.extract import writer_thread as storing
+from internvit_cli.extract import engine, pipeline, shard_plan, writer_thread
 from internvit_cli.extract.writer_thread import ShardSink
+from internvit_cli.plan import scan
 from internvit_cli.plan.headers import header_reader
-from internvit_cli.plan.scan import scan as plan
 from internvit_cli.runtime.workers import Finished
 from internvit_cli.storage.durable import disk_errors, sync_data, sync_together
 from internvit_cli.storage.format.layout import FeatureShape
@@ -258,7 +256,7 @@ def sync_in_turn(descriptors: Mapping[str, int]) -> None:
             sync_data(descriptor)
 
 
-SPLIT = sharding.ShardSize.split
+SPLIT = shard_plan.ShardSize.split
 
 
 def fill_disk(path: str) -> None:
@@ -275,19 +273,19 @@ def prepare(behaviour: Behaviour) -> None:
     stand_in = types.ModuleType("internvit_cli.encode.encoder")
     stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
     sys.modules["internvit_cli.encode.encoder"] = stand_in
-    plan.WorkerPool = InlinePool  # type: ignore[assignment,misc]
+    scan.WorkerPool = InlinePool  # type: ignore[assignment,misc]
     DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens
     engine.Decoder = DigestDecoder  # type: ignore[assignment,misc]
     shape = FeatureShape(Tokens.VISUAL, *behaviour.tokens, POOLED_WIDTH, StoreDtype.FLOAT16, tile_pooled=True)
     pipeline.feature_shape = lambda options, card, recipe: replace(shape, earlier_layers=recipe.earlier_layers)
-    storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
+    writer_thread.CHECKPOINT_SECONDS, writer_thread.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
     takeover.CHECKPOINT_BYTES = behaviour.checkpoint_bytes
     commit.sync_together = sync_in_turn if behaviour.inline else sync_together
     engine.ShardSink = InlineSink if behaviour.inline else ShardSink  # type: ignore[misc]
     if behaviour.misordered:
         pipeline.ShardWriter = MisorderedWriter  # type: ignore[misc]
     by_images = lambda _, table: cut(table, behaviour.shard_images)  # noqa: E731
-    sharding.ShardSize.split = by_images if behaviour.shard_images else SPLIT  # type: ignore[method-assign]
+    shard_plan.ShardSize.split = by_images if behaviour.shard_images else SPLIT  # type: ignore[method-assign]
     if behaviour.no_reserve:
         commit.reserve = lambda path: None
     if behaviour.report:

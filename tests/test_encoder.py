@@ -18,7 +18,8 @@ from model_helpers import (
 
 from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.encode import devices as encoder_devices
-from internvit_cli.encode.batches import BatchRunner, Launcher, measure_batch
+from internvit_cli.encode.accelerators import measure_batch
+from internvit_cli.encode.batches import BatchRunner, Launcher
 from internvit_cli.encode.devices import fastest_dtype, find_device
 from internvit_cli.encode.encoder import TORCH_DTYPE, Encoder
 from internvit_cli.encode.options import EncoderOptions

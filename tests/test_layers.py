@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 
 from internvit_cli import Extractor, FeatureDataset, open_features
 from internvit_cli.config import Pool, StoreDtype, TokenOrder, Tokens
-from internvit_cli.encode.encoder import on_host
+from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.model.features import FeatureModel, Features, FeatureSpec
 from internvit_cli.model.vit import Block

@@ -34,8 +34,8 @@ from internvit_cli.config import (
 from internvit_cli.errors import ExitCode, OtherRecipeError, OutputError, UsageError
 from internvit_cli.extract.results import Counts, Stages, Summary
 from internvit_cli.extract.shard_plan import ShardSize
+from internvit_cli.plan import scan
 from internvit_cli.plan.scan import Plan, PlanOptions, plan_images
-from internvit_cli.plan.scan import scan as plan_module
 from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable, concatenate, count_statuses
 from internvit_cli.plan.tiling import choose_grid, tile_count
 from internvit_cli.recipes import check_same
@@ -356,7 +356,7 @@ def test_a_file_whose_header_crashes_its_reader_costs_itself_alone(tree, monkeyp
     """Its chunk is read again one by one, and all other headers are there."""
     spec = WorkerSpec
     monkeypatch.setattr(
-        plan_module,
+        scan,
         "WorkerSpec",
         lambda handler, arguments, **rest: spec("worker_handlers:deadly_header", (b"030.png", *arguments), **rest),
     )

@@ -29,8 +29,8 @@ from run_helpers import extract, internvit
 from internvit_cli import open_features
 from internvit_cli.config import Projection, Skipped, Status, Tokens
 from internvit_cli.errors import InternvitError, UsageError
-from internvit_cli.extract.results import pictures, plane, selection
 from internvit_cli.model.caveats import caveats
+from internvit_cli.report import pictures, plane, selection
 from internvit_cli.report.build import ReportOptions, write_report
 from internvit_cli.report.page import as_page, as_script_data
 from internvit_cli.runtime.workers import WorkerSpec

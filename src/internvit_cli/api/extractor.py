@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from internvit_cli.api.given import Picture
     from internvit_cli.config import Recipe
     from internvit_cli.decode.direct import Tiled
-    from internvit_cli.encode.encoder import Encoder, PendingBatch
+    from internvit_cli.encode.encoder import Encoder
+    from internvit_cli.encode.interface import PendingBatch
     from internvit_cli.encode.options import EncoderOptions
     from internvit_cli.encode.tile_features import TileFeatures
     from internvit_cli.model.checkpoint import Checkpoint

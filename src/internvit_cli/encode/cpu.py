@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from internvit_cli.encode.encoder import on_host
 from internvit_cli.encode.tile_features import TileFeatures
+from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from internvit_cli.encode.encoder import PendingBatch
+    from internvit_cli.encode.interface import PendingBatch
     from internvit_cli.model.features import FeatureModel, Features, FeatureSpec
 
 CPU_TILES_PER_THREAD = 4

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from internvit_cli.encode.encoder import PendingBatch
+    from internvit_cli.encode.interface import PendingBatch
     from internvit_cli.encode.tile_features import TileFeatures
     from internvit_cli.model.features import FeatureModel
 

@@ -7,17 +7,16 @@ tiles were submitted together, and no core waits at a barrier. On an accelerator
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from internvit_cli.config import ComputeDtype
 from internvit_cli.encode.devices import device_name, fastest_dtype, find_fit_device
-from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.accuracy import Accuracy
-from internvit_cli.model.features import FeatureModel, FeatureSpec, verdicts
+from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.kernels.fp8 import FP8
 from internvit_cli.runtime.malloc import keep_freed_memory
 from internvit_cli.runtime.workers import usable_cpus
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from internvit_cli.encode.interface import PendingBatch, Runner
     from internvit_cli.encode.options import EncoderOptions
     from internvit_cli.model.checkpoint import Checkpoint
-    from internvit_cli.model.features import Features
 
 TORCH_DTYPE = {
     ComputeDtype.BFLOAT16: torch.bfloat16,
@@ -41,45 +40,6 @@ TORCH_DTYPE = {
 
 COMPILED_BATCH = 64
 """With torch.compile the batch is not measured: every size would be compiled anew."""
-
-
-class PendingBatch(Protocol):
-    """A batch on its way."""
-
-    def result(self) -> TileFeatures:
-        """Wait for the features; the same object however often it is called.
-
-        Raises:
-            DeviceError: the device ran out of memory.
-        """
-        ...
-
-
-class Runner(Protocol):
-    """What does the work on one kind of device."""
-
-    batch_tiles: int
-    halved: bool
-    fixed_batch: bool
-    """Whether a row's last bits depend on the size of batches."""
-
-    @property
-    def note(self) -> str:
-        """How batches are run, where that is worth telling; such as `, in CUDA graphs`."""
-        ...
-
-    @property
-    def device_seconds(self) -> float:
-        """Time the device was busy so far, seconds."""
-        ...
-
-    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
-        """Start a batch of uint8 [S,S,3] tiles."""
-        ...
-
-    def close(self) -> None:
-        """Give up threads and memory."""
-        ...
 
 
 class Encoder:
@@ -247,7 +207,7 @@ def _make_runner(model: FeatureModel, options: EncoderOptions) -> Runner:
         from internvit_cli.encode.cpu import CpuRunner
 
         return CpuRunner(model, threads=options.threads or usable_cpus(), batch_tiles=options.batch_tiles)
-    from internvit_cli.encode.batches import accelerator_runner
+    from internvit_cli.encode.accelerators import accelerator_runner
 
     batch_tiles = options.batch_tiles or options.recorded_batch_tiles
     try:
@@ -258,28 +218,3 @@ def _make_runner(model: FeatureModel, options: EncoderOptions) -> Runner:
         raise DeviceError(
             f"torch.compile failed: {' '.join(str(error).split())[:200]}", "leave --compile out"
         ) from error
-
-
-def on_host(layers: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
-    """Features whose tensors lie on the host, as arrays over the same memory.
-
-    Args:
-        layers: of the same tiles, the main layer's first.
-        spec: what they are.
-    """
-    found = tuple(
-        LayerFeatures(
-            tokens=None if layer.tokens is None else _as_stored(layer.tokens),
-            pooled=layer.pooled.numpy(),
-            scales=None if layer.scales is None else layer.scales.numpy(),
-        )
-        for layer in layers
-    )
-    # The verdicts are ordered: one layer that cannot be stored is enough.
-    fits = [verdicts(layer.extremes.numpy(), layer.pooled.numpy(), spec) for layer in layers]
-    return TileFeatures(found, np.maximum.reduce(fits), sum(int(layer.clamped.sum()) for layer in layers))
-
-
-def _as_stored(tokens: torch.Tensor) -> np.ndarray:
-    """Tokens as numpy sees them: bfloat16 as uint16 bits."""
-    return (tokens.view(torch.uint16) if tokens.dtype is torch.bfloat16 else tokens).numpy()

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.config import Recipe
-    from internvit_cli.encode.encoder import Encoder, PendingBatch
+    from internvit_cli.encode.encoder import Encoder
+    from internvit_cli.encode.interface import PendingBatch
     from internvit_cli.encode.tile_features import TileFeatures
     from internvit_cli.extract.writer_thread import Sink
     from internvit_cli.runtime.signals import Stop

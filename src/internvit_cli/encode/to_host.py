@@ -1,0 +1,41 @@
+"""Tensors on the host as the arrays that are handed on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
+from internvit_cli.model.features import FeatureSpec, verdicts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from internvit_cli.model.features import Features
+
+
+def on_host(layers: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
+    """Features whose tensors lie on the host, as arrays over the same memory.
+
+    Args:
+        layers: of the same tiles, the main layer's first.
+        spec: what they are.
+    """
+    found = tuple(
+        LayerFeatures(
+            tokens=None if layer.tokens is None else _as_stored(layer.tokens),
+            pooled=layer.pooled.numpy(),
+            scales=None if layer.scales is None else layer.scales.numpy(),
+        )
+        for layer in layers
+    )
+    # The verdicts are ordered: one layer that cannot be stored is enough.
+    fits = [verdicts(layer.extremes.numpy(), layer.pooled.numpy(), spec) for layer in layers]
+    return TileFeatures(found, np.maximum.reduce(fits), sum(int(layer.clamped.sum()) for layer in layers))
+
+
+def _as_stored(tokens: torch.Tensor) -> np.ndarray:
+    """Tokens as numpy sees them: bfloat16 as uint16 bits."""
+    return (tokens.view(torch.uint16) if tokens.dtype is torch.bfloat16 else tokens).numpy()
