@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,7 +27,6 @@ from internvit_cli.storage.write.commit import create_shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -71,12 +71,14 @@ def write_output(
         blocks: the vectors, [k, width] at a time, in order.
         digests: SHA-256 of the pictures, [n, 32].
         sizes: width and height of the pictures; none where no picture is to be found.
-        root: the folder that the keys are relative to.
+        root: the folder that the keys are relative to; pictures that lie there are recorded with their sizes in bytes.
     """
     columns = {name: np.zeros(len(keys), dtype) for name, dtype in COLUMN_DTYPES.items()}
     columns["columns"][:] = columns["rows"][:] = columns["orientation"][:] = 1
     if sizes:
         columns["width"][:], columns["height"][:] = np.array(sizes).T
+    files = [Path(root, key) for key in keys]
+    columns["file_size"][:] = [file.stat().st_size if file.exists() else 0 for file in files]
     table = ImageTable.build([key.encode() for key in keys], np.zeros(len(keys), np.uint8), columns)
     attributes = {
         "format": FORMAT,

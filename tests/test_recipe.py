@@ -40,6 +40,7 @@ OPTIONS = {
     "on_overflow": ("--on-overflow", "clamp"),
     "truncated": ("--truncated", "accept"),
     "grey_range": ("--grey-range", "4095"),
+    "earlier_layers": ("--layer", "-2,-1", "--tokens", "visual"),
 }
 
 
