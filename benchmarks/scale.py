@@ -95,7 +95,7 @@ def run(*arguments: object, code: int = 0) -> Cost:
 FILL = """
 import sys
 import numpy as np
-from internvit_cli.extract import pipeline
+from internvit_cli.extract import run_engine
 from internvit_cli.cli.app import run
 from internvit_cli.config import Status
 from internvit_cli.storage.write.commit import ImageRows
@@ -121,7 +121,7 @@ class Engine:
     def close(self):
         pass
 
-pipeline.start_engine = Engine
+run_engine.start_engine = Engine
 run(["extract", sys.argv[1], "-o", sys.argv[2], *sys.argv[4:]])
 """
 

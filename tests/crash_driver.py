@@ -27,7 +27,7 @@ from internvit_cli.cli import app
 from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, FailedImage
 from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
-from internvit_cli.extract import engine, pipeline, shard_plan, writer_thread
+from internvit_cli.extract import engine, run_plan, shard_filler, shard_plan, writer_thread
 from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.plan import scan
 from internvit_cli.plan.headers import header_reader
@@ -277,13 +277,13 @@ def prepare(behaviour: Behaviour) -> None:
     DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens
     engine.Decoder = DigestDecoder  # type: ignore[assignment,misc]
     shape = FeatureShape(Tokens.VISUAL, *behaviour.tokens, POOLED_WIDTH, StoreDtype.FLOAT16, tile_pooled=True)
-    pipeline.feature_shape = lambda options, card, recipe: replace(shape, earlier_layers=recipe.earlier_layers)
+    run_plan.feature_shape = lambda options, card, recipe: replace(shape, earlier_layers=recipe.earlier_layers)
     writer_thread.CHECKPOINT_SECONDS, writer_thread.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
     takeover.CHECKPOINT_BYTES = behaviour.checkpoint_bytes
     commit.sync_together = sync_in_turn if behaviour.inline else sync_together
     engine.ShardSink = InlineSink if behaviour.inline else ShardSink  # type: ignore[misc]
     if behaviour.misordered:
-        pipeline.ShardWriter = MisorderedWriter  # type: ignore[misc]
+        shard_filler.ShardWriter = MisorderedWriter  # type: ignore[misc]
     by_images = lambda _, table: cut(table, behaviour.shard_images)  # noqa: E731
     shard_plan.ShardSize.split = by_images if behaviour.shard_images else SPLIT  # type: ignore[method-assign]
     if behaviour.no_reserve:

@@ -14,7 +14,7 @@ from run_helpers import extract, internvit, make_pictures, state_of, summary_of
 
 from internvit_cli.config import Format, Skipped, Status
 from internvit_cli.errors import InternvitError, OutputError
-from internvit_cli.extract import pipeline
+from internvit_cli.extract import pipeline, shard_filler
 from internvit_cli.storage.durable import append, create, folder_for, make_way, open_ours, write_file
 from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
@@ -257,7 +257,7 @@ def test_a_run_that_fails_keeps_what_it_stored_and_nothing_else(
     """Also the space that was set aside for rows goes."""
     make_pictures(tmp_path / "pictures", 4)
     (tmp_path / "pictures" / "bad.jpg").write_text("no picture")
-    encode = pipeline._Extraction._encode_pending
+    encode = shard_filler.ShardFiller._encode_pending
 
     def fail(*arguments: Any, **options: Any) -> None:
         if when == "after a row":
@@ -267,7 +267,7 @@ def test_a_run_that_fails_keeps_what_it_stored_and_nothing_else(
     options = ["--tokens", "none", "--json", *(["--format", "h5"] if name == "h5 folder" else [])]
     line = [tmp_path / "pictures", "-o", tmp_path / name, *options]
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline._Extraction, "_encode_pending", fail)
+        patched.setattr(shard_filler.ShardFiller, "_encode_pending", fail)
         assert extract(*line).returncode == 1
     if when == "at once":
         assert names_in(tmp_path) == ["pictures"]

@@ -17,7 +17,7 @@ from internvit_cli.sources.interface import Listing, Source
 from internvit_cli.storage.format.layout import SOURCES_BYTES, recorded_sources
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from internvit_cli.storage.output import FinishedShard
     from internvit_cli.storage.skipped import SkipLog
@@ -76,7 +76,7 @@ class StoredImages:
     """The rows of an output by key; a later shard's row replaces an earlier one's."""
 
     def __init__(self, shards: Sequence[FinishedShard], relocations: Sequence[Relocation] = ()) -> None:
-        self._shards = shards
+        self.shards = shards
         self._sources = [stored_sources(shard.stored.attributes, shard.path, relocations) for shard in shards]
         self._known_digests: dict[int, Any] = {}
         self._places: dict[bytes, int] = {}
@@ -95,9 +95,14 @@ class StoredImages:
         place = self._place(key)
         return None if place is None else Status(int(self._table(place).status[place[1]]))
 
-    def shard_name(self, key: bytes) -> str:
-        """The shard that holds a key's row."""
-        return self._shards[self._places[key] >> ROW_BITS].name
+    def by_shard(self, keys: Iterable[bytes]) -> dict[str, list[str]]:
+        """Return those of some keys that have rows, by the name of the shard that holds the row."""
+        found: dict[str, list[str]] = {}
+        for key in keys:
+            place = self._places.get(key)
+            if place is not None:
+                found.setdefault(self.shards[place >> ROW_BITS].name, []).append(os.fsdecode(key))
+        return found
 
     def source(self, key: bytes) -> Source:
         """The source that a key's row came from."""
@@ -162,7 +167,7 @@ class StoredImages:
         A list that is lost says nothing.
         """
         number, row = place
-        if self._shards[number].is_partial:
+        if self.shards[number].is_partial:
             return False
         status = int(self._table(place).status[row])
         if status == Status.DONE:
@@ -170,7 +175,7 @@ class StoredImages:
         return status == Status.PENDING or (is_any_listed and not is_listed)
 
     def _table(self, place: tuple[int, int]) -> Any:
-        return self._shards[place[0]].stored.table
+        return self.shards[place[0]].stored.table
 
     def _check_root(self, listing: Listing, entry: int, place: tuple[int, int]) -> None:
         number, row = place
@@ -212,7 +217,7 @@ class StoredImages:
 
     def _digests(self, number: int) -> Any:
         if number not in self._known_digests:
-            shard = self._shards[number]
+            shard = self.shards[number]
             self._known_digests[number] = shard.backend.commit_records(shard.path)[0]
         return self._known_digests[number]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from internvit_cli.extract.encode_loop import Filled
     from internvit_cli.extract.engine import Engine
     from internvit_cli.extract.resume import Existing
+    from internvit_cli.extract.run_plan import RunPlan
     from internvit_cli.options import ExtractOptions
     from internvit_cli.plan.scan import Plan
     from internvit_cli.plan.table import ImageTable
@@ -56,6 +57,17 @@ class Totals:
     """Images that an earlier run skipped, that were not tried again, and that may well be read now."""
     drawn_and_named: int = 0
     """Planned pictures that this program drew, and that a user named outright."""
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> Totals:
+        """Return what is known before anything is encoded."""
+        return cls(
+            dropped=len(plan.dropped),
+            is_up_to_date=plan.is_up_to_date,
+            mistrusted=plan.changes.damaged,
+            worth_retrying=plan.changes.worth_retrying,
+            drawn_and_named=plan.planned.drawn_and_named,
+        )
 
     def add(self, filled: Filled) -> None:
         """Another shard was filled."""

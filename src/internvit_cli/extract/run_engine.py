@@ -1,0 +1,136 @@
+"""The engine of a run, started when there is something to encode, and what coarse types cost on it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import Status
+from internvit_cli.decode.decoder import decode_jobs
+from internvit_cli.extract.engine import EngineOptions, Workload
+from internvit_cli.extract.multi_device.engine import find_devices, start_engine
+from internvit_cli.extract.run_plan import decoded_tiles
+from internvit_cli.extract.sampling import SAMPLE_IMAGES
+from internvit_cli.model.accuracy import Accuracy, measured_attributes, to_attributes
+from internvit_cli.recipes import encoder_options_of_run
+from internvit_cli.runtime.words import counted
+
+if TYPE_CHECKING:
+    from internvit_cli.config import Recipe
+    from internvit_cli.extract.engine import Engine
+    from internvit_cli.extract.run_plan import Run, RunPlan
+
+
+class RunEngine:
+    """Starts the engine of a run at most once. Close it."""
+
+    def __init__(self, run: Run, plan: RunPlan) -> None:
+        """Start nothing yet."""
+        self._run = run
+        self._model = plan.model
+        self._rule = plan.rule
+        self._recorded_batch_tiles = int((plan.existing.attributes or {}).get("batch_tiles", 0)) or None
+        self.started: Engine | None = None
+        """The engine; None until there was something to encode."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe, with the type that the engine computes in once it has started."""
+        recipe = self._model.recipe
+        return recipe if self.started is None else replace(recipe, compute_dtype=self.started.dtype)
+
+    @property
+    def batch_tiles_to_record(self) -> int:
+        """What a later run has to use again for the same bits; 0 where that does not matter."""
+        return self.started.batch_tiles_to_record if self.started else 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a shard's log of runs says of this one."""
+        engine = self.started
+        assert engine is not None, "facts are those of an engine that has encoded something"
+        return {
+            "device": engine.device_name,
+            "dtype": engine.dtype.value,
+            "batch_tiles": engine.batch_tiles,
+            "kernels": engine.kernels,
+            "workers": engine.workers,
+            "model": self._model.recorded_name,
+            "output": os.path.abspath(self._run.output.path),
+        }
+
+    def start(self, workload: Workload) -> Engine:
+        """Return the engine, started for this work if it is not yet.
+
+        Raises:
+            InternvitError: a device is not there, the model does not fit, or its weights cannot be read.
+        """
+        if self.started is not None:
+            return self.started
+        engine = self._start(workload)
+        label = f"{self._model.card.name} in {engine.dtype.value} on {engine.device_name}"
+        batch = counted(engine.batch_tiles, "tile")
+        self._run.observer.note(f"encoding with {label}, {batch} per batch, {engine.kernels}")
+        return engine
+
+    def start_for_types(self) -> None:
+        """Know which type it computes in, where nothing else is to be done and only a device can tell.
+
+        Raises:
+            InternvitError: see `start`.
+        """
+        if self.started is None and not self._model.dtype_is_known:
+            self._start(None)
+
+    def _start(self, workload: Workload | None) -> Engine:
+        how, recipe = self._run.options.run, self._model.recipe
+        devices = find_devices(how.devices)
+        encoder = replace(
+            encoder_options_of_run(how, recipe, devices[0]),
+            dtype=recipe.compute_dtype if self._model.dtype_is_known else how.dtype,
+            recorded_batch_tiles=self._recorded_batch_tiles,
+        )
+        options = EngineOptions(
+            rule=self._rule,
+            encoder=encoder,
+            devices=devices,
+            workers=how.workers,
+            decode_timeout=how.decode_timeout,
+            worker_memory=how.worker_memory,
+        )
+        with self._run.observer.phase("loading the model"):
+            self.started = start_engine(self._model.checkpoint, options, workload)
+        return self.started
+
+    def close(self) -> None:
+        """End the workers and let the devices go, however the run ended."""
+        if self.started is not None:
+            self.started.close()
+
+
+def measure_accuracy(run: Run, plan: RunPlan, engine: RunEngine) -> dict[str, str]:
+    """Return what coarse types cost, as attributes: what the output records, or else what the first pictures show.
+
+    Raises:
+        AccuracyError: a type is too coarse.
+        InternvitError: a device or the workers fail.
+    """
+    recipe, recorded = engine.recipe, plan.existing.attributes or {}
+    names = measured_attributes(recipe)
+    if all(name in recorded for name in names):
+        return {name: recorded[name] for name in names}
+    accuracy = Accuracy()
+    table = plan.planned.table
+    is_pending = table.status == Status.PENDING
+    if engine.started is not None and is_pending.any():
+        workload = Workload(len(table), int(decoded_tiles(table, plan.rule)[is_pending].max()))
+        jobs = list(decode_jobs(table, np.flatnonzero(is_pending)[:SAMPLE_IMAGES], plan.listing.sources))
+        with run.observer.phase("measuring what coarse types cost"):
+            accuracy = engine.started.measure(jobs, workload, run.stop)
+    accuracy.check()
+    if accuracy.words:
+        run.observer.note(f"on the first pictures: {accuracy.words}")
+    return to_attributes(recipe, accuracy)

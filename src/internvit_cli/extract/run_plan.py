@@ -1,0 +1,184 @@
+"""What a run will do, decided from the sources, the output and the headers, before anything is encoded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import Status
+from internvit_cli.extract.changes import Relocation, StoredImages, prunable
+from internvit_cli.extract.engine import Workload
+from internvit_cli.extract.resume import load_existing, settle
+from internvit_cli.extract.shard_plan import EMPTY_TABLE, Draft, Measured, ShardSize, is_moved, new_shard
+from internvit_cli.plan.scan import PlanOptions, plan_images
+from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule
+from internvit_cli.runtime.workers import usable_cpus
+from internvit_cli.sources.find_images import require_images
+from internvit_cli.storage.skipped import SkipLog, read_skip_log
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import PixelRule
+    from internvit_cli.extract.changes import Changes
+    from internvit_cli.extract.resume import Existing
+    from internvit_cli.options import ExtractOptions
+    from internvit_cli.plan.scan import Plan
+    from internvit_cli.plan.table import ImageTable
+    from internvit_cli.runtime.observer import Observer
+    from internvit_cli.runtime.signals import StopRequest
+    from internvit_cli.sources import Listing
+    from internvit_cli.storage.format.layout import FeatureShape
+    from internvit_cli.storage.output import Output
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A command under way: what it asks for, where to, who may stop it, and who is told."""
+
+    options: ExtractOptions
+    output: Output
+    stop: StopRequest
+    observer: Observer
+
+    @property
+    def relocations(self) -> list[Relocation]:
+        """Trees that moved since they were encoded."""
+        return [Relocation(old, new) for old, new in self.options.store.relocations]
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a signal has asked it to end."""
+        return bool(self.stop.signal)
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """All that is decided before anything is encoded."""
+
+    listing: Listing
+    """What lies in the sources, without drawings of this program."""
+    existing: Existing
+    """What is at the output, and may be continued."""
+    changes: Changes
+    """What of the listing is not in the output as it is now."""
+    planned: Plan
+    """Sizes and tiles of what changed."""
+    replaced: tuple[bytes, ...]
+    """Keys whose rows the planned images take the place of."""
+    dropped: tuple[bytes, ...]
+    """Keys whose rows `--prune` takes away."""
+    model: ModelInUse
+    skip_log: SkipLog
+    rule: PixelRule
+    shape: FeatureShape | None
+    """Of the rows; None where there is nothing to do, for then no model is looked at."""
+    shard_size: ShardSize | None
+    """How large the shards of a folder are; None for one file."""
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether there is nothing to do."""
+        return self.shape is None
+
+    @property
+    def gone(self) -> set[bytes]:
+        """Keys whose rows in finished shards no longer count."""
+        return {*self.replaced, *self.dropped}
+
+    @property
+    def workload(self) -> Workload | None:
+        """All that is to be encoded, also what an earlier run planned; None when there is nothing."""
+        partial = self.existing.partial
+        tables = [self.planned.table, *([partial.stored.table] if partial else [])]
+        counts = np.concatenate([decoded_tiles(table, self.rule)[table.status == Status.PENDING] for table in tables])
+        return Workload(len(counts), int(counts.max())) if len(counts) else None
+
+
+def decoded_tiles(table: ImageTable, rule: PixelRule) -> NDArray[Any]:
+    """Return how many tiles each image is decoded to, [n] int64."""
+    counts = table.tile_counts.astype(np.int64)
+    return np.ones_like(counts) if rule.global_view_only else counts
+
+
+def prepare(run: Run, listing: Listing) -> RunPlan:
+    """Compare the sources with the output, and read the headers of what is new or changed.
+
+    Args:
+        run: the command.
+        listing: what lies in the sources.
+
+    Raises:
+        OtherRecipeError: the output was made in another way.
+        NoImagesError: there are only drawings of this program.
+        InternvitError: the run cannot start.
+    """
+    store, output = run.options.store, run.output
+    output.prepare()
+    with run.observer.phase("reading the output"):
+        existing = load_existing(output, overwrite=store.overwrite)
+    model = ModelInUse(run.options, existing.attributes, run.observer)
+    existing = settle(output, existing, model.recipe, overwrite=store.overwrite)
+    stored = StoredImages(existing.shards, run.relocations)
+    skip_log = SkipLog(output.skipped_path, run.options.limits)
+    with run.observer.phase("comparing with the output", "image", len(listing)) as phase:
+        changes = stored.compare(listing, skip_log, retry_skipped=store.retry_skipped, on_progress=phase.at)
+    dropped = prunable(stored, changes, listing, confirmed=store.yes) if store.prune else []
+    del stored  # an index of a million images takes some hundred megabytes
+    _list_unreadable_folders(listing, output, skip_log)
+    if not existing.shards:
+        _shape_and_size(run, model, listing)  # refuses what cannot be before a million headers are read
+    rule = pixel_rule(model.recipe, run.options.pictures.max_pixels)
+    planned = _read_headers(run, listing, changes, rule)
+    drawn = set(planned.drawn)
+    replaced = tuple(listing.keys[entry] for entry in changes.changed if entry not in drawn)
+    listing = require_images(listing.without_drawn(planned.drawn))
+    is_work_left = existing.partial is not None or bool(planned.table.keys or dropped)
+    shape, shard_size = None, None
+    if is_work_left or is_moved(existing.shards, run.relocations):
+        shape, shard_size = _shape_and_size(run, model, listing)
+    return RunPlan(
+        listing=listing,
+        existing=existing,
+        changes=changes,
+        planned=planned,
+        replaced=replaced,
+        dropped=tuple(dropped),
+        model=model,
+        skip_log=skip_log,
+        rule=rule,
+        shape=shape,
+        shard_size=shard_size,
+    )
+
+
+def _shape_and_size(run: Run, model: ModelInUse, listing: Listing) -> tuple[FeatureShape, ShardSize | None]:
+    """The shape of rows, and how large the shards of a folder are.
+
+    Raises:
+        UsageError: shards are larger than asked for before they hold an image.
+    """
+    shape = feature_shape(run.options, model.card, model.recipe)
+    if run.output.is_file:
+        return shape, None
+    nothing = new_shard(Draft(EMPTY_TABLE, listing.sources), shape, model.recipe, model.card, Measured())
+    size = ShardSize.of(run.options.store.shard_bytes, run.output.backend, shape, nothing.attributes)
+    return shape, size
+
+
+def _read_headers(run: Run, listing: Listing, changes: Changes, rule: PixelRule) -> Plan:
+    entries, how = changes.entries, run.options.run
+    options = PlanOptions(rule, usable_cpus(), how.decode_timeout, how.worker_memory)
+    with run.observer.phase("reading headers", "image", len(entries)) as phase:
+        return plan_images(listing, entries, options, phase.at)
+
+
+def _list_unreadable_folders(listing: Listing, output: Output, skip_log: SkipLog) -> None:
+    """Put folders on the list of skipped images: they have no rows to show that they are listed already."""
+    folders = {problem.path: problem.skipped for problem in listing.unreadable_folders}
+    if folders:
+        known = {os.fsencode(entry["key"]) for entry in read_skip_log(output.skipped_path)}
+        skip_log.append((path, skipped) for path, skipped in folders.items() if path not in known)

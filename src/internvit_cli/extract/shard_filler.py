@@ -1,0 +1,197 @@
+"""One shard from its creation to its final name: earlier rows taken over and checked, the others encoded."""
+
+from __future__ import annotations
+
+import os
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import Status
+from internvit_cli.decode.decoder import decode_jobs
+from internvit_cli.errors import OutputError
+from internvit_cli.extract.changes import StoredImages, stored_sources
+from internvit_cli.extract.encode_loop import FillRules
+from internvit_cli.extract.engine import ShardJob, Workload
+from internvit_cli.extract.results import Tally, run_log_entry
+from internvit_cli.extract.run_plan import decoded_tiles
+from internvit_cli.runtime.observer import Work
+from internvit_cli.runtime.words import counted
+from internvit_cli.storage.check.recheck import Recheck, contradictory_rows
+from internvit_cli.storage.write.commit import ShardWriter
+from internvit_cli.storage.write.takeover import take_over
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.extract.run_engine import RunEngine
+    from internvit_cli.extract.run_plan import Run, RunPlan
+    from internvit_cli.extract.shard_plan import Draft
+    from internvit_cli.extract.summary import Totals
+    from internvit_cli.plan.table import ImageTable
+    from internvit_cli.runtime.observer import Phase
+    from internvit_cli.sources import Listing, Source
+    from internvit_cli.storage.output import FinishedShard
+
+
+@dataclass(frozen=True, slots=True)
+class CreatedShard:
+    """A shard that lies at the output, with rows that are missing."""
+
+    table: ImageTable
+    attributes: dict[str, Any]
+    later: Sequence[Draft]
+    """Shards that will be made after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    """The same while rows are written to it."""
+
+    table: ImageTable
+    sources: Sequence[Source]
+    """What the table's `source` column counts."""
+    writer: ShardWriter
+    later: Sequence[Draft]
+
+
+class ShardFiller:
+    """Fills the shards of a run, one after the other, and publishes each."""
+
+    def __init__(self, run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> None:
+        """Take what all shards of the run have in common; `totals` adds up what was done."""
+        self._run = run
+        self._listing = plan.listing
+        self._skip_log = plan.skip_log
+        self._rule = plan.rule
+        self._unlisted = frozenset(plan.changes.unlisted)
+        self._engine = engine
+        self._totals = totals
+
+    def fill(self, shard: CreatedShard, finished: StoredImages) -> None:
+        """Encode what is missing in a shard, and publish it when nothing is left and nobody asked to stop.
+
+        Args:
+            shard: what to fill.
+            finished: rows of complete shards of the output; those of the same images are taken over.
+
+        Raises:
+            OutputError: another run writes to the output too.
+            InternvitError: the disk, a device or the workers fail.
+        """
+        run, output, table = self._run, self._run.output, shard.table
+        run.stop.is_working = True
+        number = output.next_number()
+        older = finished.by_shard(table.keys)
+        taken_over = [old for old in finished.shards if output.is_file or old.name in older]
+        with closing(ShardWriter(output.backend, output.partial_path(number), table)) as writer:
+            sources = stored_sources(shard.attributes, output.path, run.relocations)
+            opened = _OpenShard(table, sources, writer, shard.later)
+            self._write_rows(opened, taken_over, is_begun=bool(finished.shards))
+            is_complete = bool((writer.status != Status.PENDING).all())
+        if is_complete and not run.is_stopped:
+            self._publish(number, shard, older)
+
+    def _write_rows(self, shard: _OpenShard, taken_over: Sequence[FinishedShard], *, is_begun: bool) -> None:
+        """Bring all rows to what they should be, as far as there is time."""
+        table, writer = shard.table, shard.writer
+        writer.rewrite_commit_records()
+        self._encode_again(contradictory_rows(table, writer, self._skip_log), writer)
+        with self._recheck(table, writer) as recheck:
+            for old in taken_over:
+                with self._run.observer.phase("copying earlier rows", "image") as phase:
+                    take_over(old, table, writer, lambda: self._run.is_stopped, phase.at)
+            self._encode_pending(shard, is_begun=is_begun or bool(self._totals.tally.images))
+            damaged = self._wait_for(recheck)
+        if damaged:
+            self._encode_again(damaged, writer)
+            self._encode_pending(shard, is_begun=True)
+
+    def _recheck(self, table: ImageTable, writer: ShardWriter) -> Recheck:
+        recheck = Recheck(table, writer)
+        if (writer.status == Status.DONE).any():
+            words = f"{counted(recheck.nbytes, 'byte')} of earlier runs checked again beside the encoding"
+            self._run.observer.note(words)
+        return recheck
+
+    def _wait_for(self, recheck: Recheck) -> list[int]:
+        if not recheck.nbytes:
+            return []
+        with self._run.observer.phase("checking earlier rows"):
+            return recheck.damaged_rows(lambda: self._run.is_stopped)
+
+    def _encode_again(self, rows: list[int], writer: ShardWriter) -> None:
+        """Turn rows of an earlier run pending, for they are not what was committed."""
+        writer.forget(rows)
+        self._totals.mistrusted += len(rows)
+        if rows:
+            words = f"{counted(len(rows), 'image')} more to encode: damaged on the disk since an earlier run"
+            self._run.observer.note(words)
+
+    def _encode_pending(self, shard: _OpenShard, *, is_begun: bool) -> None:
+        table, writer = shard.table, shard.writer
+        rows = np.flatnonzero(writer.status == Status.PENDING)
+        if not len(rows):
+            return
+        workload = Workload(len(rows), int(decoded_tiles(table, self._rule)[rows].max()))
+        engine = self._engine.start(workload)
+        is_begun = is_begun or bool((writer.status == Status.DONE).any())
+        job = ShardJob(
+            workload=workload,
+            keys=table.keys,
+            jobs=decode_jobs(table, rows, shard.sources),
+            first_tile=table.tile_offset,
+            writer=writer,
+            skip_log=self._skip_log,
+            rules=FillRules(self._engine.recipe, is_begun=is_begun, strict=self._run.options.run.strict),
+        )
+        with self._run.observer.phase("encoding", "image") as phase:
+            filled = engine.fill(job, self._run.stop, self._teller(phase, shard, rows))
+        self._totals.add(filled)
+        is_done = writer.status[rows] == Status.DONE
+        self._totals.encoded_unlisted += sum(table.keys[row] in self._unlisted for row in rows[is_done].tolist())
+        done = filled.tally
+        writer.append_run_log(self._engine.facts | run_log_entry(filled.stages, done.images, done.tiles))
+
+    def _teller(self, phase: Phase, shard: _OpenShard, rows: NDArray[Any]) -> Callable[[Tally], None]:
+        """What tells how far all shards are together: what is done, what this one lacks, what later ones bring."""
+        before = self._totals.tally
+        parts = [decoded_tiles(shard.table, self._rule)[rows]]
+        parts += [decoded_tiles(draft.table, self._rule)[draft.to_encode] for draft in shard.later]
+        images = before.images + before.skipped + sum(map(len, parts))
+        tiles = before.tiles + before.skipped_tiles + sum(int(part.sum()) for part in parts)
+
+        def tell(tally: Tally) -> None:
+            so_far = before.plus(tally)
+            work = Work("tile", so_far.tiles + so_far.skipped_tiles, tiles)
+            phase.at(so_far.images + so_far.skipped, images, work=work, skipped=so_far.skipped)
+
+        tell(Tally())
+        return tell
+
+    def _publish(self, number: int, shard: CreatedShard, older: dict[str, list[str]]) -> None:
+        """Give a complete shard its final name."""
+        output = self._run.output
+        with self._run.observer.phase("publishing"):
+            unpublished = output.partial()  # read once more: what cannot be read gets no final name
+            if unpublished is None or (unpublished.stored.table.status == Status.PENDING).any():
+                raise OutputError(
+                    f"another run writes to {output.path} too",
+                    "see to it that only one does, then run the same command again",
+                )
+            if not shard.later:
+                others = () if output.is_file else output.finished()
+                self._skip_log.rewrite(is_skipped_by([*others, unpublished], self._listing))
+            output.publish(number, len(shard.table), shard.table.tiles, older)
+
+
+def is_skipped_by(shards: Sequence[FinishedShard], listing: Listing) -> Callable[[str], bool]:
+    """Return what tells whether a key belongs on the list of skipped images of an output with these shards."""
+    stored = StoredImages(shards)
+    folders = {os.fsdecode(problem.path) for problem in listing.unreadable_folders}
+    settled = (None, Status.DONE, Status.PENDING)
+    return lambda key: key in folders or stored.status(os.fsencode(key)) not in settled
