@@ -211,7 +211,7 @@ def test_info_tells_the_figures(tmp_path: Path, pictures: Path, capsys: pytest.C
 @pytest.fixture
 def emulated_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
     """fp8 on a CPU, where it is emulated and never offered."""
-    for module in ("encoder_devices", "preview"):
+    for module in ("encode.devices", "extract.requests"):
         monkeypatch.setattr(f"internvit_cli.{module}.check_kind", lambda *_, **__: None)
 
 

@@ -329,7 +329,8 @@ sys.stdin.read()
 
 def test_workers_end_when_their_parent_is_killed():
     """At once when they are idle, after the task at hand otherwise; nothing is left for a human to clean up."""
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(__file__)}
+    places = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", PARENT], env=environment, text=True, **pipes) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
