@@ -1,13 +1,13 @@
 """Tiles a second of our encoder against transformers' InternVLVisionModel (sdpa): same shape, weights, machine.
 
 Both get the same uint8 tiles and give visual tokens in float16 on the host, in one process, in turns. Our encoder gets
-them as it does in `internvit extract`; transformers gets whole batches and normalises them on the device.
+them as it does in `internvit extract`; transformers gets whole batches and normalizes them on the device.
 
     python benchmarks/encoder.py --shape 300m --dtype bfloat16 --repeats 5
     python benchmarks/encoder.py --shape 300m --dtype bfloat16 fp8 --batch 1 4 64 128 --operations --sweep-attention
 
 On a CUDA card the table also has transformers in a CUDA graph at small batches, the share of the speed of a matrix
-product of 8192^3, errors against float32, the time to the first batch, and how far a row depends on its neighbours.
+product of 8192^3, errors against float32, the time to the first batch, and how far a row depends on its neighbors.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def print_stability(bench: Bench, batch: int) -> None:
     """How far a tile's tokens depend on the tiles beside it, and on its place in the batch."""
     tiles = bench.tiles(2 * batch)
     print(f"\nA tile in batches of {batch}, largest difference of its tokens:")
-    print("| dtype | other neighbours, same place | another place | again, all the same |\n|---|---|---|---|")
+    print("| dtype | other neighbors, same place | another place | again, all the same |\n|---|---|---|---|")
     for dtype in bench.dtypes:
         with Encoder.load(bench.checkpoint, bench.options(dtype, batch)) as encoder:
 
@@ -92,13 +92,13 @@ def print_stability(bench: Bench, batch: int) -> None:
             first = encode(tiles[:batch])
             mixed = encode(np.concatenate([tiles[: batch // 2], tiles[batch + batch // 2 :]]))
             alone = encode(tiles[:1])
-            neighbours = max(
+            neighbors = max(
                 np.abs(mixed[: batch // 2] - first[: batch // 2]).max(initial=0), np.abs(alone - first[:1]).max()
             )
             turned = encode(np.roll(tiles[:batch], batch // 2, axis=0))
             place = np.abs(np.roll(turned, -(batch // 2), axis=0) - first).max()
             again = np.abs(encode(tiles[:batch]) - first).max()
-        print(f"| {dtype.value} | {neighbours:.4g} | {place:.4g} | {again:.4g} |", flush=True)
+        print(f"| {dtype.value} | {neighbors:.4g} | {place:.4g} | {again:.4g} |", flush=True)
 
 
 def first_batch(bench: Bench, batch: int) -> str:
@@ -204,7 +204,7 @@ def _operations(bench: Bench, kind: torch.dtype) -> dict[str, tuple[Callable, fl
         layer = nn.Linear(width, size, device=bench.device, dtype=torch.bfloat16)
         layer = fp8.Fp8Linear(layer) if kind is fp8.FP8 else layer
         h = wide if width == M and M != C else x
-        h = fp8.quantise(h) if kind is fp8.FP8 and name != "proj" else h
+        h = fp8.quantize(h) if kind is fp8.FP8 and name != "proj" else h
         operation = "linear_gelu" if gelu else "linear"
         found[name] = (
             lambda k, h=h, layer=layer, operation=operation: getattr(k, operation)(h, layer),

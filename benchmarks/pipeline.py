@@ -177,7 +177,7 @@ def processor() -> str:
 
 
 def report(images: int, results: dict[str, list[dict[str, float]]]) -> None:
-    """A Markdown table, with the ratio of each round's own neighbours."""
+    """A Markdown table, with the ratio of each round's own neighbors."""
     import torch
 
     first = results["script, float32"]

@@ -157,16 +157,16 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 def whitened(vectors: np.ndarray, shrinkage: float | None) -> np.ndarray:
     """Centred vectors under a covariance that is shrunk by so much, or by Ledoit and Wolf's share."""
-    centred = vectors - vectors.mean(axis=0)
-    count, width = centred.shape
-    covariance = centred.T @ centred / count
+    centered = vectors - vectors.mean(axis=0)
+    count, width = centered.shape
+    covariance = centered.T @ centered / count
     average = np.trace(covariance) / width
     if shrinkage is None:
         squared = np.square(covariance).sum()
-        error = (np.square(np.square(centred).sum(axis=1)).mean() - squared) / count
+        error = (np.square(np.square(centered).sum(axis=1)).mean() - squared) / count
         shrinkage = max(0.05, float(np.clip(error / (squared - width * average**2), 0, 1)))
     matrix = (1 - shrinkage) * covariance + shrinkage * average * np.eye(width)
-    return unit(centred @ np.linalg.inv(np.linalg.cholesky(matrix)).T)
+    return unit(centered @ np.linalg.inv(np.linalg.cholesky(matrix)).T)
 
 
 def balanced(vectors: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from hypothesis import settings
 MODULES = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_")}
 pytest.register_assert_rewrite(*MODULES - {"conftest", "folders"})  # a failed assert in a helper shows its values
 pytest_plugins = ["drivers", "report_helpers"]
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the commands under test respect nohup, which these tests may run under
 
 settings.register_profile("shared machine", deadline=None)  # A slow moment of the machine is no failure.
 settings.load_profile("shared machine")

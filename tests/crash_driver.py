@@ -31,10 +31,10 @@ from internvit_cli.extract import engine, run_plan, shard_filler, shard_plan, wr
 from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.plan import scan
 from internvit_cli.plan.headers import header_reader
-from internvit_cli.runtime.workers import Finished
+from internvit_cli.runtime.workers import FinishedTask
 from internvit_cli.storage.durable import disk_errors, sync_data, sync_together
 from internvit_cli.storage.format.layout import FeatureShape
-from internvit_cli.storage.write import commit, takeover
+from internvit_cli.storage.write import commit, reuse
 from internvit_cli.storage.write.commit import RowWriter, ShardWriter
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ ALWAYS = ("--model", "tiny-random", "--dtype", "float32", "--tile-pooled")
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behavior:
     """How a run differs from a plain one."""
 
     tokens: tuple[int, int] = (4, 6)
@@ -97,7 +97,7 @@ class InlinePool:
 
     def __init__(self, spec: Any, count: int, task_seconds: float) -> None:
         self._read = header_reader(*spec.arguments)
-        self._finished: list[Finished] = []
+        self._finished: list[FinishedTask] = []
 
     capacity = 4
 
@@ -106,9 +106,9 @@ class InlinePool:
         return len(self._finished)
 
     def submit(self, task_id: int, payload: Any, *, alone: bool = False) -> None:
-        self._finished.append(Finished(task_id, self._read(payload), 0.0))
+        self._finished.append(FinishedTask(task_id, self._read(payload), 0.0))
 
-    def wait(self, timeout: float | None = None) -> list[Finished]:
+    def wait(self, timeout: float | None = None) -> list[FinishedTask]:
         finished, self._finished = self._finished, []
         return finished
 
@@ -127,7 +127,7 @@ class DigestDecoder:
     """The most that an image may have."""
     busy_seconds = 0.0
     pids = ()
-    behaviour = Behaviour()
+    behavior = Behavior()
     pictures = itertools.count()
     """Of all shards."""
 
@@ -138,8 +138,8 @@ class DigestDecoder:
         for job in jobs:
             if stopped():
                 return
-            if self.behaviour.fill_disk and next(self.pictures) == self.behaviour.fill_disk_after:
-                fill_disk(self.behaviour.fill_disk)
+            if self.behavior.fill_disk and next(self.pictures) == self.behavior.fill_disk_after:
+                fill_disk(self.behavior.fill_disk)
             facts = os.stat(job.path)
             if (facts.st_size, facts.st_mtime_ns) != (job.header.file_size, job.header.file_mtime_ns):
                 yield FailedImage(job.row, Skipped(Status.CHANGED, "", "the file changed after it was planned"), 0)
@@ -268,27 +268,27 @@ def fill_disk(path: str) -> None:
                     file.write(bytes(size))
 
 
-def prepare(behaviour: Behaviour) -> None:
+def prepare(behavior: Behavior) -> None:
     """Put the stand-ins in place."""
     stand_in = types.ModuleType("internvit_cli.encode.encoder")
     stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
     sys.modules["internvit_cli.encode.encoder"] = stand_in
     scan.WorkerPool = InlinePool  # type: ignore[assignment,misc]
-    DigestDecoder.behaviour, DigestEncoder.tokens = behaviour, behaviour.tokens
+    DigestDecoder.behavior, DigestEncoder.tokens = behavior, behavior.tokens
     engine.Decoder = DigestDecoder  # type: ignore[assignment,misc]
-    shape = FeatureShape(Tokens.VISUAL, *behaviour.tokens, POOLED_WIDTH, StoreDtype.FLOAT16, tile_pooled=True)
+    shape = FeatureShape(Tokens.VISUAL, *behavior.tokens, POOLED_WIDTH, StoreDtype.FLOAT16, tile_pooled=True)
     run_plan.feature_shape = lambda options, card, recipe: replace(shape, earlier_layers=recipe.earlier_layers)
-    writer_thread.CHECKPOINT_SECONDS, writer_thread.CHECKPOINT_BYTES = 3600.0, behaviour.checkpoint_bytes
-    takeover.CHECKPOINT_BYTES = behaviour.checkpoint_bytes
-    commit.sync_together = sync_in_turn if behaviour.inline else sync_together
-    engine.ShardSink = InlineSink if behaviour.inline else ShardSink  # type: ignore[misc]
-    if behaviour.misordered:
+    writer_thread.CHECKPOINT_SECONDS, writer_thread.CHECKPOINT_BYTES = 3600.0, behavior.checkpoint_bytes
+    reuse.CHECKPOINT_BYTES = behavior.checkpoint_bytes
+    commit.sync_together = sync_in_turn if behavior.inline else sync_together
+    engine.ShardSink = InlineSink if behavior.inline else ShardSink  # type: ignore[misc]
+    if behavior.misordered:
         shard_filler.ShardWriter = MisorderedWriter  # type: ignore[misc]
-    by_images = lambda _, table: cut(table, behaviour.shard_images)  # noqa: E731
-    shard_plan.ShardSize.split = by_images if behaviour.shard_images else SPLIT  # type: ignore[method-assign]
-    if behaviour.no_reserve:
+    by_images = lambda _, table: cut(table, behavior.shard_images)  # noqa: E731
+    shard_plan.ShardSize.split = by_images if behavior.shard_images else SPLIT  # type: ignore[method-assign]
+    if behavior.no_reserve:
         commit.reserve = lambda path: None
-    if behaviour.report:
+    if behavior.report:
         _report_checkpoints()
 
 
@@ -314,7 +314,7 @@ def _report_checkpoints() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line, such as `extract PICTURES -o OUT`; returns the exit code."""
-    tokens = DigestDecoder.behaviour.tokens[0]  # as many as a tile of this size has
+    tokens = DigestDecoder.behavior.tokens[0]  # as many as a tile of this size has
     return int(app.run([*arguments, *ALWAYS, "--tile-size", str(2 * PATCH_SIZE * math.isqrt(tokens))]))
 
 
@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--moment", default="", help="when it is struck, as `moments.Moment.plan` gives it")
     options = vars(parser.parse_args(own))
     moment = options.pop("moment")
-    prepare(Behaviour(**options | {"tokens": tuple(options["tokens"])}))
+    prepare(Behavior(**options | {"tokens": tuple(options["tokens"])}))
     if moment:
         import moments
 

@@ -60,9 +60,9 @@ def why_not_traceable() -> str:
     return f"strace cannot trace here: {run.stderr.strip()}" if run.returncode else ""
 
 
-def warm_up(behaviour: crash_driver.Behaviour) -> None:
+def warm_up(behavior: crash_driver.Behavior) -> None:
     """Prepare the driver and run it once, so that no child has anything left to import."""
-    crash_driver.prepare(behaviour)
+    crash_driver.prepare(behavior)
     with tempfile.TemporaryDirectory() as folder:
         crash_checks.make_pictures(Path(folder, "pictures"), ["a.png", "spoiled.png"])
         for output in ("feats.h5", "feats"):

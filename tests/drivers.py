@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import crash_driver
 import crash_tracing as tracing
 import pytest
-from crash_driver import Behaviour
+from crash_driver import Behavior
 
 from internvit_cli.cli import app
 
@@ -41,25 +41,25 @@ class Driver:
         self._logs = (folder / f"{number}.log" for number in itertools.count())
 
     def run(
-        self, arguments: tuple[object, ...], behaviour: Behaviour | None = None, moment: Moment | None = None
+        self, arguments: tuple[object, ...], behavior: Behavior | None = None, moment: Moment | None = None
     ) -> Ended:
         """Run a command line.
 
         Args:
             arguments: such as `extract PICTURES -o OUT`.
-            behaviour: how it differs from a plain run.
+            behavior: how it differs from a plain run.
             moment: when it is killed.
         """
         plan = None if moment is None else moment.plan("SIGKILL")
         words = list(map(str, arguments))
-        return self._processes.submit(run_driver, words, behaviour or Behaviour(), plan, next(self._logs)).result()
+        return self._processes.submit(run_driver, words, behavior or Behavior(), plan, next(self._logs)).result()
 
 
-def run_driver(arguments: list[str], behaviour: Behaviour, plan: str | None, log: Path) -> Ended:
+def run_driver(arguments: list[str], behavior: Behavior, plan: str | None, log: Path) -> Ended:
     """Run one command line in a child of this process."""
 
     def run() -> int:
-        crash_driver.prepare(behaviour)
+        crash_driver.prepare(behavior)
         if plan is not None:
             import moments
 
@@ -71,7 +71,7 @@ def run_driver(arguments: list[str], behaviour: Behaviour, plan: str | None, log
 
 def begin_process() -> None:
     """Import all that a run needs, and what `info` and `verify` need."""
-    tracing.warm_up(Behaviour(inline=True, shard_images=4))
+    tracing.warm_up(Behavior(inline=True, shard_images=4))
     with tempfile.TemporaryDirectory() as folder:
         for name in ("info", "verify"):
             tracing.run_forked(lambda name=name: app.run([name, folder]), Path(folder, "log"))

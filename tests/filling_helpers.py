@@ -15,7 +15,7 @@ from internvit_cli.config import PixelRule, Status, TilingRule
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
 from internvit_cli.errors import DeviceError
-from internvit_cli.extract.encode_loop import Filled, FillJob, FillRules, fill
+from internvit_cli.extract.encode_loop import EncodeResult, FillJob, FillRules, fill
 from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.plan.headers import Header, read_header
 from internvit_cli.plan.table import ImageTable
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 SIDE = 28
 RULE = PixelRule(TilingRule(tile_size=SIDE, max_tiles=6))
 TOO_LARGE, NOT_A_NUMBER, CLAMPED = 250, 251, 252
-"""Colours of pictures for which the encoder below gives such values."""
+"""Colors of pictures for which the encoder below gives such values."""
 
 
 class Encoder:
-    """Features that can be told from the pixels, and verdicts by colour; no model."""
+    """Features that can be told from the pixels, and verdicts by color; no model."""
 
     device_seconds = 0.0
     halved = False
@@ -118,7 +118,7 @@ class Shard:
         strict: bool = False,
         is_begun: bool = False,
         pool_all_tiles: bool = False,
-    ) -> Filled:
+    ) -> EncodeResult:
         """Fill what is pending, as one run does."""
         table = self.output.partial().stored.table
         writer = ShardWriter(self.output.backend, self.output.partial_path(0), table)

@@ -23,7 +23,7 @@ from internvit_cli.config import OnOverflow, Pool, StoreDtype, TokenOrder, Token
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.kernels import fp8, plain
 from internvit_cli.model.kernels.choice import plain_for, tried
-from internvit_cli.model.kernels.interface import Quantised, StorePlan
+from internvit_cli.model.kernels.interface import QuantizedRows, StorePlan
 from internvit_cli.model.kernels.probes import Case, difference, probes
 from internvit_cli.model.loading import load_vit
 
@@ -65,12 +65,12 @@ def close(actual: Tensor, expected: Tensor, bound: float) -> None:
     assert error <= bound, f"{tuple(expected.shape)}: {error:.3g} is more than {bound:.3g}"
 
 
-def close_rows(actual: Quantised, expected: Quantised, setting: Setting) -> None:
+def close_rows(actual: QuantizedRows, expected: QuantizedRows, setting: Setting) -> None:
     """Nearly all values equal, and none further off than a step of fp8 (in the interpreter, a power of two)."""
     close(actual.scale, expected.scale, max(setting.bound, 1e-5))
     differ = (actual.values.float() != expected.values.float()).float().mean()
     assert differ < (0.05 if setting.interpreted else 0.01), f"{float(differ):.3g} of the values differ"
-    close(fp8.dequantise(actual), fp8.dequantise(expected), 0.15 if setting.interpreted else 0.08)
+    close(fp8.dequantize(actual), fp8.dequantize(expected), 0.15 if setting.interpreted else 0.08)
 
 
 def norms(setting: Setting, width: int, kind: type) -> nn.Module:
@@ -161,15 +161,15 @@ def qk_norm(setting: Setting) -> None:
         assert torch.equal(actual[..., 2 * width :], expected[..., 2 * width :])
 
 
-def quantise(setting: Setting) -> None:
+def quantize(setting: Setting) -> None:
     """Rows in fp8, as they are or after GELU; a row of zeros stays one."""
     from internvit_cli.model.kernels import triton_norms
 
     for width in (16, 1000, 12800):
         x = setting.random(3, 2, width, scale=2.0)
         x[0, 0] = 0
-        close_rows(triton_norms.quantise(x), fp8.quantise(x), setting)
-        close_rows(triton_norms.quantise(x, gelu=True), fp8.quantise(F.gelu(x.float())), setting)
+        close_rows(triton_norms.quantize(x), fp8.quantize(x), setting)
+        close_rows(triton_norms.quantize(x, gelu=True), fp8.quantize(F.gelu(x.float())), setting)
 
 
 def patches(setting: Setting) -> None:
@@ -223,7 +223,7 @@ def nan_is_never_lost(setting: Setting) -> None:
     for value in (float("nan"), float("inf")):
         x = setting.random(2, 64)
         x[1, 7] = value
-        rows = triton_norms.quantise(x)
+        rows = triton_norms.quantize(x)
         if not setting.interpreted:  # whose fp8 has no NaN
             assert rows.values[1].float().isnan().any()
         assert not rows.values[0].float().isnan().any()
@@ -284,7 +284,7 @@ CASES: dict[str, Callable[[Setting], None]] = {
         residual_norm,
         embed,
         qk_norm,
-        quantise,
+        quantize,
         patches,
         store,
         nan_is_never_lost,

@@ -108,8 +108,8 @@ def calls(model: str, dtype: torch.dtype, capability: int = 90) -> dict[str, Cal
         ),
     }
     if in_fp8:
-        found["quantise"] = lambda: triton_norms.quantise(some(1, 1 + N, C))
-        found["quantise_gelu"] = lambda: triton_norms.quantise(some(1, 1 + N, M), gelu=True)
+        found["quantize"] = lambda: triton_norms.quantize(some(1, 1 + N, C))
+        found["quantize_gelu"] = lambda: triton_norms.quantize(some(1, 1 + N, M), gelu=True)
     if base is not torch.float32:
         cut = triton_attention.blocks_for(vision.head_dim, divmod(capability, 10))
         found["attention"] = lambda: triton_attention.attention(some(1, 1 + N, 3 * C), vision.num_heads, cut)

@@ -21,7 +21,7 @@ from internvit_cli.cli.app import run
 from internvit_cli.config import ComputeDtype, StoreDtype, Tokens
 from internvit_cli.model import accuracy
 from internvit_cli.model.accuracy import ATTRIBUTE_CHARACTERS, Accuracy, AccuracyError, ComputeError, StoreError
-from internvit_cli.model.kernels.plain import quantise_tokens
+from internvit_cli.model.kernels.plain import quantize_tokens
 from internvit_cli.storage.format.layout import decode_values
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def verify(output: Path) -> int:
     st.sampled_from(SCALED),
 )
 def test_no_value_is_further_from_what_is_stored_than_half_a_step(tokens: np.ndarray, dtype: str) -> None:
-    stored, scales = quantise_tokens(torch.from_numpy(tokens), TORCH_TYPE[dtype])
+    stored, scales = quantize_tokens(torch.from_numpy(tokens), TORCH_TYPE[dtype])
     read_back = decode_values(stored.numpy(), StoreDtype(dtype), scales.numpy()).astype(np.float64)
     error, largest = np.abs(read_back - tokens), np.abs(tokens).max(axis=-1, keepdims=True).astype(np.float64)
     slack = 1e-6 * largest + 1e-37
@@ -70,7 +70,7 @@ def test_no_value_is_further_from_what_is_stored_than_half_a_step(tokens: np.nda
 
 @pytest.mark.parametrize("dtype", SCALED)
 def test_a_token_of_zeros_is_read_back_as_zeros(dtype: str) -> None:
-    stored, scales = quantise_tokens(torch.zeros(2, 4), TORCH_TYPE[dtype])
+    stored, scales = quantize_tokens(torch.zeros(2, 4), TORCH_TYPE[dtype])
     assert (decode_values(stored.numpy(), StoreDtype(dtype), scales.numpy()) == 0).all()
 
 

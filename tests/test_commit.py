@@ -29,7 +29,7 @@ from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 from internvit_cli.storage.write.commit import ShardWriter, create_shard
-from internvit_cli.storage.write.takeover import take_over
+from internvit_cli.storage.write.reuse import reuse_rows
 
 GRIDS = [(1, 1, 0), (2, 1, 1), (1, 1, 0), (1, 3, 1)]
 BOTH = pytest.mark.parametrize("shard_format", list(Format), ids=lambda f: f.value)
@@ -508,7 +508,7 @@ def test_rows_of_a_finished_file_are_taken_over_bit_for_bit(tmp_path):
         helpers.ImageTable.build(table.keys, np.zeros(5, np.uint8), columns), tile_pooled=True
     )
     writer = open_writer(output, new_shard)
-    assert take_over(output.finished()[0], new_shard.table, writer) == 2
+    assert reuse_rows(output.finished()[0], new_shard.table, writer) == 2
     writer.close()
     assert reopen_writer(output).status.tolist() == [1, 0, 0, 1, 0]
 

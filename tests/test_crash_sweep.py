@@ -161,4 +161,4 @@ def test_the_sweep_sees_statuses_that_are_written_before_their_rows(scratch: Pat
 
 
 def begin_misordered_process() -> None:
-    tracing.warm_up(crash_driver.Behaviour(inline=True, misordered=True, shard_images=4))
+    tracing.warm_up(crash_driver.Behavior(inline=True, misordered=True, shard_images=4))

@@ -14,7 +14,7 @@ import crash_driver
 import crash_tracing as tracing
 import pytest
 from crash_checks import KINDS
-from crash_driver import Behaviour
+from crash_driver import Behavior
 from forking import PATIENCE
 
 from internvit_cli.errors import ExitCode
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 DISK = "64M"
 NAMES = [*(f"{number:02d}.png" for number in range(60)), "bad.png", "spoiled.png"]
-ROWS = Behaviour(tokens=(256, 256), checkpoint_bytes=2_000_000)
+ROWS = Behavior(tokens=(256, 256), checkpoint_bytes=2_000_000)
 """A tile takes 128 kB: all pictures together fill about half of the disk."""
 
 

@@ -1,4 +1,4 @@
-"""Colours, text, figures, and pictures in a terminal."""
+"""Colors, text, figures, and pictures in a terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from internvit_cli.viz.draw.text import FAINT, PAPER, drawable, fitted, text_wid
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
 
 
-# ------------------------------------------------------------------------------------------------------------- colours
+# ------------------------------------------------------------------------------------------------------------- colors
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 50))
@@ -35,7 +35,7 @@ def test_a_scale_is_monotone_and_clipped_at_its_ends(low, span, steps):
     assert (np.diff(light) >= -60).all(), "viridis grows lighter throughout"
 
 
-def test_what_is_no_number_is_grey_and_a_scale_without_range_has_one_colour():
+def test_what_is_no_number_is_grey_and_a_scale_without_range_has_one_color():
     assert Scale(0, 1).colors(np.array([np.nan])).tolist() == [[128, 128, 128]]
     assert len(np.unique(Scale(3, 3).colors(np.array([1.0, 3.0, 9.0])), axis=0)) == 1
     assert Scale(-1, 1, DIVERGING).colors(np.array([0.0])).tolist() == [[247, 247, 247]]
@@ -232,7 +232,7 @@ def test_half_blocks_are_the_pixels_two_a_character():
 
 
 def read_sixel(text: str) -> np.ndarray:
-    """A plain sixel decoder: colours in percent, runs, carriage returns, new lines."""
+    """A plain sixel decoder: colors in percent, runs, carriage returns, new lines."""
     match = re.fullmatch(r'\x1bPq"1;1;(\d+);(\d+)(.*)\x1b\\\n', text, re.DOTALL)
     assert match
     width, height = int(match[1]), int(match[2])
@@ -263,7 +263,7 @@ def test_sixel_is_the_picture_in_a_palette(height):
     image = PHOTO.resize((90, height))
     found = read_sixel(render(image, Graphics.SIXEL, columns=80))
     expected = np.asarray(image.quantize(255).convert("RGB"), int)
-    assert np.abs(found - expected).max() <= 2, "colours in percent round"
+    assert np.abs(found - expected).max() <= 2, "colors in percent round"
 
 
 @pytest.mark.parametrize("graphics", [Graphics.KITTY, Graphics.SIXEL, Graphics.BLOCKS], ids=lambda g: g.value)

@@ -75,7 +75,7 @@ def scaled(checkpoint: Checkpoint, factor: float) -> Checkpoint:
     return Checkpoint(checkpoint.card, checkpoint.blocks, {**checkpoint.weights, name: larger})
 
 
-def normalised(tiles) -> torch.Tensor:
+def normalized(tiles) -> torch.Tensor:
     card = tiny_card()
     pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(card.mean)[:, None, None]) / torch.tensor(card.std)[:, None, None]
@@ -86,7 +86,7 @@ def hidden():
     """Tiles and their hidden states by the plain float path."""
     tiles = random_tiles(5)
     with torch.inference_mode():
-        return tiles, load_vit(tiny_checkpoint(), device=CPU, dtype=torch.float32)(normalised(tiles))
+        return tiles, load_vit(tiny_checkpoint(), device=CPU, dtype=torch.float32)(normalized(tiles))
 
 
 @pytest.mark.parametrize("dtype", [ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16])
@@ -351,7 +351,7 @@ def test_cuda_gives_what_the_cpu_gives(dtype):
 
 @needs_cuda
 @pytest.mark.cuda
-def test_on_cuda_a_row_does_not_depend_on_its_neighbours_or_on_what_is_in_flight():
+def test_on_cuda_a_row_does_not_depend_on_its_neighbors_or_on_what_is_in_flight():
     tiles = random_tiles(40)
     with Encoder.load(tiny_checkpoint(), options(device="cuda", batch_tiles=8)) as encoder:
         whole = [encoder.submit(tiles[i : i + 8]) for i in range(0, 40, 8)]

@@ -348,7 +348,7 @@ def test_when_not_one_picture_can_be_used_the_exit_code_is_1(tmp_path: Path) -> 
         (["pictures", "-o", "f.h5", "--device", "cuda:7"], 1, "--device cuda:7"),
         (["pictures", "-o", "f.h5", "--device", "tpu"], 2, "--device tpu"),
         (["pictures", "-o", "f.h5", "--batch-size", "many"], 2, "--batch-size is 'many'"),
-        (["pictures", "-o", "f.h5", "--background", "nocolour"], 2, "nocolour"),
+        (["pictures", "-o", "f.h5", "--background", "nocolor"], 2, "nocolor"),
         (["pictures", "-o", "f.h5", "--shard-size", "big"], 2, "--shard-size is 'big'"),
         (["pictures", "-o", "text.h5"], 1, "not an HDF5 file"),
         (["pictures", "pictures/part0", "pictures/part1=pictures", "-o", "f.h5"], 2, "pictures/part1=pictures"),

@@ -46,11 +46,11 @@ def output(tmp_path) -> Output:
 
 @pytest.fixture
 def plain_pictures(tmp_path) -> Callable[[Sequence[int]], list[Path]]:
-    """Pictures of one tile and one colour each, by the red of it."""
+    """Pictures of one tile and one color each, by the red of it."""
 
-    def make(colours: Sequence[int]) -> list[Path]:
+    def make(colors: Sequence[int]) -> list[Path]:
         paths = []
-        for number, red in enumerate(colours):
+        for number, red in enumerate(colors):
             paths.append(tmp_path / f"{number:03d}.png")
             Image.new("RGB", (SIDE, SIDE), (red, number % 256, 7)).save(paths[-1])
         return paths

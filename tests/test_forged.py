@@ -23,7 +23,7 @@ FEW, MANY = 6, 80
 
 
 def begin_process() -> None:
-    tracing.warm_up(crash_driver.Behaviour(inline=True))
+    tracing.warm_up(crash_driver.Behavior(inline=True))
 
 
 @pytest.fixture(scope="module")

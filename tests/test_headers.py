@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from internvit_cli.config import PixelRule, Preprocess, Skipped, Status, TilingRule
-from internvit_cli.plan.headers import Drawn, Header, read_header, read_headers
+from internvit_cli.plan.headers import Header, OwnDrawing, read_header, read_headers
 from internvit_cli.plan.orientation import as_turn
 from internvit_cli.plan.quick_headers import QuickHeader, quick_header
 from internvit_cli.sources.files import classify, open_picture, open_regular
@@ -54,10 +54,10 @@ def skipped(path: bytes, rule: PixelRule = RULE) -> Skipped:
 def test_a_drawing_of_ours_is_told_apart_whatever_its_size_and_is_a_picture_like_any_other(tmp_path: Path) -> None:
     path = os.fsencode(tmp_path / "a.png")
     (tmp_path / "a.png").write_bytes(encode_png(Image.new("RGB", (300, 200))))
-    assert read_headers([path], RULE) == [Drawn(header(path))]
+    assert read_headers([path], RULE) == [OwnDrawing(header(path))]
     assert header(path)[:3] == (300, 200, 1)
     (small,) = read_headers([path], PixelRule(max_pixels=10))
-    assert isinstance(small, Drawn) and isinstance(small.outcome, Skipped)
+    assert isinstance(small, OwnDrawing) and isinstance(small.outcome, Skipped)
     assert small.outcome.status is Status.TOO_LARGE
 
 

@@ -25,7 +25,7 @@ from internvit_cli.model.catalog import KNOWN_MODELS
 from internvit_cli.model.features import FeatureSpec
 from internvit_cli.model.kernels import fp8
 from internvit_cli.model.kernels.choice import check_fp8_products, kernels_for, plain_for, tried
-from internvit_cli.model.kernels.interface import Quantised, StorePlan, linear_part
+from internvit_cli.model.kernels.interface import QuantizedRows, StorePlan, linear_part
 from internvit_cli.model.kernels.plain import attend_fused, plain_kernels
 from internvit_cli.model.kernels.probes import Case, probes
 
@@ -74,7 +74,7 @@ def test_in_tritons_interpreter_a_kernel_gives_what_its_twin_gives(case, interpr
 def test_on_cuda_a_kernel_gives_what_its_twin_gives(case, dtype):
     if "attention" in case and dtype is torch.float32:
         pytest.skip("attention in float32 is PyTorch's")
-    with_fp8 = case in {"residual_norm", "embed", "quantise", "nan_is_never_lost"}
+    with_fp8 = case in {"residual_norm", "embed", "quantize", "nan_is_never_lost"}
     if with_fp8 and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("no fp8 below compute capability 8.9")
     CASES[case](ON_CUDA[dtype])
@@ -135,7 +135,7 @@ def test_on_cuda_fp8_products_are_those_of_their_emulation():
         return
     check_fp8_products(CUDA)
     layer = fp8.Fp8Linear(nn.Linear(1024, 3072, device=CUDA, dtype=torch.bfloat16).requires_grad_(False))
-    rows = fp8.quantise(torch.randn(2, 1025, 1024, device=CUDA))
+    rows = fp8.quantize(torch.randn(2, 1025, 1024, device=CUDA))
     close(fp8.scaled_linear(rows, layer), fp8.emulated_linear(rows, layer), 2.0**-6)
 
 
@@ -192,9 +192,9 @@ def test_every_operation_is_tried_and_gives_itself(dtype, changes):
 def test_rows_in_fp8_are_within_a_sixteenth_and_zeros_stay_zeros():
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * 3
     x[3] = 0
-    rows = fp8.quantise(x)
+    rows = fp8.quantize(x)
     assert rows.values.dtype is torch.float8_e4m3fn
-    error = (fp8.dequantise(rows) - x).abs()
+    error = (fp8.dequantize(rows) - x).abs()
     assert bool((error <= x.abs() / 16 + x.abs().amax(1, keepdim=True) * 2.0**-17).all())
     assert float(rows.values.float().abs().max()) == 448
 
@@ -202,7 +202,7 @@ def test_rows_in_fp8_are_within_a_sixteenth_and_zeros_stay_zeros():
 def test_the_largest_and_the_smallest_rows_are_scaled_alike():
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
     for factor in (1e-6, 1.0, 1e30):
-        assert relative_error(fp8.dequantise(fp8.quantise(x * factor)) / factor, fp8.dequantise(fp8.quantise(x))) < 1e-6
+        assert relative_error(fp8.dequantize(fp8.quantize(x * factor)) / factor, fp8.dequantize(fp8.quantize(x))) < 1e-6
 
 
 def test_a_linear_layer_in_fp8_is_close_to_the_exact_one_and_a_part_of_it_is_a_part_of_it():
@@ -213,13 +213,13 @@ def test_a_linear_layer_in_fp8_is_close_to_the_exact_one_and_a_part_of_it_is_a_p
     assert whole.dtype is torch.bfloat16
     exact = layer(x).float()
     assert float((whole.float() - exact).norm() / exact.norm()) < 0.04
-    part = fp8.scaled_linear(fp8.quantise(x), linear_part(scaled, slice(16, 48)))
+    part = fp8.scaled_linear(fp8.quantize(x), linear_part(scaled, slice(16, 48)))
     assert torch.equal(part, whole[..., 16:48])
 
 
 def test_every_linear_layer_of_a_model_is_replaced_and_nothing_else():
     model = nn.Sequential(nn.LayerNorm(16), nn.Sequential(nn.Linear(16, 16), nn.GELU()), nn.Linear(16, 16))
-    fp8.quantise_linears(model.requires_grad_(False))
+    fp8.quantize_linears(model.requires_grad_(False))
     kinds = [type(module) for module in model.modules() if not list(module.children())]
     assert kinds == [nn.LayerNorm, fp8.Fp8Linear, nn.GELU, fp8.Fp8Linear]
 
@@ -232,8 +232,8 @@ def test_the_operations_in_fp8_are_the_plain_ones_rounded_once():
     expected = plain.residual_norm(x, y, scale, norm)
     actual = coarse.residual_norm(x, y, scale, norm)
     assert torch.equal(actual[0], expected[0])
-    assert isinstance(actual[1], Quantised)
-    assert relative_error(fp8.dequantise(actual[1]), expected[1]) < 0.05
+    assert isinstance(actual[1], QuantizedRows)
+    assert relative_error(fp8.dequantize(actual[1]), expected[1]) < 0.05
     assert torch.equal(coarse.norm(expected[0], norm).values, actual[1].values)
 
 

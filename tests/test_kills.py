@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import crash_checks as checks
 import pytest
 from crash_checks import ALL_KINDS
-from crash_driver import Behaviour
+from crash_driver import Behavior
 from forking import run_apart
 from moments import DISK, EVERY_IMAGE, WRITE, Moment
 from run_helpers import make_pictures
@@ -26,7 +26,7 @@ PICTURES = 30
 KILLS = 30
 CHAIN = 20
 """Kills of one run, one after another, unless it comes to its end before."""
-SMALL_SHARDS = Behaviour(shard_images=4)
+SMALL_SHARDS = Behavior(shard_images=4)
 LAST_CALLS = 12
 """After the last image a run calls the disk more often than this."""
 

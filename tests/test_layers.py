@@ -24,7 +24,7 @@ from internvit_cli import Extractor, FeatureDataset, open_features
 from internvit_cli.config import Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import OutputError, UsageError
-from internvit_cli.model.features import FeatureModel, Features, FeatureSpec
+from internvit_cli.model.features import FeatureModel, FeatureSpec, LayerTensors
 from internvit_cli.model.vit import Block
 from internvit_cli.storage.format.layout import FeatureName, crc_order, dataset_of
 from internvit_cli.verify.checks import verify
@@ -99,7 +99,7 @@ def test_the_crc_goes_over_the_main_layer_and_then_over_the_earlier_ones_by_numb
 # ----------------------------------------------------------------------------------------------------------- the model
 
 
-def features_of(layers: tuple[int, ...], tiles: list[np.ndarray], **changes: Any) -> tuple[Features, ...]:
+def features_of(layers: tuple[int, ...], tiles: list[np.ndarray], **changes: Any) -> tuple[LayerTensors, ...]:
     options = {"tokens": Tokens.VISUAL, "pool": Pool.MEAN, "tile_size": 56, "token_order": TokenOrder.V2}
     options |= {"store_dtype": StoreDtype.FLOAT32, "earlier_layers": layers[:-1]}
     model = FeatureModel.load(
@@ -109,7 +109,7 @@ def features_of(layers: tuple[int, ...], tiles: list[np.ndarray], **changes: Any
         dtype=torch.float32,
     )
     with torch.inference_mode():
-        found: tuple[Features, ...] = model(torch.from_numpy(np.stack(tiles)))
+        found: tuple[LayerTensors, ...] = model(torch.from_numpy(np.stack(tiles)))
         return found
 
 
@@ -139,9 +139,9 @@ def test_without_tokens_each_layer_has_its_own_vector(pool: Pool) -> None:
 def test_one_layer_that_cannot_be_stored_is_enough_to_skip_a_tile() -> None:
     spec = FeatureSpec(Tokens.NONE, Pool.MEAN, 56, TokenOrder.V2, StoreDtype.FLOAT16, earlier_layers=(1, 2))
 
-    def layer(largest: list[float], clamped: int) -> Features:
+    def layer(largest: list[float], clamped: int) -> LayerTensors:
         extremes = torch.tensor([[0.0, one] for one in largest])
-        return Features(None, torch.zeros(4, 2), extremes, torch.tensor([clamped] * 4))
+        return LayerTensors(None, torch.zeros(4, 2), extremes, torch.tensor([clamped] * 4))
 
     worst = [layer([1, 1e6, 1, 1], 1), layer([1, 1, float("nan"), 1], 2), layer([1, 1, 1e6, 1], 3)]
     found = on_host(worst, spec)

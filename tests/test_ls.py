@@ -17,7 +17,7 @@ from run_helpers import Result, internvit
 
 from internvit_cli import UnknownKeyError, open_features
 from internvit_cli.cli.ls import STATUSES
-from internvit_cli.commands.ls import Listing, ListOptions
+from internvit_cli.commands.ls import ImageListing, ListOptions
 from internvit_cli.config import Format, Skipped, Status
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.read.wanted_keys import find_wanted, key_pattern
@@ -343,7 +343,7 @@ def test_shards_are_read_one_after_another_while_the_listing_goes_on(
     read: list[str] = []
     load = ShardPlace.load
     monkeypatch.setattr(ShardPlace, "load", lambda place: (read.append(place.path), load(place))[1])
-    images = iter(Listing(ListOptions(str(path))))
+    images = iter(ImageListing(ListOptions(str(path))))
     for number in range(3):
         assert next(images).key == b"%d.jpg" % number
         assert len(read) == number + 1

@@ -17,7 +17,7 @@ from run_helpers import datasets, extract, internvit, make_pictures, summary_of
 
 from internvit_cli import open_features
 from internvit_cli.config import Skipped, Status, StoreDtype, TokenOrder, Tokens
-from internvit_cli.export.likeness import Kernels, cosines
+from internvit_cli.export.cka import LinearCka, cosines
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 
@@ -308,11 +308,11 @@ def test_two_models_of_different_width_are_compared_by_their_alignment(
 
 
 def alignment(one: np.ndarray, other: np.ndarray) -> float:
-    """Linear CKA in the words of its paper: of centred Gram matrices."""
+    """Linear CKA in the words of its paper: of centered Gram matrices."""
     grams = []
     for vectors in (one.astype(np.float64), other.astype(np.float64)):
-        centred = vectors - vectors.mean(axis=0)
-        grams.append(centred @ centred.T)
+        centered = vectors - vectors.mean(axis=0)
+        grams.append(centered @ centered.T)
     return float((grams[0] * grams[1]).sum() / np.linalg.norm(grams[0]) / np.linalg.norm(grams[1]))
 
 
@@ -322,12 +322,12 @@ def test_the_alignment_added_up_in_blocks_is_that_of_all_at_once(
 ) -> None:
     rng = np.random.default_rng(seed)
     one, other = rng.standard_normal((count, width)) + 100, rng.standard_normal((count, other_width))
-    kernels = Kernels(width, other_width)
+    kernels = LinearCka(width, other_width)
     for part in (slice(0, cut), slice(cut, None)):
         if len(one[part]):
             kernels.add(one[part], other[part])
     assert kernels.alignment == pytest.approx(alignment(one, other), abs=1e-6)
-    turned = Kernels(width, width)
+    turned = LinearCka(width, width)
     turned.add(one, 3 * one @ np.linalg.qr(rng.standard_normal((width, width)))[0])
     assert turned.alignment == pytest.approx(1, abs=1e-6)
 

@@ -135,7 +135,7 @@ def test_tile_size_is_the_chat_configs_when_it_forces_one():
         card(chat(force_image_size=100))
 
 
-def test_normalisation_is_the_preprocessors_or_imagenets():
+def test_normalization_is_the_preprocessors_or_imagenets():
     assert card(official()).mean == (0.485, 0.456, 0.406)
     assert card(official(), {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}).std == (1.0, 1.0, 1.0)
 

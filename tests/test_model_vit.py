@@ -186,7 +186,7 @@ def test_pixels_that_do_not_divide_into_patches_are_refused():
 
 
 @pytest.mark.parametrize("size", [28, 56, 84])
-def test_bytes_give_what_normalised_pixels_give(size):
+def test_bytes_give_what_normalized_pixels_give(size):
     """Folding mean, std and biases into the patch weights changes nothing but the last bits."""
     card = tiny_card()
     vit = load_vit(random_checkpoint(card, 1), device=CPU, dtype=torch.float32)

@@ -188,17 +188,17 @@ def test_a_run_says_once_what_is_not_promised_and_so_does_an_export(
 
 
 def test_doctor_tries_the_output_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {check.state for check in doctor._folder(str(tmp_path / "f.h5"))} == {doctor.State.OK}
+    assert {check.state for check in doctor._folder(str(tmp_path / "f.h5"))} == {doctor.CheckState.OK}
     monkeypatch.setattr(os, "fsync", only_for_folders(errno.EOPNOTSUPP))
     monkeypatch.setattr(fcntl, "flock", failing(ENOTSUPP))
     monkeypatch.setattr(doctor, "reserve", lambda _: False)
     found = {check.name: check for check in doctor._folder(str(tmp_path / "f.h5"))}
     for name in ("names", "reserving", "locking"):
-        assert found[name].state is doctor.State.NOTE and found[name].hint, name
+        assert found[name].state is doctor.CheckState.NOTE and found[name].hint, name
     assert "power cut" in found["names"].found and "ENOTSUPP" in found["locking"].found
     monkeypatch.setattr(os, "fsync", only_for_folders(errno.EIO))
     found = {check.name: check for check in doctor._folder(str(tmp_path / "f.h5"))}
-    assert found["names"].state is doctor.State.BAD
+    assert found["names"].state is doctor.CheckState.BAD
     assert names_in(tmp_path) == []
 
 

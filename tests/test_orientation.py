@@ -23,7 +23,7 @@ from PIL import __version__ as pillow_version
 from PIL.PngImagePlugin import PngInfo, iTXt
 
 from internvit_cli.config import PixelRule, Preprocess, Skipped, TilingRule
-from internvit_cli.decode.direct import Tiled, tile_bytes, tile_file, tile_picture
+from internvit_cli.decode.direct import TiledPicture, tile_bytes, tile_file, tile_picture
 from internvit_cli.plan.headers import Header, read_header
 from internvit_cli.plan.orientation import as_turn, exif_orientation, metadata_orientation
 
@@ -228,13 +228,13 @@ def test_every_container_and_place_is_planned_and_decoded_as_pillow_sets_it_upri
         assert isinstance(planned, Header), (name, planned)
         assert planned[:2] == wanted.size, name
         found = tile_file(os.fsencode(path), RULE)
-        assert isinstance(found, Tiled), (name, found)
+        assert isinstance(found, TiledPicture), (name, found)
         assert planned.orientation == found.orientation
         upright = tile_picture(wanted, PixelRule(RULE.tiling, exif=False))
-        assert isinstance(upright, Tiled)
+        assert isinstance(upright, TiledPicture)
         assert (found.tiles == upright.tiles).all(), name
         given_open = tile_picture(Image.open(io.BytesIO(data)), RULE)
-        assert isinstance(given_open, Tiled)
+        assert isinstance(given_open, TiledPicture)
         assert (given_open.tiles == upright.tiles).all(), name
 
 
@@ -253,7 +253,7 @@ def test_the_files_of_the_test_say_something_in_most_places() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_without_exif_pictures_stay_as_they_lie(name: str) -> None:
     found = tile_bytes(files(6, ">")[name], PixelRule(RULE.tiling, exif=False))
-    assert isinstance(found, Tiled)
+    assert isinstance(found, TiledPicture)
     assert found.orientation == 1
     assert ((found.width, found.height) == SIZE) or name.startswith(("tiff", "icon"))
 
@@ -355,8 +355,8 @@ def test_hostile_metadata_of_a_png_costs_a_bound_and_never_the_picture(name: str
     plain = tile_bytes(png(), RULE)
     began = time.process_time()
     found = tile_bytes(data, RULE)
-    assert isinstance(found, Tiled), found
-    assert isinstance(plain, Tiled)
+    assert isinstance(found, TiledPicture), found
+    assert isinstance(plain, TiledPicture)
     assert (found.tiles == plain.tiles).all()
     assert time.process_time() - began < 20  # of this process alone; unbounded it takes minutes
 
@@ -370,7 +370,7 @@ def test_good_pictures_are_read_whatever_the_size_of_their_texts_and_profiles() 
         Image.open(io.BytesIO(data))
     limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     found = tile_bytes(data, RULE)
-    assert isinstance(found, Tiled)
+    assert isinstance(found, TiledPicture)
     assert (found.width, found.height, found.orientation) == (*SIZE[::-1], 6)
     assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
@@ -393,7 +393,7 @@ def test_damage_anywhere_is_never_more_than_a_picture_or_a_reason(
     data = bytearray(files(6, "<")[name])
     for place, value in flips:
         data[place % len(data)] = value
-    assert isinstance(tile_bytes(bytes(data[: len(data) - cut]), RULE), (Tiled, Skipped))
+    assert isinstance(tile_bytes(bytes(data[: len(data) - cut]), RULE), (TiledPicture, Skipped))
 
 
 def test_the_cases_that_stayed_sideways_are_upright(cases: Path) -> None:
@@ -407,6 +407,6 @@ def test_the_clip_view_is_that_of_the_upright_picture(tmp_path: Path) -> None:
     rule = PixelRule(TilingRule(tile_size=28, preprocess=Preprocess.CLIP))
     found = tile_bytes(files(6, ">")["png profile zTXt"], rule)
     upright = tile_picture(pillows(files(6, ">")["png profile zTXt"]), rule)
-    assert isinstance(found, Tiled)
-    assert isinstance(upright, Tiled)
+    assert isinstance(found, TiledPicture)
+    assert isinstance(upright, TiledPicture)
     assert (found.tiles == upright.tiles).all()

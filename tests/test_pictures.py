@@ -291,7 +291,7 @@ def test_every_kind_of_transparency_is_composed(mode: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("extension", ["gif", "webp", "png", "tif"])
 def test_the_first_frame_stands_for_an_animation(extension: str, tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (28, 28), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (28, 28), color) for color in ("red", "green", "blue")]
     path = saved(frames[0], tmp_path / f"a.{extension}", save_all=True, append_images=frames[1:])
     assert np.abs(tiles(path, ONE_VIEW)[0, 0, 0].astype(int) - [255, 0, 0]).max() <= 3
 

@@ -471,16 +471,16 @@ def test_a_batch_is_a_number_of_tiles_or_refused(text):
     | st.from_regex(r"(rgb|hsl|hsv|rgba)\(\d{0,9}%?,\d{0,90}%?,\d{0,9}%?\)", fullmatch=True)
     | st.sampled_from(["white", "rgb(999,0,0)", "rgb(300%,0%,0%)", "#fff", "#ffffff80", "hsl(0,100%,50%)"])
 )
-def test_a_colour_is_three_bytes_or_refused(text):
-    colour = value_if_any("background", text)
-    assert colour is None or (len(colour) == 3 and all(0 <= part <= 255 for part in colour))
+def test_a_color_is_three_bytes_or_refused(text):
+    color = value_if_any("background", text)
+    assert color is None or (len(color) == 3 and all(0 <= part <= 255 for part in color))
 
 
-def test_colours_have_names_and_values():
+def test_colors_have_names_and_values():
     assert parse("background", "white") == (255, 255, 255)
     assert parse("background", "#ff8000") == (255, 128, 0)
     assert parse("background", "rgb(1, 2, 3)") == (1, 2, 3)
-    for text in ("rgb(999,0,0)", "", "no colour", "rgb(1,2)"):
+    for text in ("rgb(999,0,0)", "", "no color", "rgb(1,2)"):
         with pytest.raises(UnusableWordError):
             parse("background", text)
 

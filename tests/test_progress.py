@@ -28,7 +28,7 @@ from internvit_cli.config import ComputeDtype
 from internvit_cli.errors import OutputError
 from internvit_cli.extract.pipeline import extract as extract_in_process
 from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions
-from internvit_cli.runtime.observer import BYTES, Observer, Phase, State, Work
+from internvit_cli.runtime.observer import BYTES, Observer, Phase, PhaseState, Work
 from internvit_cli.runtime.signals import StopRequest
 from internvit_cli.storage.output import Output
 
@@ -71,7 +71,7 @@ def test_a_phase_ends_with_its_block_whatever_ends_it() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- words
 
-ENCODING = View("encoding", "image", State(1_234, 2_900, Work("tile", 15_000, 36_000), skipped=3), 1_220.0)
+ENCODING = View("encoding", "image", PhaseState(1_234, 2_900, Work("tile", 15_000, 36_000), skipped=3), 1_220.0)
 
 
 def texts(line: Line) -> str:
@@ -94,9 +94,9 @@ def test_at_40_columns_a_bar_and_the_images_are_left() -> None:
 
 
 def test_a_phase_of_unknown_length_shows_what_is_done_and_for_how_long_it_has_gone_on() -> None:
-    assert texts(fit(View("reading", "image", State(1_234), 65.0), 80)) == "reading  1,234 images  1:05"
-    assert texts(fit(View("loading the model", "", State(), 3_725.4), 80)) == "loading the model  1:02:05"
-    assert fit(View("reading", "image", State(1_234), 65.0), 20) == Line("reading  1,234  1:05", "", 0)
+    assert texts(fit(View("reading", "image", PhaseState(1_234), 65.0), 80)) == "reading  1,234 images  1:05"
+    assert texts(fit(View("loading the model", "", PhaseState(), 3_725.4), 80)) == "loading the model  1:02:05"
+    assert fit(View("reading", "image", PhaseState(1_234), 65.0), 20) == Line("reading  1,234  1:05", "", 0)
 
 
 @given(
@@ -120,7 +120,7 @@ def test_a_line_fits_every_width_and_its_bar_is_wide_enough_to_be_read(
     seconds: float,
 ) -> None:
     work = None if tiles is None else Work("tile", tiles[0], sum(tiles))
-    view = View(name, unit, State(done, None if more is None else done + more, work, skipped), seconds)
+    view = View(name, unit, PhaseState(done, None if more is None else done + more, work, skipped), seconds)
     line = fit(view, width)
     assert (len(texts(line)) <= width and line.bar == 0) or line.bar >= display.LEAST_BAR
     assert (line.bar == 0) or len(texts(line)) == width
@@ -129,20 +129,22 @@ def test_a_line_fits_every_width_and_its_bar_is_wide_enough_to_be_read(
 
 def test_a_line_of_a_log_names_what_is_counted_and_tells_a_part_from_a_whole() -> None:
     assert plain_line(ENCODING) == ("encoding: 1,234 of 2,900 images (42 %), 12.3 tiles/s, 28 min left, 3 skipped")
-    assert plain_line(View("reading headers", "image", State(0, 1), 31.0)) == (
+    assert plain_line(View("reading headers", "image", PhaseState(0, 1), 31.0)) == (
         "reading headers: 0 of 1 image (0 %), 31.0 s so far"
     )
-    assert plain_line(View("loading the model", "", State(), 60.0)) == "loading the model: 1 min so far"
-    assert plain_line(View("checking rows", BYTES, State(2 * 10**9, 8 * 10**9), 4.0)) == (
+    assert plain_line(View("loading the model", "", PhaseState(), 60.0)) == "loading the model: 1 min so far"
+    assert plain_line(View("checking rows", BYTES, PhaseState(2 * 10**9, 8 * 10**9), 4.0)) == (
         "checking rows: 2.0 GB of 8.0 GB (25 %), 500.0 MB/s, 12.0 s left"
     )
 
 
 def test_speed_and_time_left_follow_from_what_was_done_in_this_phase_alone() -> None:
     """A second shard, or a run that goes on: what was done before took no time of this phase."""
-    view = View("encoding", "image", State(60, 100, Work("tile", 600, 1_000)), 10.0, before=500)
+    view = View("encoding", "image", PhaseState(60, 100, Work("tile", 600, 1_000)), 10.0, before=500)
     assert view.rate == 10.0 and view.seconds_left == 40.0
-    assert View("encoding", "image", State(50, 100, Work("tile", 500, 1_000)), 10.0, before=500).seconds_left is None
+    assert (
+        View("encoding", "image", PhaseState(50, 100, Work("tile", 500, 1_000)), 10.0, before=500).seconds_left is None
+    )
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3_599, "59:59"), (7_510, "2:05:10")])

@@ -113,7 +113,7 @@ def test_columns_hold_one_fact_of_every_image_across_shards(tmp_path, kind):
     assert features.column("status").tolist() == [1, 3, 1, 1, 1, 1]
     assert len(features.done) == 5 and "a/dog.jpg" not in features.done
     with pytest.raises(ValueError, match="no column"):
-        features.column("colour")
+        features.column("color")
 
 
 @KINDS

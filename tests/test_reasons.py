@@ -16,9 +16,9 @@ import pytest
 from PIL import Image, ImageFile, features
 
 from internvit_cli.config import PixelRule, Skipped, Status, TilingRule, Truncated
-from internvit_cli.decode.direct import Tiled, tile_bytes, tile_file, tile_picture
+from internvit_cli.decode.direct import TiledPicture, tile_bytes, tile_file, tile_picture
 from internvit_cli.plan.headers import read_header
-from internvit_cli.runtime.untrusted import Opened
+from internvit_cli.runtime.untrusted import OpenFile
 from internvit_cli.sources import files
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def encoded(name: str) -> bytes:
     return stream.getvalue()
 
 
-def outcome(data: bytes, rule: PixelRule = RULE) -> Tiled | Skipped:
+def outcome(data: bytes, rule: PixelRule = RULE) -> TiledPicture | Skipped:
     found = tile_bytes(data, rule)
-    assert isinstance(found, Tiled) or (found.message.isprintable() and "DOS" not in found.message)
+    assert isinstance(found, TiledPicture) or (found.message.isprintable() and "DOS" not in found.message)
     return found
 
 
@@ -83,7 +83,7 @@ def test_a_picture_that_is_cut_anywhere_behind_its_signature_is_truncated(name: 
         if isinstance(found, Skipped):
             # TGA has no signature: what is left of one may be nothing that is known.
             assert found.status is Status.TRUNCATED or name == "TGA", (length, found)
-    assert isinstance(outcome(whole[: len(whole) // 2]), (Skipped, Tiled))
+    assert isinstance(outcome(whole[: len(whole) // 2]), (Skipped, TiledPicture))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -149,7 +149,7 @@ def test_a_tiff_that_points_out_of_itself_is_damaged_and_not_unreadable(
     for in_memory in (0, 64 << 20):
         monkeypatch.setattr("internvit_cli.decode.pictures._IN_MEMORY", in_memory)
         found = tile_file(os.fsencode(path), RULE)
-        assert isinstance(found, (Skipped, Tiled))
+        assert isinstance(found, (Skipped, TiledPicture))
         if isinstance(found, Skipped):
             assert found.status is Status.TRUNCATED, found
     with warnings.catch_warnings():
@@ -159,7 +159,7 @@ def test_a_tiff_that_points_out_of_itself_is_damaged_and_not_unreadable(
         except Exception:  # noqa: BLE001 - what cannot be opened cannot be given
             return
         given = tile_picture(opened, RULE)
-    assert isinstance(given, Tiled) or given.status is Status.TRUNCATED
+    assert isinstance(given, TiledPicture) or given.status is Status.TRUNCATED
 
 
 def test_a_bigtiff_whose_directory_lies_beyond_all_files_is_damaged(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_disk_that_fails_while_a_header_is_read_is_told_from_damage(
 def test_a_disk_that_fails_while_pixels_are_read_is_told_from_damage(extension: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{extension}"
     drawn().save(path)
-    opened = Opened(os.open("/proc/self/mem", os.O_RDONLY), os.stat(path))
+    opened = OpenFile(os.open("/proc/self/mem", os.O_RDONLY), os.stat(path))
     picture = files.OpenPicture(opened)
     with picture, pytest.raises(OSError) as failure:
         picture.stream().read()
@@ -209,7 +209,7 @@ def test_the_damaged_files_of_public_test_suites_are_damaged_or_of_a_kind_that_i
     fitting = {Status.TRUNCATED, Status.UNSUPPORTED, Status.TOO_LARGE, Status.NOT_AN_IMAGE}
     for row in rows:
         found = tile_file(os.fsencode(hostile / row["file"]), RULE)
-        if isinstance(found, Tiled):
+        if isinstance(found, TiledPicture):
             continue
         assert found.status in fitting, (row["file"], found)
         if row["file"].endswith(".png"):
@@ -294,7 +294,7 @@ def test_a_picture_of_too_many_pixels_is_told_by_its_own_size_and_the_option(nam
     assert isinstance(found, Skipped)
     assert (found.status, found.pixels) == (Status.TOO_LARGE, pixels)
     assert f"{pixels:,} pixels, more than --max-pixels {pixels - 1}" in found.message
-    assert isinstance(outcome(data, PixelRule(TilingRule(tile_size=28), max_pixels=pixels)), Tiled)
+    assert isinstance(outcome(data, PixelRule(TilingRule(tile_size=28), max_pixels=pixels)), TiledPicture)
 
 
 # ---------------------------------------------------------------------------------------------- pictures without an end
@@ -315,8 +315,8 @@ def test_pictures_that_lack_their_end_are_accepted_when_asked_for(name: str) -> 
         assert isinstance(found, Skipped)
     else:
         picture = tile_picture(wanted.convert("RGB"), RULE)
-        assert isinstance(found, Tiled)
-        assert isinstance(picture, Tiled)
+        assert isinstance(found, TiledPicture)
+        assert isinstance(picture, TiledPicture)
         assert (found.tiles == picture.tiles).all()
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -328,7 +328,7 @@ def test_two_bytes_less_cost_a_jpeg_unless_they_are_accepted(cases: Path) -> Non
     assert isinstance(found, Skipped)
     assert found.status is Status.TRUNCATED
     assert "--truncated accept" in found.message
-    assert isinstance(tile_file(path, ACCEPTING), Tiled)
+    assert isinstance(tile_file(path, ACCEPTING), TiledPicture)
 
 
 @pytest.mark.parametrize("users", [False, True])
@@ -339,5 +339,5 @@ def test_whether_an_end_may_lack_is_the_rules_alone_and_leaves_no_trace(
     cut = encoded("JPEG")[:-40]
     assert isinstance(outcome(cut), Skipped)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is users
-    assert isinstance(outcome(cut, ACCEPTING), Tiled)
+    assert isinstance(outcome(cut, ACCEPTING), TiledPicture)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is users

@@ -222,8 +222,8 @@ def test_places_are_the_first_two_components_of_the_directions(tmp_path):
     vectors = open_features(tmp_path / "feats.h5").vectors()
     found = plane.lay_out(vectors, np.arange(60), Projection.PCA, 0)
     unit = vectors[:] / np.linalg.norm(vectors[:], axis=1, keepdims=True)
-    centred = unit - unit.mean(axis=0)
-    expected = centred @ np.linalg.svd(centred.astype(np.float64), full_matrices=False)[2][:2].T
+    centered = unit - unit.mean(axis=0)
+    expected = centered @ np.linalg.svd(centered.astype(np.float64), full_matrices=False)[2][:2].T
     for axis in (0, 1):
         assert abs(np.corrcoef(found.places[:, axis], expected[:, axis])[0, 1]) > 0.9999
     spans = np.ptp(found.places, axis=0) / np.ptp(expected, axis=0)
@@ -349,7 +349,7 @@ def test_a_picture_that_kills_its_worker_costs_its_own_thumbnail(report_output, 
     spec = WorkerSpec("test_report:deadly")
     monkeypatch.setattr(photograph, "WorkerSpec", lambda handler, memory_bytes: spec)
     images = list(open_features(report_output).done.values())
-    found = pictures.shrink([pictures.Wanted(PictureFile.of(image), 50) for image in images], workers=2)
+    found = pictures.shrink([pictures.ThumbnailTask(PictureFile.of(image), 50) for image in images], workers=2)
     for image, small in zip(images, found, strict=True):
         assert bool(small.jpeg) == (image.key != "half.jpg")
     lost = found[[image.key for image in images].index("half.jpg")]

@@ -148,7 +148,7 @@ def test_of_very_many_vectors_evenly_spread_ones_are_fitted_to(tmp_path, monkeyp
     assert np.abs(one - other).max() < 0.25 and np.corrcoef(one.ravel(), other.ravel())[0, 1] > 0.99
 
 
-# -------------------------------------------------------------------------------------- exact neighbours
+# -------------------------------------------------------------------------------------- exact neighbors
 
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=7, max_size=7), min_size=1, max_size=4), st.integers(1, 9))

@@ -83,7 +83,7 @@ def test_signs_do_not_depend_on_the_order_of_the_tokens():
     assert np.allclose(components(data)[0], components(data[::-1])[0], atol=1e-5)
 
 
-def test_equal_tokens_have_equal_colours_in_all_images():
+def test_equal_tokens_have_equal_colors_in_all_images():
     one, other = random_map(6, 8, 30), random_map(4, 4, 30, seed=1)
     other[0, 0] = one[2, 3]
     images = [TokenMap.of(one), TokenMap.of(other)]
@@ -114,7 +114,7 @@ def test_the_foreground_is_what_does_not_fill_the_border():
         assert (mask == expected).mean() > 0.98
 
 
-def test_lengths_far_from_the_others_are_outliers_and_do_not_stretch_the_colours():
+def test_lengths_far_from_the_others_are_outliers_and_do_not_stretch_the_colors():
     tokens = random_map(20, 20, 50)
     tokens[3, 4] *= 40
     fitted = fit([TokenMap.of(tokens)], 1)
@@ -129,9 +129,9 @@ def test_similarity_is_the_cosine_with_and_without_the_mean():
     plain = similarity(image, image.directions[2, 3], None)
     expected = tokens @ one / np.linalg.norm(tokens, axis=-1) / np.linalg.norm(one)
     assert np.allclose(plain, expected, atol=1e-6) and plain[2, 3] == pytest.approx(1)
-    centred = similarity(image, image.directions[2, 3], image.directions.mean(axis=(0, 1)))
-    assert centred[2, 3] == pytest.approx(1) and centred.min() < 0 < plain.min()
-    scale = similarity_scale([centred], centered=True)
+    centered = similarity(image, image.directions[2, 3], image.directions.mean(axis=(0, 1)))
+    assert centered[2, 3] == pytest.approx(1) and centered.min() < 0 < plain.min()
+    scale = similarity_scale([centered], centered=True)
     assert scale.low == -scale.high
     assert similarity_scale([plain], centered=False).high == 1.0
 

@@ -22,7 +22,7 @@ from internvit_cli.sources import DiscoverOptions, Listing, discover
 from internvit_cli.sources.extensions import EXTENSIONS, looks_like_picture
 from internvit_cli.sources.files import readable_formats
 from internvit_cli.sources.lists import read_list
-from internvit_cli.sources.selection import Selection
+from internvit_cli.sources.selection import FileSelection
 from internvit_cli.sources.signatures import is_picture, kind_by_bytes
 from internvit_cli.sources.walk import walk
 
@@ -529,7 +529,7 @@ def test_a_folder_that_cannot_be_listed_is_a_problem_without_a_row(tmp_path: Pat
 
 
 def test_a_folder_that_vanishes_is_a_problem_without_a_row(tmp_path: Path) -> None:
-    found = walk(os.fsencode(tmp_path / "gone"), Selection(DiscoverOptions()), follow_links=False)
+    found = walk(os.fsencode(tmp_path / "gone"), FileSelection(DiscoverOptions()), follow_links=False)
     assert [problem.skipped.status for problem in found.unreadable_folders] == [Status.VANISHED]
 
 

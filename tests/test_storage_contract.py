@@ -703,7 +703,7 @@ def test_a_damaged_manifest_never_costs_a_shard(tmp_path):
 @pytest.mark.parametrize("damaged", [MANIFEST, "shard-00000.*", "manifest.next.json"])
 def test_an_output_that_is_damaged_can_be_replaced(tmp_path, kind, damaged):
     """Every hint says so: --overwrite goes on where nothing else can."""
-    from internvit_cli.extract.resume import load_existing, settle
+    from internvit_cli.extract.resume import load_existing, shards_to_continue
 
     path, shard_format = place(tmp_path, kind)
     shard = helpers.make_shard(helpers.make_table([(1, 1, 0)]))
@@ -718,7 +718,7 @@ def test_an_output_that_is_damaged_can_be_replaced(tmp_path, kind, damaged):
 
     output = Output(str(path), shard_format)
     output.prepare()
-    existing = settle(output, load_existing(output, overwrite=True), helpers.RECIPE, overwrite=True)
+    existing = shards_to_continue(output, load_existing(output, overwrite=True), helpers.RECIPE, overwrite=True)
     if not existing.finished:
         helpers.fill_partial(output, shard, seed=3)
         helpers.publish(output, shard)
@@ -747,7 +747,7 @@ def test_an_unfinished_shard_that_cannot_be_read_is_dropped_on_request_and_what_
     tmp_path, kind, damage
 ):
     """It is ours by its name beside the output; --overwrite, and nothing less, begins it anew."""
-    from internvit_cli.extract.resume import load_existing, settle
+    from internvit_cli.extract.resume import load_existing, shards_to_continue
 
     path, shard_format = place(tmp_path, kind)
     first = helpers.make_shard(helpers.make_table([(1, 1, 0)], [b"a.jpg"]))
@@ -765,7 +765,7 @@ def test_an_unfinished_shard_that_cannot_be_read_is_dropped_on_request_and_what_
         with pytest.raises(OutputError, match=re.escape(str(partial))) as caught:
             load_existing(output, overwrite=False)
         assert "--overwrite" in caught.value.hint, attempt
-    existing = settle(output, load_existing(output, overwrite=True), helpers.RECIPE, overwrite=True)
+    existing = shards_to_continue(output, load_existing(output, overwrite=True), helpers.RECIPE, overwrite=True)
     assert len(existing.finished) == 1 and existing.partial is None and not output.partial_exists
     output.complete()
     assert list(open_features(path)) == ["a.jpg"]

@@ -34,7 +34,7 @@ from internvit_cli.storage.format.layout import DIGEST, POOLED, STATUS, Extent
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.write.commit import ShardWriter, create_shard
 from internvit_cli.verify.checks import verify
-from internvit_cli.verify.result import Finding, Verdict, VerifyOptions
+from internvit_cli.verify.result import Finding, VerifyOptions, VerifyResult
 from internvit_cli.verify.tolerance import Tolerance, compare
 
 FORMATS = {"feats.h5": Format.H5, "feats": Format.NPY, "shards": Format.H5}
@@ -65,7 +65,7 @@ def sound(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return make_sound(tmp_path, str(request.param))
 
 
-def check(path: Path | str, **options: Any) -> Verdict:
+def check(path: Path | str, **options: Any) -> VerifyResult:
     return verify(VerifyOptions(str(path), **options))
 
 
@@ -555,8 +555,8 @@ def test_the_reference_agrees_on_every_published_layout(
 def test_a_swapped_row_whose_crc_was_swapped_too_is_found(extracted: Path, tmp_path: Path, dtype: str) -> None:
     pictures, path = tmp_path / "pictures", tmp_path / "f.h5"
     pictures.mkdir()
-    for number, colour in enumerate(("red", "green", "blue")):
-        Image.new("RGB", (40, 40), colour).save(pictures / f"{number}.png")
+    for number, color in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 40), color).save(pictures / f"{number}.png")
     assert extract(pictures, "-o", path, "--dtype", dtype).returncode == 0
     with h5py.File(path, "r+") as file:
         for name in ("pooled", "visual_tokens", "image/crc32"):

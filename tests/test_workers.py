@@ -1,4 +1,4 @@
-"""Processes that may die: a crash or a hang costs the task at hand, never a neighbour, and never leaves a process."""
+"""Processes that may die: a crash or a hang costs the task at hand, never a neighbor, and never leaves a process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from internvit_cli.errors import InternvitError
 from internvit_cli.plan.headers import read_header
 from internvit_cli.plan.tiling import choose_grid, tile_count
 from internvit_cli.runtime import workers
-from internvit_cli.runtime.workers import QUEUE_DEPTH, Finished, Lost, WorkerPool, WorkerSpec, map_in_workers
+from internvit_cli.runtime.workers import QUEUE_DEPTH, FinishedTask, LostTask, WorkerPool, WorkerSpec, map_in_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 OBEY = WorkerSpec("worker_handlers:obey")
 
 
-def drain(pool: WorkerPool) -> dict[int, Finished | Lost]:
+def drain(pool: WorkerPool) -> dict[int, FinishedTask | LostTask]:
     """All outcomes that are still to come, by task."""
-    outcomes: dict[int, Finished | Lost] = {}
+    outcomes: dict[int, FinishedTask | LostTask] = {}
     while pool.outstanding:
         for outcome in pool.wait():
             assert outcome.task_id not in outcomes
@@ -150,7 +150,7 @@ def test_a_death_costs_the_task_at_hand_and_no_other(task, words):
         for number in range(6):
             pool.submit(number, task if number == 2 else ("echo", number))
         outcomes = drain(pool)
-        assert isinstance(outcomes[2], Lost)
+        assert isinstance(outcomes[2], LostTask)
         assert outcomes[2].status is Status.WORKER_DIED
         assert words in outcomes[2].message
         assert [outcomes[n].result for n in (0, 1, 3, 4, 5)] == [0, 1, 3, 4, 5]
@@ -165,7 +165,7 @@ def test_a_hang_costs_one_task_and_its_worker(tmp_path, monkeypatch):
         pool.submit(1, ("hang", str(begun)))
         pool.submit(2, ("pid", 0))
         outcomes = drain(pool)
-        assert outcomes[1] == Lost(1, Status.TIMEOUT, "gave no result within 0.5 s")
+        assert outcomes[1] == LostTask(1, Status.TIMEOUT, "gave no result within 0.5 s")
         assert outcomes[2].result not in pids
         wait_until_gone(pids)
 
@@ -190,7 +190,7 @@ def test_time_in_the_queue_does_not_count(tmp_path, monkeypatch):
     with WorkerPool(OBEY, 1, 1.0) as pool:
         for number, (begun, end) in enumerate(files):
             pool.submit(number, ("hold", (str(begun), str(end))))
-        assert all(isinstance(outcome, Finished) for outcome in drain(pool).values())
+        assert all(isinstance(outcome, FinishedTask) for outcome in drain(pool).values())
     assert not any(left.values()), "two seconds and more have passed"
 
 
@@ -212,7 +212,7 @@ def test_time_in_which_everything_was_stopped_does_not_count(tmp_path, monkeypat
         pool.submit(0, ("pid", None))
         (first,) = pool.wait()
         pool.submit(1, ("hold", (str(begun), str(end))))
-        assert pool.wait() == [Finished(1, (str(begun), str(end)), ANY)]
+        assert pool.wait() == [FinishedTask(1, (str(begun), str(end)), ANY)]
         assert pool.pids == [first.result] and stopped
 
 
@@ -228,7 +228,7 @@ def test_a_task_that_must_be_alone_shares_its_worker_with_none(tmp_path):
             for worker in pool._workers:
                 assert len(worker.tasks) == 1 or not any(task.alone for task in worker.tasks)
             seen += pool.wait()
-    assert {o.task_id for o in seen if isinstance(o, Lost)} == {0, 8}
+    assert {o.task_id for o in seen if isinstance(o, LostTask)} == {0, 8}
     assert len(seen) == 9
 
 
@@ -298,7 +298,7 @@ def test_signals_that_stop_a_run_leave_its_workers_alone(tmp_path, number):
         for _, end in files:
             end.touch()
         outcomes = drain(pool)
-        assert all(isinstance(outcome, Finished) for outcome in outcomes.values())
+        assert all(isinstance(outcome, FinishedTask) for outcome in outcomes.values())
         assert pool.pids == pids
 
 

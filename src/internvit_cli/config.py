@@ -305,7 +305,7 @@ class PixelRule:
     exif: bool = True
     """Turn the picture upright as its EXIF orientation says."""
     background: tuple[int, int, int] | None = None
-    """Compose transparency over this RGB colour first; None drops alpha as the official code does."""
+    """Compose transparency over this RGB color first; None drops alpha as the official code does."""
     global_view_only: bool = False
     """Produce just the global view: all that pooled features of the whole picture need."""
     max_pixels: int = DEFAULT_MAX_PIXELS

@@ -46,7 +46,7 @@ FIELDS_WITHOUT_OPTION = {"mean", "std", "rescale_factor", "token_order", "numeri
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class RecipeFacts:
     """What a model contributes to a recipe."""
 
     weights_digest: str
@@ -58,12 +58,12 @@ class ModelFacts:
     token_order: TokenOrder
 
     @classmethod
-    def of_card(cls, card: ModelCard, layers: tuple[int, ...], weights_digest: str) -> ModelFacts:
+    def of_card(cls, card: ModelCard, layers: tuple[int, ...], weights_digest: str) -> RecipeFacts:
         """The facts of a model at hand."""
         return cls(weights_digest, layers, card.tile_size, card.normalization, card.token_order)
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe) -> ModelFacts:
+    def of_recipe(cls, recipe: Recipe) -> RecipeFacts:
         """The facts that an output recorded: enough to compare recipes without the model."""
         normalization = Normalization(recipe.mean, recipe.std, recipe.rescale_factor)
         return cls(recipe.weights_digest, recipe.layers, recipe.tile_size, normalization, recipe.token_order)
@@ -103,7 +103,7 @@ class ModelInUse:
             self._kept_layers = None  # another model by the same name
         if kept and stored and is_pinned:
             self._revision = stored.get("model_revision") or None
-            facts = ModelFacts.of_recipe(kept) if self.layers == kept.layers else self._facts_of_weights()
+            facts = RecipeFacts.of_recipe(kept) if self.layers == kept.layers else self._facts_of_weights()
         else:
             facts = self._facts_of_weights()
         if kept:
@@ -161,8 +161,8 @@ class ModelInUse:
         if self._digest != self.recipe.weights_digest:
             check_same(replace(self.recipe, weights_digest=self._digest), self.recipe, self._options.store.output)
 
-    def _facts_of_weights(self) -> ModelFacts:
-        return ModelFacts.of_card(self.card, self.layers, self._digest)
+    def _facts_of_weights(self) -> RecipeFacts:
+        return RecipeFacts.of_card(self.card, self.layers, self._digest)
 
     @cached_property
     def _digest(self) -> str:
@@ -185,7 +185,7 @@ def _recorded_recipe(options: ExtractOptions, stored: dict[str, Any] | None) -> 
         raise
 
 
-def make_recipe(options: ExtractOptions, facts: ModelFacts, dtype: ComputeDtype) -> Recipe:
+def make_recipe(options: ExtractOptions, facts: RecipeFacts, dtype: ComputeDtype) -> Recipe:
     """The recipe of a run that computes in `dtype`."""
     pictures, store = options.pictures, options.store
     single_view = pictures.preprocess is not Preprocess.TILES

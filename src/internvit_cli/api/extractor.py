@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import numpy as np
 
 from internvit_cli.api.given import ACCEPTED, is_picture, tile_given
-from internvit_cli.api.in_memory import Named, done_image, skipped_image
+from internvit_cli.api.in_memory import ImageName, done_image, skipped_image
 from internvit_cli.api.settings import ExtractorOptions, choice, extract_options, model_name
 from internvit_cli.config import DEFAULT_MAX_PIXELS, DEFAULT_MODEL, Skipped, Status, Tokens
 from internvit_cli.encode.tile_features import UNFIT
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.api.given import Picture
     from internvit_cli.config import Recipe
-    from internvit_cli.decode.direct import Tiled
+    from internvit_cli.decode.direct import TiledPicture
     from internvit_cli.encode.encoder import Encoder
     from internvit_cli.encode.interface import PendingBatch
     from internvit_cli.encode.options import EncoderOptions
@@ -235,8 +235,8 @@ class Extractor:
 class _Pending:
     """A picture on its way through the encoder."""
 
-    named: Named
-    tiled: Tiled | Skipped
+    named: ImageName
+    tiled: TiledPicture | Skipped
     parts: list[TileFeatures] = field(default_factory=list)
     """Features of its tiles, in order."""
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from internvit_cli.api.in_memory import Named, absolute
-from internvit_cli.decode.direct import Tiled, tile_bytes, tile_file, tile_picture
+from internvit_cli.api.in_memory import ImageName, absolute
+from internvit_cli.decode.direct import TiledPicture, tile_bytes, tile_file, tile_picture
 from internvit_cli.errors import UsageError, one_line
 from internvit_cli.runtime.words import described
 from internvit_cli.sources.files import classify
@@ -51,7 +51,7 @@ def is_picture(given: Picture | Iterable[Picture]) -> bool:
     return dimensions in {0, 2, 3} or not hasattr(given, "__iter__")
 
 
-def tile_given(number: int, given: Any, rule: PixelRule) -> tuple[Named, Tiled | Skipped]:
+def tile_given(number: int, given: Any, rule: PixelRule) -> tuple[ImageName, TiledPicture | Skipped]:
     """Cut a picture into tiles, or say why there are none; one thread of a process at a time.
 
     Args:
@@ -65,11 +65,11 @@ def tile_given(number: int, given: Any, rule: PixelRule) -> tuple[Named, Tiled |
     if isinstance(given, (str, os.PathLike)):
         return _of_path(number, given, rule)
     if isinstance(given, _ENCODED):
-        return Named(str(number), None), tile_bytes(given, rule)
+        return ImageName(str(number), None), tile_bytes(given, rule)
     if isinstance(given, Image.Image):
         return _of_image(number, given, rule)
     if isinstance(given, np.ndarray):
-        return Named(str(number), None), tile_picture(_as_image(number, given), rule)
+        return ImageName(str(number), None), tile_picture(_as_image(number, given), rule)
     if isinstance(given, Mapping):
         return _of_mapping(number, given, rule)
     if callable(getattr(given, "read", None)):
@@ -77,7 +77,7 @@ def tile_given(number: int, given: Any, rule: PixelRule) -> tuple[Named, Tiled |
     raise _refused(number, described(given))
 
 
-def _of_path(number: int, path: str | os.PathLike[Any], rule: PixelRule) -> tuple[Named, Tiled | Skipped]:
+def _of_path(number: int, path: str | os.PathLike[Any], rule: PixelRule) -> tuple[ImageName, TiledPicture | Skipped]:
     name = str(os.fsdecode(path))  # numpy's strings are str too
     if "\0" in name:
         raise _refused(number, "a path with a NUL in it", "give the bytes of a file as bytes, not as str")
@@ -85,16 +85,16 @@ def _of_path(number: int, path: str | os.PathLike[Any], rule: PixelRule) -> tupl
         hint = "decode it with base64.b64decode" if name.startswith("data:") else "download it"
         raise _refused(number, f"a URL ({one_line(name, 60)})", f"{hint}, and give the bytes")
     where = absolute(path)
-    return Named(name, where), tile_file(where, rule)
+    return ImageName(name, where), tile_file(where, rule)
 
 
-def _of_mapping(number: int, given: Mapping[Any, Any], rule: PixelRule) -> tuple[Named, Tiled | Skipped]:
+def _of_mapping(number: int, given: Mapping[Any, Any], rule: PixelRule) -> tuple[ImageName, TiledPicture | Skipped]:
     """As datasets keep pictures: the bytes of a file and its name, or the path of a file."""
     data, path = given.get("bytes"), given.get("path")
     if path is not None and not isinstance(path, (str, os.PathLike)):
         raise _refused(number, f'a dict whose "path" is {described(path)}')
     if isinstance(data, _ENCODED):
-        return Named(str(number) if path is None else os.fsdecode(path), None), tile_bytes(data, rule)
+        return ImageName(str(number) if path is None else os.fsdecode(path), None), tile_bytes(data, rule)
     if data is not None:
         raise _refused(number, f'a dict whose "bytes" is {described(data)}')
     if path is None:
@@ -103,7 +103,7 @@ def _of_mapping(number: int, given: Mapping[Any, Any], rule: PixelRule) -> tuple
     return _of_path(number, path, rule)
 
 
-def _of_file(number: int, file: Any, rule: PixelRule) -> tuple[Named, Tiled | Skipped]:
+def _of_file(number: int, file: Any, rule: PixelRule) -> tuple[ImageName, TiledPicture | Skipped]:
     if getattr(file, "closed", False) is True:
         raise _refused(number, "a file that was closed", "encode it while it is open")
     if isinstance(file, io.TextIOBase):
@@ -122,23 +122,23 @@ def _of_file(number: int, file: Any, rule: PixelRule) -> tuple[Named, Tiled | Sk
     return named, tile_bytes(data, rule)
 
 
-def _named_as_file(number: int, file: Any) -> Named:
+def _named_as_file(number: int, file: Any) -> ImageName:
     """The name that a file was opened by, and its path if that is still where the file is."""
     name = getattr(file, "name", None)
     if not isinstance(name, (str, bytes)) or not name:
-        return Named(str(number), None)
+        return ImageName(str(number), None)
     try:
         is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(name))
     except (AttributeError, OSError, ValueError):  # a member of an archive, a file that is gone
         is_there = False
-    return Named(os.fsdecode(name), absolute(name) if is_there else None)
+    return ImageName(os.fsdecode(name), absolute(name) if is_there else None)
 
 
-def _of_image(number: int, image: Image.Image, rule: PixelRule) -> tuple[Named, Tiled | Skipped]:
+def _of_image(number: int, image: Image.Image, rule: PixelRule) -> tuple[ImageName, TiledPicture | Skipped]:
     if _is_closed(image):
         raise _refused(number, "a Pillow image that was closed", "encode it while it is open")
     name = getattr(image, "filename", "")
-    named = Named(os.fsdecode(name), absolute(name)) if name else Named(str(number), None)
+    named = ImageName(os.fsdecode(name), absolute(name)) if name else ImageName(str(number), None)
     return named, tile_picture(image, rule)
 
 

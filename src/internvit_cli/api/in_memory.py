@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.decode.direct import Tiled
+    from internvit_cli.decode.direct import TiledPicture
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # arrays have no one answer to ==
@@ -60,7 +60,7 @@ class RowsInMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class ImageName:
     """Which image it is."""
 
     key: str
@@ -69,7 +69,7 @@ class Named:
 
 
 def done_image(
-    named: Named, recipe: Recipe, tiled: Tiled, arrays: Mapping[str, NDArray[Any]], model_layers: int
+    named: ImageName, recipe: Recipe, tiled: TiledPicture, arrays: Mapping[str, NDArray[Any]], model_layers: int
 ) -> ImageFeatures:
     """An image with features."""
     store = RowsInMemory(recipe, arrays, named.path, tiled.digest, tiled.file_size, model_layers)
@@ -77,7 +77,7 @@ def done_image(
     return ImageFeatures(named.key, Status.DONE, *size, tiled.grid, tiled.has_thumbnail, store, 0, 0)
 
 
-def skipped_image(named: Named, recipe: Recipe, skipped: Skipped) -> ImageFeatures:
+def skipped_image(named: ImageName, recipe: Recipe, skipped: Skipped) -> ImageFeatures:
     """An image without features, which says why."""
     store = RowsInMemory(recipe, {}, named.path, bytes(32))
     return ImageFeatures(named.key, skipped.status, 0, 0, 0, Grid(0, 0), False, store, 0, 0, reason=skipped.message)

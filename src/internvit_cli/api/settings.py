@@ -50,7 +50,7 @@ class ExtractorOptions(TypedDict, total=False):
     exif: bool
     """Turn pictures upright by their EXIF."""
     background: tuple[int, int, int] | str | None
-    """RGB, or a colour's name: compose transparency over it first."""
+    """RGB, or a color's name: compose transparency over it first."""
     max_pixels: int
     """Pictures with more are skipped."""
     truncated: Truncated | str

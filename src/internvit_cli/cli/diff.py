@@ -15,7 +15,7 @@ from internvit_cli.runtime.words import counted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from internvit_cli.export.compare import Difference, Spread
+    from internvit_cli.export.compare import DiffResult, Spread
 
 KEYS_SHOWN = 10
 """Keys that are listed of each kind; --json has them all."""
@@ -55,13 +55,13 @@ def diff_command(
     return fail(error) if error else int(code)
 
 
-def _below(found: Difference) -> InternvitError:
+def _below(found: DiffResult) -> InternvitError:
     if found.pooled is None:
         return InternvitError("there is no cosine to hold against --threshold", "the notes say why")
     return InternvitError(f"a cosine is below {found.threshold:.9g}", "the images are listed, the worst first")
 
 
-def _print(found: Difference) -> None:
+def _print(found: DiffResult) -> None:
     for name, (mine, its) in found.recipe.items():
         print_line(f"recipe      {name}: {mine} in A, {its} in B")
     _print_keys("only in A", found.only_one)
@@ -80,7 +80,7 @@ def _print(found: Difference) -> None:
         print_line(f"{found.one} and {found.other} are identical in all that was compared")
 
 
-def _print_common(found: Difference) -> None:
+def _print_common(found: DiffResult) -> None:
     tokens = "" if found.equal_tokens is None else f", {found.equal_tokens:,} with equal tokens"
     images = counted(found.common, "image")
     print_line(f"common      {images} with features, {found.equal_vectors:,} with equal vectors{tokens}")

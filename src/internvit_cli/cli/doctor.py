@@ -24,7 +24,7 @@ def doctor_command(
     The command tries versions, memory, worker processes, the model, devices, and the disk of the output with its locks.
     It exits with 1 if something will not work, and says what to do.
     """
-    from internvit_cli.commands.doctor import State, examine
+    from internvit_cli.commands.doctor import CheckState, examine
 
     checks = []
     for check in examine(output, model):
@@ -33,7 +33,7 @@ def doctor_command(
             print_line(f"{check.state.value:<5} {check.name:<14} {check.found}")
             if check.hint:
                 print_line(f"{'':20} hint: {check.hint}")
-    bad = [check.name for check in checks if check.state is State.BAD]
+    bad = [check.name for check in checks if check.state is CheckState.BAD]
     code = ExitCode.CANNOT_RUN if bad else ExitCode.DONE
     if json:
         error = f"will not work: {', '.join(bad)}" if bad else None

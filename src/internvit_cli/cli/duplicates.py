@@ -16,7 +16,7 @@ from internvit_cli.runtime.words import counted
 from internvit_cli.storage.output_names import check_file_name
 
 if TYPE_CHECKING:
-    from internvit_cli.similarity.duplicates import Comparison, Duplicates
+    from internvit_cli.similarity.duplicates import ComparisonMethod, Duplicates
 
 
 def duplicates_command(
@@ -92,7 +92,7 @@ def _print(found: Duplicates) -> None:
         say(f"note: {note}")
 
 
-def _how(comparison: Comparison) -> str:
+def _how(comparison: ComparisonMethod) -> str:
     """One line on how similar images were told."""
     by = f"compared by {comparison.space.words}, {comparison.how}"
     pictures = comparison.pictures

@@ -24,7 +24,7 @@ from internvit_cli.runtime.words import counted
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from internvit_cli.export.export import Written
+    from internvit_cli.export.export import ExportResult
     from internvit_cli.runtime.observer import Observer
     from internvit_cli.runtime.signals import StopRequest
 
@@ -133,7 +133,7 @@ def read_keys(path: str, *, null_separated: bool) -> list[str]:
     return [os.fsdecode(key) for key in keys if key]
 
 
-def run_stoppable(work: Callable[[StopRequest, Observer], Written], *, as_json: bool, quiet: bool) -> int:
+def run_stoppable(work: Callable[[StopRequest, Observer], ExportResult], *, as_json: bool, quiet: bool) -> int:
     """Do it, and print what was made; a signal ends it and leaves nothing. Returns the exit code."""
     with stop_on_signals() as stop:
         try:
@@ -151,7 +151,7 @@ def run_stoppable(work: Callable[[StopRequest, Observer], Written], *, as_json: 
     return int(ExitCode.DONE)
 
 
-def _print(written: Written) -> None:
+def _print(written: ExportResult) -> None:
     images = ", ".join(f"{count:,} {word}" for word, count in written.images.items())
     files = f" in {counted(written.files, 'file')}" if written.files > 1 else ""
     rate = written.bytes / written.seconds if written.seconds else 0.0

@@ -32,11 +32,11 @@ def info_command(
     Example: internvit info feats.h5
     """
     from internvit_cli.commands.info import describe_output
-    from internvit_cli.commands.ls import Listing, ListOptions
+    from internvit_cli.commands.ls import ImageListing, ListOptions
 
     path = found_output(path)
     facts = describe_output(path)
-    listing = Listing(ListOptions(path)) if keys else ()
+    listing = ImageListing(ListOptions(path)) if keys else ()
     if json:
         facts |= {"keys": [image.to_json() for image in listing]} if keys else {}
         print_json(facts | {"exit_code": 0, "error": None})

@@ -20,7 +20,7 @@ from internvit_cli.runtime.words import did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from internvit_cli.commands.ls import Listed
+    from internvit_cli.commands.ls import ListedImage
 
 AT_ONCE = 1000
 """Images that are written together."""
@@ -75,18 +75,18 @@ def ls_command(
 
     Example: internvit ls feats.h5 '2024/**' --status skipped
     """
-    from internvit_cli.commands.ls import Listing, ListOptions
+    from internvit_cli.commands.ls import ImageListing, ListOptions
 
     wanted = frozenset().union(*status) if status else frozenset(Status)
     path = found_output(path)
-    listing = Listing(ListOptions(path, tuple(words or ()), wanted))
+    listing = ImageListing(ListOptions(path, tuple(words or ()), wanted))
     if json:
         return _write_json(path, listing)
     print_images(listing, long=long, null=null)
     return int(ExitCode.DONE)
 
 
-def print_images(listing: Iterable[Listed], *, long: bool, null: bool = False) -> None:
+def print_images(listing: Iterable[ListedImage], *, long: bool, null: bool = False) -> None:
     """One line for each image, until nobody reads any more."""
     end = "\0" if null else "\n"
     for images in _chunks(listing):
@@ -94,7 +94,7 @@ def print_images(listing: Iterable[Listed], *, long: bool, null: bool = False) -
             break
 
 
-def _line(image: Listed, *, long: bool) -> str:
+def _line(image: ListedImage, *, long: bool) -> str:
     key = os.fsdecode(image.key)
     key = one_line(key) if sys.stdout.isatty() else key  # a program gets the bytes of the name
     if not long:
@@ -102,7 +102,7 @@ def _line(image: Listed, *, long: bool) -> str:
     return f"{image.status.word:<13} {f'{image.columns}x{image.rows}':>7} {image.tiles:>4}  {key}"
 
 
-def _write_json(path: str, listing: Iterable[Listed]) -> int:
+def _write_json(path: str, listing: Iterable[ListedImage]) -> int:
     """One object, written while the images are read; what goes wrong meanwhile stands at its end."""
     count, code = 0, ExitCode.DONE
     problem: dict[str, str | None] = {"error": None}
@@ -120,9 +120,9 @@ def _write_json(path: str, listing: Iterable[Listed]) -> int:
     return int(code)
 
 
-def _chunks(images: Iterable[Listed]) -> Iterator[list[Listed]]:
+def _chunks(images: Iterable[ListedImage]) -> Iterator[list[ListedImage]]:
     """Lists of images; when reading fails, those that were read come first."""
-    chunk: list[Listed] = []
+    chunk: list[ListedImage] = []
     try:
         for image in images:
             chunk.append(image)

@@ -11,7 +11,7 @@ from internvit_cli.cli.console import human_bytes, print_json, print_line
 from internvit_cli.errors import ExitCode
 
 if TYPE_CHECKING:
-    from internvit_cli.model.known import ModelFacts
+    from internvit_cli.model.known import KnownModelFacts
 
 
 def models_command(
@@ -33,7 +33,7 @@ def models_command(
     return int(ExitCode.DONE)
 
 
-def _print_table(models: list[ModelFacts]) -> None:
+def _print_table(models: list[KnownModelFacts]) -> None:
     """One line a model, within 80 columns; the hub ids begin with the publisher's name, which stands once."""
     print_line(f"{'name':<26}{'short':<9}{'download':>9}{'tokens/tile':>13}{'bytes/tile':>11}  cached")
     for model in models:
@@ -48,11 +48,11 @@ def _print_table(models: list[ModelFacts]) -> None:
     print_line("tiny-random has random weights, to try the tool")
 
 
-def publisher_of(models: list[ModelFacts]) -> str:
+def publisher_of(models: list[KnownModelFacts]) -> str:
     """Who published the models on the hub."""
     return ", ".join(sorted({model.name.partition("/")[0] for model in models if "/" in model.name}))
 
 
-def licences_of(models: list[ModelFacts]) -> list[str]:
+def licences_of(models: list[KnownModelFacts]) -> list[str]:
     """Licences of the published models."""
     return sorted({model.licence for model in models if "/" in model.name})

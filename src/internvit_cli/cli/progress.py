@@ -19,7 +19,7 @@ from typing import Any
 from typing_extensions import Self
 
 from internvit_cli.cli.console import human_bytes, human_seconds, is_terminal, make_way_with, say, write_progress
-from internvit_cli.runtime.observer import BYTES, SILENT, Observer, Phase, State
+from internvit_cli.runtime.observer import BYTES, SILENT, Observer, Phase, PhaseState
 from internvit_cli.runtime.words import counted, counted_of
 
 PLAIN_SECONDS = 30.0
@@ -55,7 +55,7 @@ class View:
 
     name: str
     unit: str
-    state: State
+    state: PhaseState
     seconds: float
     """How long it has been going on."""
     before: int = 0

@@ -17,7 +17,7 @@ from internvit_cli.runtime.words import counted
 from internvit_cli.storage.output_names import check_file_name
 
 if TYPE_CHECKING:
-    from internvit_cli.similarity.search import Found
+    from internvit_cli.similarity.search import SearchResult
 
 
 def search_command(
@@ -107,7 +107,7 @@ def search_command(
     return fail(error) if error else int(code)
 
 
-def _print(found: Found) -> None:
+def _print(found: SearchResult) -> None:
     for answer in found.answers:
         kind = "picture" if answer.is_picture else "key"
         print_line(f"{kind} {answer.query.key}" + (f": {answer.problem}" if answer.problem else ""))

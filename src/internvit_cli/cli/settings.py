@@ -44,7 +44,7 @@ TELLING = 4
 """Characters of a value that is no accident in a message."""
 
 
-class Given(NamedTuple):
+class GivenValue(NamedTuple):
     """What somebody gave for a parameter, and where."""
 
     words: bool | str | list[str]
@@ -59,7 +59,7 @@ class Settings:
     """The values of all parameters of one command."""
 
     command: Command
-    given: Mapping[str, Given]
+    given: Mapping[str, GivenValue]
     """By parameter, what does not have its default."""
     values: Mapping[str, Any]
     """By parameter, all of them."""
@@ -173,9 +173,9 @@ def print_settings(settings: Settings) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------- from all places
 
 
-def _given(command: Command, typed: Mapping[str, Any]) -> dict[str, Given]:
+def _given(command: Command, typed: Mapping[str, Any]) -> dict[str, GivenValue]:
     """By parameter, what is given at the first place that has it."""
-    given: dict[str, Given] = {}
+    given: dict[str, GivenValue] = {}
     path, place = _config_path(typed)
     if path is not None:
         given |= _from_file(command, path, place)
@@ -183,11 +183,11 @@ def _given(command: Command, typed: Mapping[str, Any]) -> dict[str, Given]:
     for parameter in command.parameters:
         words = typed.get(parameter.name)
         if words is not None:
-            given[parameter.name] = Given(words, parameter.long, COMMAND_LINE)
+            given[parameter.name] = GivenValue(words, parameter.long, COMMAND_LINE)
     return given
 
 
-def _value(parameter: Parameter, given: Given) -> Any:
+def _value(parameter: Parameter, given: GivenValue) -> Any:
     """The value that is given.
 
     Raises:
@@ -206,14 +206,14 @@ def _value(parameter: Parameter, given: Given) -> Any:
         raise UsageError(f"{given.place} is {one_line(word)!r}, not {error.expected}", hint) from None
 
 
-def _from_environment(command: Command) -> dict[str, Given]:
+def _from_environment(command: Command) -> dict[str, GivenValue]:
     found = {}
     for option in command.options:
         variable = variable_of(option.key)
         text = os.environ.get(variable, "")
         if text:
             place = f"variable {variable}"
-            found[option.name] = Given(_split(text, place) if option.is_list else text, place, variable)
+            found[option.name] = GivenValue(_split(text, place) if option.is_list else text, place, variable)
     return found
 
 
@@ -237,7 +237,7 @@ def _config_path(typed: Mapping[str, Any]) -> tuple[str | None, str]:
     return os.environ.get(CONFIG) or None, CONFIG
 
 
-def _from_file(command: Command, path: str, named_by: str) -> dict[str, Given]:
+def _from_file(command: Command, path: str, named_by: str) -> dict[str, GivenValue]:
     """What a file says for one command; its own table wins over what stands before the tables.
 
     Raises:
@@ -245,13 +245,13 @@ def _from_file(command: Command, path: str, named_by: str) -> dict[str, Given]:
     """
     config = read_config(path, named_by)
     lines = LineNumbers(path)
-    found: dict[str, Given] = {}
+    found: dict[str, GivenValue] = {}
     for table, key, value in _entries(config, lines):
         option = command.by_key.get(key)
         if option is not None and table in ("", command.name):
             where = lines.place(table, key)
             place = f"{where}: {key}"
-            found[option.name] = Given(_words(option, value, place), place, where)
+            found[option.name] = GivenValue(_words(option, value, place), place, where)
     return found
 
 
@@ -383,7 +383,7 @@ def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
 # --------------------------------------------------------------------------------------------------------- to a file
 
 
-def _as_given(option: Parameter, given: Given) -> Any:
+def _as_given(option: Parameter, given: GivenValue) -> Any:
     """What was given as a value of TOML: numbers and flags as such."""
     words = given.words
     if not isinstance(words, str):

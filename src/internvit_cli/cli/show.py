@@ -21,7 +21,7 @@ from internvit_cli.errors import ExitCode, UsageError
 from internvit_cli.storage.output_names import check_folder_name
 
 if TYPE_CHECKING:
-    from internvit_cli.viz.show import Shown
+    from internvit_cli.viz.show import FigureResult
 
 
 def pixel(word: str) -> tuple[float, float]:
@@ -136,7 +136,7 @@ def show_command(
     return int(code)
 
 
-def _write(shown: Shown, folder: str, *, separate: bool) -> list[str]:
+def _write(shown: FigureResult, folder: str, *, separate: bool) -> list[str]:
     """Write the figure, or each of its maps; returns the files' names."""
     from internvit_cli.viz.draw.figure import figure
     from internvit_cli.viz.show import file_name, save_png
@@ -167,7 +167,7 @@ def _chosen_graphics(named: Graphics | None) -> Graphics:
     return detect(os.environ)
 
 
-def _draw(shown: Shown, graphics: Graphics) -> None:
+def _draw(shown: FigureResult, graphics: Graphics) -> None:
     """The whole figure, or where letters would not be legible, map after map with its title."""
     from internvit_cli.viz.draw.terminal import render
 

@@ -13,7 +13,7 @@ from internvit_cli.errors import UsageError
 from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
-    from internvit_cli.verify.result import Comparison, Finding, PictureCheck, Verdict
+    from internvit_cli.verify.result import Finding, PictureCheck, ReencodeComparison, VerifyResult
 
 KEYS_SHOWN = 10
 """Changed or missing pictures that are listed by name; --json has them all."""
@@ -84,7 +84,7 @@ def verify_command(
     return code
 
 
-def print_verdict(verdict: Verdict, *, quiet: bool = False) -> None:
+def print_verdict(verdict: VerifyResult, *, quiet: bool = False) -> None:
     """What was checked, what is wrong, and the verdict in one line."""
     if not quiet and verdict.shards:
         _print_checks(verdict)
@@ -94,7 +94,7 @@ def print_verdict(verdict: Verdict, *, quiet: bool = False) -> None:
         print_line(f"{verdict.path}: {_summary(verdict)}")
 
 
-def _print_checks(verdict: Verdict) -> None:
+def _print_checks(verdict: VerifyResult) -> None:
     images = ", ".join(f"{count:,} {word}" for word, count in verdict.images.items())
     shards = "" if verdict.shards == 1 else f" in {counted(verdict.shards, 'shard')}"
     print_line(
@@ -124,7 +124,7 @@ def _print_pictures(pictures: PictureCheck) -> None:
             print_line(f"note: {counted(len(keys) - KEYS_SHOWN, 'more picture')} {word} (--json lists them)")
 
 
-def _print_comparison(comparison: Comparison) -> None:
+def _print_comparison(comparison: ReencodeComparison) -> None:
     print_line(f"{comparison.check:<11} {counted(comparison.images, 'image')} with {comparison.encoder}")
     equal = (
         "every value bit-equal"
@@ -143,6 +143,6 @@ def _words(finding: Finding) -> str:
     return finding.problem if finding.path in finding.problem else f"{finding.path}: {finding.problem}"
 
 
-def _summary(verdict: Verdict) -> str:
+def _summary(verdict: VerifyResult) -> str:
     count = len(verdict.findings)
     return f"{count:,} {'thing is' if count == 1 else 'things are'} wrong" if count else "all is right"

@@ -24,7 +24,7 @@ from internvit_cli.model.hub import HubUnavailableError, is_offline
 from internvit_cli.model.known import download_bytes, open_offline
 from internvit_cli.model.names import ModelName, parse_model_name
 from internvit_cli.runtime.words import counted
-from internvit_cli.runtime.workers import Finished, WorkerPool, WorkerSpec, usable_cpus
+from internvit_cli.runtime.workers import FinishedTask, WorkerPool, WorkerSpec, usable_cpus
 from internvit_cli.storage.durable import free_bytes, reserve, sync_data, unsynced_folder
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ LITTLE_DISK = 1_000_000_000
 TRIED_BYTES = 1 << 20
 
 
-class State(Enum):
+class CheckState(Enum):
     """How a check came out."""
 
     OK = "ok"
@@ -65,7 +65,7 @@ class Check:
     """One thing that was looked at."""
 
     name: str
-    state: State
+    state: CheckState
     found: str
     hint: str = ""
 
@@ -101,24 +101,26 @@ def _versions() -> Check:
     text = ", ".join(f"{name} {version}" for name, version in (own | found).items() if version)
     if missing:
         return Check(
-            "versions", State.BAD, f"{text}; not installed: {', '.join(missing)}", "install internvit-cli again"
+            "versions", CheckState.BAD, f"{text}; not installed: {', '.join(missing)}", "install internvit-cli again"
         )
-    return Check("versions", State.OK, text)
+    return Check("versions", CheckState.OK, text)
 
 
 def _processor() -> Check:
     cpus, all_cpus = usable_cpus(), os.cpu_count() or 1
     found = f"{cpus} of {all_cpus} cores, {platform.machine()}, {platform.system()} {platform.release()}"
-    return Check("processor", State.OK, found)
+    return Check("processor", CheckState.OK, found)
 
 
 def _memory() -> Check:
     available = _available_memory()
     if available is None:
-        return Check("memory", State.OK, "not known on this system")
-    state = State.NOTE if available < LITTLE_MEMORY else State.OK
+        return Check("memory", CheckState.OK, "not known on this system")
+    state = CheckState.NOTE if available < LITTLE_MEMORY else CheckState.OK
     hint = (
-        "a decode process may take up to --worker-memory (4 GiB); lower it, or --workers" if state is State.NOTE else ""
+        "a decode process may take up to --worker-memory (4 GiB); lower it, or --workers"
+        if state is CheckState.NOTE
+        else ""
     )
     return Check("memory", state, f"{available / 1e9:.1f} GB available", hint)
 
@@ -136,15 +138,15 @@ def _pictures() -> Check:
 
     missing = [name for feature, name in PICTURE_FORMATS.items() if not features.check(feature)]
     if missing:
-        return Check("pictures", State.NOTE, f"Pillow reads no {', '.join(missing)}", "such pictures are skipped")
-    return Check("pictures", State.OK, f"Pillow reads {', '.join(PICTURE_FORMATS.values())} and others")
+        return Check("pictures", CheckState.NOTE, f"Pillow reads no {', '.join(missing)}", "such pictures are skipped")
+    return Check("pictures", CheckState.OK, f"Pillow reads {', '.join(PICTURE_FORMATS.values())} and others")
 
 
 def _open_files() -> Check:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < FEW_OPEN_FILES:
-        return Check("open files", State.BAD, f"at most {soft}", f"ulimit -n {FEW_OPEN_FILES * 4}")
-    return Check("open files", State.OK, f"at most {soft:,}")
+        return Check("open files", CheckState.BAD, f"at most {soft}", f"ulimit -n {FEW_OPEN_FILES * 4}")
+    return Check("open files", CheckState.OK, f"at most {soft:,}")
 
 
 def _slots() -> Check:
@@ -152,10 +154,10 @@ def _slots() -> Check:
     try:
         Slots.allocate(shape).close()
     except InternvitError as error:
-        return Check("shared memory", State.BAD, error.message, error.hint)
+        return Check("shared memory", CheckState.BAD, error.message, error.hint)
     shm = shutil.disk_usage(SHM).total if os.path.isdir(SHM) else 0
     found = f"{shape.nbytes / 1e6:.0f} MB of tile slots allocated in memory files"
-    return Check("shared memory", State.OK, f"{found}; {SHM} ({shm / 1e6:,.0f} MB) is not used")
+    return Check("shared memory", CheckState.OK, f"{found}; {SHM} ({shm / 1e6:,.0f} MB) is not used")
 
 
 def _workers() -> Check:
@@ -167,10 +169,10 @@ def _workers() -> Check:
             pool.submit(0, [os.fsencode(__file__)])
             outcomes = pool.wait(30.0)
     except InternvitError as error:
-        return Check("workers", State.BAD, error.message, error.hint)
-    if not (outcomes and isinstance(outcomes[0], Finished)):
-        return Check("workers", State.BAD, "a worker process gave no answer", "is the machine out of memory?")
-    return Check("workers", State.OK, "a worker process started and answered")
+        return Check("workers", CheckState.BAD, error.message, error.hint)
+    if not (outcomes and isinstance(outcomes[0], FinishedTask)):
+        return Check("workers", CheckState.BAD, "a worker process gave no answer", "is the machine out of memory?")
+    return Check("workers", CheckState.OK, "a worker process started and answered")
 
 
 def _hub() -> Iterator[Check]:
@@ -179,7 +181,7 @@ def _hub() -> Iterator[Check]:
     folder = constants.HF_HUB_CACHE
     offline = ", offline mode is on" if constants.HF_HUB_OFFLINE else ""
     token = "a token is set" if get_token() else "no token is set"  # the token itself is nobody's business
-    yield Check("hub cache", State.OK, f"{folder}, {free_bytes(folder) / 1e9:.1f} GB free; {token}{offline}")
+    yield Check("hub cache", CheckState.OK, f"{folder}, {free_bytes(folder) / 1e9:.1f} GB free; {token}{offline}")
 
 
 def _model(name: str) -> Check:
@@ -191,40 +193,42 @@ def _model(name: str) -> Check:
         except HubUnavailableError as unavailable:
             return _on_hub(named, unavailable)
     except InternvitError as error:
-        return Check("model", State.BAD, error.message, error.hint)
+        return Check("model", CheckState.BAD, error.message, error.hint)
     where = "in the hub cache" if named.repo else "built in" if named.is_built_in else "in its folder"
     tensors = counted(len(checkpoint.weights), "tensor")
     notes = "".join(f"; {note}" for note in (*checkpoint.card.notes, *checkpoint.notes))
-    return Check("model", State.OK, f"{checkpoint.card.name} is {where}, {tensors} for a run{notes}")
+    return Check("model", CheckState.OK, f"{checkpoint.card.name} is {where}, {tensors} for a run{notes}")
 
 
 def _on_hub(named: ModelName, unavailable: HubUnavailableError) -> Check:
     """Check a model that the cache does not hold."""
     if is_offline() or named.repo is None:
-        return Check("model", State.BAD, unavailable.message, unavailable.hint)
+        return Check("model", CheckState.BAD, unavailable.message, unavailable.hint)
     try:
         files, _ = locate_on_hub(named.repo, named.revision)
     except HubUnavailableError as error:
-        return Check("model", State.BAD, error.message, error.hint)
+        return Check("model", CheckState.BAD, error.message, error.hint)
     if files.offline:
-        return Check("model", State.BAD, f"{unavailable.message}; {files.offline}", unavailable.hint)
+        return Check("model", CheckState.BAD, f"{unavailable.message}; {files.offline}", unavailable.hint)
     size = f", about {download_bytes(known_card(named.known)) / 1e9:.1f} GB" if named.known else ""
     found = f"{named.repo} is on the hub; the first run fetches it{size}"
-    return Check("model", State.OK, found)
+    return Check("model", CheckState.OK, found)
 
 
 def _folder(output: str) -> Iterator[Check]:
     folder = os.path.dirname(os.path.abspath(output))
     if not os.path.isdir(folder):
-        yield Check("output", State.BAD, f"the folder {folder} does not exist", f"mkdir -p {folder}")
+        yield Check("output", CheckState.BAD, f"the folder {folder} does not exist", f"mkdir -p {folder}")
         return
     free = free_bytes(folder)
-    state = State.NOTE if free < LITTLE_DISK else State.OK
+    state = CheckState.NOTE if free < LITTLE_DISK else CheckState.OK
     yield Check("output", state, f"{folder} on {_filesystem(folder)}, {free / 1e9:.1f} GB free")
     try:
         file = tempfile.NamedTemporaryFile(dir=folder, prefix=".internvit-doctor-")  # noqa: SIM115 - closed below
     except OSError as error:
-        yield Check("writing", State.BAD, f"{folder}: {system_words(error)}", "choose a folder that can be written")
+        yield Check(
+            "writing", CheckState.BAD, f"{folder}: {system_words(error)}", "choose a folder that can be written"
+        )
         return
     with file:
         yield _try("writing", "written and synced", lambda: _write(file.name))
@@ -246,10 +250,10 @@ def _try(name: str, found: str, action: Callable[[], str]) -> Check:
     try:
         words = action()
     except OSError as error:
-        return Check(name, State.BAD, system_words(error), "check the disk")
+        return Check(name, CheckState.BAD, system_words(error), "check the disk")
     except InternvitError as error:
-        return Check(name, State.BAD, error.message, error.hint)
-    return Check(name, State.NOTE, words, HINTS[name]) if words else Check(name, State.OK, found)
+        return Check(name, CheckState.BAD, error.message, error.hint)
+    return Check(name, CheckState.NOTE, words, HINTS[name]) if words else Check(name, CheckState.OK, found)
 
 
 def _write(path: str) -> str:
@@ -290,22 +294,24 @@ def _devices() -> Iterator[Check]:
     facts = torch_facts()
     build = f"PyTorch {facts.version}, " + (f"built for CUDA {facts.cuda}" if facts.cuda else "built without CUDA")
     if facts.problem:
-        yield Check("devices", State.NOTE, f"{build}: {facts.problem}", "check nvidia-smi; the CPU is used meanwhile")
+        yield Check(
+            "devices", CheckState.NOTE, f"{build}: {facts.problem}", "check nvidia-smi; the CPU is used meanwhile"
+        )
     elif facts.cards:
-        yield Check("devices", State.OK, build)
+        yield Check("devices", CheckState.OK, build)
     elif facts.has_apple_gpu:
-        yield Check("devices", State.OK, f"{build}; an Apple GPU")
+        yield Check("devices", CheckState.OK, f"{build}; an Apple GPU")
     else:
         hint = "install a CUDA build of torch to use a card" if _has_nvidia() else ""
-        state = State.NOTE if hint else State.OK
+        state = CheckState.NOTE if hint else CheckState.OK
         yield Check("devices", state, f"{build}; the CPU alone, with {facts.cpu}", hint)
     for number, card in enumerate(facts.cards):
         types = ["float32", *(["bfloat16"] if card.has_bfloat16 else []), *(["fp8"] if card.has_fp8 else [])]
         found = f"{card.name}, {card.memory / 2**30:.0f} GiB, {card.free / 2**30:.0f} free, {', '.join(types)}"
-        state = State.OK if card.has_bfloat16 else State.NOTE
+        state = CheckState.OK if card.has_bfloat16 else CheckState.NOTE
         yield Check(f"cuda:{number}", state, found, "" if card.has_bfloat16 else "too old for bfloat16: slow")
     if facts.cards and not facts.triton:
-        yield Check("triton", State.NOTE, "not installed", "pip install triton: without it the encoder is slower")
+        yield Check("triton", CheckState.NOTE, "not installed", "pip install triton: without it the encoder is slower")
 
 
 def _has_nvidia() -> bool:

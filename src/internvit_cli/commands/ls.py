@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.places import ShardPlace
 
 
-class Listed(NamedTuple):
+class ListedImage(NamedTuple):
     """One image of an output."""
 
     key: bytes
@@ -46,7 +46,7 @@ class ListOptions:
     statuses: frozenset[Status] = frozenset(Status)
 
 
-class Listing:
+class ImageListing:
     """The images of an output that fit, in the order in which they are stored; one shard at a time is in memory."""
 
     def __init__(self, options: ListOptions) -> None:
@@ -62,7 +62,7 @@ class Listing:
         self._loaded: tuple[ShardPlace, FinishedShard] | None = None
         self._unmatched = set(self._words)
 
-    def __iter__(self) -> Iterator[Listed]:
+    def __iter__(self) -> Iterator[ListedImage]:
         """List the images.
 
         Raises:
@@ -105,7 +105,7 @@ class Listing:
             [(keys[key], key_pattern(keys[key]).fullmatch) for key in sorted(patterns)],
         )
 
-    def _fitting(self, shard: FinishedShard, hidden: Collection[bytes], wanted: _Wanted) -> Iterator[Listed]:
+    def _fitting(self, shard: FinishedShard, hidden: Collection[bytes], wanted: _Wanted) -> Iterator[ListedImage]:
         table = shard.stored.table
         has_status = np.isin(table.status, self._statuses)
         tiles = table.tile_counts
@@ -115,7 +115,7 @@ class Listing:
             if key in hidden or not (self._is_wanted(key, wanted) and has_status[row]):
                 continue
             status, columns, rows = (int(part[row]) for part in (table.status, table.columns, table.rows))
-            yield Listed(key, Status(status), columns, rows, int(tiles[row]))
+            yield ListedImage(key, Status(status), columns, rows, int(tiles[row]))
 
     def _is_wanted(self, key: bytes, wanted: _Wanted) -> bool:
         """Whether a word means a key; the word is ticked off."""

@@ -21,7 +21,7 @@ from internvit_cli.model.known import download_bytes
 from internvit_cli.model.own_tiling import tiling_note
 from internvit_cli.plan.scan import PlanOptions, plan_images
 from internvit_cli.plan.table import count_statuses
-from internvit_cli.recipes import LONGEST_DTYPE, ModelFacts, check_layers, feature_shape, make_recipe, pixel_rule
+from internvit_cli.recipes import LONGEST_DTYPE, RecipeFacts, check_layers, feature_shape, make_recipe, pixel_rule
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.workers import usable_cpus
 from internvit_cli.sources.find_images import EMPTY_LISTING, find_images, listing_notes, require_images
@@ -101,7 +101,7 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
     layers = card.resolve_layers(options.model.layers)
     check_layers(options.store.tokens, layers)
-    facts = ModelFacts.of_card(card, layers, UNKNOWN_DIGEST)
+    facts = RecipeFacts.of_card(card, layers, UNKNOWN_DIGEST)
     recipe = make_recipe(options, facts, LONGEST_DTYPE)
     shape = feature_shape(options, card, recipe)
     rule = pixel_rule(recipe, options.pictures.max_pixels)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from internvit_cli.config import PixelRule, Skipped, Status
-from internvit_cli.decode.pictures import Decoded, decode_tiles
+from internvit_cli.decode.pictures import DecodedPicture, decode_tiles
 from internvit_cli.decode.slots import Slots, SlotShape
 from internvit_cli.plan.headers import Header
 from internvit_cli.plan.tiling import Grid, decoded_tile_count
 from internvit_cli.runtime.malloc import keep_freed_memory
-from internvit_cli.runtime.workers import Finished, Lost, WorkerPool, WorkerSpec
+from internvit_cli.runtime.workers import FinishedTask, LostTask, WorkerPool, WorkerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -166,7 +166,7 @@ class Decoder:
                 if stopped():
                     return
                 job, slot, alone = self._given.pop(outcome.task_id)
-                if isinstance(outcome, Lost) and outcome.status is Status.WORKER_DIED and not alone:
+                if isinstance(outcome, LostTask) and outcome.status is Status.WORKER_DIED and not alone:
                     self._free.append(slot)
                     retries.append(job)
                     continue
@@ -188,12 +188,12 @@ class Decoder:
         self._given[job.row] = job, slot, alone
         self._pool.submit(job.row, (job.path, job.header, job.grid, slot), alone=alone)
 
-    def _result(self, job: DecodeJob, slot: int, outcome: Finished | Lost) -> DecodedImage | FailedImage:
-        if isinstance(outcome, Lost):
+    def _result(self, job: DecodeJob, slot: int, outcome: FinishedTask | LostTask) -> DecodedImage | FailedImage:
+        if isinstance(outcome, LostTask):
             return self._failed(job, slot, Skipped(outcome.status, "", outcome.message))
         self.busy_seconds += outcome.seconds
         match outcome.result:
-            case Decoded(tiles=count, digest=digest):
+            case DecodedPicture(tiles=count, digest=digest):
                 tiles = self._slots.tiles(slot, count)
                 return DecodedImage(job.row, tiles, digest, lambda: self._free.append(slot))
             case skipped:
@@ -204,12 +204,12 @@ class Decoder:
         return FailedImage(job.row, skipped, decoded_tile_count(job.grid, self._rule))
 
 
-def tile_decoder(rule: PixelRule, shape: SlotShape, descriptor: int) -> Callable[[Any], Decoded | Skipped]:
+def tile_decoder(rule: PixelRule, shape: SlotShape, descriptor: int) -> Callable[[Any], DecodedPicture | Skipped]:
     """What a decode worker runs: a function from (path, header, grid, slot) to the number of tiles in that slot."""
     keep_freed_memory()
     slots = Slots(shape, descriptor)
 
-    def decode(task: tuple[bytes, Header, Grid, int]) -> Decoded | Skipped:
+    def decode(task: tuple[bytes, Header, Grid, int]) -> DecodedPicture | Skipped:
         path, header, grid, slot = task
         return decode_tiles(path, header, grid, rule, slots.tiles(slot, shape.tiles))
 

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped
-from internvit_cli.decode.pictures import Decoded, _fill, decode_tiles, upright_rgb
+from internvit_cli.decode.pictures import DecodedPicture, _fill, decode_tiles, upright_rgb
 from internvit_cli.plan.headers import loaded_size, read_header, unusable_size, upright_size
 from internvit_cli.plan.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail
 from internvit_cli.sources.files import any_size, classify, pillow_failure, pillow_settings
@@ -27,7 +27,7 @@ NO_DIGEST = bytes(32)
 
 
 @dataclass(frozen=True, slots=True)
-class Tiled:
+class TiledPicture:
     """A picture as tiles, with what a feature file says of it."""
 
     width: int
@@ -45,7 +45,7 @@ class Tiled:
     """Bytes of the file."""
 
 
-def tile_file(path: bytes, rule: PixelRule) -> Tiled | Skipped:
+def tile_file(path: bytes, rule: PixelRule) -> TiledPicture | Skipped:
     """Decode a file into tiles, or say why there are none; one thread of a process at a time."""
     header = read_header(path, rule)
     if isinstance(header, Skipped):
@@ -53,13 +53,13 @@ def tile_file(path: bytes, rule: PixelRule) -> Tiled | Skipped:
     grid = choose_grid(header.width, header.height, rule.tiling)
     tiles = _room(grid, rule)
     decoded = decode_tiles(path, header, grid, rule, tiles)
-    if not isinstance(decoded, Decoded):
+    if not isinstance(decoded, DecodedPicture):
         return decoded
     size = header.width, header.height, header.orientation
     return _tiled(size, rule, tiles, decoded.digest, header.file_size)
 
 
-def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> Tiled | Skipped:
+def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> TiledPicture | Skipped:
     """Decode the bytes of a file into tiles, or say why there are none; one thread of a process at a time.
 
     They are decoded as a file, so neither limits nor orientation, pixels or digest can differ from those of a file on
@@ -87,7 +87,7 @@ def _empty_file() -> tuple[IO[bytes], bytes]:
     return cast("IO[bytes]", file), os.fsencode(file.name)
 
 
-def tile_picture(image: Image.Image, rule: PixelRule) -> Tiled | Skipped:
+def tile_picture(image: Image.Image, rule: PixelRule) -> TiledPicture | Skipped:
     """Cut a picture in memory into tiles, or say why that can't be done; one thread of a process at a time.
 
     Args:
@@ -119,8 +119,8 @@ def _room(grid: Grid, rule: PixelRule) -> NDArray[Any]:
 
 def _tiled(
     size: tuple[int, int, int], rule: PixelRule, tiles: NDArray[Any], digest: bytes, file_size: int = 0
-) -> Tiled:
+) -> TiledPicture:
     width, height, orientation = size
     grid = choose_grid(width, height, rule.tiling)
     thumbnail = has_thumbnail(grid, rule.tiling.thumbnail)
-    return Tiled(width, height, orientation, grid, thumbnail, tiles, digest, file_size)
+    return TiledPicture(width, height, orientation, grid, thumbnail, tiles, digest, file_size)

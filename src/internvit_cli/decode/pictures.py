@@ -51,7 +51,7 @@ _TURNS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodedPicture:
     """A picture whose tiles are in their place."""
 
     tiles: int
@@ -59,7 +59,9 @@ class Decoded:
     """SHA-256 of the file, 32 bytes."""
 
 
-def decode_tiles(path: bytes, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> Decoded | Skipped:
+def decode_tiles(
+    path: bytes, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]
+) -> DecodedPicture | Skipped:
     """Decode one file into tiles, row by row, the thumbnail last; one thread of a process at a time.
 
     Args:
@@ -97,7 +99,7 @@ def _changed() -> Skipped:
 
 def _decode(
     file: OpenPicture, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]
-) -> Decoded | Skipped:
+) -> DecodedPicture | Skipped:
     digest, stream = digested(file.stream(), header.file_size)
 
     def tiles_of(stream: BinaryIO) -> int | Skipped:
@@ -111,7 +113,7 @@ def _decode(
                 return _fill(upright_rgb(image, header.orientation, rule), grid, rule, out)
 
     outcome = despite_texts(tiles_of, stream)
-    return outcome if isinstance(outcome, Skipped) else Decoded(outcome, digest)
+    return outcome if isinstance(outcome, Skipped) else DecodedPicture(outcome, digest)
 
 
 def digested(file: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
@@ -149,7 +151,7 @@ def upright_rgb(image: Image.Image, orientation: int, rule: PixelRule) -> Image.
     Args:
         image: in any mode.
         orientation: EXIF's number of the turn to apply.
-        rule: whether transparency is composed over a colour, and which gray is white.
+        rule: whether transparency is composed over a color, and which gray is white.
     """
     picture = _rgb(image, rule)
     return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture

@@ -17,7 +17,7 @@ from torch import Tensor
 from internvit_cli.encode.tile_features import TileFeatures
 from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import DeviceError
-from internvit_cli.model.features import Features
+from internvit_cli.model.features import LayerTensors
 from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
@@ -93,15 +93,15 @@ class JoinedBatches:
         return TileFeatures.join([part.result() for part in self._parts])
 
 
-def taken(layers: Sequence[Features], count: int, spec: FeatureSpec) -> TileFeatures:
+def taken(layers: Sequence[LayerTensors], count: int, spec: FeatureSpec) -> TileFeatures:
     """The first `count` tiles of features that lie on the host, copied: the buffers may be used again."""
     # PyTorch copies with several threads; numpy would not.
     return on_host([each_part(layer, lambda part: part[:count].clone()) for layer in layers], spec)
 
 
-def each_part(layer: Features, change: Callable[[Tensor], Tensor]) -> Features:
+def each_part(layer: LayerTensors, change: Callable[[Tensor], Tensor]) -> LayerTensors:
     """Features with something done to each tensor that there is."""
-    return Features(*(None if part is None else change(part) for part in layer))  # type: ignore[arg-type]
+    return LayerTensors(*(None if part is None else change(part) for part in layer))  # type: ignore[arg-type]
 
 
 class Launcher:
@@ -120,7 +120,7 @@ class Launcher:
         batch = np.zeros((size, *tiles[0].shape), np.uint8)
         np.stack(tiles, out=batch[: len(tiles)])
         with torch.inference_mode():
-            layers: tuple[Features, ...] = self.model(torch.from_numpy(batch).to(self.device))
+            layers: tuple[LayerTensors, ...] = self.model(torch.from_numpy(batch).to(self.device))
             fetched = [each_part(layer, Tensor.cpu) for layer in layers]
         self.busy_seconds += time.perf_counter() - start
         return FinishedBatch(taken(fetched, len(tiles), self.model.spec))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from internvit_cli.encode.interface import PendingBatch
-    from internvit_cli.model.features import FeatureModel, Features, FeatureSpec
+    from internvit_cli.model.features import FeatureModel, FeatureSpec, LayerTensors
 
 CPU_TILES_PER_THREAD = 4
 """A batch on a CPU is this many tiles a thread. Throughput does not depend on it, since tiles are encoded one by one;
@@ -56,11 +56,11 @@ class CpuRunner:
         """Finish what was submitted and end the threads."""
         self._pool.shutdown()
 
-    def _encode(self, tile: np.ndarray) -> tuple[Features, ...]:
+    def _encode(self, tile: np.ndarray) -> tuple[LayerTensors, ...]:
         start = time.perf_counter()
         try:
             with torch.inference_mode():  # belongs to the thread
-                features: tuple[Features, ...] = self._model(torch.from_numpy(tile)[None])
+                features: tuple[LayerTensors, ...] = self._model(torch.from_numpy(tile)[None])
         except RuntimeError as error:
             if "allocate memory" not in str(error):
                 raise
@@ -76,7 +76,7 @@ class CpuRunner:
 class CpuBatch:
     """Tiles whose tasks were queued together."""
 
-    def __init__(self, futures: list[Future[tuple[Features, ...]]], spec: FeatureSpec) -> None:
+    def __init__(self, futures: list[Future[tuple[LayerTensors, ...]]], spec: FeatureSpec) -> None:
         self._futures = futures
         self._spec = spec
         self._result: TileFeatures | None = None

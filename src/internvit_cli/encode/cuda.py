@@ -14,7 +14,7 @@ import torch
 
 from internvit_cli.encode.batches import OUT_OF_MEMORY_HINT, Launcher, taken
 from internvit_cli.errors import DeviceError
-from internvit_cli.model.features import Features
+from internvit_cli.model.features import LayerTensors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,7 +112,7 @@ class CudaLauncher(Launcher):
             torch.cuda.empty_cache()
             self.note = f" (no CUDA graphs: {' '.join(str(error).split())[:200]})"
 
-    def _graph(self, tiles: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Features, ...]]:
+    def _graph(self, tiles: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[LayerTensors, ...]]:
         """The computation of tiles in a buffer as a graph, and the buffers that its features will be in."""
         with torch.cuda.stream(self._compute):
             self.model(tiles)  # compiles kernels and makes workspaces, which a capture must not
@@ -120,7 +120,7 @@ class CudaLauncher(Launcher):
         graph = torch.cuda.CUDAGraph()
         # Memory of its own: in a shared pool another slot's graph would overwrite features that are being copied out.
         with torch.cuda.graph(graph, stream=self._compute, capture_error_mode="thread_local"):
-            layers: tuple[Features, ...] = self.model(tiles)
+            layers: tuple[LayerTensors, ...] = self.model(tiles)
         return graph, layers
 
     def _enqueue(self, slot: Slot) -> None:
@@ -139,7 +139,7 @@ class CudaLauncher(Launcher):
                 self._copy_layer(targets, sources, is_graph=slot.graph is not None)
             slot.finished.record()
 
-    def _copy_layer(self, targets: Features, sources: Features, *, is_graph: bool) -> None:
+    def _copy_layer(self, targets: LayerTensors, sources: LayerTensors, *, is_graph: bool) -> None:
         """Queue the copy of one layer's features to the host on the current stream."""
         for target, source in zip(targets, sources, strict=True):
             if target is not None and source is not None:
@@ -147,10 +147,10 @@ class CudaLauncher(Launcher):
                 if not is_graph:
                     source.record_stream(self._copy_out)  # or its memory would be reused before it is read
 
-    def _compute_features(self, slot: Slot) -> tuple[Features, ...]:
+    def _compute_features(self, slot: Slot) -> tuple[LayerTensors, ...]:
         """Queue a slot's computation on the current stream."""
         if slot.graph is None or slot.layers is None:
-            layers: tuple[Features, ...] = self.model(slot.device_tiles)
+            layers: tuple[LayerTensors, ...] = self.model(slot.device_tiles)
             return layers
         slot.graph.replay()
         return slot.layers
@@ -165,7 +165,7 @@ class Slot:
         side = model.spec.tile_size
         self.device_tiles = torch.zeros((size, side, side, 3), dtype=torch.uint8, device=launcher.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.layers: tuple[Features, ...] | None = None
+        self.layers: tuple[LayerTensors, ...] | None = None
         """Where the graph leaves its features, layer by layer."""
         self.host_tiles = _pinned((size, side, side, 3), torch.uint8)
         self.host_layers = [_pinned_features(model, size) for _ in (None, *model.spec.earlier_layers)]
@@ -218,11 +218,11 @@ class CudaBatch:
             return self._result
 
 
-def _pinned_features(model: FeatureModel, size: int) -> Features:
+def _pinned_features(model: FeatureModel, size: int) -> LayerTensors:
     """Buffers on the host for one layer's features of so many tiles."""
     shapes = model.shapes
     is_scaled = model.plan is not None and model.plan.is_scaled
-    return Features(
+    return LayerTensors(
         _pinned((size, shapes.tokens, shapes.token_size), model.store_dtype) if shapes.tokens else None,
         _pinned((size, shapes.pooled_size), torch.float32),
         _pinned((size, 2), torch.float32),

@@ -13,10 +13,10 @@ from internvit_cli.model.features import FeatureSpec, verdicts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from internvit_cli.model.features import Features
+    from internvit_cli.model.features import LayerTensors
 
 
-def on_host(layers: Sequence[Features], spec: FeatureSpec) -> TileFeatures:
+def on_host(layers: Sequence[LayerTensors], spec: FeatureSpec) -> TileFeatures:
     """Features whose tensors lie on the host, as arrays over the same memory.
 
     Args:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.export.selection import Selection
+    from internvit_cli.export.selection import RowSelection
     from internvit_cli.storage.format.layout import DatasetSpec
 
 BLOCK_BYTES = 8 << 20
@@ -52,7 +52,7 @@ class Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class RowBlock:
     """Consecutive images of a selection: all done, with their rows, or all skipped, without."""
 
     first: int
@@ -72,13 +72,13 @@ class Block:
         """Bytes of its rows."""
         return sum(array.nbytes for array in self.arrays.values())
 
-    def take(self, start: int, stop: int) -> Block:
+    def take(self, start: int, stop: int) -> RowBlock:
         """Its images from `start` up to `stop`."""
         arrays = {name: self._cut(name, start, stop) for name in self.arrays}
         tiles = self.tiles[start : stop + 1]
-        return Block(self.first + start, self.is_done, tiles - tiles[0], arrays, self.rows)
+        return RowBlock(self.first + start, self.is_done, tiles - tiles[0], arrays, self.rows)
 
-    def only(self, rows: Rows) -> Block:
+    def only(self, rows: Rows) -> RowBlock:
         """The same images with some of the datasets."""
         return replace(self, arrays={name: self.arrays[name] for name in rows.specs}, rows=rows)
 
@@ -107,7 +107,9 @@ class _Span(NamedTuple):
     stop: int
 
 
-def read_blocks(selection: Selection, *, is_index: bool = False, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+def read_blocks(
+    selection: RowSelection, *, is_index: bool = False, block_bytes: int = BLOCK_BYTES
+) -> Iterator[RowBlock]:
     """All images in order, the next block read while one is in hand: some blocks of memory, whatever there is.
 
     Args:
@@ -121,7 +123,7 @@ def read_blocks(selection: Selection, *, is_index: bool = False, block_bytes: in
     rows = Rows(selection.shape.row_datasets(1, 1))
     spans = _spans(selection, rows, block_bytes)
     if is_index:
-        yield from (Block(start, False, _tiles(selection, start, stop), {}, rows) for start, stop in spans)
+        yield from (RowBlock(start, False, _tiles(selection, start, stop), {}, rows) for start, stop in spans)
         return
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
         waiting = None
@@ -134,7 +136,7 @@ def read_blocks(selection: Selection, *, is_index: bool = False, block_bytes: in
             yield waiting.result()
 
 
-def _spans(selection: Selection, rows: Rows, block_bytes: int) -> Iterator[_Span]:
+def _spans(selection: RowSelection, rows: Rows, block_bytes: int) -> Iterator[_Span]:
     same_run = (np.diff(selection.shard_of) == 0) & (np.diff(selection.row_of) == 1)
     same_run &= np.diff(selection.is_done.astype(np.int8)) == 0
     edges = [0, *(np.flatnonzero(~same_run) + 1).tolist(), len(selection)]
@@ -147,10 +149,10 @@ def _spans(selection: Selection, rows: Rows, block_bytes: int) -> Iterator[_Span
             first = min(last, stop)
 
 
-def _read(selection: Selection, rows: Rows, span: _Span) -> Block:
+def _read(selection: RowSelection, rows: Rows, span: _Span) -> RowBlock:
     tiles = _tiles(selection, span.start, span.stop)
     if not selection.is_done[span.start]:
-        return Block(span.start, False, tiles, {}, rows)
+        return RowBlock(span.start, False, tiles, {}, rows)
     shard = selection.shards[int(selection.shard_of[span.start])]
     row = int(selection.row_of[span.start])
     first_tile = int(shard.table.tile_offset[row])
@@ -160,19 +162,19 @@ def _read(selection: Selection, rows: Rows, span: _Span) -> Block:
         else shard.rows(name, row, row + len(tiles) - 1)
         for name in rows.specs
     }
-    block = Block(span.start, True, tiles, arrays, rows)
+    block = RowBlock(span.start, True, tiles, arrays, rows)
     _check(selection, block, shard.path)
     return block if selection.is_whole else block.only(Rows(selection.written_datasets()))
 
 
-def _tiles(selection: Selection, start: int, stop: int) -> NDArray[Any]:
+def _tiles(selection: RowSelection, start: int, stop: int) -> NDArray[Any]:
     """Where each image's tiles begin among those of consecutive ones, [k + 1] int64."""
     offsets = selection.table.tile_offset[start : stop + 1].astype(np.int64)
     starts: NDArray[Any] = offsets - offsets[0]
     return starts
 
 
-def _check(selection: Selection, block: Block, path: str) -> None:
+def _check(selection: RowSelection, block: RowBlock, path: str) -> None:
     for number in range(len(block)):
         position = block.first + number
         if block.checksum(number) != int(selection.checksums[position]):

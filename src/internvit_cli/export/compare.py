@@ -11,10 +11,10 @@ import numpy as np
 
 from internvit_cli.config import Status, Tokens
 from internvit_cli.errors import ExitCode
-from internvit_cli.export.likeness import Kernels, cosines
+from internvit_cli.export.cka import LinearCka, cosines
 from internvit_cli.export.merge import recipe_differences
-from internvit_cli.export.selection import Selection, select_all
-from internvit_cli.export.tokens_compared import ComparedTokens, LayerPair, compare_tokens, why_not_comparable
+from internvit_cli.export.selection import RowSelection, select_all
+from internvit_cli.export.tokens_compared import LayerPair, TokenComparison, compare_tokens, why_not_comparable
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import counted, listed
 from internvit_cli.storage.format.layout import POOLED
@@ -55,7 +55,7 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class DiffResult:
     """The outcome of a comparison."""
 
     one: str
@@ -113,7 +113,7 @@ class Difference:
         return values | {"identical": self.is_identical}
 
 
-def diff(options: DiffOptions, observer: Observer = SILENT) -> Difference:
+def diff(options: DiffOptions, observer: Observer = SILENT) -> DiffResult:
     """Compare two outputs.
 
     Args:
@@ -145,7 +145,7 @@ class _Comparison:
         self._notes: list[str] = []
         self._layers = self._comparable_layers()
 
-    def run(self) -> Difference:
+    def run(self) -> DiffResult:
         """Compare keys, then vectors, then tokens."""
         one, other = self._one, self._other
         is_one_model = one.recipe.weights_digest == other.recipe.weights_digest
@@ -153,7 +153,7 @@ class _Comparison:
         equal_vectors, pooled, cka = self._vectors(with_cka=not is_one_model)
         compared, tokens = self._tokens()
         digests = (one.digests[self._done[:, 0]] != other.digests[self._done[:, 1]]).any(axis=1)
-        return Difference(
+        return DiffResult(
             one=self._options.one,
             other=self._options.other,
             recipe=dict(recipe_differences(one.recipe, other.recipe)),
@@ -213,7 +213,7 @@ class _Comparison:
         is_comparable = widths[0] == widths[1]
         if not is_comparable:
             self._notes.append(f"vectors have {widths[0]} and {widths[1]} values: a cosine of two is not defined")
-        kernels = Kernels(*widths) if with_cka and len(self._done) else None
+        kernels = LinearCka(*widths) if with_cka and len(self._done) else None
         found, equal = np.ones(len(self._done)), 0
         step = max(1, BLOCK_BYTES // (4 * max(widths)))
         with self._observer.phase("comparing vectors", "image", len(self._done)) as phase:
@@ -249,7 +249,7 @@ class _Comparison:
 
     # ---------------------------------------------------------------------------------------------------------- tokens
 
-    def _tokens(self) -> tuple[ComparedTokens | None, Spread | None]:
+    def _tokens(self) -> tuple[TokenComparison | None, Spread | None]:
         """What comparing tokens comes to, and each image's lowest cosine."""
         one, other = self._one, self._other
         has_none = Tokens.NONE in (one.shape.tokens, other.shape.tokens)
@@ -265,7 +265,7 @@ class _Comparison:
         return found, self._spread(np.array(found.lowest), np.array(found.numbers, np.int64))
 
 
-def _vectors_of(selection: Selection, positions: NDArray[Any], layer: int) -> NDArray[Any]:
+def _vectors_of(selection: RowSelection, positions: NDArray[Any], layer: int) -> NDArray[Any]:
     """Vectors of some images in one layer, [k, d] float32."""
     name = selection.dataset(POOLED, layer)
     vectors = np.empty((len(positions), selection.shape.pooled_width), np.float32)
@@ -276,7 +276,7 @@ def _vectors_of(selection: Selection, positions: NDArray[Any], layer: int) -> ND
     return vectors
 
 
-def _missing(selection: Selection, found: NDArray[Any]) -> tuple[str, ...]:
+def _missing(selection: RowSelection, found: NDArray[Any]) -> tuple[str, ...]:
     """Keys of the images that are not among the found positions."""
     is_found = np.zeros(len(selection), bool)
     is_found[found] = True

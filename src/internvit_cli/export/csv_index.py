@@ -7,13 +7,13 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.export.facts import NUMBERS, as_utf8, image_facts, is_utf8
-from internvit_cli.export.writer import Made, OneFile
+from internvit_cli.export.writer import OneFile, UnpublishedResult
 from internvit_cli.storage.durable import disk_errors
 
 if TYPE_CHECKING:
-    from internvit_cli.export.blocks import Block
+    from internvit_cli.export.blocks import RowBlock
     from internvit_cli.export.destination import Destination
-    from internvit_cli.export.selection import Selection
+    from internvit_cli.export.selection import RowSelection
 
 FIELDS = ("key", "key_hex", "status", "reason", *NUMBERS, "tiles", "digest", "crc32", "path")
 """The columns; `key_hex` has the bytes of a key that is not UTF-8, and is empty for all others."""
@@ -43,7 +43,7 @@ def harmless(text: str, prefix: str) -> str:
 class CsvWriter:
     """Writes the index of a selection."""
 
-    def __init__(self, selection: Selection, destination: Destination) -> None:
+    def __init__(self, selection: RowSelection, destination: Destination) -> None:
         self._selection = selection
         self._destination = destination
         self._file = OneFile(destination)
@@ -58,15 +58,17 @@ class CsvWriter:
         self._out = self._file.create(self._destination.name)
         self._write(",".join(FIELDS).encode() + b"\r\n")
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowBlock) -> None:
         """Add lines."""
         for position in range(block.first, block.first + len(block)):
             self._write(as_line(image_facts(self._selection, position)))
 
-    def finish(self) -> Made:
+    def finish(self) -> UnpublishedResult:
         """Sync it."""
         self._file.sync()
-        return Made([self._destination.name], notes=["features are not in a .csv, only what is known of the images"])
+        return UnpublishedResult(
+            [self._destination.name], notes=["features are not in a .csv, only what is known of the images"]
+        )
 
     def close(self) -> None:
         """Let the file go."""

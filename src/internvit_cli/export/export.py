@@ -11,7 +11,7 @@ from internvit_cli.config import Tokens
 from internvit_cli.errors import StoppedError, UsageError
 from internvit_cli.export.blocks import read_blocks
 from internvit_cli.export.destination import Destination
-from internvit_cli.export.selection import Selection, select_all
+from internvit_cli.export.selection import RowSelection, select_all
 from internvit_cli.export.targets import Place, Target, choose_target
 from internvit_cli.plan.table import count_statuses
 from internvit_cli.runtime.observer import SILENT, Observer
@@ -19,7 +19,7 @@ from internvit_cli.runtime.signals import Interruption
 from internvit_cli.storage.durable import check_space, disk_errors, unsynced_folder
 
 if TYPE_CHECKING:
-    from internvit_cli.export.writer import Made, Writer
+    from internvit_cli.export.writer import UnpublishedResult, Writer
     from internvit_cli.runtime.signals import StopRequest
 
 
@@ -55,7 +55,7 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class ExportResult:
     """What was made."""
 
     sources: tuple[str, ...]
@@ -76,7 +76,7 @@ class Written:
         return asdict(self)
 
 
-def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILENT) -> Written:
+def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILENT) -> ExportResult:
     """Write an output in another format.
 
     Args:
@@ -107,7 +107,7 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
         raise StoppedError("stopped before all was written; nothing is left") from None
 
 
-def _check_layers(selection: Selection, place: Place) -> None:
+def _check_layers(selection: RowSelection, place: Place) -> None:
     """Refuse a feature file without the deepest layer: its recipe and the digest of its weights are of that layer.
 
     Raises:
@@ -147,7 +147,7 @@ def check_options(place: Place, options: WriteOptions) -> None:
         )
 
 
-def write(selection: Selection, job: Job, stop: StopRequest, observer: Observer) -> Written:
+def write(selection: RowSelection, job: Job, stop: StopRequest, observer: Observer) -> ExportResult:
     """Stream a selection to its destination, and publish it.
 
     Raises:
@@ -173,7 +173,7 @@ def write(selection: Selection, job: Job, stop: StopRequest, observer: Observer)
         nbytes, files = _size(job.destination, made)
         with observer.phase("publishing"):
             job.destination.publish(made.names, made.obsolete, made.withdrawn)
-    return Written(
+    return ExportResult(
         sources=job.sources,
         output=job.place.path,
         format=job.place.target.value,
@@ -187,7 +187,7 @@ def write(selection: Selection, job: Job, stop: StopRequest, observer: Observer)
     )
 
 
-def _stream(selection: Selection, writer: Writer, job: Job, observer: Observer) -> None:
+def _stream(selection: RowSelection, writer: Writer, job: Job, observer: Observer) -> None:
     with observer.phase("writing", "image", len(selection)) as phase:
         writer.begin()
         for block in read_blocks(selection, is_index=job.place.target is Target.CSV):
@@ -195,7 +195,7 @@ def _stream(selection: Selection, writer: Writer, job: Job, observer: Observer) 
             phase.at(block.first + len(block))
 
 
-def open_writer(selection: Selection, job: Job) -> Writer:
+def open_writer(selection: RowSelection, job: Job) -> Writer:
     """What writes a target; its module is loaded only now."""
     destination, options = job.destination, job.options
     match job.place.target:
@@ -221,7 +221,7 @@ def open_writer(selection: Selection, job: Job) -> Writer:
             return FeatureFileWriter(selection, destination, job.place.target.shard_format, options.shard_bytes)
 
 
-def _size(destination: Destination, made: Made) -> tuple[int, int]:
+def _size(destination: Destination, made: UnpublishedResult) -> tuple[int, int]:
     """Bytes and number of the files that were made."""
     paths = [destination.staged(name) for name in made.names]
     files = [

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.export.selection import Selection
+    from internvit_cli.export.selection import RowSelection
     from internvit_cli.storage.format.layout import DatasetSpec
 
 NUMBERS = tuple(COLUMN_DTYPES)
@@ -24,7 +24,7 @@ BFLOAT16_NOTE = "bfloat16 tokens are stored as their bits in uint16 (--widen sto
 FP8_NOTE = "fp8 tokens are stored as their bits in uint8 (float8 e4m3), beside their scales"
 
 
-def image_facts(selection: Selection, position: int) -> dict[str, Any]:
+def image_facts(selection: RowSelection, position: int) -> dict[str, Any]:
     """The facts of one image.
 
     Returns:
@@ -47,7 +47,7 @@ def image_facts(selection: Selection, position: int) -> dict[str, Any]:
     }
 
 
-def attributes_text(selection: Selection) -> str:
+def attributes_text(selection: RowSelection) -> str:
     """The root attributes, recipe and sources among them, as one JSON object in ASCII."""
     return json.dumps(selection.attributes(len(selection) - 1), sort_keys=True)
 
@@ -62,18 +62,18 @@ def is_utf8(name: str) -> bool:
     return os.fsencode(as_utf8(name)) == os.fsencode(name)
 
 
-def is_bfloat16(selection: Selection, name: str) -> bool:
+def is_bfloat16(selection: RowSelection, name: str) -> bool:
     """Whether a dataset holds the bits of bfloat16."""
     return is_tokens(name) and selection.shape.store_dtype is StoreDtype.BFLOAT16
 
 
-def native_type(selection: Selection, name: str) -> str | None:
+def native_type(selection: RowSelection, name: str) -> str | None:
     """What safetensors calls a type that numpy has not; None for all others."""
     types = {StoreDtype.BFLOAT16: "BF16", StoreDtype.FP8: "F8_E4M3"}
     return types.get(selection.shape.store_dtype) if is_tokens(name) else None
 
 
-def bits_notes(selection: Selection, names: Iterable[str], *, widen: bool) -> list[str]:
+def bits_notes(selection: RowSelection, names: Iterable[str], *, widen: bool) -> list[str]:
     """What to say of tokens that a target holds as bits."""
     if not any(map(is_tokens, names)):
         return []
@@ -83,7 +83,7 @@ def bits_notes(selection: Selection, names: Iterable[str], *, widen: bool) -> li
     return [BFLOAT16_NOTE] if dtype is StoreDtype.BFLOAT16 and not widen else []
 
 
-def stored_type(selection: Selection, name: str, spec: DatasetSpec) -> str:
+def stored_type(selection: RowSelection, name: str, spec: DatasetSpec) -> str:
     """What a dataset's values are: the word of the tokens' type, or numpy's name."""
     if is_tokens(name):
         return selection.shape.store_dtype.value

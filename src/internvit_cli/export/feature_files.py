@@ -12,21 +12,21 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.export.blocks import Rows
-from internvit_cli.export.writer import Made
+from internvit_cli.export.writer import UnpublishedResult
 from internvit_cli.extract.shard_plan import ShardSize
 from internvit_cli.storage.durable import disk_errors, write_all, write_file
 from internvit_cli.storage.format.layout import NewShard
 from internvit_cli.storage.output import SKIPPED, Output
 from internvit_cli.storage.output_names import PARTIAL
-from internvit_cli.storage.write.commit import Recorded, RowWriter, ShardWriter, create_shard
+from internvit_cli.storage.write.commit import RowWriter, ShardWriter, WrittenImage, create_shard
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.config import Format
-    from internvit_cli.export.blocks import Block
+    from internvit_cli.export.blocks import RowBlock
     from internvit_cli.export.destination import Destination
-    from internvit_cli.export.selection import Selection
+    from internvit_cli.export.selection import RowSelection
     from internvit_cli.plan.table import ImageTable
 
 CHECKPOINT_BYTES = 128_000_000
@@ -80,7 +80,7 @@ class FeatureFileWriter:
     """Writes a selection as one HDF5 file, or as a folder of shards."""
 
     def __init__(
-        self, selection: Selection, destination: Destination, shard_format: Format, shard_bytes: int | None
+        self, selection: RowSelection, destination: Destination, shard_format: Format, shard_bytes: int | None
     ) -> None:
         self._selection = selection
         self._destination = destination
@@ -98,7 +98,7 @@ class FeatureFileWriter:
         """Make the folder or nothing; shards are made one by one, each with its space reserved."""
         self._output.prepare()
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowBlock) -> None:
         """Write the rows of images that are done; skipped ones are known since the shard was made."""
         while len(block):
             shard = self._open or self._next_shard(block.first)
@@ -109,7 +109,7 @@ class FeatureFileWriter:
                 self._finish_shard(shard)
             block = block.take(count, len(block))
 
-    def finish(self) -> Made:
+    def finish(self) -> UnpublishedResult:
         """Write the list of skipped images; the shards are published within the folder already."""
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in self._selection.skips)
         if lines:
@@ -117,11 +117,11 @@ class FeatureFileWriter:
         self._output.complete()
         name = self._destination.name
         if not self._output.is_file:
-            return Made([name])
+            return UnpublishedResult([name])
         skipped = f"{name}.{SKIPPED}"
         # A list never stands beside features that it is not of: the old one goes first, the new one comes last. Killed
         # in between, features have no reasons; they never have those of others.
-        return Made(
+        return UnpublishedResult(
             [name, skipped] if lines else [name],
             obsolete=[self._destination.final(f"{name}{PARTIAL}")],
             withdrawn=[self._destination.final(skipped)],
@@ -160,7 +160,7 @@ class FeatureFileWriter:
         self._open = _OpenShard(RowWriter(extents), writer, shard, first, commits)
         return self._open
 
-    def _write(self, shard: _OpenShard, block: Block) -> None:
+    def _write(self, shard: _OpenShard, block: RowBlock) -> None:
         """Whole runs of rows at their places; digests and CRCs are those of the rows that were read."""
         rows = Rows(self._selection.written_datasets())
         row = block.first - shard.first
@@ -174,7 +174,7 @@ class FeatureFileWriter:
             # Of fewer datasets the CRC is another one; else it is the one that the rows were just held to.
             is_whole = self._selection.is_whole
             checksum = int(self._selection.checksums[position]) if is_whole else block.checksum(number)
-            shard.writer.record(Recorded(row + number, digest, checksum, size))
+            shard.writer.record(WrittenImage(row + number, digest, checksum, size))
         if shard.writer.uncommitted_bytes >= CHECKPOINT_BYTES:
             shard.begin_commit()
 

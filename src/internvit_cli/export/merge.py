@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from internvit_cli.config import Choice, Status
 from internvit_cli.errors import OtherRecipeError, OutputError, StoppedError, UsageError, one_line
 from internvit_cli.export.destination import Destination
-from internvit_cli.export.export import Job, WriteOptions, Written, check_options, write
-from internvit_cli.export.selection import Selection, StoredOutput, select
+from internvit_cli.export.export import ExportResult, Job, WriteOptions, check_options, write
+from internvit_cli.export.selection import RowSelection, StoredOutput, select
 from internvit_cli.export.targets import choose_target
 from internvit_cli.extract.changes import ROW_BITS
 from internvit_cli.runtime.observer import SILENT, Observer
@@ -51,7 +51,7 @@ class _Row(NamedTuple):
     digest: bytes
 
 
-def merge(options: MergeOptions, stop: StopRequest, observer: Observer = SILENT) -> Written:
+def merge(options: MergeOptions, stop: StopRequest, observer: Observer = SILENT) -> ExportResult:
     """Write the rows of several outputs as one feature file or folder.
 
     A key that several outputs have counts once: done before skipped, and the later one where both are of the same
@@ -83,7 +83,7 @@ def merge(options: MergeOptions, stop: StopRequest, observer: Observer = SILENT)
     return written
 
 
-def select_merged(outputs: Sequence[StoredOutput], prefer: Prefer | None) -> tuple[Selection, int]:
+def select_merged(outputs: Sequence[StoredOutput], prefer: Prefer | None) -> tuple[RowSelection, int]:
     """The rows of several outputs that count, and how many images were in more than one.
 
     Raises:

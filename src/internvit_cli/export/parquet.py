@@ -22,14 +22,14 @@ from internvit_cli.export.facts import (
     stored_type,
     widened,
 )
-from internvit_cli.export.writer import Made, OneFile
+from internvit_cli.export.writer import OneFile, UnpublishedResult
 from internvit_cli.plan.table import COLUMN_DTYPES
 from internvit_cli.storage.durable import disk_errors
 
 if TYPE_CHECKING:
-    from internvit_cli.export.blocks import Block
+    from internvit_cli.export.blocks import RowBlock
     from internvit_cli.export.destination import Destination
-    from internvit_cli.export.selection import Selection
+    from internvit_cli.export.selection import RowSelection
 
 GROUP_BYTES = 32 << 20
 """Bytes of features of a row group, or one larger image."""
@@ -56,7 +56,7 @@ def import_pyarrow() -> Any:
 class ParquetWriter:
     """Writes a selection as one file."""
 
-    def __init__(self, selection: Selection, destination: Destination, *, widen: bool = False) -> None:
+    def __init__(self, selection: RowSelection, destination: Destination, *, widen: bool = False) -> None:
         self._pa = import_pyarrow()
         self._selection = selection
         self._destination = destination
@@ -85,7 +85,7 @@ class ParquetWriter:
             write_statistics=facts,
         )
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowBlock) -> None:
         """Take rows; some at a time make a row group."""
         for number in range(len(block)):
             arrays = block.image(number) if block.is_done else {}
@@ -98,7 +98,7 @@ class ParquetWriter:
             if self._waiting_bytes >= GROUP_BYTES or len(self._waiting["key"]) >= GROUP_ROWS:
                 self._write_group()
 
-    def finish(self) -> Made:
+    def finish(self) -> UnpublishedResult:
         """Write what waits, and the footer, and sync."""
         self._write_group()
         with disk_errors(self._destination.path):
@@ -106,7 +106,7 @@ class ParquetWriter:
         self._writer = None
         self._file.sync()
         notes = bits_notes(self._selection, self._rows.specs, widen=self._widen)
-        return Made([self._destination.name], notes=notes)
+        return UnpublishedResult([self._destination.name], notes=notes)
 
     def close(self) -> None:
         """Let the file go."""

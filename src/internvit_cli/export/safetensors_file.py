@@ -14,7 +14,7 @@ import numpy as np
 
 from internvit_cli.export.blocks import Rows
 from internvit_cli.export.facts import attributes_text, native_type, stored_type
-from internvit_cli.export.writer import Made
+from internvit_cli.export.writer import UnpublishedResult
 from internvit_cli.plan.table import COLUMN_DTYPES
 from internvit_cli.storage.durable import create, disk_errors, open_ours, reserve, sync_data, write_all
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.export.blocks import Block
+    from internvit_cli.export.blocks import RowBlock
     from internvit_cli.export.destination import Destination
-    from internvit_cli.export.selection import Selection
+    from internvit_cli.export.selection import RowSelection
 
 ALIGNMENT = 4096
 """Where the first tensor begins: rows of a mapped file lie on pages."""
@@ -72,7 +72,7 @@ def tensor_header(
 class SafetensorsWriter:
     """Writes a selection as one file."""
 
-    def __init__(self, selection: Selection, destination: Destination) -> None:
+    def __init__(self, selection: RowSelection, destination: Destination) -> None:
         self._selection = selection
         self._destination = destination
         self._rows = Rows(selection.written_datasets())
@@ -98,7 +98,7 @@ class SafetensorsWriter:
         for name, array in self._index.items():
             self._put(np.ascontiguousarray(array), self._starts[name])
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowBlock) -> None:
         """Write rows at their places; the vectors of skipped images are NaN."""
         tile = int(self._selection.table.tile_offset[block.first])
         for name, spec in self._rows.specs.items():
@@ -112,13 +112,13 @@ class SafetensorsWriter:
             first = tile if is_per_tile else block.first
             self._put(array, self._starts[name] + first * spec.row_bytes)
 
-    def finish(self) -> Made:
+    def finish(self) -> UnpublishedResult:
         """Sync it."""
         assert self._descriptor is not None
         with disk_errors(self._path):
             sync_data(self._descriptor)
         self.close()
-        return Made([self._destination.name])
+        return UnpublishedResult([self._destination.name])
 
     def close(self) -> None:
         """Let the file go."""
@@ -151,7 +151,7 @@ class SafetensorsWriter:
         return {name: str(value) for name, value in attributes.items()} | {"dtypes": json.dumps(types)}
 
 
-def index_tensors(selection: Selection) -> dict[str, NDArray[Any]]:
+def index_tensors(selection: RowSelection) -> dict[str, NDArray[Any]]:
     """All that is known of the images beside their features.
 
     Returns:

@@ -115,7 +115,7 @@ class StoredOutput:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class RowSelection:
     """Rows of several shards as one table, in an order that reads each shard from front to back."""
 
     found: tuple[FinishedShard, ...]
@@ -250,11 +250,11 @@ class Selection:
             found.add(position)
         return np.array(sorted(found), np.int64)
 
-    def without_tokens(self) -> Selection:
+    def without_tokens(self) -> RowSelection:
         """The same images, of which only vectors are written."""
         return replace(self, drops_tokens=True)
 
-    def with_layers(self, wanted: Iterable[int], path: str) -> Selection:
+    def with_layers(self, wanted: Iterable[int], path: str) -> RowSelection:
         """The same images, of which only some of the stored layers are written.
 
         Args:
@@ -269,7 +269,7 @@ class Selection:
         kept = sorted(self.recipe.layer if layer is None else layer for layer in found)
         return replace(self, kept_layers=tuple(kept))
 
-    def take(self, positions: NDArray[Any]) -> Selection:
+    def take(self, positions: NDArray[Any]) -> RowSelection:
         """Some of its images."""
         table = self.table.take(positions)
         kept = {os.fsdecode(key) for key in table.keys}
@@ -286,7 +286,7 @@ def _folder_shards(output: Output) -> list[FinishedShard]:
     return [*shards, unfinished] if recipes[-1] == recipes[0] else shards
 
 
-def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> Selection:
+def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> RowSelection:
     """Some rows of one or more outputs of one recipe.
 
     Args:
@@ -308,7 +308,7 @@ def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> Selection:
         tables.append(table.with_sources(_renumbered(shards[number], sources)[table.source]))
     whole = concatenate(tables)
     output_of = np.repeat(np.arange(len(outputs)), [len(output.found) for output in outputs])[shard_of]
-    return Selection(
+    return RowSelection(
         found=tuple(shard for output in outputs for shard in output.found),
         shard_of=shard_of,
         row_of=row_of,
@@ -321,7 +321,7 @@ def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> Selection:
     )
 
 
-def select_all(path: str) -> Selection:
+def select_all(path: str) -> RowSelection:
     """All committed rows of an output that count.
 
     Raises:

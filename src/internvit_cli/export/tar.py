@@ -24,15 +24,15 @@ from internvit_cli.export.facts import (
     stored_type,
     widened,
 )
-from internvit_cli.export.writer import Made, OneFile
+from internvit_cli.export.writer import OneFile, UnpublishedResult
 from internvit_cli.storage.durable import disk_errors, write_file
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from internvit_cli.export.blocks import Block
+    from internvit_cli.export.blocks import RowBlock
     from internvit_cli.export.destination import Destination
-    from internvit_cli.export.selection import Selection
+    from internvit_cli.export.selection import RowSelection
 
 BLOCK = 512
 END_BYTES = 2 * BLOCK
@@ -67,7 +67,7 @@ class TarWriter:
     """Writes a selection as one tar, or as a series of them with a list that WebDataset reads."""
 
     def __init__(
-        self, selection: Selection, destination: Destination, shard_bytes: int | None, *, widen: bool = False
+        self, selection: RowSelection, destination: Destination, shard_bytes: int | None, *, widen: bool = False
     ) -> None:
         self._selection = selection
         self._destination = destination
@@ -104,7 +104,7 @@ class TarWriter:
         """Begin the first tar."""
         self._next()
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowBlock) -> None:
         """Add samples one after another; a series goes on in another tar when one is full."""
         for number in range(len(block)):
             arrays = block.image(number) if block.is_done else {}
@@ -119,20 +119,20 @@ class TarWriter:
                 self._write(part)
             self._shards[-1]["nsamples"] += 1
 
-    def finish(self) -> Made:
+    def finish(self) -> UnpublishedResult:
         """End the last tar, and list a series in NEW.json: without it the series is not complete."""
         self._end()
         notes = bits_notes(self._selection, self._rows.specs, widen=self._widen)
         names = [shard["url"] for shard in self._shards]
         if not self._is_series:
-            return Made(names, notes=notes)
+            return UnpublishedResult(names, notes=notes)
         listed = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": self._shards}
         names.append(f"{self._stem}.json")
         write_file(self._destination.staged(names[-1]), json.dumps(listed, indent=1).encode() + b"\n")
         kept = {self._destination.final(name) for name in names}
         # Without its list an old series is incomplete; with it, new tars among the old ones would pass for one series.
         withdrawn = [path for path in self._present if path.endswith(".json")]
-        return Made(names, [path for path in self._present if path not in kept], withdrawn, notes)
+        return UnpublishedResult(names, [path for path in self._present if path not in kept], withdrawn, notes)
 
     def close(self) -> None:
         """Let the file go."""

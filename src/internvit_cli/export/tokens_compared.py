@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from internvit_cli.config import Tokens
-from internvit_cli.export.likeness import cosines
+from internvit_cli.export.cka import cosines
 from internvit_cli.storage.format.layout import decode_values
 
 if TYPE_CHECKING:
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.export.selection import Selection
+    from internvit_cli.export.selection import RowSelection
 
 TILES_AT_ONCE = 4
 
 
 @dataclass(slots=True)
-class ComparedTokens:
+class TokenComparison:
     """What a comparison of tokens comes to."""
 
     equal: int = 0
@@ -47,7 +47,7 @@ class _Tokens(NamedTuple):
     other: NDArray[Any]
 
 
-def why_not_comparable(one: Selection, other: Selection) -> str:
+def why_not_comparable(one: RowSelection, other: RowSelection) -> str:
     """Why tokens cannot be compared, in words; empty when they can, or when one output has none."""
     sizes = [(s.shape.tokens, s.shape.tokens_per_tile, s.shape.channels) for s in (one, other)]
     if Tokens.NONE in (one.shape.tokens, other.shape.tokens):
@@ -67,12 +67,12 @@ class LayerPair(NamedTuple):
 
 
 def compare_tokens(
-    one: Selection,
-    other: Selection,
+    one: RowSelection,
+    other: RowSelection,
     pairs: NDArray[Any],
     layers: Sequence[LayerPair],
     on_progress: Callable[[int], None],
-) -> ComparedTokens:
+) -> TokenComparison:
     """Compare the tokens of images; those whose tiles differ are left out.
 
     Args:
@@ -82,7 +82,7 @@ def compare_tokens(
         layers: which layers to compare.
         on_progress: called with the number of images compared.
     """
-    found = ComparedTokens()
+    found = TokenComparison()
     grids = [_grids(selection, pairs[:, side]) for side, selection in enumerate((one, other))]
     is_same = (grids[0] == grids[1]).all(axis=1)
     for number, (row, other_row) in enumerate(pairs.tolist()):
@@ -93,7 +93,7 @@ def compare_tokens(
     return found
 
 
-def _compare_image(found: ComparedTokens, number: int, parts: Iterator[_Tokens]) -> None:
+def _compare_image(found: TokenComparison, number: int, parts: Iterator[_Tokens]) -> None:
     lowest, is_equal = 1.0, True
     for part in parts:
         if np.array_equal(part.one, part.other):
@@ -109,13 +109,13 @@ def _compare_image(found: ComparedTokens, number: int, parts: Iterator[_Tokens])
     found.equal += is_equal
 
 
-def _grids(selection: Selection, positions: NDArray[Any]) -> NDArray[Any]:
+def _grids(selection: RowSelection, positions: NDArray[Any]) -> NDArray[Any]:
     table = selection.table
     columns = [getattr(table, name)[positions].astype(np.int64) for name in ("columns", "rows", "thumbnail")]
     return np.stack(columns, axis=1)
 
 
-def _tiles(one: Selection, row: int, other: Selection, other_row: int, layer: LayerPair) -> Iterator[_Tokens]:
+def _tiles(one: RowSelection, row: int, other: RowSelection, other_row: int, layer: LayerPair) -> Iterator[_Tokens]:
     count = int(one.table.tile_offset[row + 1]) - int(one.table.tile_offset[row])
     for start in range(0, count, TILES_AT_ONCE):
         stop = min(start + TILES_AT_ONCE, count)
@@ -123,7 +123,7 @@ def _tiles(one: Selection, row: int, other: Selection, other_row: int, layer: La
         yield _Tokens(_values(one, row, layer.one, span), _values(other, other_row, layer.other, span))
 
 
-def _values(selection: Selection, position: int, layer: int, span: slice) -> NDArray[Any]:
+def _values(selection: RowSelection, position: int, layer: int, span: slice) -> NDArray[Any]:
     """Tokens of some of an image's tiles in one layer as numbers, [n, C]."""
     shard = selection.shards[int(selection.shard_of[position])]
     first = int(shard.table.tile_offset[int(selection.row_of[position])])

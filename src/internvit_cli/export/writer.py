@@ -12,7 +12,7 @@ from internvit_cli.storage.durable import create, disk_errors
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from internvit_cli.export.blocks import Block
+    from internvit_cli.export.blocks import RowBlock
     from internvit_cli.export.destination import Destination
 
 
@@ -27,11 +27,11 @@ class Writer(Protocol):
         """Make the files."""
         ...
 
-    def add(self, block: Block) -> None:
+    def add(self, block: RowBlock) -> None:
         """Take the images that come next."""
         ...
 
-    def finish(self) -> Made:
+    def finish(self) -> UnpublishedResult:
         """Complete and sync the files."""
         ...
 
@@ -41,7 +41,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class UnpublishedResult:
     """A result that is complete, and not yet published."""
 
     names: Sequence[str]

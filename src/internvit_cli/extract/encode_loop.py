@@ -67,7 +67,7 @@ class FillJob:
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
+class EncodeResult:
     """What `fill` did."""
 
     stages: Stages
@@ -97,7 +97,9 @@ class _Span:
     count: int
 
 
-def fill(job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
+def fill(
+    job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]
+) -> EncodeResult:
     """Decode, encode and store all images of a job, or as many as there are before `stop`.
 
     All that was encoded has gone to the sink when this returns, and also when it raises. The sink is closed.
@@ -106,12 +108,12 @@ def fill(job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progre
         InternvitError: the disk, the device or the workers fail; with `strict`, an image cannot be used.
     """
     try:
-        return _Filling(job, decoder, encoder, stop, on_progress).run()
+        return _EncodeLoop(job, decoder, encoder, stop, on_progress).run()
     finally:
         job.sink.close()
 
 
-class _Filling:
+class _EncodeLoop:
     def __init__(
         self, job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]
     ) -> None:
@@ -132,7 +134,7 @@ class _Filling:
         self._tally = Tally()
         self.clamped = 0
 
-    def run(self) -> Filled:
+    def run(self) -> EncodeResult:
         started = time.perf_counter()
         decode_before, device_before = self._decoder.busy_seconds, self._encoder.device_seconds
         try:
@@ -145,7 +147,7 @@ class _Filling:
             device=self._encoder.device_seconds - device_before,
             write=self._job.sink.busy_seconds,
         )
-        return Filled(stages, self._tally, self.clamped)
+        return EncodeResult(stages, self._tally, self.clamped)
 
     def _encode_all(self) -> None:
         decoded = _DecodeThread(self._decoder, self._job.jobs, self._stop)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from internvit_cli.decode.decoder import PIXELS_IN_FLIGHT, DecodeJob, DecodeOptions, Decoder
-from internvit_cli.extract.encode_loop import Filled, FillJob, FillRules, fill
+from internvit_cli.extract.encode_loop import EncodeResult, FillJob, FillRules, fill
 from internvit_cli.extract.sampling import sample_tiles
 from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.runtime.workers import usable_cpus
@@ -115,7 +115,7 @@ class Engine(Protocol):
         """
         ...
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
+    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
         """Decode, encode and commit what is missing in a shard, or as much of it as there is before `stop`.
 
         All that was encoded is committed when this returns, and also when it raises, unless the disk itself failed.
@@ -192,7 +192,7 @@ class LocalEngine:
         """What the coarse types in use cost, on the tiles of some pictures."""
         return self._encoder.accuracy(sample_tiles(self._decoder_for(workload), jobs, stop))
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
+    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
         """Decode, encode and commit what is missing in a shard."""
         decoder = self._decoder_for(job.workload)
         sink = ShardSink(job.writer, job.skip_log, job.keys)

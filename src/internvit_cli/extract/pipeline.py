@@ -15,7 +15,7 @@ from internvit_cli.extract.resume import Existing, load_existing
 from internvit_cli.extract.run_engine import RunEngine, measure_accuracy
 from internvit_cli.extract.run_plan import Run, RunPlan, decoded_tiles, prepare
 from internvit_cli.extract.shard_filler import CreatedShard, ShardFiller, is_skipped_by
-from internvit_cli.extract.shard_plan import Draft, DraftRules, Measured, draft_shards, new_shard
+from internvit_cli.extract.shard_plan import Draft, DraftRules, RunMeasurements, draft_shards, new_shard
 from internvit_cli.extract.summary import Account, Totals, look_ahead, summarize
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.signals import Interruption
@@ -116,7 +116,7 @@ def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> 
     for number, draft in enumerate(drafts, 1):
         if run.is_stopped:
             return
-        shard = _new_shard(plan, draft, engine, Measured(engine.batch_tiles_to_record, accuracy))
+        shard = _new_shard(plan, draft, engine, RunMeasurements(engine.batch_tiles_to_record, accuracy))
         with run.observer.phase("setting space aside"):
             create_shard(output.backend, output.partial_path(output.next_number()), shard)
         filler.fill(CreatedShard(shard.table, shard.complete_attributes, drafts[number:]), finished)
@@ -137,7 +137,7 @@ def _check(run: Run, plan: RunPlan, drafts: list[Draft], engine: RunEngine) -> N
     if plan.planned.skipped and run.options.run.strict:
         row, skipped = min(plan.planned.skipped.items())
         raise unusable(plan.planned.table.keys[row], skipped)
-    _check_space(run, plan.existing, [_new_shard(plan, draft, engine, Measured()) for draft in drafts])
+    _check_space(run, plan.existing, [_new_shard(plan, draft, engine, RunMeasurements()) for draft in drafts])
     if drafts and run.output.is_file and plan.existing.finished:
         copied = counted(os.path.getsize(run.output.path), "byte")
         run.observer.note(f"{run.output.path} is made anew: up to {copied} of its rows copied")
@@ -155,7 +155,7 @@ def _check_space(run: Run, existing: Existing, shards: list[NewShard]) -> None:
     check_space(output.path, needed)
 
 
-def _new_shard(plan: RunPlan, draft: Draft, engine: RunEngine, measured: Measured) -> NewShard:
+def _new_shard(plan: RunPlan, draft: Draft, engine: RunEngine, measured: RunMeasurements) -> NewShard:
     assert plan.shape is not None, "there is something to do"
     return new_shard(draft, plan.shape, engine.recipe, plan.model.card, measured)
 

@@ -48,7 +48,7 @@ def load_existing(output: Output, *, overwrite: bool) -> Existing:
     return Existing(finished, partial[0] if partial else None, damage)
 
 
-def settle(output: Output, existing: Existing, wanted: Recipe, *, overwrite: bool) -> Existing:
+def shards_to_continue(output: Output, existing: Existing, wanted: Recipe, *, overwrite: bool) -> Existing:
     """What of the existing shards a run with the recipe `wanted` goes on with.
 
     With `overwrite`, shards of another recipe are set aside, to be replaced when the new output is complete, and an

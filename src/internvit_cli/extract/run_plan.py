@@ -11,8 +11,8 @@ import numpy as np
 from internvit_cli.config import Status
 from internvit_cli.extract.changes import Relocation, StoredImages, prunable
 from internvit_cli.extract.engine import Workload
-from internvit_cli.extract.resume import load_existing, settle
-from internvit_cli.extract.shard_plan import EMPTY_TABLE, Draft, Measured, ShardSize, is_moved, new_shard
+from internvit_cli.extract.resume import load_existing, shards_to_continue
+from internvit_cli.extract.shard_plan import EMPTY_TABLE, Draft, RunMeasurements, ShardSize, is_moved, new_shard
 from internvit_cli.plan.scan import PlanOptions, plan_images
 from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule
 from internvit_cli.runtime.workers import usable_cpus
@@ -121,7 +121,7 @@ def prepare(run: Run, listing: Listing) -> RunPlan:
     with run.observer.phase("reading the output"):
         existing = load_existing(output, overwrite=store.overwrite)
     model = ModelInUse(run.options, existing.attributes, run.observer)
-    existing = settle(output, existing, model.recipe, overwrite=store.overwrite)
+    existing = shards_to_continue(output, existing, model.recipe, overwrite=store.overwrite)
     stored = StoredImages(existing.shards, run.relocations)
     skip_log = SkipLog(output.skipped_path, run.options.limits)
     with run.observer.phase("comparing with the output", "image", len(listing)) as phase:
@@ -164,7 +164,7 @@ def _shape_and_size(run: Run, model: ModelInUse, listing: Listing) -> tuple[Feat
     shape = feature_shape(run.options, model.card, model.recipe)
     if run.output.is_file:
         return shape, None
-    nothing = new_shard(Draft(EMPTY_TABLE, listing.sources), shape, model.recipe, model.card, Measured())
+    nothing = new_shard(Draft(EMPTY_TABLE, listing.sources), shape, model.recipe, model.card, RunMeasurements())
     size = ShardSize.of(run.options.store.shard_bytes, run.output.backend, shape, nothing.attributes)
     return shape, size
 

@@ -21,7 +21,7 @@ from internvit_cli.runtime.observer import Work
 from internvit_cli.runtime.words import counted
 from internvit_cli.storage.check.recheck import Recheck, contradictory_rows
 from internvit_cli.storage.write.commit import ShardWriter
-from internvit_cli.storage.write.takeover import take_over
+from internvit_cli.storage.write.reuse import reuse_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,7 +104,7 @@ class ShardFiller:
         with self._recheck(table, writer) as recheck:
             for old in taken_over:
                 with self._run.observer.phase("copying earlier rows", "image") as phase:
-                    take_over(old, table, writer, lambda: self._run.is_stopped, phase.at)
+                    reuse_rows(old, table, writer, lambda: self._run.is_stopped, phase.at)
             self._encode_pending(shard, is_begun=is_begun or bool(self._totals.tally.images))
             damaged = self._wait_for(recheck)
         if damaged:
@@ -126,8 +126,8 @@ class ShardFiller:
 
     def _encode_again(self, rows: list[int], writer: ShardWriter) -> None:
         """Turn rows of an earlier run pending, for they are not what was committed."""
-        writer.forget(rows)
-        self._totals.mistrusted += len(rows)
+        writer.reset_to_pending(rows)
+        self._totals.redone += len(rows)
         if rows:
             words = f"{counted(len(rows), 'image')} more to encode: damaged on the disk since an earlier run"
             self._run.observer.note(words)

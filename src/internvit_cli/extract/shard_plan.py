@@ -173,7 +173,7 @@ def merge_rows(
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class RunMeasurements:
     """What attributes say of the run that made a shard, known once its encoder is loaded."""
 
     batch_tiles: int = 0
@@ -183,10 +183,10 @@ class Measured:
 
 
 def new_shard(
-    draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard, measured: Measured | None = None
+    draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard, measured: RunMeasurements | None = None
 ) -> NewShard:
     """All that is known of a shard when it is created; before anything is measured, something of the same size."""
-    measured = measured or Measured()
+    measured = measured or RunMeasurements()
     accuracy = to_attributes(recipe, Accuracy()) if measured.accuracy is None else measured.accuracy
     attributes = {
         "format": FORMAT,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.extract.changes import Changes
-    from internvit_cli.extract.encode_loop import Filled
+    from internvit_cli.extract.encode_loop import EncodeResult
     from internvit_cli.extract.engine import Engine
     from internvit_cli.extract.resume import Existing
     from internvit_cli.extract.run_plan import RunPlan
@@ -51,7 +51,7 @@ class Totals:
     """What is not promised where the output is, for its folder cannot be synced."""
     is_up_to_date: bool = True
     """Whether there was nothing to do."""
-    mistrusted: int = 0
+    redone: int = 0
     """Images that are done again because what was recorded of them is damaged."""
     worth_retrying: int = 0
     """Images that an earlier run skipped, that were not tried again, and that may well be read now."""
@@ -64,12 +64,12 @@ class Totals:
         return cls(
             dropped=len(plan.dropped),
             is_up_to_date=plan.is_up_to_date,
-            mistrusted=plan.changes.damaged,
+            redone=plan.changes.damaged,
             worth_retrying=plan.changes.worth_retrying,
             drawn_and_named=plan.planned.drawn_and_named,
         )
 
-    def add(self, filled: Filled) -> None:
+    def add(self, filled: EncodeResult) -> None:
         """Another shard was filled."""
         self.stages = self.stages.plus(filled.stages)
         self.tally = self.tally.plus(filled.tally)
@@ -161,8 +161,8 @@ def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
         notes.append(totals.unsynced)
     if totals.dropped:
         notes.append(f"{counted(totals.dropped, 'row')} of deleted or excluded pictures dropped")
-    if totals.mistrusted:
-        notes.append(f"{counted(totals.mistrusted, 'image')} of an earlier run damaged on the disk, and done again")
+    if totals.redone:
+        notes.append(f"{counted(totals.redone, 'image')} of an earlier run damaged on the disk, and done again")
     if totals.worth_retrying:
         notes.append(
             f"{counted(totals.worth_retrying, 'image')} skipped by an earlier run and not tried again: "

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from internvit_cli.storage.write.commit import ImageRows, Recorded
+from internvit_cli.storage.write.commit import ImageRows, WrittenImage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class SkippedImage(NamedTuple):
     skipped: Skipped
 
 
-FinishedImage = ImageRows | Recorded | SkippedImage
+FinishedImage = ImageRows | WrittenImage | SkippedImage
 
 
 class _Mark(Enum):
@@ -128,7 +128,7 @@ class ShardSink(Sink):
         match image:
             case ImageRows():
                 self._writer.write(image)
-            case Recorded():
+            case WrittenImage():
                 self._writer.record(image)
             case SkippedImage():
                 self._first_skip = self._first_skip if self._skips else time.monotonic()

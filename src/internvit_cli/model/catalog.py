@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.config import TokenOrder
 from internvit_cli.errors import InternvitError
 from internvit_cli.model.card import ModelCard, VisionConfig
-from internvit_cli.model.configs import NOTHING, Described, describe_config
+from internvit_cli.model.configs import NOTHING, ConfigDescription, describe_config
 from internvit_cli.model.files import (
     OFFLINE_HINT,
     RANDOM_WEIGHTS,
@@ -158,7 +158,7 @@ def _config(files: FolderFiles | HubFiles) -> dict[str, Any] | None:
 
 
 def _processor(
-    files: CheckpointFiles, config: Mapping[str, Any], described: Described
+    files: CheckpointFiles, config: Mapping[str, Any], described: ConfigDescription
 ) -> tuple[Mapping[str, Any], str]:
     """Return the settings of a checkpoint's image processor, and where they stand."""
     if not described.timm:

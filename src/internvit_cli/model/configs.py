@@ -70,7 +70,7 @@ _NATIVE_NAMES = {"qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm"
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
+class ConfigDescription:
     """What a config.json says of a model."""
 
     vision: VisionConfig | None
@@ -86,11 +86,11 @@ class Described:
     """The architecture, where timm wrote it."""
 
 
-NOTHING = Described(None, None, None, TokenOrder.V2, None, None)
+NOTHING = ConfigDescription(None, None, None, TokenOrder.V2, None, None)
 """What no config says."""
 
 
-def describe_config(config: Mapping[str, Any]) -> Described:
+def describe_config(config: Mapping[str, Any]) -> ConfigDescription:
     """Return what a config.json says, in any layout.
 
     Raises:
@@ -102,7 +102,7 @@ def describe_config(config: Mapping[str, Any]) -> Described:
     if looks_like_tower(config):
         native = _is_native(config)
         vision = vision_config(config, native=native)
-        return Described(vision, None, _layer(config), TokenOrder.V2, None, None)
+        return ConfigDescription(vision, None, _layer(config), TokenOrder.V2, None, None)
     towers: list[Mapping[str, Any]] = []
     for tower in _towers_within(config, _DEEPEST):
         if tower not in towers:  # some configs repeat it
@@ -114,14 +114,14 @@ def describe_config(config: Mapping[str, Any]) -> Described:
     return _describe_without_tower(config)
 
 
-def _describe_whole(config: Mapping[str, Any], tower: Mapping[str, Any]) -> Described:
+def _describe_whole(config: Mapping[str, Any], tower: Mapping[str, Any]) -> ConfigDescription:
     """Describe a model with a tower in it."""
     native = _is_native(tower)
     ratio = config.get("downsample_ratio", 0.5)
     if ratio != 0.5:
         raise ModelError(f"config.json: downsample_ratio is {short(ratio)}; only 0.5 is supported")
     vision = vision_config(tower, native=native)
-    return Described(
+    return ConfigDescription(
         vision=vision,
         heads=None,
         select_layer=_layer(config),
@@ -131,7 +131,7 @@ def _describe_whole(config: Mapping[str, Any], tower: Mapping[str, Any]) -> Desc
     )
 
 
-def _describe_without_tower(config: Mapping[str, Any]) -> Described:
+def _describe_without_tower(config: Mapping[str, Any]) -> ConfigDescription:
     """Describe a config without an InternViT in it: one that leaves it to the tensors, or one of another model."""
     architecture = config.get("architecture")
     if isinstance(architecture, str):
@@ -141,7 +141,7 @@ def _describe_without_tower(config: Mapping[str, Any]) -> Described:
             )
         own = config.get("model_args")
         heads = own.get("num_heads") if isinstance(own, dict) else None
-        return Described(None, _heads(heads), None, TokenOrder.V2, None, None, timm=architecture)
+        return ConfigDescription(None, _heads(heads), None, TokenOrder.V2, None, None, timm=architecture)
     other = config.get("vision_config")
     if isinstance(other, dict):
         raise ModelError(
@@ -156,10 +156,10 @@ def _describe_without_tower(config: Mapping[str, Any]) -> Described:
                 "name an InternViT, or a model that has one",
             )
         layer = config.get("mm_vision_select_layer")
-        return Described(None, None, _whole_number("mm_vision_select_layer", layer), TokenOrder.V2, None, None)
+        return ConfigDescription(None, None, _whole_number("mm_vision_select_layer", layer), TokenOrder.V2, None, None)
     model_type = config.get("model_type")
     if model_type is None and "architectures" not in config:
-        return Described(None, _heads(config.get("num_attention_heads")), None, TokenOrder.V2, None, None)
+        return ConfigDescription(None, _heads(config.get("num_attention_heads")), None, TokenOrder.V2, None, None)
     said = f"model_type is {model_type!r}" if model_type else f"architectures is {str(config['architectures'])[:80]}"
     raise ModelError(
         f"config.json: {said}: {name_of_tower(config)}, which is no InternViT and has none",

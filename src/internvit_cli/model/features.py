@@ -61,7 +61,7 @@ class FeatureSpec:
     """Layers whose features are taken beside those of the last block that runs, ascending."""
 
 
-class Features(NamedTuple):
+class LayerTensors(NamedTuple):
     """Features of B tiles from one layer, on the device they were computed on."""
 
     tokens: Tensor | None
@@ -137,7 +137,7 @@ class FeatureModel(nn.Module):
         projector = load_projector(checkpoint, device=device, dtype=base_dtype(dtype)) if projected else None
         return cls(checkpoint.card, vit, projector, spec, dtype)
 
-    def forward(self, tiles: Tensor) -> tuple[Features, ...]:
+    def forward(self, tiles: Tensor) -> tuple[LayerTensors, ...]:
         """Features of uint8 RGB tiles [B,S,S,3] on the model's device: the main layer's, then the earlier layers'."""
         if self.spec.tokens is Tokens.NONE and self.spec.pool is Pool.CLS:
             x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
@@ -150,13 +150,13 @@ class FeatureModel(nn.Module):
         states: tuple[Tensor, ...] = self.encoder(x, h)
         return states
 
-    def _features(self, hidden: Tensor) -> Features:
+    def _features(self, hidden: Tensor) -> LayerTensors:
         """What is kept of one layer's hidden states [B,1+N,C]."""
         if self.plan is None:
             return self._pooled_only(self._pooled(hidden, None))
         stored = self.kernels.store(self.token_values(hidden), self.plan)
         pooled = self._pooled(hidden, stored.mean)
-        return Features(stored.tokens, pooled, stored.extremes, stored.clamped, stored.scales)
+        return LayerTensors(stored.tokens, pooled, stored.extremes, stored.clamped, stored.scales)
 
     def token_values(self, hidden: Tensor) -> Tensor:
         """What is stored of hidden states [B,1+N,C], before it is: patches [B,N,C], or projected tokens [B,N/4,L]."""
@@ -176,9 +176,9 @@ class FeatureModel(nn.Module):
         return mean if self.spec.pool is Pool.MEAN else torch.cat((cls, mean), dim=1)
 
     @staticmethod
-    def _pooled_only(pooled: Tensor) -> Features:
+    def _pooled_only(pooled: Tensor) -> LayerTensors:
         extremes = torch.stack((pooled.amin(1), pooled.amax(1)), dim=1)
-        return Features(None, pooled, extremes, torch.zeros(len(pooled), dtype=torch.int64, device=pooled.device))
+        return LayerTensors(None, pooled, extremes, torch.zeros(len(pooled), dtype=torch.int64, device=pooled.device))
 
 
 def store_plan(card: ModelCard, spec: FeatureSpec) -> StorePlan | None:

@@ -21,7 +21,7 @@ PUBLISHED_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class KnownModelFacts:
     """One known model."""
 
     name: str
@@ -47,7 +47,7 @@ class ModelFacts:
     """What the hub cache holds: `yes` when a run needs no network, `partly`, or `no`; `built in` for tiny-random."""
 
 
-def known_models() -> list[ModelFacts]:
+def known_models() -> list[KnownModelFacts]:
     """Return all of them; nothing is fetched."""
     published = [
         _facts(known_card(model), model.aliases, model.licence, cached_state(model.repo)) for model in KNOWN_MODELS
@@ -83,9 +83,9 @@ def _parameters(card: ModelCard) -> int:
     return sum(map(math.prod, expected_shapes(card.vision, card.vision.num_layers, None).values()))
 
 
-def _facts(card: ModelCard, aliases: tuple[str, ...], licence: str, cached: str) -> ModelFacts:
+def _facts(card: ModelCard, aliases: tuple[str, ...], licence: str, cached: str) -> KnownModelFacts:
     shapes = feature_shapes(card, Tokens.VISUAL, Pool.MEAN, card.tile_size)
-    return ModelFacts(
+    return KnownModelFacts(
         name=card.name,
         aliases=aliases,
         parameters=_parameters(card),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from internvit_cli.model.kernels.choice import base_dtype, plain_for
-from internvit_cli.model.kernels.fp8 import FP8, quantise_linears
+from internvit_cli.model.kernels.fp8 import FP8, quantize_linears
 from internvit_cli.model.vit import InternViT, Projector
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def load_vit(
     }
     model = _assign(model, state)
     if dtype is FP8:
-        quantise_linears(model.encoder)
+        quantize_linears(model.encoder)
     return model
 
 

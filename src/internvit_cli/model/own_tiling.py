@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from internvit_cli.options import PictureOptions
 
 
-class Difference(NamedTuple):
+class TilingDifference(NamedTuple):
     """One thing that both sides do in their own way."""
 
     theirs: str
@@ -29,27 +29,29 @@ def tiling_note(own: OwnTiling, ours: PictureOptions) -> str:
     return f"the checkpoint's own code has {theirs}; this run has {used}"
 
 
-def _of_tiles(own: OwnTiling, ours: PictureOptions) -> Iterator[Difference]:
+def _of_tiles(own: OwnTiling, ours: PictureOptions) -> Iterator[TilingDifference]:
     is_tiled = ours.preprocess is Preprocess.TILES
     if own.dynamic is False:
         if is_tiled and ours.max_tiles > 1:
-            yield Difference("one tile for each picture (dynamic_image_size false)", f"--max-tiles {ours.max_tiles}")
+            yield TilingDifference(
+                "one tile for each picture (dynamic_image_size false)", f"--max-tiles {ours.max_tiles}"
+            )
         return
     if not is_tiled:
         if own.dynamic:
-            yield Difference("several tiles (dynamic_image_size true)", f"--preprocess {ours.preprocess.value}")
+            yield TilingDifference("several tiles (dynamic_image_size true)", f"--preprocess {ours.preprocess.value}")
         return
     if own.min_tiles is not None and own.min_tiles != ours.min_tiles:
-        yield Difference(f"min_dynamic_patch {own.min_tiles}", f"--min-tiles {ours.min_tiles}")
+        yield TilingDifference(f"min_dynamic_patch {own.min_tiles}", f"--min-tiles {ours.min_tiles}")
     if own.max_tiles is not None and own.max_tiles != ours.max_tiles:
-        yield Difference(f"max_dynamic_patch {own.max_tiles}", f"--max-tiles {ours.max_tiles}")
+        yield TilingDifference(f"max_dynamic_patch {own.max_tiles}", f"--max-tiles {ours.max_tiles}")
     if own.thumbnail is not None and own.thumbnail != ours.thumbnail:
         used = "--thumbnail" if ours.thumbnail else "--no-thumbnail"
-        yield Difference(f"use_thumbnail {str(own.thumbnail).lower()}", used)
+        yield TilingDifference(f"use_thumbnail {str(own.thumbnail).lower()}", used)
 
 
-def _of_pixels(own: OwnTiling) -> Iterator[Difference]:
+def _of_pixels(own: OwnTiling) -> Iterator[TilingDifference]:
     if own.pad_to_square:
-        yield Difference("padding to a square (pad2square)", "none")
+        yield TilingDifference("padding to a square (pad2square)", "none")
     if not own.bicubic:
-        yield Difference("another filter than bicubic (resample)", "bicubic")
+        yield TilingDifference("another filter than bicubic (resample)", "bicubic")

@@ -1,4 +1,4 @@
-"""Pixel unshuffle: each 2 x 2 neighbourhood of patch tokens becomes one visual token.
+"""Pixel unshuffle: each 2 x 2 neighborhood of patch tokens becomes one visual token.
 
 Letters in shapes as in vit.py.
 """
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def unshuffle_view(patch_tokens: Tensor, order: TokenOrder) -> Tensor:
-    """Patch tokens of square tiles [B,N,C] as a view [B,h/2,w/2,2,2,C]: each 2 x 2 neighbourhood together.
+    """Patch tokens of square tiles [B,N,C] as a view [B,h/2,w/2,2,2,C]: each 2 x 2 neighborhood together.
 
     Args:
         patch_tokens: row by row, without the class token; N is the square of an even number.
-        order: of the neighbourhoods.
+        order: of the neighborhoods.
     """
     B, N, C = patch_tokens.shape
     side = math.isqrt(N)

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Block",
+    "BlockStack",
     "Embeddings",
-    "Encoder",
     "InternViT",
     "Projector",
     "TileEmbedding",
@@ -222,7 +222,7 @@ class TileEmbedding(nn.Module):
         return self.kernels.embed(F.linear(values, self.weight), self.table, norm)
 
 
-class Encoder(nn.Module):
+class BlockStack(nn.Module):
     """The stack of blocks; a module of its own only because checkpoints name it so."""
 
     def __init__(
@@ -290,7 +290,7 @@ class InternViT(nn.Module):
         """
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, blocks, kernels, earlier_layers)
+        self.encoder = BlockStack(config, blocks, kernels, earlier_layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalized pixels [B,3,height,width] -> hidden state of the last block that runs, [B,1+N,C].

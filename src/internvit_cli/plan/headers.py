@@ -40,7 +40,7 @@ class Header(NamedTuple):
     file_mtime_ns: int
 
 
-class Drawn(NamedTuple):
+class OwnDrawing(NamedTuple):
     """A picture that this program drew of others, and that a source holds by chance."""
 
     outcome: Header | Skipped
@@ -50,10 +50,10 @@ class Drawn(NamedTuple):
 def read_header(path: bytes, rule: PixelRule) -> Header | Skipped:
     """Read the header of one file, whoever made it; see `read_headers`."""
     found = read_headers((path,), rule)[0]
-    return found.outcome if isinstance(found, Drawn) else found
+    return found.outcome if isinstance(found, OwnDrawing) else found
 
 
-def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | Drawn | Skipped]:
+def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | OwnDrawing | Skipped]:
     """Read the headers of files; one thread of a process at a time.
 
     Args:
@@ -67,12 +67,12 @@ def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | Drawn
         return [_read(path, rule) for path in paths]
 
 
-def header_reader(rule: PixelRule) -> Callable[[list[bytes]], list[Header | Drawn | Skipped]]:
+def header_reader(rule: PixelRule) -> Callable[[list[bytes]], list[Header | OwnDrawing | Skipped]]:
     """What a planning worker runs: `read_headers` under one rule."""
     return lambda paths: read_headers(paths, rule)
 
 
-def _read(path: bytes, rule: PixelRule) -> Header | Drawn | Skipped:
+def _read(path: bytes, rule: PixelRule) -> Header | OwnDrawing | Skipped:
     picture = open_picture(path)
     if isinstance(picture, Skipped):
         return picture
@@ -85,7 +85,7 @@ def _read(path: bytes, rule: PixelRule) -> Header | Drawn | Skipped:
             return _marked(picture, picture.failure(error, rule.max_pixels))
 
 
-def _inspect(picture: OpenPicture, rule: PixelRule) -> Header | Drawn | Skipped:
+def _inspect(picture: OpenPicture, rule: PixelRule) -> Header | OwnDrawing | Skipped:
     quick = quick_header(picture)
     if quick is None:
         upright = despite_texts(lambda stream: _opened(stream, picture, rule), picture.stream())
@@ -108,10 +108,10 @@ def _usable(upright: tuple[int, int, int], picture: OpenPicture, rule: PixelRule
     return unusable_size(width, height, rule) or Header(width, height, orientation, picture.size, time)
 
 
-def _marked(picture: OpenPicture, outcome: Header | Skipped) -> Header | Drawn | Skipped:
+def _marked(picture: OpenPicture, outcome: Header | Skipped) -> Header | OwnDrawing | Skipped:
     """What a file is, told apart from others when its mark says that this program drew it."""
     try:
-        return Drawn(outcome) if picture.at(_MARK_AT, len(_MARK)) == _MARK else outcome
+        return OwnDrawing(outcome) if picture.at(_MARK_AT, len(_MARK)) == _MARK else outcome
     except OSError:  # which is why it is skipped
         return outcome
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped, Status
-from internvit_cli.plan.headers import Drawn, Header
+from internvit_cli.plan.headers import Header, OwnDrawing
 from internvit_cli.plan.table import ImageTable, modified_ns
 from internvit_cli.plan.tiling import choose_grid, has_thumbnail
-from internvit_cli.runtime.workers import Finished, Lost, WorkerPool, WorkerSpec
+from internvit_cli.runtime.workers import FinishedTask, LostTask, WorkerPool, WorkerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -66,9 +66,9 @@ def plan_images(
     rows = [row for row in range(len(entries)) if row not in skipped]
     drawn: list[int] = []
     for done, (row, outcome) in enumerate(_read_headers(listing, entries, rows, options), 1):
-        if isinstance(outcome, Drawn):
+        if isinstance(outcome, OwnDrawing):
             drawn.append(row)
-        found = outcome.outcome if isinstance(outcome, Drawn) else outcome
+        found = outcome.outcome if isinstance(outcome, OwnDrawing) else outcome
         if isinstance(found, Skipped):
             skipped[row] = found
             facts[row, 3:] = _size_and_time(listing.path(entries[row]))
@@ -97,7 +97,7 @@ def _without(plan: Plan, rows: Sequence[int]) -> Plan:
 
 def _read_headers(
     listing: Listing, entries: Sequence[int], rows: Sequence[int], options: PlanOptions
-) -> Iterable[tuple[int, Header | Drawn | Skipped]]:
+) -> Iterable[tuple[int, Header | OwnDrawing | Skipped]]:
     """Headers by row, in the order in which they come."""
     if not rows:
         return
@@ -127,9 +127,9 @@ class _Chunks:
             self._next_id += 1
         return bool(self._waiting)
 
-    def receive(self, outcome: Finished | Lost) -> Iterable[tuple[int, Header | Drawn | Skipped]]:
+    def receive(self, outcome: FinishedTask | LostTask) -> Iterable[tuple[int, Header | OwnDrawing | Skipped]]:
         chunk, alone = self._given.pop(outcome.task_id)
-        if isinstance(outcome, Finished):
+        if isinstance(outcome, FinishedTask):
             return zip(chunk, outcome.result, strict=True)
         if not alone:
             self._waiting += [([row], True) for row in reversed(chunk)]

@@ -15,9 +15,9 @@ from internvit_cli.config import Projection, Tokens
 from internvit_cli.errors import OutputError
 from internvit_cli.report.facts import Facts, gather_facts, shown, tile_counts
 from internvit_cli.report.page import as_page
-from internvit_cli.report.pictures import SmallPicture, Wanted, shrink
+from internvit_cli.report.pictures import SmallPicture, ThumbnailTask, shrink
 from internvit_cli.report.plane import Plane, lay_out, require
-from internvit_cli.report.selection import Selection, select
+from internvit_cli.report.selection import PageSelection, select
 from internvit_cli.report.token_maps import TokenMaps, draw_token_maps
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.storage.durable import write_file
@@ -154,13 +154,13 @@ def _check_place(output: str) -> None:
 
 
 def _pictures(
-    done: Features, chosen: Selection, options: ReportOptions, observer: Observer, *, with_maps: bool
+    done: Features, chosen: PageSelection, options: ReportOptions, observer: Observer, *, with_maps: bool
 ) -> tuple[dict[int, SmallPicture], list[SmallPicture]]:
     """Thumbnails by number, and the photographs that token maps lie on."""
     numbers = chosen.shuffled[: options.thumbnails].tolist()
-    wanted = [Wanted(_file(done, number, options), options.thumbnail_size) for number in numbers]
+    wanted = [ThumbnailTask(_file(done, number, options), options.thumbnail_size) for number in numbers]
     if with_maps:
-        wanted += [Wanted(_file(done, number, options), PHOTOGRAPH_SIDE) for number in chosen.sample]
+        wanted += [ThumbnailTask(_file(done, number, options), PHOTOGRAPH_SIDE) for number in chosen.sample]
     with observer.phase("reading pictures", "picture", len(wanted)) as phase:
         found = shrink(wanted, options.workers, phase.at)
     return dict(zip(numbers, found, strict=False)), found[len(numbers) :]
@@ -175,7 +175,7 @@ class _Parts:
     """All that the page is made of."""
 
     done: Features
-    chosen: Selection
+    chosen: PageSelection
     plane: Plane
     maps: TokenMaps
     thumbnails: dict[int, SmallPicture]

@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from internvit_cli.runtime.workers import Finished
+from internvit_cli.runtime.workers import FinishedTask
 from internvit_cli.viz.photograph import PictureFile, in_workers, load_photograph, lost
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class SmallPicture:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class ThumbnailTask:
     """A picture to make small."""
 
     file: PictureFile
@@ -34,7 +34,7 @@ class Wanted:
 
 
 def shrink(
-    wanted: Sequence[Wanted], workers: int | None, on_progress: Callable[[int], None] = lambda _: None
+    wanted: Sequence[ThumbnailTask], workers: int | None, on_progress: Callable[[int], None] = lambda _: None
 ) -> list[SmallPicture]:
     """Read pictures and make them small, in the order given.
 
@@ -46,7 +46,7 @@ def shrink(
     found: list[SmallPicture] = [SmallPicture(b"")] * len(wanted)
     outcomes = in_workers("internvit_cli.report.pictures:shrinker", wanted, len(wanted), workers)
     for done, outcome in enumerate(outcomes, 1):
-        if isinstance(outcome, Finished):
+        if isinstance(outcome, FinishedTask):
             found[outcome.task_id] = outcome.result
         else:
             found[outcome.task_id] = SmallPicture(b"", lost(wanted[outcome.task_id].file, outcome).note)
@@ -54,7 +54,7 @@ def shrink(
     return found
 
 
-def shrinker() -> Callable[[Wanted], SmallPicture]:
+def shrinker() -> Callable[[ThumbnailTask], SmallPicture]:
     """Return what a worker runs."""
     return lambda wanted: small_picture(wanted.file, wanted.side)
 

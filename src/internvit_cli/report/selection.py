@@ -30,7 +30,7 @@ MOST_MEMBERS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class RepeatedImages:
     """What there is more than once, as far as the page shows it."""
 
     identical: tuple[tuple[int, ...], ...]
@@ -41,7 +41,7 @@ class Groups:
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
+class PageSelection:
     """Numbers of images, counted among those that have features."""
 
     sample: tuple[int, ...]
@@ -49,7 +49,7 @@ class Selection:
     """For each image of the sample the most similar others, with their cosines, best first."""
     space: Space
     """In which the neighbors were compared."""
-    groups: Groups
+    groups: RepeatedImages
     points: NDArray[Any]
     """All numbers on the page, in order."""
     shuffled: NDArray[Any]
@@ -63,7 +63,7 @@ def select(
     seed: int,
     pictures: str | None = None,
     observer: Observer = SILENT,
-) -> Selection:
+) -> PageSelection:
     """Choose the images of a page.
 
     Args:
@@ -90,7 +90,7 @@ def select(
     others = np.setdiff1d(np.arange(count), first)
     others = chance.permutation(others)[: max(0, most_points - len(first))]
     shuffled = np.concatenate([first, others])
-    return Selection(tuple(sample.tolist()), neighbors, space, groups, np.sort(shuffled), shuffled)
+    return PageSelection(tuple(sample.tolist()), neighbors, space, groups, np.sort(shuffled), shuffled)
 
 
 def _diverse(vectors: PooledVectors, space: Space, most: int, chance: np.random.Generator) -> NDArray[Any]:
@@ -114,7 +114,7 @@ def _diverse(vectors: PooledVectors, space: Space, most: int, chance: np.random.
     return np.sort(candidates[chosen])
 
 
-def _groups(options: DuplicateOptions, done: Features, observer: Observer) -> Groups:
+def _groups(options: DuplicateOptions, done: Features, observer: Observer) -> RepeatedImages:
     found = find_duplicates(options, observer)
     identical = tuple(
         tuple(done.position(image.key) for image in group[:MOST_MEMBERS]) for group in found.identical[:MOST_GROUPS]
@@ -123,7 +123,7 @@ def _groups(options: DuplicateOptions, done: Features, observer: Observer) -> Gr
         tuple((done.position(member.image.key), member.similarity) for member in group[:MOST_MEMBERS])
         for group in found.similar[:MOST_GROUPS]
     )
-    return Groups(identical, similar, found)
+    return RepeatedImages(identical, similar, found)
 
 
 def _neighbors(

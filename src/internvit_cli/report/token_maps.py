@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class DrawnMap:
+class TokenMapImage:
     """One image's tokens as colors."""
 
     png: bytes
@@ -31,7 +31,7 @@ class DrawnMap:
 class TokenMaps:
     """Maps of several images in the same colors."""
 
-    maps: tuple[DrawnMap, ...]
+    maps: tuple[TokenMapImage, ...]
     explained: tuple[float, ...]
     """Shares of the variance that red, green and blue stand for."""
 
@@ -50,7 +50,7 @@ def draw_token_maps(images: Sequence[ImageFeatures], on_progress: Callable[[int]
     for number, image in enumerate(images, 1):
         stream = io.BytesIO()
         Image.fromarray(fitted.colors(TokenMap.of(image.token_map()))).save(stream, "PNG", optimize=True)
-        maps.append(DrawnMap(stream.getvalue(), _shares(image)))
+        maps.append(TokenMapImage(stream.getvalue(), _shares(image)))
         on_progress(number)
     return TokenMaps(tuple(maps), fitted.explained)
 

@@ -35,7 +35,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class PhaseState:
     """How far a phase is at one moment."""
 
     done: int = 0
@@ -54,7 +54,7 @@ class Phase:
         """What is being done, such as `reading headers`."""
         self.unit = unit
         """What is counted, in the singular, such as `image`; BYTES; empty when there is nothing to count."""
-        self.state = State(total=total)
+        self.state = PhaseState(total=total)
         """Replaced as a whole at each step, so that another thread may read it at any time."""
         self.before = 0
         """Of the finer measure: what was done when this phase was first told of, and is no work of its own."""
@@ -72,7 +72,7 @@ class Phase:
         known = self.state.total if total is None else total
         if work is not None and self.state.work is None:
             self.before = work.done
-        self.state = State(done, None if known is None else max(known, done), work, skipped)
+        self.state = PhaseState(done, None if known is None else max(known, done), work, skipped)
         self._observer.moved(self)
 
 

@@ -49,7 +49,7 @@ class TooLargeError(OSError):
         super().__init__(errno.EFBIG, f"it is larger than {most:,} bytes", path)
 
 
-class Opened(NamedTuple):
+class OpenFile(NamedTuple):
     """A regular file, open for reading; whoever gets it closes the descriptor."""
 
     descriptor: int
@@ -61,7 +61,7 @@ def kind_of(mode: int) -> str:
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "a file")
 
 
-def open_regular(path: str | bytes, *, follow_links: bool = True) -> Opened:
+def open_regular(path: str | bytes, *, follow_links: bool = True) -> OpenFile:
     """Open a regular file for reading, and nothing else; never wait for anybody.
 
     Args:
@@ -87,7 +87,7 @@ def open_regular(path: str | bytes, *, follow_links: bool = True) -> Opened:
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise NotRegularError(path, status.st_mode)
-    return Opened(descriptor, status)
+    return OpenFile(descriptor, status)
 
 
 @contextmanager

@@ -60,7 +60,7 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class FinishedTask:
     """A task's result and the seconds that it took in the worker."""
 
     task_id: int
@@ -69,7 +69,7 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class LostTask:
     """A task whose worker died or ran out of time."""
 
     task_id: int
@@ -132,7 +132,7 @@ class WorkerPool:
         self._queue.append(_Task(task_id, payload, alone))
         self._dispatch()
 
-    def wait(self, timeout: float | None = None) -> list[Finished | Lost]:
+    def wait(self, timeout: float | None = None) -> list[FinishedTask | LostTask]:
         """Outcomes that are there, or the first to come within `timeout` seconds; an empty list when none did."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.outstanding:
@@ -189,8 +189,8 @@ class WorkerPool:
             ends.append(deadline)
         return min(max(0.0, min(ends) - time.monotonic()), CLOCK_SECONDS) if ends else None
 
-    def _collect(self, patience: float | None) -> list[Finished | Lost]:
-        outcomes: list[Finished | Lost] = []
+    def _collect(self, patience: float | None) -> list[FinishedTask | LostTask]:
+        outcomes: list[FinishedTask | LostTask] = []
         by_connection = {worker.connection: worker for worker in self._workers}
         begun = time.monotonic()
         ready = wait(list(by_connection), patience)
@@ -213,7 +213,7 @@ class WorkerPool:
             for worker in self._workers:
                 worker.head_since += overslept
 
-    def _receive(self, worker: _Worker) -> list[Finished | Lost]:
+    def _receive(self, worker: _Worker) -> list[FinishedTask | LostTask]:
         try:
             message = worker.connection.recv()
         except (EOFError, OSError):
@@ -232,13 +232,13 @@ class WorkerPool:
         worker.head_since = time.monotonic()
         task_id, result, seconds = message
         assert task_id == task.task_id
-        return [Finished(task_id, result, seconds)]
+        return [FinishedTask(task_id, result, seconds)]
 
-    def _replace(self, worker: _Worker, status: Status, message: str) -> list[Finished | Lost]:
+    def _replace(self, worker: _Worker, status: Status, message: str) -> list[FinishedTask | LostTask]:
         """Bury a worker: its head task is lost, the others go back to the front of the queue."""
         head = [worker.tasks.popleft()] if worker.tasks else []
         self._succeed(worker)
-        return [Lost(task.task_id, status, message) for task in head]
+        return [LostTask(task.task_id, status, message) for task in head]
 
     def _start_again(self, worker: _Worker) -> None:
         """Replace a worker that never was ready: a few may be killed for reasons that pass, and no task is to blame."""
@@ -296,7 +296,7 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def map_in_workers(pool: WorkerPool, payloads: Iterable[Any]) -> Iterable[Finished | Lost]:
+def map_in_workers(pool: WorkerPool, payloads: Iterable[Any]) -> Iterable[FinishedTask | LostTask]:
     """Outcomes of all payloads as they come, task ids counting from 0; only a pool's fill is in flight at once."""
     numbered = enumerate(payloads)
     exhausted = False

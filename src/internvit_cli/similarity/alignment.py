@@ -204,8 +204,8 @@ def _centred(pictures: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
     """Take off the mean of what the mask leaves, and all else, [p, n, n]."""
     pixels = np.maximum(mask.sum(axis=(1, 2), keepdims=True), 1)
     mean = (pictures * mask).sum(axis=(1, 2), keepdims=True) / pixels
-    centred: NDArray[Any] = (pictures - mean) * mask
-    return centred
+    centered: NDArray[Any] = (pictures - mean) * mask
+    return centered
 
 
 def _energy(pictures: NDArray[Any]) -> NDArray[Any]:
@@ -214,7 +214,7 @@ def _energy(pictures: NDArray[Any]) -> NDArray[Any]:
 
 
 def _correlation(ones: NDArray[Any], others: NDArray[Any], mask: NDArray[Any]) -> NDArray[Any]:
-    """Of centred pictures, [p]; what is fainter than the grain counts as equal."""
+    """Of centered pictures, [p]; what is fainter than the grain counts as equal."""
     grain = GRAIN**2 * np.maximum(mask.sum(axis=(1, 2)), 1)
     shared = np.einsum("pij,pij->p", ones, others) + grain
     found: NDArray[Any] = shared / np.sqrt((_energy(ones) + grain) * (_energy(others) + grain))

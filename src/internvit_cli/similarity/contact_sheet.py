@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from internvit_cli.similarity.duplicates import Duplicates
-    from internvit_cli.similarity.search import Found
+    from internvit_cli.similarity.search import SearchResult
     from internvit_cli.storage.read.image import ImageFeatures
 
 MOST_HITS = 95
@@ -35,7 +35,7 @@ class _Place:
     is_marked: bool = False
 
 
-def search_sheet(found: Found, folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
+def search_sheet(found: SearchResult, folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
     """Draw each query with its hits, best first.
 
     Args:

@@ -15,7 +15,7 @@ from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.similarity.links import Links
 from internvit_cli.similarity.lsh import hashed_pairs
 from internvit_cli.similarity.pairs import BestPairs, exact_pairs
-from internvit_cli.similarity.same_pictures import Compared, link_same
+from internvit_cli.similarity.same_pictures import PairCounts, link_same
 from internvit_cli.similarity.similarity_space import RAW, Space, choose_space
 from internvit_cli.storage.durable import check_space
 from internvit_cli.storage.read.reader import open_features
@@ -77,7 +77,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ComparisonMethod:
     """How images were told to be similar."""
 
     space: Space
@@ -85,7 +85,7 @@ class Comparison:
     """`exact`, or `hashed`."""
     threshold: float
     """The cosine from which vectors alone make two images similar."""
-    pictures: Compared | None
+    pictures: PairCounts | None
     """What the pictures of near images said; None when vectors alone were to decide."""
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Duplicates:
     """Files with the same bytes."""
     similar: tuple[tuple[Member, ...], ...]
     """Images linked by pairs that are similar, the largest picture first; of identical files the first only."""
-    comparison: Comparison | None
+    comparison: ComparisonMethod | None
     """None when identical files alone were looked for, or there is no second image to compare."""
     notes: tuple[str, ...] = ()
     """What a reader should know first."""
@@ -158,7 +158,7 @@ def find_duplicates(options: DuplicateOptions, observer: Observer = SILENT) -> D
 
 def _similar(
     options: DuplicateOptions, features: Features, numbers: NDArray[Any], observer: Observer
-) -> tuple[tuple[tuple[Member, ...], ...], Comparison]:
+) -> tuple[tuple[tuple[Member, ...], ...], ComparisonMethod]:
     """Groups of similar images among these, and how they were told."""
     space = choose_space(features.vectors(), observer, raw=options.raw)
     vectors = features[numbers].vectors()
@@ -176,7 +176,7 @@ def _similar(
                 pairs = search.near(LEAST_NEAR[space.name] if is_exact else least)
             compared = link_same(links, vectors, pairs, least, observer, options.pictures)
         similar = tuple(_group(vectors, embedded, group) for group in links.groups())
-    return similar, Comparison(space, "exact" if is_exact else "hashed", least, compared)
+    return similar, ComparisonMethod(space, "exact" if is_exact else "hashed", least, compared)
 
 
 def _is_exact(options: DuplicateOptions, space: Space, count: int) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from internvit_cli.runtime.workers import Finished
+from internvit_cli.runtime.workers import FinishedTask
 from internvit_cli.similarity.alignment import SIDE
 from internvit_cli.viz.photograph import PictureFile, in_workers, load_photograph
 
@@ -39,7 +39,7 @@ def read_looks(
     """
     looks, is_there = np.zeros((count, SIDE, SIDE), np.uint8), np.zeros(count, bool)
     for done, outcome in enumerate(in_workers("internvit_cli.similarity.looks:reader", files, count), 1):
-        if isinstance(outcome, Finished) and outcome.result is not None:
+        if isinstance(outcome, FinishedTask) and outcome.result is not None:
             looks[outcome.task_id], is_there[outcome.task_id] = outcome.result, True
         on_progress(done)
     return looks, is_there

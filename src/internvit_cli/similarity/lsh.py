@@ -38,7 +38,7 @@ def hashed_pairs(
     """As `pairs.exact_pairs`, but for a thousandth of the pairs just over the threshold; some come more than once.
 
     Args:
-        vectors: unit vectors, [n, d] float32, in memory or mapped; centred, or they lie on one side of most planes.
+        vectors: unit vectors, [n, d] float32, in memory or mapped; centered, or they lie on one side of most planes.
         threshold: least dot product.
         is_wanted: of pairs that met, a mask of those worth a comparison.
         on_progress: called with the number of vectors, as shares of the work go.

@@ -26,7 +26,7 @@ MOST_REFUSALS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class PairCounts:
     """Pairs of near images, by what came of them."""
 
     same: int
@@ -44,7 +44,7 @@ def link_same(
     least_alone: float,
     observer: Observer,
     folder: str | None = None,
-) -> Compared:
+) -> PairCounts:
     """Link the images of pairs whose pictures show the same.
 
     Args:
@@ -67,7 +67,7 @@ def link_same(
     links.add(first[alone], second[alone])
     with observer.phase("comparing pictures", "pair") as phase:
         same, different = _compare(links, first[is_seen], second[is_seen], looks, place, phase)
-    return Compared(same, different, int((~is_seen).sum()))
+    return PairCounts(same, different, int((~is_seen).sum()))
 
 
 def _compare(

@@ -61,7 +61,7 @@ class Hit:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class QueryResult:
     """What is most like one picture."""
 
     query: ImageFeatures
@@ -79,7 +79,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """The result of a search."""
 
     path: str
@@ -88,7 +88,7 @@ class Found:
     layer: int
     """Whose vectors were compared."""
     space: Space
-    answers: tuple[Answer, ...]
+    answers: tuple[QueryResult, ...]
     how: str
     """`exact`, or `approximate` through an index."""
     index_is_new: bool
@@ -113,7 +113,7 @@ class Found:
         return facts | self.space.facts() | {"queries": [_answer_json(answer) for answer in self.answers]}
 
 
-def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
+def search(options: SearchOptions, observer: Observer = SILENT) -> SearchResult:
     """Find the images most like each picture and each key.
 
     Args:
@@ -151,9 +151,9 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> Found:
         is_picture = number < len(encoded)
         own = None if is_picture else query.key
         hits = _hits(vectors, own, options.count, *next(rows)) if query.is_done else ()
-        answers.append(Answer(query, is_picture, hits))
+        answers.append(QueryResult(query, is_picture, hits))
     seconds = time.perf_counter() - started
-    return Found(
+    return SearchResult(
         path=options.path,
         images=len(vectors),
         layer=features.layer,
@@ -241,7 +241,7 @@ def _hits(
     return tuple([hit for hit in hits if hit.image.key != own][:count])
 
 
-def _answer_json(answer: Answer) -> dict[str, Any]:
+def _answer_json(answer: QueryResult) -> dict[str, Any]:
     hits = [
         {"key": hit.image.key, "similarity": round(hit.similarity, 6), "path": hit.image.path} for hit in answer.hits
     ]

@@ -12,7 +12,7 @@ from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, List
 from internvit_cli.sources.lists import read_list, unquoted
 from internvit_cli.sources.missing import LOOKED_AT, MissingList, explain_missing, how_to_cut
 from internvit_cli.sources.refusals import refuse_container, refuse_output, refuse_url
-from internvit_cli.sources.selection import Selection
+from internvit_cli.sources.selection import FileSelection
 from internvit_cli.sources.walk import walk
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class _Collection:
         self._options = options
         self._stdin = stdin
         self._root = None if options.root is None else _root_folder(options.root)
-        self._selection = Selection(options)
+        self._selection = FileSelection(options)
         self._sources: dict[Source, int] = {}
         self._walked: set[Source] = set()
         self._tops: dict[bytes, None] = {}

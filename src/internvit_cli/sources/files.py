@@ -101,7 +101,7 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_regular(path: bytes) -> untrusted.Opened | Skipped:
+def open_regular(path: bytes) -> untrusted.OpenFile | Skipped:
     """Open a file that must be a regular one, following links; never wait, and never open anything else.
 
     Returns:
@@ -120,7 +120,7 @@ class OpenPicture:
 
     __slots__ = ("_descriptor", "_error", "_first", "size", "status")
 
-    def __init__(self, opened: untrusted.Opened) -> None:
+    def __init__(self, opened: untrusted.OpenFile) -> None:
         """Take over the descriptor, which is closed at the end of a `with` block."""
         self._descriptor = opened.descriptor
         self._error: OSError | None = None

@@ -12,7 +12,7 @@ from internvit_cli.sources.interface import FolderProblem, child
 from internvit_cli.sources.walk import folder_problem
 
 if TYPE_CHECKING:
-    from internvit_cli.sources.selection import Selection
+    from internvit_cli.sources.selection import FileSelection
 
 _MAGIC = re.compile(rb"[*?[]")
 _ANY_DEPTH = b"**"
@@ -37,7 +37,7 @@ def is_pattern(text: bytes) -> bool:
     return _MAGIC.search(text) is not None
 
 
-def expand(pattern: bytes, selection: Selection) -> Matches:
+def expand(pattern: bytes, selection: FileSelection) -> Matches:
     """Find what fits a pattern, listing each folder once.
 
     As in the shell, a wildcard does not match a leading dot, and `**` follows no links to folders.
@@ -63,7 +63,7 @@ _Below = tuple[bytes, frozenset[int], bool]
 class _Expansion:
     """Walks with the set of pattern parts that may fit next, so that several `**` cost no second walk."""
 
-    def __init__(self, parts: list[bytes], base: bytes, selection: Selection) -> None:
+    def __init__(self, parts: list[bytes], base: bytes, selection: FileSelection) -> None:
         if parts[-1] == _ANY_DEPTH:
             parts = [*parts, b"*"]
         self.parts = parts
@@ -137,5 +137,5 @@ class _Expansion:
 def _leads_to_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # A loop of links is no folder, and no reason to give up its neighbours.
+    except OSError:  # A loop of links is no folder, and no reason to give up its neighbors.
         return False

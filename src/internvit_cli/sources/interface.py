@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.config import Skipped
     from internvit_cli.sources.missing import MissingList
-    from internvit_cli.sources.selection import Selection
+    from internvit_cli.sources.selection import FileSelection
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Listing:
     """Lists of which not one file is there."""
     is_missing: bool = False
     """Whether all files come from such lists."""
-    selection: Selection | None = None
+    selection: FileSelection | None = None
     tops: tuple[bytes, ...] = ()
     """The folders that the selection's patterns are relative to."""
 
@@ -138,6 +138,6 @@ def child(folder: bytes, name: bytes) -> bytes:
 
 
 def below(path: bytes, folder: bytes) -> bytes | None:
-    """The part of a normalised absolute path below a folder; None when it lies elsewhere or is the folder itself."""
+    """The part of a normalized absolute path below a folder; None when it lies elsewhere or is the folder itself."""
     top = child(folder, b"")
     return path[len(top) :] if path.startswith(top) and len(path) > len(top) else None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from internvit_cli.sources.interface import DiscoverOptions
 
 
-class Selection:
+class FileSelection:
     """Decides on every file and folder that a walk meets, and counts what it leaves out."""
 
     def __init__(self, options: DiscoverOptions) -> None:

@@ -14,7 +14,7 @@ from internvit_cli.errors import one_line
 from internvit_cli.sources.interface import FolderProblem, below, child
 
 if TYPE_CHECKING:
-    from internvit_cli.sources.selection import Selection
+    from internvit_cli.sources.selection import FileSelection
 
 _KERNEL_FOLDERS = (b"/proc", b"/sys", b"/dev")
 _SHARED_MEMORY = b"/dev/shm"
@@ -24,7 +24,7 @@ _MOST_LINKS = 40
 
 
 @dataclass(slots=True)
-class Found:
+class WalkResult:
     """What a walk found, in no particular order."""
 
     keys: list[bytes] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Found:
     unfollowed_links: int = 0
 
 
-def walk(root: bytes, selection: Selection, *, follow_links: bool) -> Found:
+def walk(root: bytes, selection: FileSelection, *, follow_links: bool) -> WalkResult:
     """Find all pictures below a folder with one `os.scandir` of each.
 
     Links to files are followed as long as they stay below the root. `follow_links` lifts that, and follows links to
@@ -61,10 +61,10 @@ _Folder = tuple[bytes, bool]
 
 
 class _Walker:
-    def __init__(self, root: bytes, selection: Selection, *, follow_links: bool) -> None:
+    def __init__(self, root: bytes, selection: FileSelection, *, follow_links: bool) -> None:
         self.root = root
         self.follow_links = follow_links
-        self.found = Found()
+        self.found = WalkResult()
         self.linked_folders: list[_Folder] = []
         self._selection = selection
         self._seen: set[tuple[int, int]] = set()

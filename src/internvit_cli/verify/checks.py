@@ -30,7 +30,7 @@ from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output, names_
 from internvit_cli.storage.output_names import PARTIAL, missing
 from internvit_cli.storage.read.places import ShardPlace, places_in
 from internvit_cli.storage.skipped import read_skip_log
-from internvit_cli.verify.result import Finding, LoadedShard, PictureCheck, Row, Verdict
+from internvit_cli.verify.result import Finding, LoadedShard, PictureCheck, Row, VerifyResult
 from internvit_cli.verify.source_files import PictureState, look_at_pictures
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
     from internvit_cli.runtime.observer import Phase
     from internvit_cli.storage.output import ManifestEntry
-    from internvit_cli.verify.result import Comparison, VerifyOptions
+    from internvit_cli.verify.result import ReencodeComparison, VerifyOptions
 
 NO_DIGEST = bytes(32)
 
 
-def verify(options: VerifyOptions, observer: Observer = SILENT) -> Verdict:
+def verify(options: VerifyOptions, observer: Observer = SILENT) -> VerifyResult:
     """Check an output; nothing is written, and a run that fills it is not disturbed.
 
     Args:
@@ -77,7 +77,7 @@ class _Verification:
         self._findings: list[Finding] = []
         self._notes: list[str] = []
 
-    def run(self) -> Verdict:
+    def run(self) -> VerifyResult:
         """All checks, the cheap ones first."""
         with self._observer.phase("reading the index"):
             shards = list(self._shards())
@@ -91,7 +91,7 @@ class _Verification:
         statuses = [shard.table.status[shard.live_rows] for shard in shards]
         counts = count_statuses(np.concatenate(statuses)) if statuses else {}
         attributes = shards[-1].found.stored.attributes if shards else {}
-        return Verdict(
+        return VerifyResult(
             path=self._path,
             model=str(attributes.get("model", "")),
             shards=len(shards),
@@ -277,7 +277,7 @@ class _Verification:
             seconds=time.perf_counter() - started,
         )
 
-    def _re_extract(self, shards: list[LoadedShard]) -> tuple[Comparison, ...]:
+    def _re_extract(self, shards: list[LoadedShard]) -> tuple[ReencodeComparison, ...]:
         if not self._options.re_extract:
             return ()
         from internvit_cli.verify.reencode import ReExtraction

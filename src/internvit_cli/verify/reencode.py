@@ -30,7 +30,7 @@ from internvit_cli.storage.format.layout import (
 )
 from internvit_cli.storage.image_rows import image_arrays
 from internvit_cli.storage.read.reader import OpenShard
-from internvit_cli.verify.result import Comparison
+from internvit_cli.verify.result import ReencodeComparison
 from internvit_cli.verify.tolerance import Differences, compare, tolerance
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class ReExtraction:
         self._report = report
         self._is_sample_settled = False
 
-    def comparisons(self) -> Iterator[Comparison]:
+    def comparisons(self) -> Iterator[ReencodeComparison]:
         """Encode the sample with ours, then, if asked for, with transformers' class; one comparison each.
 
         What keeps it from being done (no pictures, no weights, other weights) is reported as wrong: it was asked for.
@@ -127,7 +127,7 @@ class ReExtraction:
 
     def _compare(
         self, encoder: TileEncoder, candidates: list[Row], wanted: int, recipe: Recipe
-    ) -> tuple[list[Row], Comparison]:
+    ) -> tuple[list[Row], ReencodeComparison]:
         """The rows that were compared, at most `wanted`, and the outcome."""
         limit = tolerance(recipe)
         taken: list[Row] = []
@@ -145,7 +145,7 @@ class ReExtraction:
         if not self._is_sample_settled:
             self._tell_of_missing(taken, unusable)
             self._is_sample_settled = True
-        return taken, Comparison(
+        return taken, ReencodeComparison(
             encoder.check,
             encoder.name,
             len(taken),

@@ -69,7 +69,7 @@ class PictureCheck:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ReencodeComparison:
     """Stored rows against those of an encoding anew."""
 
     check: str
@@ -96,7 +96,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class VerifyResult:
     """The result of `verify`."""
 
     path: str
@@ -111,7 +111,7 @@ class Verdict:
     seconds: float
     """That checking them took."""
     pictures: PictureCheck | None
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[ReencodeComparison, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
 

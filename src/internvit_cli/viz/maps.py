@@ -1,6 +1,6 @@
 """What tokens look like: their principal components, their lengths, their similarity to one of them.
 
-Everything that sets colours is fitted over all images together, so that equal colours mean the same in all of them.
+Everything that sets colors is fitted over all images together, so that equal colors mean the same in all of them.
 Letters: n tokens of C values; a map is [h, w] tokens over the picture.
 """
 
@@ -47,7 +47,7 @@ class TokenMap:
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class MapFit:
     """What the maps of several images have in common."""
 
     mean: NDArray[Any]
@@ -82,14 +82,14 @@ class Foreground:
     """[C]; the foreground is on its positive side."""
     threshold: float
 
-    def mask(self, centred: NDArray[Any]) -> NDArray[Any]:
-        """Which directions, centred [..., C], are foreground."""
-        mask: NDArray[Any] = centred @ self.axis > self.threshold
+    def mask(self, centered: NDArray[Any]) -> NDArray[Any]:
+        """Which directions, centered [..., C], are foreground."""
+        mask: NDArray[Any] = centered @ self.axis > self.threshold
         return mask
 
 
-def fit(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> Fitted:
-    """Fit components, colours and limits over several images' maps.
+def fit(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> MapFit:
+    """Fit components, colors and limits over several images' maps.
 
     Args:
         maps: gives the maps, one at a time.
@@ -111,11 +111,11 @@ def fit(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> Fi
     inside = sample[found.mask(sample)] if found else sample
     axes, explained = components(inside if len(inside) > 3 else sample)
     low, high = np.percentile(inside @ axes.T, COLOR_PERCENTILES, axis=0)
-    return Fitted(mean, axes, low, high, explained, *_length_limits(np.concatenate(lengths)), found)
+    return MapFit(mean, axes, low, high, explained, *_length_limits(np.concatenate(lengths)), found)
 
 
 def _length_limits(lengths: NDArray[Any]) -> tuple[Scale, float]:
-    """The colours of ordinary lengths, and the length above which one is an outlier."""
+    """The colors of ordinary lengths, and the length above which one is an outlier."""
     quartiles = np.percentile(lengths, [25, 75])
     outlier = float(quartiles[1] + FAR_OUT * (quartiles[1] - quartiles[0]))
     low, high = np.percentile(lengths[lengths <= outlier], COLOR_PERCENTILES)
@@ -136,7 +136,7 @@ def similarity(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None)
 
 
 def similarity_scale(cosines: Iterable[NDArray[Any]], *, centered: bool) -> Scale:
-    """The colors of similarity over all maps: around 0 when centred, else over the range that there is."""
+    """The colors of similarity over all maps: around 0 when centered, else over the range that there is."""
     values = np.concatenate([cosine.ravel() for cosine in cosines])
     low, high = (float(value) for value in np.percentile(values, (0.5, 99.5)))
     if not centered:
@@ -160,40 +160,40 @@ def tile_pattern(tiles: Iterable[NDArray[Any]]) -> NDArray[Any]:
     return pattern
 
 
-def components(centred: NDArray[Any], count: int = 3) -> tuple[NDArray[Any], tuple[float, ...]]:
+def components(centered: NDArray[Any], count: int = 3) -> tuple[NDArray[Any], tuple[float, ...]]:
     """Principal components, [count, C], their signs fixed, and the share of the variance of each.
 
     Args:
-        centred: [n, C].
+        centered: [n, C].
         count: how many.
 
     The sign of each is that in which its largest weight is positive.
     """
-    total = float(np.einsum("nc,nc->", centred, centred, dtype=np.float64))
-    rows, columns = centred.shape
+    total = float(np.einsum("nc,nc->", centered, centered, dtype=np.float64))
+    rows, columns = centered.shape
     if columns <= SMALL:
-        vectors = np.linalg.eigh(centred.T.astype(np.float64) @ centred)[1][:, ::-1][:, :count].T
+        vectors = np.linalg.eigh(centered.T.astype(np.float64) @ centered)[1][:, ::-1][:, :count].T
     elif rows <= SMALL:
-        gram = centred.astype(np.float64) @ centred.T
-        vectors = np.linalg.eigh(gram)[1][:, ::-1][:, :count].T @ centred
+        gram = centered.astype(np.float64) @ centered.T
+        vectors = np.linalg.eigh(gram)[1][:, ::-1][:, :count].T @ centered
     else:
-        vectors = _subspace(centred, count)
+        vectors = _subspace(centered, count)
     vectors = np.vstack([vectors, np.zeros((max(0, count - len(vectors)), columns))])
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
     largest = np.abs(vectors).argmax(axis=1)
     vectors *= np.where(vectors[np.arange(count), largest] < 0, -1.0, 1.0)[:, None]
-    variances = np.square(centred @ vectors.T.astype(np.float32), dtype=np.float64).sum(axis=0)
+    variances = np.square(centered @ vectors.T.astype(np.float32), dtype=np.float64).sum(axis=0)
     shares = variances / total if total > 0 else variances * 0
     return vectors.astype(np.float32), tuple(float(share) for share in shares)
 
 
-def _subspace(centred: NDArray[Any], count: int, rounds: int = 60) -> NDArray[Any]:
+def _subspace(centered: NDArray[Any], count: int, rounds: int = 60) -> NDArray[Any]:
     """The leading right singular vectors, by iteration from a fixed start."""
-    start = np.random.default_rng(0).standard_normal((centred.shape[1], count + 8), np.float32)
+    start = np.random.default_rng(0).standard_normal((centered.shape[1], count + 8), np.float32)
     basis = np.linalg.qr(start)[0]
     for _ in range(rounds):
-        basis = np.linalg.qr(centred.T @ (centred @ basis))[0]
-    small = centred @ basis
+        basis = np.linalg.qr(centered.T @ (centered @ basis))[0]
+    small = centered @ basis
     turned = np.linalg.eigh(small.T.astype(np.float64) @ small)[1][:, ::-1]
     vectors: NDArray[Any] = (basis @ turned)[:, :count].T
     return vectors

@@ -75,7 +75,7 @@ class Canvas:
         """A map over the photograph in grey; outside of the mask the photograph alone, dimmed.
 
         Args:
-            colors: [h, w, 3] uint8, one colour a token.
+            colors: [h, w, 3] uint8, one color a token.
             mask: [h, w] bool.
         """
         left, top, right, bottom = self.box
@@ -110,7 +110,7 @@ def mark_outliers(canvas: Canvas, picture: Image.Image, outliers: NDArray[Any]) 
 
 
 def mark_point(picture: Image.Image, x: float, y: float) -> None:
-    """A cross that shows on any colour."""
+    """A cross that shows on any color."""
     draw, arm = ImageDraw.Draw(picture), 11
     for width, color in ((5, (0, 0, 0)), (2, (255, 255, 255))):
         draw.line((x - arm, y, x + arm, y), fill=color, width=width)

@@ -19,7 +19,7 @@ from internvit_cli.decode.direct import NO_DIGEST
 from internvit_cli.decode.pictures import digested, upright_rgb
 from internvit_cli.errors import one_line
 from internvit_cli.plan.png_chunks import despite_texts
-from internvit_cli.runtime.workers import Finished, Lost, WorkerPool, WorkerSpec, map_in_workers, usable_cpus
+from internvit_cli.runtime.workers import FinishedTask, LostTask, WorkerPool, WorkerSpec, map_in_workers, usable_cpus
 from internvit_cli.sources.files import classify, open_regular, pillow_settings, readable_formats
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def read_photographs(
     tasks = ((file, side) for file in files)
     for done, outcome in enumerate(in_workers("internvit_cli.viz.photograph:reader", tasks, len(files)), 1):
         number = outcome.task_id
-        early[number] = outcome.result if isinstance(outcome, Finished) else lost(files[number], outcome)
+        early[number] = outcome.result if isinstance(outcome, FinishedTask) else lost(files[number], outcome)
         on_progress(done)
         while following in early:
             yield early.pop(following)
@@ -142,12 +142,14 @@ def reader() -> Callable[[tuple[PictureFile, int]], Photograph]:
     return lambda task: load_photograph(*task)
 
 
-def lost(file: PictureFile, outcome: Lost) -> Photograph:
+def lost(file: PictureFile, outcome: LostTask) -> Photograph:
     """Return what there is of a picture whose worker died or ran out of time."""
     return Photograph(None, f"{outcome.status.word}: {outcome.message}", file.place)
 
 
-def in_workers(handler: str, tasks: Iterable[Any], count: int, workers: int | None = None) -> Iterator[Finished | Lost]:
+def in_workers(
+    handler: str, tasks: Iterable[Any], count: int, workers: int | None = None
+) -> Iterator[FinishedTask | LostTask]:
     """Yield the outcomes of tasks about one picture each, as they come.
 
     Args:

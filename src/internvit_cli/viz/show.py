@@ -18,7 +18,7 @@ from internvit_cli.storage.durable import folder_for, write_file
 from internvit_cli.storage.read.reader import Features, SkippedImageError, bounded, open_features
 from internvit_cli.viz.draw.figure import Panel, figure
 from internvit_cli.viz.draw.png import encode_png
-from internvit_cli.viz.maps import Fitted, TokenMap, fit, similarity, similarity_scale, spread, tile_pattern
+from internvit_cli.viz.maps import MapFit, TokenMap, fit, similarity, similarity_scale, spread, tile_pattern
 from internvit_cli.viz.panels import Canvas, mark_outliers, mark_point, outlier_caption
 from internvit_cli.viz.photograph import Photograph, PictureFile, read_photographs
 
@@ -75,7 +75,7 @@ class ShowOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class FigureResult:
     """What came of one image."""
 
     key: str
@@ -87,7 +87,7 @@ class Shown:
 
 
 @dataclass(slots=True)
-class _Compared:
+class _ReferenceToken:
     """The token that all are compared with."""
 
     one: NDArray[Any]
@@ -101,13 +101,13 @@ class _Compared:
 class Figures:
     """The figures of the named images, each made when it is asked for."""
 
-    shown: Iterator[Shown]
+    shown: Iterator[FigureResult]
     skipped: tuple[str, ...]
     """Keys of those that have no features, and no figure."""
     notes: tuple[str, ...]
     """What a reader should know first."""
 
-    def __iter__(self) -> Iterator[Shown]:
+    def __iter__(self) -> Iterator[FigureResult]:
         return self.shown
 
 
@@ -140,7 +140,9 @@ def show(options: ShowOptions, observer: Observer = SILENT) -> Figures:
     return Figures(_drawn(drawing, done, options, observer), skipped, caveats(features))
 
 
-def _drawn(drawing: _Drawing, images: list[ImageFeatures], options: ShowOptions, observer: Observer) -> Iterator[Shown]:
+def _drawn(
+    drawing: _Drawing, images: list[ImageFeatures], options: ShowOptions, observer: Observer
+) -> Iterator[FigureResult]:
     files = [PictureFile.of(image, options.pictures) for image in images]
     photographs = read_photographs(files, 2 * options.size)
     with observer.phase("drawing", "image", len(images)) as phase:
@@ -157,8 +159,8 @@ class _Drawing:
         self._model = "; ".join(caveats(features)) or str(features.attributes.get("model", ""))
         self._images = images
         self._maps = _choose_maps(options, images)
-        self._fitted: Fitted | None = None
-        self._compared: _Compared | None = None
+        self._fitted: MapFit | None = None
+        self._compared: _ReferenceToken | None = None
         self._pattern: NDArray[Any] | None = None
         if set(self._maps) - {TokenMapKind.TILES}:
             if not options.position:
@@ -168,7 +170,7 @@ class _Drawing:
         if TokenMapKind.SIMILARITY in self._maps:
             self._compared = self._chosen_token()
 
-    def draw(self, image: ImageFeatures, photograph: Photograph) -> Shown:
+    def draw(self, image: ImageFeatures, photograph: Photograph) -> FigureResult:
         """One image's figure."""
         options = self._options
         canvas = Canvas.of(image, photograph.picture, options.size, options.opacity)
@@ -182,10 +184,10 @@ class _Drawing:
         if image.recipe.tokens is Tokens.NONE:
             notes.append(f"{options.path} holds no tokens: only the tiles are drawn (extract with --tokens visual)")
         sheet = figure(image.key, _facts_line(image, self._model), panels)
-        return Shown(image.key, tuple(panels), sheet, facts, tuple(notes))
+        return FigureResult(image.key, tuple(panels), sheet, facts, tuple(notes))
 
     def _token_panels(
-        self, image: ImageFeatures, canvas: Canvas, fitted: Fitted, facts: dict[str, Any]
+        self, image: ImageFeatures, canvas: Canvas, fitted: MapFit, facts: dict[str, Any]
     ) -> Iterator[Panel]:
         tokens = self._token_map(image)
         mask = fitted.mask(tokens)
@@ -215,7 +217,7 @@ class _Drawing:
                 meaning=f"The tokens of the last tile, which shows the whole picture, {colors}.",
             )
 
-    def _component_captions(self, fitted: Fitted) -> tuple[str, ...]:
+    def _component_captions(self, fitted: MapFit) -> tuple[str, ...]:
         red, green, blue = (f"{100 * share:.0f} %" for share in fitted.explained)
         together = "" if len(self._images) == 1 else f", fitted to {counted(len(self._images), 'image')}"
         without = "" if self._options.position else ", position in the tile subtracted"
@@ -238,13 +240,13 @@ class _Drawing:
         meaning = "The more similar a token is to the one that was chosen, the nearer its color is to the right end."
         return Panel(TokenMapKind.SIMILARITY.value, title, picture, (*whose, f"{how}; {cross}"), chosen.scale, meaning)
 
-    def _chosen_token(self) -> _Compared:
+    def _chosen_token(self) -> _ReferenceToken:
         """The token at the point, and the colors of similarity to it over all images."""
         assert self._options.point is not None and self._fitted is not None
         tokens = self._token_map(self._images[0])
         row, column = token_at(self._images[0], self._options.point, tokens.lengths.shape)
         center = None if self._options.raw else self._fitted.mean
-        chosen = _Compared(tokens.directions[row, column], center, (row, column))
+        chosen = _ReferenceToken(tokens.directions[row, column], center, (row, column))
         cosines = [similarity(self._token_map(image), chosen.one, center) for image in self._images]
         chosen.scale = similarity_scale(cosines, centered=center is not None)
         return chosen
@@ -327,7 +329,7 @@ def _sampled_tiles(features: Features) -> Iterator[NDArray[Any]]:
         yield features[position].tile_tokens(tile - int(first[position]))
 
 
-def _length_panel(canvas: Canvas, fitted: Fitted, tokens: TokenMap, facts: dict[str, Any]) -> Panel:
+def _length_panel(canvas: Canvas, fitted: MapFit, tokens: TokenMap, facts: dict[str, Any]) -> Panel:
     lengths = tokens.lengths
     picture = canvas.overlay(fitted.lengths.colors(lengths))
     mark_outliers(canvas, picture, lengths > fitted.outlier)

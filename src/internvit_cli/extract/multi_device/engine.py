@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.config import ComputeDtype
     from internvit_cli.decode.decoder import DecodeJob
-    from internvit_cli.extract.encode_loop import Filled
+    from internvit_cli.extract.encode_loop import EncodeResult
     from internvit_cli.extract.engine import Engine, EngineOptions, ShardJob
     from internvit_cli.extract.results import Tally
     from internvit_cli.model.checkpoint import Checkpoint
@@ -143,7 +143,7 @@ class DeviceEngine:
             raise InternvitError(f"the process of {first.name} gave no figures")
         return message
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> Filled:
+    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
         """Have the devices decode and encode what is missing in a shard, and commit it."""
         dispatch = Dispatch(self._devices, self._options, job, stop, on_progress)
         try:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli import errors
 from internvit_cli.errors import InternvitError
-from internvit_cli.extract.encode_loop import Filled
+from internvit_cli.extract.encode_loop import EncodeResult
 from internvit_cli.extract.engine import decode_options
 from internvit_cli.extract.multi_device.worker import BeginShard, Failure, NoMore, Ready, ShardEnd, Task
 from internvit_cli.extract.results import Stages, Tally
 from internvit_cli.extract.writer_thread import ShardSink, SkippedImage
 from internvit_cli.plan.tiling import decoded_tile_count
 from internvit_cli.runtime.workers import ending
-from internvit_cli.storage.write.commit import Recorded
+from internvit_cli.storage.write.commit import WrittenImage
 
 if TYPE_CHECKING:
     import subprocess
@@ -91,7 +91,7 @@ class Dispatch:
         self._ends: list[ShardEnd] = []
         self._sink: ShardSink
 
-    def run(self) -> Filled:
+    def run(self) -> EncodeResult:
         """Rounds until no image is left: a second one when a device died and its images came back."""
         started = time.perf_counter()
         self._sink = ShardSink(self._job.writer, self._job.skip_log, self._job.keys)
@@ -157,16 +157,16 @@ class Dispatch:
         try:
             device.connection.send(message)
         except OSError:
-            self._bury(device)
+            self._drop_device(device)
 
     def _receive(self, device: Device) -> None:
         try:
             message = device.connection.recv()
         except (EOFError, OSError):
-            self._bury(device)
+            self._drop_device(device)
             return
         match message:
-            case Recorded() | SkippedImage():
+            case WrittenImage() | SkippedImage():
                 task = device.given.pop(message.row)
                 device.tiles -= self._tiles(task)
                 self._take(message, self._tiles(task))
@@ -180,13 +180,13 @@ class Dispatch:
                 self._failure = self._failure or error_of(message, device)
                 device.is_filling = False
 
-    def _take(self, image: Recorded | SkippedImage, tiles: int) -> None:
-        is_done = isinstance(image, Recorded)
+    def _take(self, image: WrittenImage | SkippedImage, tiles: int) -> None:
+        is_done = isinstance(image, WrittenImage)
         self._tally = self._tally.plus(Tally(1, 0, tiles) if is_done else Tally(skipped=1, skipped_tiles=tiles))
         self._sink.put(image)
         self._on_progress(self._tally)
 
-    def _bury(self, device: Device) -> None:
+    def _drop_device(self, device: Device) -> None:
         """A process died: its images go to the others."""
         if device not in self._devices:
             return
@@ -196,7 +196,7 @@ class Dispatch:
         self.notes.append(f"the process of {device.name} ended ({ending(device.process)}); the others did its images")
         self._again += device.given.values()
 
-    def _filled(self, wall: float) -> Filled:
+    def _filled(self, wall: float) -> EncodeResult:
         parts = [end.filled for end in self._ends]
         devices = max(1, len(parts))
         stages = Stages(
@@ -205,4 +205,4 @@ class Dispatch:
             device=sum(part.stages.device for part in parts) / devices,
             write=max((part.stages.write for part in parts), default=0.0),
         )
-        return Filled(stages, self._tally, sum(part.clamped for part in parts))
+        return EncodeResult(stages, self._tally, sum(part.clamped for part in parts))

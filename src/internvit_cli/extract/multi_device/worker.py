@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import InternvitError
-from internvit_cli.extract.encode_loop import Filled, FillJob, FillRules, fill
+from internvit_cli.extract.encode_loop import EncodeResult, FillJob, FillRules, fill
 from internvit_cli.extract.sampling import sample_tiles
 from internvit_cli.extract.writer_thread import Sink
 from internvit_cli.runtime.workers import ignore_stop_signals
@@ -100,7 +100,7 @@ class Ready:
 class ShardEnd:
     """All images that were given are finished, or a stop left some of them alone."""
 
-    filled: Filled
+    filled: EncodeResult
     halved: bool
     batch_tiles: int
 

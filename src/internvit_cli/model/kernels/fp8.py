@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from internvit_cli.model.kernels import plain
-from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Quantised, Rows
+from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, QuantizedRows, Rows
 from internvit_cli.model.kernels.plain import Attend, attend_fused, plain_kernels
 
 if TYPE_CHECKING:
@@ -37,16 +37,16 @@ FAST_ACCUMULATION = True
 measured with it."""
 
 
-def quantise(x: Tensor) -> Quantised:
+def quantize(x: Tensor) -> QuantizedRows:
     """Rows [...,K] in fp8, each divided by a 448th of its largest magnitude; a NaN in a row stays NaN."""
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_ROW)  # [...,1]
-    return Quantised((x * (LARGEST_FP8 / largest)).to(FP8), largest * (1 / LARGEST_FP8))
+    return QuantizedRows((x * (LARGEST_FP8 / largest)).to(FP8), largest * (1 / LARGEST_FP8))
 
 
-def dequantise(rows: Rows) -> Tensor:
+def dequantize(rows: Rows) -> Tensor:
     """Rows [...,K] as float32, whatever they are in."""
-    return rows.values.float() * rows.scale if isinstance(rows, Quantised) else rows.float()
+    return rows.values.float() * rows.scale if isinstance(rows, QuantizedRows) else rows.float()
 
 
 class Fp8Linear(nn.Module):
@@ -61,24 +61,24 @@ class Fp8Linear(nn.Module):
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
-        weight = quantise(layer.weight)
+        weight = quantize(layer.weight)
         self.register_buffer("weight", weight.values, persistent=False)
         self.register_buffer("scale", weight.scale[:, 0].contiguous(), persistent=False)
         self.register_buffer("bias", layer.bias, persistent=False)
 
 
-def quantise_linears(model: nn.Module) -> None:
+def quantize_linears(model: nn.Module) -> None:
     """Replace every nn.Linear in a module by one in fp8, one after another, so that no second model is in memory."""
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Linear):
             setattr(model, name, Fp8Linear(child))
         else:
-            quantise_linears(child)
+            quantize_linears(child)
 
 
 def scaled_linear(h: Rows, layer: Linear) -> Tensor:
-    """`Kernels.linear` of an Fp8Linear, or of a part of one: bfloat16 [...,rows]. Rows not in fp8 are quantised."""
-    rows = h if isinstance(h, Quantised) else quantise(h)
+    """`Kernels.linear` of an Fp8Linear, or of a part of one: bfloat16 [...,rows]. Rows not in fp8 are quantized."""
+    rows = h if isinstance(h, QuantizedRows) else quantize(h)
     if not rows.values.is_cuda:
         return emulated_linear(rows, layer)
     values, scale = rows.values.flatten(0, -2), rows.scale.view(-1, 1)  # [B*T,K], [B*T,1]
@@ -97,7 +97,7 @@ def scaled_linear(h: Rows, layer: Linear) -> Tensor:
 
 def emulated_linear(h: Rows, layer: Linear) -> Tensor:
     """The same in float32, rounded once."""
-    rows = h if isinstance(h, Quantised) else quantise(h)
+    rows = h if isinstance(h, QuantizedRows) else quantize(h)
     fp8 = cast("ScaledLinear", layer)
     product = F.linear(rows.values.float(), fp8.weight.float()) * rows.scale * fp8.scale
     return (product if fp8.bias is None else product + fp8.bias.float()).to(torch.bfloat16)
@@ -120,27 +120,27 @@ def plain_fp8_kernels(attend: Attend = attend_fused, name: str = "plain PyTorch"
     )
 
 
-def embed(patches: Tensor, table: Tensor, following: Norm | None) -> tuple[Tensor, Quantised | None]:
+def embed(patches: Tensor, table: Tensor, following: Norm | None) -> tuple[Tensor, QuantizedRows | None]:
     """See `Kernels.embed`."""
     x, _ = plain.embed(patches, table, None)
     return x, None if following is None else norm(x, following)
 
 
-def norm(x: Tensor, norm: Norm) -> Quantised:
+def norm(x: Tensor, norm: Norm) -> QuantizedRows:
     """See `Kernels.norm`: rounded once, from float32 to fp8."""
     weight = norm.weight.float()
     if isinstance(norm, nn.LayerNorm):
         bias = None if norm.bias is None else norm.bias.float()
-        return quantise(F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps))
-    return quantise(F.rms_norm(x.float(), norm.normalized_shape, weight, norm.eps))
+        return quantize(F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps))
+    return quantize(F.rms_norm(x.float(), norm.normalized_shape, weight, norm.eps))
 
 
-def residual_norm(x: Tensor, y: Tensor, scale: Tensor, following: Norm) -> tuple[Tensor, Quantised]:
+def residual_norm(x: Tensor, y: Tensor, scale: Tensor, following: Norm) -> tuple[Tensor, QuantizedRows]:
     """See `Kernels.residual_norm`."""
     x = torch.addcmul(x, y, scale)  # [B,T,C]
     return x, norm(x, following)
 
 
-def linear_gelu(h: Rows, layer: Linear) -> Quantised:
+def linear_gelu(h: Rows, layer: Linear) -> QuantizedRows:
     """See `Kernels.linear_gelu`: the exact (erf) GELU, rounded once."""
-    return quantise(F.gelu(scaled_linear(h, layer).float()))
+    return quantize(F.gelu(scaled_linear(h, layer).float()))

@@ -20,7 +20,7 @@ Norm = nn.LayerNorm | nn.RMSNorm
 """Over the last axis, computed in float32 and rounded once."""
 
 
-class Quantised(NamedTuple):
+class QuantizedRows(NamedTuple):
     """Rows in fp8: `values * scale` is about what they were."""
 
     values: Tensor
@@ -29,7 +29,7 @@ class Quantised(NamedTuple):
     """float32 [...,1], of the row's largest magnitude."""
 
 
-Rows = Tensor | Quantised
+Rows = Tensor | QuantizedRows
 """What a linear layer takes, [...,K]: in the compute dtype, or in fp8."""
 
 
@@ -65,8 +65,8 @@ def linear_part(layer: Linear, rows: slice) -> LinearPart:
 
 def class_rows(h: Rows) -> Rows:
     """The class tokens of [B,T,K] as [B,1,K]."""
-    if isinstance(h, Quantised):
-        return Quantised(h.values[:, :1].contiguous(), h.scale[:, :1].contiguous())
+    if isinstance(h, QuantizedRows):
+        return QuantizedRows(h.values[:, :1].contiguous(), h.scale[:, :1].contiguous())
     return h[:, :1].contiguous()
 
 
@@ -94,7 +94,7 @@ class StorePlan:
         return self.dtype in (torch.int8, torch.uint8)
 
 
-class Stored(NamedTuple):
+class StoredTokens(NamedTuple):
     """Tokens of B tiles in their final form, and what had to be known of them."""
 
     tokens: Tensor
@@ -111,7 +111,7 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of every operation. Where rows are for a linear layer, an fp8 table gives them quantised."""
+    """One implementation of every operation. Where rows are for a linear layer, an fp8 table gives them quantized."""
 
     name: str
     """For the report, such as `triton`."""
@@ -132,5 +132,5 @@ class Kernels:
     """GELU of a linear layer's output, as rows for the next."""
     attention: Callable[[Tensor, int, tuple[Norm, Norm] | None], Tensor]
     """Packed q, k and v [B,T,3C], heads, norms of q and of k over all heads joined -> [B,T,C]. May overwrite qkv."""
-    store: Callable[[Tensor, StorePlan], Stored]
+    store: Callable[[Tensor, StorePlan], StoredTokens]
     """Rows [B,n,C], a view with whole rows, -> what is stored of them."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internvit_cli.config import PATCH_SIZE
-from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Rows, Stored, StorePlan
+from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Rows, StoredTokens, StorePlan
 from internvit_cli.model.unshuffle import unshuffle_view
 
 PATCH_VALUES = 3 * PATCH_SIZE**2  # 588 numbers in a patch
@@ -141,7 +141,7 @@ def attend_class(q: Tensor, kv: Tensor, heads: int, norms: tuple[Norm, Norm] | N
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, 1, width // 2)
 
 
-def store(values: Tensor, plan: StorePlan) -> Stored:
+def store(values: Tensor, plan: StorePlan) -> StoredTokens:
     """See `Kernels.store`: one pass for the extremes, and one that stores."""
     mean = values.mean(dim=1, dtype=torch.float32) if plan.mean else None
     low, high = torch.aminmax(values.flatten(1), dim=1)  # NaN wins
@@ -150,14 +150,14 @@ def store(values: Tensor, plan: StorePlan) -> Stored:
     view = values if plan.order is None else unshuffle_view(values, plan.order)
     shape = len(values), plan.tokens, plan.token_size
     if plan.is_scaled:
-        tokens, scales = quantise_tokens(view.float().reshape(shape), plan.dtype)
-        return Stored(tokens, mean, extremes, clamped, scales)
+        tokens, scales = quantize_tokens(view.float().reshape(shape), plan.dtype)
+        return StoredTokens(tokens, mean, extremes, clamped, scales)
     tokens = values.new_empty(shape, dtype=plan.dtype)
     tokens.view(view.shape).copy_(view)
-    return Stored(tokens, mean, extremes, clamped)
+    return StoredTokens(tokens, mean, extremes, clamped)
 
 
-def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Tokens as multiples of a scale each, symmetric: the largest magnitude becomes the largest that there is.
 
     Args:

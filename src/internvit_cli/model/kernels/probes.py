@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from internvit_cli.config import PATCH_SIZE
-from internvit_cli.model.kernels.fp8 import FP8, Fp8Linear, dequantise
-from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Quantised, Rows, StorePlan
+from internvit_cli.model.kernels.fp8 import FP8, Fp8Linear, dequantize
+from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, QuantizedRows, Rows, StorePlan
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import VisionConfig
@@ -112,7 +112,9 @@ def probes(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, tu
 
 def _tensors(*outputs: Rows | None) -> list[Tensor]:
     """Outputs that can be compared: rows in fp8 as the numbers they stand for."""
-    return [dequantise(output) if isinstance(output, Quantised) else output for output in outputs if output is not None]
+    return [
+        dequantize(output) if isinstance(output, QuantizedRows) else output for output in outputs if output is not None
+    ]
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from internvit_cli.model.kernels import triton_attention, triton_norms, triton_tiles
 from internvit_cli.model.kernels.fp8 import FP8, scaled_linear
-from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Quantised, Rows, Stored, StorePlan
+from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, QuantizedRows, Rows, StoredTokens, StorePlan
 from internvit_cli.model.kernels.plain import linear, linear_gelu, plain_attention
 from internvit_cli.model.kernels.plain import store as plain_store
 
@@ -55,7 +55,7 @@ def attention(qkv: Tensor, heads: int, norms: tuple[Norm, Norm] | None, *, atten
     return plain_attention(attend)(qkv, heads, None) if cut is None else triton_attention.attention(qkv, heads, cut)
 
 
-def store(values: Tensor, plan: StorePlan) -> Stored:
+def store(values: Tensor, plan: StorePlan) -> StoredTokens:
     """See `Kernels.store`; types with scales take plain PyTorch: a scale is known only after a whole token was seen."""
     return plain_store(values, plan) if plan.is_scaled else triton_tiles.store(values, plan)
 
@@ -79,10 +79,10 @@ def epilogue_linear_gelu(h: Rows, layer: Linear) -> Tensor:
 
 
 def fp8_linear(h: Rows, layer: Linear) -> Tensor:
-    """See `Kernels.linear`; rows that are not in fp8 are quantised."""
-    return scaled_linear(h if isinstance(h, Quantised) else triton_norms.quantise(h), layer)
+    """See `Kernels.linear`; rows that are not in fp8 are quantized."""
+    return scaled_linear(h if isinstance(h, QuantizedRows) else triton_norms.quantize(h), layer)
 
 
-def fp8_linear_gelu(h: Rows, layer: Linear) -> Quantised:
+def fp8_linear_gelu(h: Rows, layer: Linear) -> QuantizedRows:
     """See `Kernels.linear_gelu`: the exact GELU, rounded once, to fp8."""
-    return triton_norms.quantise(fp8_linear(h, layer), gelu=True)
+    return triton_norms.quantize(fp8_linear(h, layer), gelu=True)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from internvit_cli.model.kernels.fp8 import FP8, LARGEST_FP8, SMALLEST_ROW
-from internvit_cli.model.kernels.interface import Norm, Quantised, Rows
+from internvit_cli.model.kernels.interface import Norm, QuantizedRows, Rows
 
 _LARGEST_FP8 = tl.constexpr(LARGEST_FP8)
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
@@ -142,7 +142,7 @@ def _qk_norm(
 
 
 @triton.jit
-def _quantise(
+def _quantize(
     x: tl.tensor, out: tl.tensor, out_scales: tl.tensor, width: tl.tensor, GELU: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     """One row in fp8, after the exact GELU where asked."""
@@ -206,12 +206,12 @@ def qk_norm(qkv: Tensor, q_norm: Norm, k_norm: Norm) -> Tensor:
     return qkv
 
 
-def quantise(x: Tensor, *, gelu: bool = False) -> Quantised:
+def quantize(x: Tensor, *, gelu: bool = False) -> QuantizedRows:
     """Rows [...,K], contiguous, in fp8, after the exact GELU where asked."""
-    rows = Quantised(torch.empty_like(x, dtype=FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+    rows = QuantizedRows(torch.empty_like(x, dtype=FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    _quantise[(x.numel() // width,)](x, *rows, width, GELU=gelu, BLOCK=block, **_options(block))
+    _quantize[(x.numel() // width,)](x, *rows, width, GELU=gelu, BLOCK=block, **_options(block))
     return rows
 
 
@@ -231,7 +231,7 @@ def _launch_norm(x: Tensor, y: Tensor | None, scale: Tensor | None, norm: Norm, 
         norm.eps,
         ADD=y is not None,
         CENTRED=isinstance(norm, nn.LayerNorm),
-        IN_FP8=isinstance(rows, Quantised),
+        IN_FP8=isinstance(rows, QuantizedRows),
         BLOCK=block,
         **_options(block),
     )
@@ -239,13 +239,13 @@ def _launch_norm(x: Tensor, y: Tensor | None, scale: Tensor | None, norm: Norm, 
 
 def _new_rows(x: Tensor, *, in_fp8: bool) -> Rows:
     if in_fp8:
-        return Quantised(torch.empty_like(x, dtype=FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return QuantizedRows(torch.empty_like(x, dtype=FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
     return torch.empty_like(x)
 
 
 def _targets(rows: Rows) -> tuple[Tensor, Tensor]:
     """Where values and scales go; a pointer that is not used has to point somewhere all the same."""
-    return (rows.values, rows.scale) if isinstance(rows, Quantised) else (rows, rows)
+    return (rows.values, rows.scale) if isinstance(rows, QuantizedRows) else (rows, rows)
 
 
 def _bias(norm: Norm) -> Tensor:

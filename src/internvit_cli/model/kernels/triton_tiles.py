@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from internvit_cli.config import PATCH_SIZE, TokenOrder
-from internvit_cli.model.kernels.interface import Stored, StorePlan
+from internvit_cli.model.kernels.interface import StoredTokens, StorePlan
 from internvit_cli.model.kernels.plain import PATCH_VALUES
 
 PATCH_COLUMNS = 592
@@ -115,7 +115,7 @@ def patches(tiles: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def store(values: Tensor, plan: StorePlan) -> Stored:
+def store(values: Tensor, plan: StorePlan) -> StoredTokens:
     """See `Kernels.store`: one pass over the values, then sums and extremes of its programs are joined."""
     B, n, C = values.shape
     chunks, block = triton.cdiv(n, STORE_ROWS), min(triton.next_power_of_2(C), _STORE_BLOCK)
@@ -147,4 +147,4 @@ def store(values: Tensor, plan: StorePlan) -> Stored:
     )
     mean = sums.sum(dim=1) / n if plan.mean else None
     joined = torch.stack((extremes[..., 0].amin(dim=1), extremes[..., 1].amax(dim=1)), dim=1)  # NaN wins
-    return Stored(tokens, mean, joined, clamped.sum(dim=1))
+    return StoredTokens(tokens, mean, joined, clamped.sum(dim=1))

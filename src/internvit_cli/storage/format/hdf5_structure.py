@@ -38,7 +38,7 @@ from internvit_cli.storage.format.layout import (
 from internvit_cli.storage.format.soundness import (
     LONGEST_KEY,
     MOST_ATTRIBUTES,
-    Expected,
+    ExpectedDataset,
     check_attributes,
     check_datasets,
     damaged,
@@ -231,7 +231,7 @@ class _Datasets:
         (images,) = dataset.shape
         return images, self._offset(dataset, KEYS, images * PLACE.itemsize)
 
-    def find(self, expected: Mapping[str, Expected], path: str) -> dict[str, Extent]:
+    def find(self, expected: Mapping[str, ExpectedDataset], path: str) -> dict[str, Extent]:
         """Return where datasets lie.
 
         Raises:
@@ -289,7 +289,7 @@ def _check_link(group: h5py.h5g.GroupID, name: bytes, shown: str) -> None:
         raise ValueError(f"{shown} is a link to something else")
 
 
-def _dtype_of(dataset: h5py.h5d.DatasetID, wanted: Expected) -> str:
+def _dtype_of(dataset: h5py.h5d.DatasetID, wanted: ExpectedDataset) -> str:
     """Return a dataset's little-endian numpy type; words for a type that is no plain number."""
     stored = dataset.get_type()
     if stored == h5py.h5t.py_create(np.dtype(wanted.dtype), logical=True):

@@ -72,7 +72,7 @@ KEY_BLOCK = 65536
 CLIMBING = re.compile(rb"[\0/]\.\.[\0/]")
 
 
-class Expected(NamedTuple):
+class ExpectedDataset(NamedTuple):
     """A dataset as it has to be: the lengths of its first axes, the number of all, and its type."""
 
     lengths: tuple[int, ...]
@@ -80,41 +80,41 @@ class Expected(NamedTuple):
     dtype: str
 
     @classmethod
-    def exactly(cls, shape: tuple[int, ...], dtype: str) -> Expected:
+    def exactly(cls, shape: tuple[int, ...], dtype: str) -> ExpectedDataset:
         """Expect a shape of which every length is known."""
         return cls(shape, len(shape), dtype)
 
 
-def expected_features(recipe: Recipe, images: int, tiles: int) -> dict[str, Expected]:
+def expected_features(recipe: Recipe, images: int, tiles: int) -> dict[str, ExpectedDataset]:
     """Return the datasets of features by name; the width of a vector and of a token is the model's affair."""
     patches = (recipe.tile_size // PATCH_SIZE) ** 2
     count = patches if recipe.tokens is Tokens.PATCH else patches // 4
     of_kind = {
-        POOLED: Expected((images,), 2, "<f4"),
-        recipe.tokens.dataset: Expected((tiles, count), 3, recipe.store_dtype.numpy_name),
-        recipe.tokens.scales_dataset: Expected.exactly((tiles, count), "<f4"),
-        TILE_POOLED: Expected((tiles,), 2, "<f4"),
+        POOLED: ExpectedDataset((images,), 2, "<f4"),
+        recipe.tokens.dataset: ExpectedDataset((tiles, count), 3, recipe.store_dtype.numpy_name),
+        recipe.tokens.scales_dataset: ExpectedDataset.exactly((tiles, count), "<f4"),
+        TILE_POOLED: ExpectedDataset((tiles,), 2, "<f4"),
     }
     return {name: of_kind[feature_name(name).kind] for name in feature_datasets(recipe)}
 
 
-def expected_records(images: int) -> dict[str, Expected]:
+def expected_records(images: int) -> dict[str, ExpectedDataset]:
     """Return what is recorded of every image when it is committed, and the log of runs, by dataset name."""
     return {
-        STATUS: Expected.exactly((images,), "|u1"),
-        DIGEST: Expected.exactly((images, 32), "|u1"),
-        CRC32: Expected.exactly((images,), "<u4"),
-        RUN_LOG: Expected.exactly((RUN_LOG_BYTES,), "|u1"),
+        STATUS: ExpectedDataset.exactly((images,), "|u1"),
+        DIGEST: ExpectedDataset.exactly((images, 32), "|u1"),
+        CRC32: ExpectedDataset.exactly((images,), "<u4"),
+        RUN_LOG: ExpectedDataset.exactly((RUN_LOG_BYTES,), "|u1"),
     }
 
 
-def expected_columns(images: int) -> dict[str, Expected]:
+def expected_columns(images: int) -> dict[str, ExpectedDataset]:
     """Return the columns of the index that are arrays of their own, by dataset name."""
-    columns = {f"image/{name}": Expected.exactly((images,), dtype) for name, dtype in COLUMN_DTYPES.items()}
-    return columns | {"image/tile_offset": Expected.exactly((images + 1,), "<u8")}
+    columns = {f"image/{name}": ExpectedDataset.exactly((images,), dtype) for name, dtype in COLUMN_DTYPES.items()}
+    return columns | {"image/tile_offset": ExpectedDataset.exactly((images + 1,), "<u8")}
 
 
-def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, Expected], path: str) -> None:
+def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, ExpectedDataset], path: str) -> None:
     """Refuse datasets that are missing, too many, or of another shape or type than is demanded.
 
     Raises:
@@ -139,7 +139,7 @@ def _check_widths(found: Mapping[str, DatasetSpec], path: str) -> None:
             raise damaged(path, f"a row of {name} has shape {row}, and one of {model} {wanted}")
 
 
-def _check_dataset(spec: DatasetSpec, wanted: Expected, path: str) -> None:
+def _check_dataset(spec: DatasetSpec, wanted: ExpectedDataset, path: str) -> None:
     shape, known = spec.shape, len(wanted.lengths)
     is_row_sound = all(0 < length <= MOST_ROW_VALUES for length in shape[known:])
     if shape[:known] != wanted.lengths or len(shape) != wanted.dimensions or not is_row_sound:

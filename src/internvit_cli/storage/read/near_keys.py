@@ -29,18 +29,18 @@ def near_keys(wanted: str, keys: Sequence[bytes], most: int = 3) -> list[str]:
 
     Args:
         wanted: a key that is not among `keys`.
-        keys: all keys; where they are sorted, neighbours are found as well.
+        keys: all keys; where they are sorted, neighbors are found as well.
         most: how many to return.
     """
     target = os.fsencode(wanted)
-    candidates = dict.fromkeys((*_neighbours(target, keys), *_sharing_parts(target, keys)))
+    candidates = dict.fromkeys((*_neighbors(target, keys), *_sharing_parts(target, keys)))
     likeness = {key: _likeness(target, key) for key in candidates if key != target}
     best = sorted(likeness, key=lambda key: (-likeness[key], key))[:most]
     least = max(LEAST_LIKENESS, likeness[best[0]] - LIKENESS_SPREAD) if best else 0.0
     return [os.fsdecode(key) for key in best if likeness[key] >= least]
 
 
-def _neighbours(target: bytes, keys: Sequence[bytes]) -> Sequence[bytes]:
+def _neighbors(target: bytes, keys: Sequence[bytes]) -> Sequence[bytes]:
     place = bisect_left(keys, target)
     return keys[max(0, place - NEIGHBOURS) : place + NEIGHBOURS]
 

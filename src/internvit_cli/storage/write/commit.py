@@ -127,7 +127,7 @@ class _Uncommitted:
     since: float = field(default_factory=time.monotonic)
 
 
-class Recorded(NamedTuple):
+class WrittenImage(NamedTuple):
     """An image whose rows are written, and what is to be recorded of it."""
 
     row: int
@@ -148,7 +148,7 @@ class RowWriter:
         self.descriptors = {path: open_ours(path) for path in {extent.path for extent in extents.values()}}
         self._vectors = [name for name in crc_order(extents) if not feature_name(name).is_per_tile]
 
-    def write(self, image: ImageRows, first_tile: int) -> Recorded:
+    def write(self, image: ImageRows, first_tile: int) -> WrittenImage:
         """Write the rows of a finished image; its tiles' rows begin at `first_tile`."""
         checksum = 0
         written: dict[str, int] = {}
@@ -157,7 +157,7 @@ class RowWriter:
             before = written.get(name, 0)
             checksum = self.put(name, first + before, block, checksum)
             written[name] = before + len(block)
-        return Recorded(image.row, image.digest, checksum, image.nbytes)
+        return WrittenImage(image.row, image.digest, checksum, image.nbytes)
 
     def write_nothing(self, row: int) -> int:
         """Write the vectors of a skipped image, which are NaN; returns their bytes."""
@@ -226,7 +226,7 @@ class ShardWriter:
         """Write digests, CRCs and statuses again and sync: an earlier, failed sync may have dropped them."""
         self._write_records(np.arange(len(self._status)))
 
-    def forget(self, rows: Sequence[int]) -> None:
+    def reset_to_pending(self, rows: Sequence[int]) -> None:
         """Have images be pending again, on the disk too: what is recorded of them cannot be trusted."""
         for row in rows:
             self._status[row], self._digest[row], self._crc32[row] = Status.PENDING, 0, 0
@@ -237,7 +237,7 @@ class ShardWriter:
         """Write the rows of a finished image. It is not done before the next checkpoint."""
         self.record(self._rows.write(image, int(self._tile_offset[image.row])))
 
-    def record(self, written: Recorded) -> None:
+    def record(self, written: WrittenImage) -> None:
         """Take note of an image whose rows another process has written. It is not done before the next checkpoint."""
         self._crc32[written.row] = written.checksum
         self._finish(written.row, Status.DONE, written.digest, written.nbytes)

@@ -1,4 +1,4 @@
-"""From numbers to colours, and the bar that tells which is which."""
+"""From numbers to colors, and the bar that tells which is which."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ SEQUENTIAL = (
     "#b4de2c",
     "#fde725",
 )
-"""Viridis: equal steps look equal, in grey and to the colour-blind too."""
+"""Viridis: equal steps look equal, in grey and to the color-blind too."""
 DIVERGING = ("#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b")
 """Blue below, red above, and nearly white in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A range of numbers as a range of colours; what lies beyond has the colour of the end."""
+    """A range of numbers as a range of colors; what lies beyond has the color of the end."""
 
     low: float
     high: float
     stops: tuple[str, ...] = SEQUENTIAL
-    """Colours at equal distances, `#rrggbb`."""
+    """Colors at equal distances, `#rrggbb`."""
 
     def colors(self, values: NDArray[Any]) -> NDArray[np.uint8]:
         """RGB of numbers of any shape, [..., 3] uint8; what is not a number is grey."""

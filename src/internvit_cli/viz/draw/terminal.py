@@ -1,4 +1,4 @@
-"""Pictures in a terminal: kitty's and iTerm2's protocols, sixel, or half blocks in 24-bit colour."""
+"""Pictures in a terminal: kitty's and iTerm2's protocols, sixel, or half blocks in 24-bit color."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _iterm2(encoded: bytes) -> str:
 
 
 def _blocks(image: Image.Image) -> str:
-    """Two pixels a character: the upper half in the foreground's colour, the lower half in the background's."""
+    """Two pixels a character: the upper half in the foreground's color, the lower half in the background's."""
     pixels = np.asarray(image.convert("RGB"))
     if len(pixels) % 2:
         pixels = np.concatenate([pixels, pixels[-1:]])
@@ -98,7 +98,7 @@ def _blocks(image: Image.Image) -> str:
 
 
 def _sixel(image: Image.Image) -> str:
-    """Bands of six rows, colour after colour."""
+    """Bands of six rows, color after color."""
     indexed = image.quantize(SIXEL_COLORS)
     palette = np.array(indexed.getpalette() or [], np.int64).reshape(-1, 3)
     pixels = np.asarray(indexed)
@@ -113,7 +113,7 @@ def _sixel(image: Image.Image) -> str:
 
 
 def _sixel_row(is_color: NDArray[Any]) -> str:
-    """One colour of a band, [up to 6, width] bool: six pixels a character, runs counted."""
+    """One color of a band, [up to 6, width] bool: six pixels a character, runs counted."""
     bits = (is_color * (1 << np.arange(len(is_color)))[:, None]).sum(axis=0) + 63
     starts = np.flatnonzero(np.diff(bits, prepend=-1))
     lengths = np.diff(starts, append=len(bits))

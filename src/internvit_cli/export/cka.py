@@ -33,8 +33,8 @@ def cosines(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
     return values
 
 
-class Kernels:
-    """Linear centred kernel alignment of two sets of vectors, added up block by block in float64.
+class LinearCka:
+    """Linear centered kernel alignment of two sets of vectors, added up block by block in float64.
 
     1 where one set is the other turned and scaled, near 0 where they have nothing in common.
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CHECKPOINT_BYTES = 256_000_000
 
 
-def take_over(
+def reuse_rows(
     old: FinishedShard,
     table: ImageTable,
     writer: ShardWriter,
