@@ -55,3 +55,14 @@ def test_a_forged_output_is_refused_in_one_line_or_changes_nothing_and_tells_of_
     wrong = [f"{case.name}:\n" + "\n".join(case.problems) for case in cases if case.problems]
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:10])
     assert refused > len(cases) // 2
+
+
+@pytest.mark.parametrize("kind", ["file", "npy folder"])
+def test_what_no_run_can_have_made_is_refused_although_its_digests_fit(kind: str, tmp_path: Path) -> None:
+    parts = (" layer 1048576", " std ", " rescale_factor ", " background ", "column width 0", "room between strings")
+    scene = forging.set_scene(tmp_path, kind)
+    chosen = [one for one in forging.forgeries(scene) if any(part in one.name for part in parts)]
+    assert len(chosen) == len(parts) - (kind != "file")
+    for forgery in chosen:
+        case = forging.try_case(scene, forgery, {})
+        assert case.refused > 3 and not case.problems, (case.name, case.problems)
