@@ -669,6 +669,20 @@ def number_no_key(places: np.ndarray[Any, Any], size: int) -> None:
     places[0, 3] = 999
 
 
+def lose_the_size_of_room(scene: Scene, where: Path) -> None:
+    """Where the texts of attributes lie, HDF5 goes from each piece to the next by its size, for ever by none."""
+    path = scene.shard(where)
+    data = bytearray(path.read_bytes())
+    start = -1
+    while (start := data.find(b"GCOL\x01\0\0\0", start + 1)) >= 0:
+        position, stop = start + 16, start + int.from_bytes(data[start + 8 : start + 16], "little")
+        while position + 16 <= stop and int.from_bytes(data[position : position + 2], "little"):
+            position += 16 + (int.from_bytes(data[position + 8 : position + 16], "little") + 7 & ~7)
+        if position + 16 <= stop:
+            data[position + 8 : position + 16] = bytes(8)
+    path.write_bytes(data)
+
+
 def lose_the_first_bytes(count: int, scene: Scene, where: Path) -> None:
     write_bytes(scene.shard(where), 0, bytes(count))
 
@@ -909,6 +923,11 @@ def _of_any(scene: Scene) -> Iterator[Forgery]:
         ("max_tiles", 1 << 30),
         ("max_tiles", -1),
         ("layer", 1.5),
+        ("layer", 1 << 20),
+        ("std", [0, 1, 1]),
+        ("rescale_factor", 0),
+        ("mean", [1e300, 0, 0]),
+        ("background", [300, 0, 0]),
         ("earlier_layers", [2]),
         ("earlier_layers", [1, 0]),
         ("earlier_layers", [0]),
@@ -950,6 +969,8 @@ def _of_any(scene: Scene) -> Iterator[Forgery]:
         ("columns", 60000),
         ("thumbnail", 200),
         ("orientation", 99),
+        ("width", 0),
+        ("height", 0),
     ):
         yield Forgery(f"column {name} {value}", partial(forge_column, name, value, scene))
     yield Forgery("column columns 0", partial(forge_column, "columns", 0, scene))
@@ -987,6 +1008,7 @@ def _of_hdf5(scene: Scene) -> Iterator[Forgery]:
         yield Forgery(words, partial(forge_file, change, scene), is_harmless)
     for keys in (claim_gigabytes, claim_less, empty_a_key, share_a_key, lead_keys_away, number_no_key):
         yield Forgery(f"keys: {keys.__name__}", partial(forge_keys, keys, scene))
+    yield Forgery("room between strings that has no size", partial(lose_the_size_of_room, scene))
     for count in (1, 8, 4096):
         yield Forgery(f"{count} zeros at the start", partial(lose_the_first_bytes, count, scene))
     yield Forgery("a user block", partial(put_before, scene))

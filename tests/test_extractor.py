@@ -265,6 +265,7 @@ NO_PICTURES = {
     "a URL": (lambda: "https://example.org/a.jpg", "a URL"),
     "a data URL": (lambda: "data:image/png;base64,AAAA", "a URL"),
     "bytes that were made a str": (lambda: "\x89PNG\0\0", "a path with a NUL"),
+    "half of a character": (lambda: "a\ud800.jpg", "a path with a character that no file name has"),
     "text": (lambda: io.StringIO("abc"), "opened as text"),
     "a file opened as text": (lambda: Path(__file__).open(), "opened as text"),  # noqa: SIM115
     "a file for writing": (lambda: Path(os.devnull).open("wb"), "cannot be read"),  # noqa: SIM115

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +14,9 @@ import crash_tracing as tracing
 import forging
 import pytest
 from crash_checks import KINDS
+
+from internvit_cli.errors import OutputError
+from internvit_cli.storage.format import npy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,3 +59,38 @@ def test_a_forged_output_is_refused_in_one_line_or_changes_nothing_and_tells_of_
     wrong = [f"{case.name}:\n" + "\n".join(case.problems) for case in cases if case.problems]
     assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(wrong[:10])
     assert refused > len(cases) // 2
+
+
+@pytest.mark.parametrize("kind", ["file", "npy folder"])
+def test_what_no_run_can_have_made_is_refused_although_its_digests_fit(kind: str, tmp_path: Path) -> None:
+    parts = (" layer 1048576", " std ", " rescale_factor ", " background ", "column width 0", "room between strings")
+    scene = forging.set_scene(tmp_path, kind)
+    chosen = [one for one in forging.forgeries(scene) if any(part in one.name for part in parts)]
+    assert len(chosen) == len(parts) - (kind != "file")
+    for forgery in chosen:
+        case = forging.try_case(scene, forgery, {})
+        assert case.refused > 3 and not case.problems, (case.name, case.problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("width", 1 << 32), ("rows", 1 << 16), ("file_size", -1), ("status", 257)]
+)
+def test_a_number_that_its_column_cannot_hold_is_refused_and_not_cut_off(
+    name: str, number: int, tmp_path: Path
+) -> None:
+    scene = forging.set_scene(tmp_path, "npy folder")
+    index = Path(f"{scene.shard(tmp_path / 'sound')}.images.jsonl")
+    first, rest = index.read_text().split("\n", 1)
+    index.write_text(json.dumps(json.loads(first) | {name: number}) + "\n" + rest)
+    with pytest.raises(OutputError, match=rf"an image has a {name} that is out of range"):
+        npy.read(str(scene.shard(tmp_path / "sound")))
+
+
+def test_of_a_log_of_runs_without_end_the_newest_entries_count(tmp_path: Path) -> None:
+    scene = forging.set_scene(tmp_path, "npy folder")
+    shard = scene.shard(tmp_path / "sound")
+    file = Path(f"{shard}.json")
+    log = [{"run": number} for number in range(50_000)]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"run_log": log}))
+    kept = npy.run_log(str(shard))
+    assert kept == log[-len(kept) :] and 1000 < len(kept) < 10_000

@@ -111,8 +111,8 @@ def test_the_catalog_knows_every_published_encoders_feature_layer():
     }
 
 
-def test_weights_of_a_catalog_card_cannot_be_had():
-    with pytest.raises(ModelError, match="cannot be had") as caught:
+def test_a_catalog_card_has_no_weights():
+    with pytest.raises(ModelError, match="its weights are not here") as caught:
         Checkpoint.open(describe_model("300m", allow_catalog=True), layer=24)
     assert TINY_RANDOM in caught.value.hint
 

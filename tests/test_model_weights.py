@@ -191,10 +191,20 @@ def test_several_files_by_other_names_are_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["model.fp16.safetensors", "consolidated.safetensors", "adapter_model.safetensors"])
-def test_files_by_other_names_beside_the_standard_one_are_not_looked_at(folder: Path, other: str) -> None:
+def test_files_by_other_names_beside_the_standard_one_are_not_read_and_said(folder: Path, other: str) -> None:
     save(folder, seed=0)
     (folder / other).write_bytes(b"nonsense")
-    assert opened(folder).digest() == digest_of(folder, 0)
+    checkpoint = opened(folder)
+    assert checkpoint.digest() == digest_of(folder, 0)
+    assert checkpoint.notes == (f"the weights are those of {SINGLE}: {other} is not read",)
+
+
+def test_older_shards_that_the_index_does_not_name_are_not_read_and_said(folder: Path) -> None:
+    save_shards(folder, seed=1)
+    (folder / "model-00003-of-00003.safetensors").write_bytes(b"nonsense")
+    checkpoint = opened(folder)
+    assert checkpoint.digest() == digest_of(folder, 1)
+    assert checkpoint.notes == (f"the weights are those of {INDEX}: model-00003-of-00003.safetensors is not read",)
 
 
 @pytest.mark.parametrize(

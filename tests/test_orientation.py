@@ -375,6 +375,13 @@ def test_good_pictures_are_read_whatever_the_size_of_their_texts_and_profiles() 
     assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_good_pictures_are_read_when_their_texts_are_compressed_by_an_unknown_method(kind: bytes) -> None:
+    found = tile_bytes(png(chunk(kind, b"Comment\0\5nobody knows")), RULE)
+    assert isinstance(found, Tiled), found
+    assert (found.width, found.height) == SIZE
+
+
 def test_a_wrong_checksum_beside_a_text_that_is_too_large_is_still_damage() -> None:
     broken = bytearray(chunk(b"gAMA", bytes(4)))
     broken[-1] ^= 1

@@ -41,7 +41,7 @@ def test_every_known_model_is_listed_with_its_sizes() -> None:
     models = {model["name"]: model for model in json.loads(internvit("models", "--json").stdout)["models"]}
     assert set(models) == {*(model.repo for model in KNOWN_MODELS), "tiny-random"}
     small = models["OpenGVLab/InternViT-300M-448px-V2_5"]
-    assert small["parameters"] == 304_012_288 and small["licence"] == "MIT"
+    assert small["parameters"] == 304_012_288 and small["license"] == "MIT"
     assert small["download_bytes"] == 608_024_576
     assert (small["tokens"], small["token_size"], small["bytes_per_tile"]) == (256, 4096, 2_097_152)
     large = models["OpenGVLab/InternViT-6B-448px-V1-0"]

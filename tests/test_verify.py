@@ -591,7 +591,7 @@ def test_the_sample_follows_the_seed_and_only_pictures_that_are_as_they_were_cou
 def test_missing_and_other_weights_are_said_plainly(extracted: Path, copied: Path) -> None:
     path = copied / "feats.h5"
     finding = one_finding(path, re_extract=1, model=str(copied / "nowhere"))
-    assert "the weights cannot be had" in finding.problem and "--model" in finding.problem
+    assert "the weights are not available" in finding.problem and "--model" in finding.problem
     finding = one_finding(path, re_extract=1, model=str(REFERENCE / "300m-standalone"))
     assert "are not those that made the rows" in finding.problem
     finding = one_finding(path, re_extract=1, device="cuda:9")

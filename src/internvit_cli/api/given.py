@@ -81,6 +81,10 @@ def _of_path(number: int, path: str | os.PathLike[Any], rule: PixelRule) -> tupl
     name = str(os.fsdecode(path))  # numpy's strings are str too
     if "\0" in name:
         raise _refused(number, "a path with a NUL in it", "give the bytes of a file as bytes, not as str")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise _refused(number, "a path with a character that no file name has", "give what os.fsdecode made") from None
     if _URL.match(name) and not os.path.exists(name):
         hint = "decode it with base64.b64decode" if name.startswith("data:") else "download it"
         raise _refused(number, f"a URL ({one_line(name, 60)})", f"{hint}, and give the bytes")

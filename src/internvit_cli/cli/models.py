@@ -44,7 +44,7 @@ def _print_table(models: list[KnownModelFacts]) -> None:
             f"{human_bytes(model.bytes_per_tile):>11}  {model.cached}"
         )
     print_line()
-    print_line(f"published as {publisher_of(models)}/NAME, licence {', '.join(licences_of(models))}")
+    print_line(f"published as {publisher_of(models)}/NAME, license {', '.join(licenses_of(models))}")
     print_line("tiny-random has random weights, to try the tool")
 
 
@@ -53,6 +53,6 @@ def publisher_of(models: list[KnownModelFacts]) -> str:
     return ", ".join(sorted({model.name.partition("/")[0] for model in models if "/" in model.name}))
 
 
-def licences_of(models: list[KnownModelFacts]) -> list[str]:
-    """Licences of the published models."""
-    return sorted({model.licence for model in models if "/" in model.name})
+def licenses_of(models: list[KnownModelFacts]) -> list[str]:
+    """Licenses of the published models."""
+    return sorted({model.license for model in models if "/" in model.name})

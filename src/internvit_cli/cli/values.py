@@ -132,7 +132,7 @@ def size(least: int) -> Callable[[str], int]:
         bytes_ = float(match[1]) * BINARY_UNITS[match[2].lower()] if match else 0
         if not least <= bytes_ < MOST_BYTES:
             raise UnusableWordError(
-                "a size" if least == 1 else f"a size of at least {least >> 20:,}MiB", "give a size such as 4GiB or 500M"
+                "a size" if least == 1 else f"a size of at least {least >> 20:,}MiB", "give a size such as 4GiB or 800M"
             )
         return int(bytes_)
 

@@ -261,4 +261,4 @@ def files_of(card: ModelCard, observer: Observer = SILENT) -> CheckpointFiles:
     if card.origin == "hub" and card.revision is not None:
         return HubFiles(card.name, card.revision, card.offline, observer=observer)
     hint = download_hint(card.name if "/" in card.name else DEFAULT_MODEL)
-    raise ModelError(f"{card.name}: its weights cannot be had from here", hint)
+    raise ModelError(f"{card.name}: its weights are not here", hint)

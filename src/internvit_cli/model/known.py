@@ -1,4 +1,4 @@
-"""Facts about the models that are known by name, for `internvit models`: shapes, bytes, licence, the hub cache."""
+"""Facts about the models that are known by name, for `internvit models`: shapes, bytes, license, the hub cache."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class KnownModelFacts:
     """Values of a visual token."""
     bytes_per_tile: int
     """Of visual tokens in float16, as `extract` stores them by default."""
-    licence: str
+    license: str
     cached: str
     """What the hub cache holds: `yes` when a run needs no network, `partly`, or `no`; `built in` for tiny-random."""
 
@@ -50,7 +50,7 @@ class KnownModelFacts:
 def known_models() -> list[KnownModelFacts]:
     """Return all of them; nothing is fetched."""
     published = [
-        _facts(known_card(model), model.aliases, model.licence, cached_state(model.repo)) for model in KNOWN_MODELS
+        _facts(known_card(model), model.aliases, model.license, cached_state(model.repo)) for model in KNOWN_MODELS
     ]
     return [*published, _facts(describe_model(TINY_RANDOM), (), "", "built in")]
 
@@ -83,7 +83,7 @@ def _parameters(card: ModelCard) -> int:
     return sum(map(math.prod, expected_shapes(card.vision, card.vision.num_layers, None).values()))
 
 
-def _facts(card: ModelCard, aliases: tuple[str, ...], licence: str, cached: str) -> KnownModelFacts:
+def _facts(card: ModelCard, aliases: tuple[str, ...], license: str, cached: str) -> KnownModelFacts:
     shapes = feature_shapes(card, Tokens.VISUAL, Pool.MEAN, card.tile_size)
     return KnownModelFacts(
         name=card.name,
@@ -96,6 +96,6 @@ def _facts(card: ModelCard, aliases: tuple[str, ...], licence: str, cached: str)
         tokens=shapes.tokens,
         token_size=shapes.token_size,
         bytes_per_tile=shapes.tokens * shapes.token_size * FLOAT16_BYTES,
-        licence=licence,
+        license=license,
         cached=cached,
     )

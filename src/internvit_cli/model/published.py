@@ -28,7 +28,7 @@ class KnownModel:
     aliases: tuple[str, ...]
     """Short names, besides the last part of the hub id."""
     vision: VisionConfig
-    licence: str = "MIT"
+    license: str = "MIT"
     """As its page on the hub says."""
 
 

@@ -43,7 +43,7 @@ def open_recorded(
         digest = checkpoint.digest(observer)
     except InternvitError as error:
         raise ModelError(
-            f"the weights cannot be had: {error.message}", error.hint or "name their folder with --model"
+            f"the weights are not available: {error.message}", error.hint or "name their folder with --model"
         ) from error
     if digest != recipe.weights_digest:
         raise ModelError(

@@ -71,7 +71,7 @@ def choose_weights(files: CheckpointFiles, wanted: str | None = None) -> WeightF
         return _one_of_both(files, names)
     for name in (INDEX_FILE, SINGLE_FILE):
         if name in names:
-            return WeightFiles(_tensors_of(files, name))
+            return _all_but_named(files, names, name)
     others = sorted(name for name in names if name.endswith(WEIGHTS_SUFFIX) and name != ADAPTER_WEIGHTS)
     indexes = sorted(name for name in names if _INDEX.fullmatch(name))
     if len(indexes) == 1:
@@ -103,6 +103,15 @@ def _one_of_both(files: CheckpointFiles, names: frozenset[str]) -> WeightFiles:
         f"delete the older set, or name one: --model {_named(files, SINGLE_FILE)} or --model "
         f"{_named(files, INDEX_FILE)}",
     )
+
+
+def _all_but_named(files: CheckpointFiles, names: frozenset[str], chosen: str) -> WeightFiles:
+    """Take the weights of a standard name, and say which others lie beside them, such as an adapter or an older set."""
+    tensors = _tensors_of(files, chosen)
+    unread = sorted(name for name in names.difference(tensors.values()) if name.endswith(WEIGHTS_SUFFIX))
+    if not unread:
+        return WeightFiles(tensors)
+    return WeightFiles(tensors, f"the weights are those of {chosen}: {_listed(unread)} {_are(unread)} not read")
 
 
 def _by_other_names(files: CheckpointFiles, others: list[str]) -> WeightFiles:

@@ -12,6 +12,8 @@ import zlib
 from io import BytesIO
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
+from PIL import UnidentifiedImageError
+
 from internvit_cli.plan.orientation import (
     EXIF,
     MOST_METADATA,
@@ -109,9 +111,9 @@ def without_texts(stream: BinaryIO) -> BinaryIO | None:
         The lighter file; None when it is no PNG, or nothing could be left out.
     """
     stream.seek(0)
-    data = stream.read()
-    if not data.startswith(SIGNATURE):
+    if stream.read(len(SIGNATURE)) != SIGNATURE:
         return None
+    data = SIGNATURE + stream.read()
     kept, position, is_behind = [SIGNATURE], len(SIGNATURE), False
     while len(header := data[position : position + 8]) == 8:
         length, kind = struct.unpack(">L4s", header)
@@ -134,7 +136,7 @@ def despite_texts(read: Callable[[BinaryIO], Result], stream: BinaryIO) -> Resul
     """
     try:
         return read(stream)
-    except ValueError:
+    except (ValueError, SyntaxError, UnidentifiedImageError):  # too large, or of an unknown method of compression
         lighter = without_texts(stream)
         if lighter is None:
             raise

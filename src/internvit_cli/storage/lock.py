@@ -109,6 +109,8 @@ def _errors_of_folder(path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in NO_SPACE_ERRNOS:
             raise NoSpaceError(f"no room for {path}: {system_words(error)}", "free some space") from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(f"cannot create {path}: {system_words(error)}", "choose a shorter name") from error
         folder = os.path.dirname(os.path.abspath(path))
         raise OutputError(
             f"cannot write in {folder}: {system_words(error)}",

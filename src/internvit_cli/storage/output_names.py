@@ -18,7 +18,7 @@ OWN_SUFFIXES = (PARTIAL, ".lock", ".exporting", ".tmp")
 DATA_FILE_SUFFIXES = frozenset(
     {
         *EXPORTED_SUFFIXES,
-        *(".npy", ".npz", ".mat", ".hdf", ".h4", ".he5", ".nc", ".nc4", ".zarr", ".lance", ".lmdb", ".mdb"),
+        *(".npy", ".npz", ".mat", ".hdf", ".h4", ".he5", ".h5ad", ".nc", ".nc4", ".zarr", ".lance", ".lmdb", ".mdb"),
         *(".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".joblib", ".msgpack", ".onnx", ".gguf"),
         *(".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".xml", ".yaml", ".yml", ".toml", ".xls", ".xlsx", ".ods"),
         *(".arrow", ".feather", ".ipc", ".orc", ".avro", ".pq", ".db", ".sqlite", ".sqlite3", ".duckdb"),
@@ -155,7 +155,7 @@ def check_place(path: str, option: str) -> None:
 def _other_names(name: str, suffix: str, option: str) -> str:
     """What to write instead of a name that is refused."""
     stem = name
-    while suffix_of(stem) in DATA_FILE_SUFFIXES:
+    while suffix_of(stem) in DATA_FILE_SUFFIXES or suffix_of(stem) in SINGLE_FILE_SUFFIXES:
         stem = stem[: -len(suffix_of(stem))]
     if suffix in EXPORTED_SUFFIXES:
         return f"use {option} {stem}.h5, and afterwards: internvit export {stem}.h5 {name}"

@@ -63,7 +63,8 @@ class Device:
 def error_of(failure: Failure, device: Device) -> InternvitError:
     """What a device's process ended with, as an error of ours that names the device."""
     kind = getattr(errors, failure.kind, InternvitError)
-    error: InternvitError = kind(f"{device.name}: {failure.message}", failure.hint)
+    message = failure.message if device.name in failure.message else f"{device.name}: {failure.message}"
+    error: InternvitError = kind(message, failure.hint)
     return error
 
 

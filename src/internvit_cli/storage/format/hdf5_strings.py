@@ -25,8 +25,29 @@ ROWS = 65536
 """Strings read in one go."""
 COLLECTION, OBJECT = struct.Struct("<4sB3xQ"), struct.Struct("<HHIQ")
 """What a collection begins with: signature, version, bytes. What each string in it does: number, users, bytes."""
+COLLECTION_START = b"GCOL\x01\0\0\0"
 USUAL_BYTES = 4096
 """Of a collection."""
+
+
+def check_collection(descriptor: int, address: int, most: int) -> int:
+    """Check that the pieces of a collection follow each other to its end; returns its bytes.
+
+    Raises:
+        OSError: they do not, or it has more than `most` bytes.
+    """
+    head = os.pread(descriptor, COLLECTION.size, address)
+    size = COLLECTION.unpack_from(head.ljust(COLLECTION.size))[2]
+    if not COLLECTION.size <= size <= most:
+        raise OSError(f"a collection of strings in it has {size:,} bytes")
+    data, position = os.pread(descriptor, size, address), COLLECTION.size
+    while position + OBJECT.size <= len(data):
+        index, _, _, length = OBJECT.unpack_from(data, position)
+        taken = OBJECT.size + (length + 7 & ~7) if index else length  # the room that is left counts its own head
+        if not OBJECT.size <= taken <= size - position:
+            raise OSError("the strings of its attributes are damaged")
+        position += taken
+    return int(size)
 
 
 class StringReader:

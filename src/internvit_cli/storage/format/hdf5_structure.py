@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ from internvit_cli.config import StoreDtype
 from internvit_cli.errors import OutputError, one_line
 from internvit_cli.runtime.untrusted import NotRegularError, open_regular
 from internvit_cli.storage.durable import read_exactly
-from internvit_cli.storage.format.hdf5_strings import PLACE, StringReader
+from internvit_cli.storage.format.hdf5_strings import COLLECTION_START, PLACE, StringReader, check_collection
 from internvit_cli.storage.format.layout import (
     ATTRIBUTES_BYTES,
     FEATURE_DATASETS,
@@ -153,6 +154,9 @@ class _Metadata(io.RawIOBase):
         self._descriptor = descriptor
         self._size = size
         self._position = 0
+        self._checked: set[int] = set()
+        self._room = 2 * METADATA_READ_BYTES
+        """Bytes of strings that are yet to be checked: more than the attributes of a shard have."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a byte offset."""
@@ -168,6 +172,7 @@ class _Metadata(io.RawIOBase):
         """
         if len(buffer) > METADATA_READ_BYTES:
             raise OSError(f"a piece of its structure has {len(buffer):,} bytes")
+        self._check_strings(self._position, len(buffer))
         view = memoryview(buffer).cast("B")
         while view:
             got = os.preadv(self._descriptor, [view], self._position)
@@ -175,6 +180,18 @@ class _Metadata(io.RawIOBase):
                 raise OSError("its structure reaches beyond its end")
             view, self._position = view[got:], self._position + got
         return len(buffer)
+
+    def _check_strings(self, start: int, size: int) -> None:
+        """Look at collections of strings before HDF5 does: it walks for ever through one whose pieces have no size.
+
+        It may read a collection in parts; each of them is checked whole where its first bytes are read.
+        """
+        before = max(0, start - len(COLLECTION_START) + 1)
+        for found in re.finditer(COLLECTION_START, os.pread(self._descriptor, start + size - before, before)):
+            address = before + found.start()
+            if address not in self._checked:
+                self._checked.add(address)
+                self._room -= check_collection(self._descriptor, address, self._room)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from internvit_cli.storage.format.layout import (
     POOLED,
     REMEDY,
     RUN_LOG,
+    RUN_LOG_BYTES,
     STATUS,
     DatasetSpec,
     Extent,
@@ -184,7 +185,20 @@ def run_log(path: str) -> list[dict[str, Any]]:
             recipe, _ = check_attributes(_attributes(path), path)
             return parse_run_log(_read_array(_arrays(path, recipe)[RUN_LOG]).tobytes())
         entries = _read_attributes(path).get(RUN_LOG)
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    return _newest(entries) if isinstance(entries, list) else []
+
+
+def _newest(entries: list[Any]) -> list[dict[str, Any]]:
+    """The last entries of a log that a shard that is filled has room for; whoever copies a log syncs each."""
+    kept: list[dict[str, Any]] = []
+    room = RUN_LOG_BYTES
+    for entry in reversed(entries):
+        if isinstance(entry, dict):
+            room -= len(json.dumps(entry)) + 1
+            if room < 0:
+                break
+            kept.append(entry)
+    return kept[::-1]
 
 
 def final_paths(final: str) -> list[str]:
@@ -377,10 +391,19 @@ def _read_lines(path: str) -> tuple[ImageTable, NDArray[Any], NDArray[Any]]:
             if len(digest) != DIGEST_BYTES:
                 raise ValueError(f"the digest of image {len(keys):,} has {len(digest)} bytes")
             digests += digest
-    table = ImageTable.build(
-        keys, np.array(status, np.uint8), {name: np.array(column, np.int64) for name, column in columns.items()}
-    )
+    typed = {name: _fitting(column, COLUMN_DTYPES[name], name) for name, column in columns.items()}
+    table = ImageTable.build(keys, _fitting(status, "|u1", "status"), typed)
     return table, np.frombuffer(digests, np.uint8).reshape(len(keys), DIGEST_BYTES), np.array(checksums, np.uint32)
+
+
+def _fitting(column: array[int], dtype: str, name: str) -> NDArray[Any]:
+    """A column as its type, which a number that somebody wrote may not fit: numpy would cut it off in silence."""
+    numbers = np.array(column, np.int64)
+    bounds = np.iinfo(dtype)
+    if len(numbers) and not bounds.min <= int(numbers.min()) <= int(numbers.max()) <= bounds.max:
+        raise ValueError(f"an image has a {name} that is out of range")
+    typed: NDArray[Any] = numbers.astype(dtype)
+    return typed
 
 
 def _last_columns(file: BinaryIO) -> NDArray[Any] | None:

@@ -60,6 +60,9 @@ MOST_LAYERS = 1024
 """Of a model: many times more than any has."""
 MOST_ATTRIBUTES = 64
 MOST_BATCH_TILES = 65536
+MOST_SCALE = 1e6
+"""Of means and standard deviations, and the inverse of the least scale: beyond, no checkpoint is accepted either."""
+MOST_LIGHT = 255
 MOST_TILE_SIDE = 16384
 MOST_GRID_TILES = 4096
 MOST_ROW_VALUES = 1 << 20
@@ -172,6 +175,7 @@ def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, 
         raise damaged(path, "its weights_digest is not that of its recipe")
     if recipe.tile_size > MOST_TILE_SIDE or recipe.max_tiles > MOST_GRID_TILES:
         raise damaged(path, f"its recipe asks for tiles of {recipe.tile_size} px, up to {recipe.max_tiles} an image")
+    _check_pixels(recipe, path)
     _check_layers(recipe, attributes.get(MODEL_LAYERS, recipe.layer), path)
     if not 0 <= attributes["batch_tiles"] <= MOST_BATCH_TILES:
         raise damaged(path, f"batch_tiles is {attributes['batch_tiles']}")
@@ -182,6 +186,15 @@ def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, 
     return recipe, recorded_sources(attributes, path)
 
 
+def _check_pixels(recipe: Recipe, path: str) -> None:
+    """Refuse arithmetic on pixels that no model can have: with it, no picture could be encoded and compared."""
+    scales = (*recipe.std, recipe.rescale_factor)
+    if not all(1 / MOST_SCALE <= value <= MOST_SCALE for value in scales) or max(map(abs, recipe.mean)) > MOST_SCALE:
+        raise damaged(path, "its recipe scales pixels by numbers that are no scale, or moves them out of all bounds")
+    if recipe.background is not None and max(recipe.background) > MOST_LIGHT:
+        raise damaged(path, f"its recipe has a background of {listed(recipe.background)}")
+
+
 def _check_layers(recipe: Recipe, model_layers: int, path: str) -> None:
     """Refuse layers that no run stores: out of order, twice, or more than the model has."""
     layers = recipe.layers
@@ -189,7 +202,7 @@ def _check_layers(recipe: Recipe, model_layers: int, path: str) -> None:
         raise damaged(path, f"its recipe stores the layers {listed(layers)}, which do not ascend")
     if recipe.earlier_layers and recipe.tokens is Tokens.PROJECTED:
         raise damaged(path, "its recipe stores projected tokens of several layers")
-    if recipe.earlier_layers and not recipe.layer <= model_layers <= MOST_LAYERS:
+    if not recipe.layer <= MOST_LAYERS or (recipe.earlier_layers and not recipe.layer <= model_layers <= MOST_LAYERS):
         raise damaged(path, f"it stores layer {recipe.layer} of a model of {model_layers}")
 
 
@@ -277,8 +290,11 @@ def check_columns(
         raise damaged(path, f"an image has more tiles than its recipe allows, which are {most} and a thumbnail")
     if int(columns["orientation"].max()) > MOST_ORIENTATION:
         raise damaged(path, f"an image has orientation {int(columns['orientation'].max())}")
-    if ((grid == 0) & (status == Status.DONE)).any():
+    is_done = status == Status.DONE
+    if ((grid == 0) & is_done).any():
         raise damaged(path, "an image without tiles is done")
+    if (((columns["width"] == 0) | (columns["height"] == 0)) & is_done).any():
+        raise damaged(path, "an image without pixels is done")
 
 
 def check_keys(keys: Sequence[bytes], path: str) -> None:
