@@ -378,7 +378,7 @@ def test_good_pictures_are_read_whatever_the_size_of_their_texts_and_profiles() 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
 def test_good_pictures_are_read_when_their_texts_are_compressed_by_an_unknown_method(kind: bytes) -> None:
     found = tile_bytes(png(chunk(kind, b"Comment\0\5nobody knows")), RULE)
-    assert isinstance(found, Tiled), found
+    assert isinstance(found, TiledPicture), found
     assert (found.width, found.height) == SIZE
 
 

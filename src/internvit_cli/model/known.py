@@ -83,7 +83,7 @@ def _parameters(card: ModelCard) -> int:
     return sum(map(math.prod, expected_shapes(card.vision, card.vision.num_layers, None).values()))
 
 
-def _facts(card: ModelCard, aliases: tuple[str, ...], license: str, cached: str) -> KnownModelFacts:
+def _facts(card: ModelCard, aliases: tuple[str, ...], terms: str, cached: str) -> KnownModelFacts:
     shapes = feature_shapes(card, Tokens.VISUAL, Pool.MEAN, card.tile_size)
     return KnownModelFacts(
         name=card.name,
@@ -96,6 +96,6 @@ def _facts(card: ModelCard, aliases: tuple[str, ...], license: str, cached: str)
         tokens=shapes.tokens,
         token_size=shapes.token_size,
         bytes_per_tile=shapes.tokens * shapes.token_size * FLOAT16_BYTES,
-        license=license,
+        license=terms,
         cached=cached,
     )
