@@ -63,7 +63,16 @@ def test_a_forged_output_is_refused_in_one_line_or_changes_nothing_and_tells_of_
 
 @pytest.mark.parametrize("kind", ["file", "npy folder"])
 def test_what_no_run_can_have_made_is_refused_although_its_digests_fit(kind: str, tmp_path: Path) -> None:
-    parts = (" layer 1048576", " std ", " rescale_factor ", " background ", "column width 0", "room between strings")
+    tiles = (" tile_size 449", " min_tiles 0", " min_tiles 100")
+    parts = (
+        *tiles,
+        " layer 1048576",
+        " std ",
+        " rescale_factor ",
+        " background ",
+        "column width 0",
+        "room between strings",
+    )
     scene = forging.set_scene(tmp_path, kind)
     chosen = [one for one in forging.forgeries(scene) if any(part in one.name for part in parts)]
     assert len(chosen) == len(parts) - (kind != "file")
@@ -94,3 +103,17 @@ def test_of_a_log_of_runs_without_end_the_newest_entries_count(tmp_path: Path) -
     file.write_text(json.dumps(json.loads(file.read_text()) | {"run_log": log}))
     kept = npy.run_log(str(shard))
     assert kept == log[-len(kept) :] and 1000 < len(kept) < 10_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"key": 7}, {"width": 2048.5}, {"rows": None}, {"crc32": "12"}, {"digest": "00 " * 32}, {"status": "done"}],
+    ids=str,
+)
+def test_a_line_that_describes_no_image_is_named_by_its_number(change: dict[str, object], tmp_path: Path) -> None:
+    scene = forging.set_scene(tmp_path, "npy folder")
+    index = Path(f"{scene.shard(tmp_path / 'sound')}.images.jsonl")
+    first, second, rest = index.read_text().split("\n", 2)
+    index.write_text("\n".join([first, json.dumps(json.loads(second) | change), rest]))
+    with pytest.raises(OutputError, match=r"line 2 of images\.jsonl does not describe an image"):
+        npy.read(str(scene.shard(tmp_path / "sound")))

@@ -23,6 +23,6 @@ def complete_keys(context: typer.Context, incomplete: str) -> list[str]:
         shards = [place.load() for place in places]
     except (InternvitError, OSError):
         return []
-    counted = {key for shard in shards for key in shard.stored.table.keys if key not in shard.superseded_keys}
+    counted = {shard.stored.table.keys[row] for shard in shards for row in shard.live_rows.tolist()}
     keys = sorted(map(os.fsdecode, counted))
     return [key for key in keys if key.startswith(incomplete) and shlex.quote(key) == key]

@@ -92,10 +92,8 @@ def _look_at(place: ShardPlace) -> _Look:
     entry = place.entry
     if entry is not None and entry.superseded:  # only the keys tell which rows count
         found = place.load()
-        table, superseded = found.stored.table, found.superseded_keys
-        counts = np.fromiter((key not in superseded for key in table.keys), bool, len(table))
-        tiles = int(table.tile_counts[counts].sum())
-        return _Look(place, found.stored.attributes, table.status[counts], tiles)
+        table, rows = found.stored.table, found.live_rows
+        return _Look(place, found.stored.attributes, table.status[rows], int(table.tile_counts[rows].sum()))
     outline = place.backend.outline(place.path)
     if entry is not None and outline.images != entry.images:
         raise OutputError(

@@ -107,10 +107,9 @@ class StoredOutput:
         """By key the place of its committed row that counts: the shard's number and the row as one integer."""
         places: dict[bytes, int] = {}
         for number, shard in enumerate(self.shards):
-            superseded, status = shard.superseded_keys, shard.table.status
-            for row, key in enumerate(shard.table.keys):
-                if status[row] != Status.PENDING and key not in superseded:
-                    places[key] = number << ROW_BITS | row
+            rows, keys = shard.live_rows, shard.table.keys
+            for row in rows[shard.table.status[rows] != Status.PENDING].tolist():
+                places[keys[row]] = number << ROW_BITS | row
         return places
 
 

@@ -82,10 +82,9 @@ class StoredImages:
         self._places: dict[bytes, int] = {}
         """A shard's number and a row in it, as one integer: of a million small tuples the memory would be felt."""
         for number, shard in enumerate(shards):
-            superseded = shard.superseded_keys
-            for row, key in enumerate(shard.stored.table.keys):
-                if key not in superseded:
-                    self._places[key] = number << ROW_BITS | row
+            keys = shard.stored.table.keys
+            for row in shard.live_rows.tolist():
+                self._places[keys[row]] = number << ROW_BITS | row
 
     def __len__(self) -> int:
         return len(self._places)

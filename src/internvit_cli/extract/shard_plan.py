@@ -159,8 +159,7 @@ def merge_rows(
     Rows that are done turn pending: they are copied once the new shard is there.
     """
     table = old.stored.table
-    gone = old.superseded_keys.union(dropped)
-    kept = table.take(np.array([row for row, key in enumerate(table.keys) if key not in gone], np.int64))
+    kept = table.take(table.rows_without(old.superseded_keys.union(dropped)))
     kept = kept.with_status(np.where(kept.status == Status.DONE, Status.PENDING, kept.status).astype(np.uint8))
     merged = stored_sources(old.stored.attributes, old.path, relocations)
     numbers = []

@@ -12,7 +12,7 @@ from internvit_cli.config import Status
 if TYPE_CHECKING:
     import hashlib
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -95,6 +95,12 @@ class ImageTable:
         """The named rows, in the order named, with tile offsets of their own."""
         columns = {name: getattr(self, name)[rows] for name in COLUMN_DTYPES}
         return ImageTable.build([self.keys[row] for row in rows.tolist()], self.status[rows], columns)
+
+    def rows_without(self, keys: Collection[bytes]) -> NDArray[np.int64]:
+        """Return the numbers of the rows whose keys are not among those given, ascending, [k] int64."""
+        if not keys:
+            return np.arange(len(self), dtype=np.int64)
+        return np.array([row for row, key in enumerate(self.keys) if key not in keys], np.int64)
 
     def with_status(self, status: NDArray[Any]) -> ImageTable:
         """The same images with other statuses, [n] uint8."""

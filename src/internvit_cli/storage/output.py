@@ -32,6 +32,9 @@ from internvit_cli.storage.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, is
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
+
 MANIFEST = "manifest.json"
 NEXT_MANIFEST = "manifest.next.json"
 SKIPPED = "skipped.jsonl"
@@ -75,8 +78,14 @@ class FinishedShard:
 
     @property
     def superseded_keys(self) -> frozenset[bytes]:
-        """Keys whose rows here do not count any more."""
+        """Keys whose rows here no longer count: a later shard has newer ones, or their pictures were pruned."""
         return frozenset(map(os.fsencode, self.superseded))
+
+    @property
+    def live_rows(self) -> NDArray[np.int64]:
+        """Numbers of the rows that count, ascending, [k] int64."""
+        rows: NDArray[np.int64] = self.stored.table.rows_without(self.superseded_keys)
+        return rows
 
 
 class _Length(NamedTuple):

@@ -182,11 +182,8 @@ class LoadedShard:
 
     @cached_property
     def live_rows(self) -> NDArray[Any]:
-        """Numbers of the rows that no later one supersedes, [k] int64."""
-        superseded = self.found.superseded_keys
-        if not superseded:
-            return np.arange(len(self.table))
-        return np.array([row for row, key in enumerate(self.table.keys) if key not in superseded], np.int64)
+        """Numbers of the rows that count, [k] int64."""
+        return self.found.live_rows
 
     def rows_with(self, statuses: Collection[int]) -> NDArray[Any]:
         """Live rows of some statuses."""

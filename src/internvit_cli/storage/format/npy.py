@@ -77,6 +77,7 @@ ATTRIBUTES_FILE_BYTES = 2 * ATTRIBUTES_BYTES
 """Quotes in an attribute take two bytes there; the log of starts is small."""
 LINES_BLOCK = 1 << 20
 DIGEST_BYTES = 32
+CRC_BYTES = 4
 SUFFIX_HEAD, STATUS_PLACES = len(b', "status": 12, "digest": "'), [12, 13]
 """What follows on each line's columns up to its digest, and where in it the two digits of the status stand."""
 HEADER = re.compile(
@@ -379,21 +380,33 @@ def _read_lines(path: str) -> tuple[ImageTable, NDArray[Any], NDArray[Any]]:
     status, checksums, digests = array("q"), array("Q"), bytearray()
     columns = {name: array("q") for name in COLUMN_DTYPES}
     with _opened(_beside(path, INDEX_FILE)) as file:
-        for line in lines_of(file):
-            entry = parse_json(line)
-            keys.append(os.fsencode(entry["key"]))
-            for name, column in columns.items():
-                column.append(entry[name])
-            is_finished = "status" in entry
-            status.append(entry["status"] if is_finished else Status.PENDING)
-            checksums.append(int(entry["crc32"], 16) if is_finished else 0)
-            digest = bytes.fromhex(entry["digest"]) if is_finished else bytes(DIGEST_BYTES)
-            if len(digest) != DIGEST_BYTES:
-                raise ValueError(f"the digest of image {len(keys):,} has {len(digest)} bytes")
-            digests += digest
+        for number, line in enumerate(lines_of(file), 1):
+            try:
+                entry = parse_json(line)
+                keys.append(os.fsencode(entry["key"]))
+                for name, column in columns.items():
+                    column.append(entry[name])
+                is_finished = "status" in entry
+                status.append(entry["status"] if is_finished else Status.PENDING)
+                checksums.append(int.from_bytes(_hex(entry["crc32"], CRC_BYTES), "big") if is_finished else 0)
+                digests += _hex(entry["digest"], DIGEST_BYTES) if is_finished else bytes(DIGEST_BYTES)
+            except (KeyError, TypeError, ValueError, OverflowError) as error:  # noqa: PERF203 - the line is named
+                raise ValueError(f"line {number:,} of {INDEX_FILE} does not describe an image") from error
     typed = {name: _fitting(column, COLUMN_DTYPES[name], name) for name, column in columns.items()}
     table = ImageTable.build(keys, _fitting(status, "|u1", "status"), typed)
     return table, np.frombuffer(digests, np.uint8).reshape(len(keys), DIGEST_BYTES), np.array(checksums, np.uint32)
+
+
+def _hex(text: str, count: int) -> bytes:
+    """Bytes from their hex digits, as this program writes them.
+
+    Raises:
+        ValueError: they are fewer or more, or something stands between them.
+    """
+    value = bytes.fromhex(text)
+    if value.hex() != text or len(value) != count:
+        raise ValueError
+    return value
 
 
 def _fitting(column: array[int], dtype: str, name: str) -> NDArray[Any]:

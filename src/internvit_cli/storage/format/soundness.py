@@ -173,8 +173,7 @@ def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, 
         raise damaged(path, "its recipe does not match the digest beside it")
     if attributes["weights_digest"] != recipe.weights_digest:
         raise damaged(path, "its weights_digest is not that of its recipe")
-    if recipe.tile_size > MOST_TILE_SIDE or recipe.max_tiles > MOST_GRID_TILES:
-        raise damaged(path, f"its recipe asks for tiles of {recipe.tile_size} px, up to {recipe.max_tiles} an image")
+    _check_tiles(recipe, path)
     _check_pixels(recipe, path)
     _check_layers(recipe, attributes.get(MODEL_LAYERS, recipe.layer), path)
     if not 0 <= attributes["batch_tiles"] <= MOST_BATCH_TILES:
@@ -184,6 +183,14 @@ def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, 
     except ValueError as error:
         raise damaged(path, f"the accuracy that it records: {error}") from error
     return recipe, recorded_sources(attributes, path)
+
+
+def _check_tiles(recipe: Recipe, path: str) -> None:
+    """Refuse tiles that no run cuts: of no whole patches, too large, or too many for one picture."""
+    is_size = 0 < recipe.tile_size <= MOST_TILE_SIDE and recipe.tile_size % PATCH_SIZE == 0
+    if not is_size or not 1 <= recipe.min_tiles <= recipe.max_tiles <= MOST_GRID_TILES:
+        numbers = f"{recipe.min_tiles} to {recipe.max_tiles} tiles of {recipe.tile_size} px"
+        raise damaged(path, f"its recipe cuts a picture into {numbers}")
 
 
 def _check_pixels(recipe: Recipe, path: str) -> None:

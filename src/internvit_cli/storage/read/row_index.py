@@ -69,11 +69,9 @@ class RowIndex:
         self.shard_of, self.row_of = np.zeros(most, np.int32), np.zeros(most, np.int64)
         self._found = {}
         for number, shard in enumerate(self.shards):
-            superseded = shard.superseded_keys
-            for row, key in enumerate(shard.table.keys):
-                if key not in superseded:
-                    place = self._found.setdefault(key, len(self._found))
-                    self.shard_of[place], self.row_of[place] = number, row
+            for row in shard.live_rows.tolist():
+                place = self._found.setdefault(shard.table.keys[row], len(self._found))
+                self.shard_of[place], self.row_of[place] = number, row
         self.shard_of, self.row_of = self.shard_of[: len(self._found)], self.row_of[: len(self._found)]
 
     def __getstate__(self) -> dict[str, Any]:

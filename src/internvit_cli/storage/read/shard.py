@@ -38,6 +38,11 @@ class OpenShard:
         self._is_closed = False
 
     @property
+    def live_rows(self) -> NDArray[Any]:
+        """Numbers of the rows that count, ascending, [k] int64."""
+        return self._found.live_rows
+
+    @property
     def path(self) -> str:
         """Its file, or what its files' names begin with."""
         return self._found.path
