@@ -375,9 +375,10 @@ def test_good_pictures_are_read_whatever_the_size_of_their_texts_and_profiles() 
     assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
+@pytest.mark.parametrize("behind", [False, True])
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
-def test_good_pictures_are_read_when_their_texts_are_compressed_by_an_unknown_method(kind: bytes) -> None:
-    found = tile_bytes(png(chunk(kind, b"Comment\0\5nobody knows")), RULE)
+def test_good_pictures_are_read_when_their_texts_are_compressed_by_an_unknown_method(kind: bytes, behind: bool) -> None:
+    found = tile_bytes(png(chunk(kind, b"Comment\0\5nobody knows"), behind=behind), RULE)
     assert isinstance(found, TiledPicture), found
     assert (found.width, found.height) == SIZE
 

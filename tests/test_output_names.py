@@ -14,6 +14,7 @@ from run_helpers import extract, internvit, make_pictures, summary_of
 from internvit_cli.config import Format
 from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.export.targets import TARGET_OF_SUFFIX, Target, choose_target
+from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.output_names import (
     DATA_FILE_SUFFIXES,
@@ -41,6 +42,20 @@ def test_features_are_not_written_by_the_name_of_another_format(name: str) -> No
         check_features_name(name)
     assert name in caught.value.message
     assert ".h5" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["f.h5.gz", "f.hdf5.zip", "f.h5.skipped.jsonl"])
+def test_the_name_that_is_proposed_has_one_suffix(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_features_name(name)
+    assert ".h5.h5" not in caught.value.hint
+    assert ".hdf5.h5" not in caught.value.hint
+
+
+def test_a_name_that_is_too_long_is_to_be_made_shorter(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="File name too long") as caught, exclusive(str(tmp_path / ("x" * 300))):
+        pass
+    assert caught.value.hint == "choose a shorter name"
 
 
 @pytest.mark.parametrize("name", EXPORTED_SUFFIXES)
