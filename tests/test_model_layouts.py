@@ -271,7 +271,7 @@ def test_a_tower_without_a_config_is_described_by_its_shapes(tmp_path, layout, c
     path = write(tmp_path / "m", {LAYOUTS[layout](name): array for name, array in tensors.items()}, config)
     card, original = describe_model(path), reference_card("300m", "standalone")
     if config is None:  # this small one has heads of 16, which no published one has
-        assert card.vision.num_heads == 1 and "1 heads of 64" in card.notes[0]
+        assert card.vision.num_heads == 1 and "1 head of 64" in card.notes[0]
     else:
         assert card.vision == original.vision
     assert open_all(card).digest() == open_all(original).digest()

@@ -107,6 +107,15 @@ def test_a_mask_of_another_length_and_what_is_no_selector_are_refused(tmp_path, 
 
 
 @KINDS
+def test_what_cannot_be_a_selector_is_told_what_can_be_one(tmp_path, kind):
+    features = open_features(make(tmp_path, kind))
+    for wanted in (None, 2.5, b"a.jpg", {"a.jpg"}, object()):
+        with pytest.raises(TypeError, match="chosen by a key"):
+            features[wanted]
+    assert len(features[[]]) == len(features[np.empty(0)]) == 0
+
+
+@KINDS
 def test_columns_hold_one_fact_of_every_image_across_shards(tmp_path, kind):
     features = open_features(make(tmp_path, kind, {1: TRUNCATED}))
     assert features.column("columns").tolist() == [grid[0] for grid in GRIDS]

@@ -181,6 +181,24 @@ def test_what_no_device_of_that_kind_can_do_fails_a_plan_as_it_fails_a_run(
     assert run.returncode == code
 
 
+def test_an_output_that_a_run_would_refuse_is_a_note_of_a_plan_and_nothing_is_made(tmp_path: Path) -> None:
+    full, file = tmp_path / "documents", tmp_path / "letter"
+    full.mkdir()
+    (full / "letter.txt").write_text("dear reader")
+    file.write_text("dear reader")
+    before = sorted(tmp_path.rglob("*"))
+    for place, told in (
+        (full, "holds other files"),
+        (file, "is a file"),
+        (tmp_path / "nowhere" / "feats.h5", "does not exist"),
+    ):
+        code, stderr = plan(tmp_path, "-o", place)
+        assert code == 0 and "a run would refuse this output" in stderr and told in stderr
+    code, stderr = plan(tmp_path, "-o", tmp_path / "new")
+    assert code == 0 and "refuse" not in stderr
+    assert {path for path in tmp_path.rglob("*") if "imgs" not in path.parts} == set(before)
+
+
 def test_a_model_that_a_run_would_refuse_is_a_note_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, told = plan(tmp_path, "--model", "300m")
     assert code == 0 and "described by the catalog" in told

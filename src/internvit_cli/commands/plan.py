@@ -127,7 +127,7 @@ def summarize_plan(found: Survey) -> PlanSummary:
         reasons["unreadable_folder"] = len(listing.unreadable_folders)
     tiles_of_images = table.tile_counts[table.status == Status.PENDING]
     sizes, images = np.unique(tiles_of_images, return_counts=True)
-    notes = (*card.notes, *_model_notes(found), *_device_notes(found.options.run))
+    notes = (*card.notes, *_model_notes(found), *_device_notes(found.options.run), *_output_notes(output))
     return PlanSummary(
         output=output.path,
         model=card.name,
@@ -142,6 +142,14 @@ def summarize_plan(found: Survey) -> PlanSummary:
         left_out=listing.left_out,
         notes=(*filter(None, notes), *listing_notes(listing, found.drawn_and_named)),
     )
+
+
+def _output_notes(output: Output) -> Iterator[str]:
+    """Yield why no run can write at that place."""
+    try:
+        output.check_place()
+    except InternvitError as error:
+        yield f"a run would refuse this output: {error.message}"
 
 
 def _device_notes(run: RunOptions) -> Iterator[str]:

@@ -74,7 +74,9 @@ def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, w
         raise _refusal(towers, str(outcomes[0]), where)
     vision = found[0]
     note = f"no config describes the tower: {counted(vision.num_layers, 'block')} of size {vision.hidden_size}"
-    return FromTensors(vision, f"{note}, {vision.num_heads} heads of {vision.head_dim}, {vision.image_size} px")
+    return FromTensors(
+        vision, f"{note}, {counted(vision.num_heads, 'head')} of {vision.head_dim}, {vision.image_size} px"
+    )
 
 
 def _vision_or_reason(tower: Tower, stored: Mapping[str, StoredTensor], heads: int | None) -> VisionConfig | str:

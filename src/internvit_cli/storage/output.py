@@ -161,7 +161,7 @@ class Output:
         Raises:
             OutputError: the path is something else, or cannot be written.
         """
-        self._check_place()
+        self.check_place()
         has_folder = os.path.isdir(self.path)
         if self.is_file:
             refuse_special(self.partial_path(0))
@@ -196,8 +196,12 @@ class Output:
         if not before.has_folder and not self.is_file:
             os.rmdir(self.path)
 
-    def _check_place(self) -> None:
-        """Refuse a path at which no output of ours can be."""
+    def check_place(self) -> None:
+        """Check that an output of ours can be here, without writing or reading one.
+
+        Raises:
+            OutputError: something else is here, or there is no folder for it.
+        """
         parent = os.path.dirname(os.path.abspath(self.path))
         if not os.path.isdir(parent):
             raise OutputError(f"the folder {parent} does not exist", f"create it: mkdir -p {parent}")
@@ -211,6 +215,18 @@ class Output:
                 f"{self.path} is a file, but the output would be a folder", "name it with .h5, or choose another name"
             )
         refuse_special(self.skipped_path)
+        if is_folder:
+            self._check_folder(names_in(self.path))
+
+    def _check_folder(self, names: list[str]) -> None:
+        """Refuse a folder that holds something else."""
+        is_ours = any(name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names)
+        if not is_ours and not self._has_slash and suffix_of(self.path) in SINGLE_FILE_SUFFIXES:
+            raise OutputError(
+                f"{self.path} is a folder", f"name a file; with a slash, {self.path}/, features go into the folder"
+            )
+        if names and not is_ours:
+            raise OutputError(f"{self.path} holds other files and is not a feature store", "name a new or empty folder")
 
     def _prepare_folder(self) -> None:
         try:
@@ -220,13 +236,6 @@ class Output:
                 f"cannot make the folder {self.path}: {system_words(error)}", "choose an output that can be written"
             ) from error
         names = names_in(self.path)
-        is_ours = any(name in (MANIFEST, NEXT_MANIFEST, SKIPPED) or SHARD_FILE.fullmatch(name) for name in names)
-        if not is_ours and not self._has_slash and suffix_of(self.path) in SINGLE_FILE_SUFFIXES:
-            raise OutputError(
-                f"{self.path} is a folder", f"name a file; with a slash, {self.path}/, features go into the folder"
-            )
-        if names and not is_ours:
-            raise OutputError(f"{self.path} holds other files and is not a feature store", "name a new or empty folder")
         for name in names:
             if name.endswith(PARTIAL) and os.path.islink(os.path.join(self.path, name)):
                 refuse_special(os.path.join(self.path, name))

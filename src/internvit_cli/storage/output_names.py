@@ -84,7 +84,11 @@ def check_features_name(path: str, option: str = "-o") -> None:
     check_place(path, option)
     name, suffix = named_path(path), suffix_of(path)
     if suffix in DATA_FILE_SUFFIXES and not says_folder(path):
-        what = ".npy features are a folder of shards" if suffix == ".npy" else f"no feature file is a {suffix} file"
+        what = (
+            ".npy features are a folder of shards"
+            if suffix == ".npy"
+            else f"features are not written to {suffix} files"
+        )
         raise UsageError(f"{option} {path}: {what}", _other_names(name, suffix, option))
 
 

@@ -326,7 +326,9 @@ class Features(Mapping[str, ImageFeatures]):
             return wanted
         if isinstance(wanted, Sequence) and wanted and all(isinstance(key, str) for key in wanted):
             return np.array([self.position(key) for key in wanted], np.int64)
-        array = np.asarray(wanted) if len(wanted) else np.empty(0, np.int64)
+        array = np.asarray(wanted)
+        if array.shape == (0,):  # of an empty list, whose type says nothing
+            array = array.astype(np.int64)
         if array.ndim != 1 or array.dtype.kind not in "biu":
             raise TypeError("images are chosen by a key, a position, a slice, a mask, or a list of keys or positions")
         return array
