@@ -16,10 +16,11 @@ from model_helpers import open_all, reference_card, relative_error, safetensors_
 from safetensors.numpy import load_file, save_file
 
 from internvit_cli.errors import ModelError
-from internvit_cli.model.catalog import describe_model
+from internvit_cli.model.catalog import KNOWN_MODELS, describe_model, known_card
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.layouts import expected_shapes
 from internvit_cli.model.loading import load_vit
+from internvit_cli.model.shapes import PUBLISHED_HEADS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -265,20 +266,26 @@ def test_a_config_of_another_model_is_refused_by_what_it_is(tmp_path, config, wo
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("config", [None, {"num_attention_heads": 4}], ids=["no config", "heads alone"])
-def test_a_tower_without_a_config_is_described_by_its_shapes(tmp_path, layout, config):
+def test_a_tower_without_a_config_is_described_by_its_shapes(tmp_path, layout):
     tensors, _ = reference("300m")
-    path = write(tmp_path / "m", {LAYOUTS[layout](name): array for name, array in tensors.items()}, config)
-    card, original = describe_model(path), reference_card("300m", "standalone")
-    if config is None:  # this small one has heads of 16, which no published one has
-        assert card.vision.num_heads == 1 and "1 head of 64" in card.notes[0]
-    else:
-        assert card.vision == original.vision
+    named = {LAYOUTS[layout](name): array for name, array in tensors.items()}
+    card, original = (
+        describe_model(write(tmp_path / "m", named, {"num_attention_heads": 4})),
+        reference_card("300m", "standalone"),
+    )
+    assert card.vision == original.vision and "4 heads of 16" in card.notes[0]
     assert open_all(card).digest() == open_all(original).digest()
 
 
-@pytest.mark.parametrize("args", [{"num_heads": 4}, None])
-def test_a_checkpoint_of_timm_is_described_by_its_shapes_and_normalized_as_it_says(tmp_path, args):
+@pytest.mark.parametrize("family", ["300m", "6b"])
+def test_heads_that_show_in_no_shape_are_not_guessed(tmp_path, family):
+    tensors, _ = reference(family)
+    error = refusal(write(tmp_path / "m", tensors, None))
+    assert "the number of heads shows in no shape" in error.message
+    assert '{"num_attention_heads": 16}' in error.hint
+
+
+def test_a_checkpoint_of_timm_is_described_by_its_shapes_and_normalized_as_it_says(tmp_path):
     tensors, _ = reference("300m")
     head = {"head.weight": np.zeros((10, 64), np.float32), "head.bias": np.zeros(10, np.float32)}
     config = {
@@ -286,34 +293,37 @@ def test_a_checkpoint_of_timm_is_described_by_its_shapes_and_normalized_as_it_sa
         "num_classes": 10,
         "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5], "tag": "ogvl_2pt5"},
     }
-    if args:
-        config["model_args"] = args
+    config["model_args"] = {"num_heads": 4}
     path = write(tmp_path / "m", {to_timm(name): array for name, array in tensors.items()} | head, config)
     card = describe_model(path)
-    assert card.vision.num_heads == (4 if args else 1)
+    assert card.vision.num_heads == 4
     assert (card.mean, card.std) == ((0.5, 0.5, 0.5), (0.25, 0.5, 0.5))
     assert open_all(card).digest() == open_all(reference_card("300m", "standalone")).digest()
 
 
-@pytest.mark.parametrize(
-    ("changes", "heads"),
-    [
-        ({"hidden_size": 128, "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False}, 2),
-        ({"hidden_size": 256, "norm_type": "rms_norm", "qkv_bias": False, "qk_normalization": True}, 2),
-    ],
-)
-def test_heads_are_as_wide_as_those_of_the_family(tmp_path, changes, heads):
+def test_heads_of_a_published_size_are_known(tmp_path):
+    changes = {"hidden_size": 1024, "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False}
     tensors = small(tmp_path / "m", **changes)
     card = describe_model(write(tmp_path / "m", tensors, None))
-    expected = {"num_heads": heads, "num_layers": 2, "mlp_size": 16, "image_size": 28, **changes}
+    expected = {"num_heads": 16, "num_layers": 2, "mlp_size": 16, "image_size": 28, **changes}
     expected["norm"], expected["qk_norm"] = expected.pop("norm_type"), expected.pop("qk_normalization")
     assert {name: getattr(card.vision, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("model", [model for model in KNOWN_MODELS if model.aliases], ids=lambda model: model.repo)
+def test_heads_of_every_published_model_are_those_of_its_size(model):
+    vision = known_card(model).vision
+    assert PUBLISHED_HEADS[vision.norm, vision.hidden_size] == vision.num_heads
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_size": 96}, "does not divide into heads of 128"),
+        ({"hidden_size": 96}, "of no published InternViT"),
+        (
+            {"hidden_size": 128, "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False},
+            "of no published",
+        ),
         ({"hidden_size": 128, "norm_type": "layer_norm"}, "of neither family"),
         ({"hidden_size": 128, "qkv_bias": True}, "of neither family"),
     ],

@@ -221,3 +221,25 @@ def test_a_model_that_a_run_would_refuse_is_a_note_of_a_plan(tmp_path: Path, mon
     answer(monkeypatch, files=names)
     code, told = plan(tmp_path, "--model", "some/model")
     assert code == 0 and "a run fetches about" in told
+
+
+@pytest.mark.parametrize("name", ["f.h5", "f"])
+def test_an_output_of_another_recipe_is_a_note_of_a_plan(tmp_path: Path, name: str) -> None:
+    make_pictures(tmp_path / "imgs", 1)
+    line = [tmp_path / "imgs", "-o", tmp_path / name, "--model", "tiny-random", "--tokens", "none"]
+    assert internvit("extract", *line).returncode == 0
+    assert "a run would refuse" not in internvit("plan", *line).stderr
+    for other in (("--max-tiles", "3"), ("--pool", "cls"), ("--dtype", "float16")):
+        told = internvit("plan", *line, *other)
+        assert told.returncode == 0 and "a run would refuse this output" in told.stderr, told
+        assert "was made with another recipe" in told.stderr
+        assert "a run would refuse" not in internvit("plan", *line, *other, "--overwrite").stderr
+
+
+def test_a_damaged_output_is_a_note_of_a_plan_and_an_empty_folder_is_none(tmp_path: Path) -> None:
+    make_pictures(tmp_path / "imgs", 1)
+    line = [tmp_path / "imgs", "--model", "tiny-random", "-o"]
+    (tmp_path / "empty").mkdir()
+    assert "a run would refuse" not in internvit("plan", *line, tmp_path / "empty").stderr
+    (tmp_path / "f.h5").write_bytes(b"no feature file")
+    assert "a run would refuse this output" in internvit("plan", *line, tmp_path / "f.h5").stderr

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -21,11 +22,23 @@ from internvit_cli.model.known import download_bytes
 from internvit_cli.model.own_tiling import tiling_note
 from internvit_cli.plan.scan import PlanOptions, plan_images
 from internvit_cli.plan.table import count_statuses
-from internvit_cli.recipes import LONGEST_DTYPE, RecipeFacts, check_layers, feature_shape, make_recipe, pixel_rule
+from internvit_cli.recipes import (
+    LONGEST_DTYPE,
+    RecipeFacts,
+    check_layers,
+    check_same,
+    feature_shape,
+    make_recipe,
+    pixel_rule,
+    planned_dtype,
+)
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.workers import usable_cpus
 from internvit_cli.sources.find_images import EMPTY_LISTING, find_images, listing_notes, require_images
 from internvit_cli.storage.durable import disk_errors, free_bytes
+from internvit_cli.storage.format.layout import stored_recipe
+from internvit_cli.storage.output import MANIFEST
+from internvit_cli.storage.read.places import find_all_places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,7 +140,7 @@ def summarize_plan(found: Survey) -> PlanSummary:
         reasons["unreadable_folder"] = len(listing.unreadable_folders)
     tiles_of_images = table.tile_counts[table.status == Status.PENDING]
     sizes, images = np.unique(tiles_of_images, return_counts=True)
-    notes = (*card.notes, *_model_notes(found), *_device_notes(found.options.run), *_output_notes(output))
+    notes = (*card.notes, *_model_notes(found), *_device_notes(found.options.run), *_output_notes(found))
     return PlanSummary(
         output=output.path,
         model=card.name,
@@ -144,12 +157,37 @@ def summarize_plan(found: Survey) -> PlanSummary:
     )
 
 
-def _output_notes(output: Output) -> Iterator[str]:
-    """Yield why no run can write at that place."""
+def _output_notes(found: Survey) -> Iterator[str]:
+    """Yield why no run would write at that place, or go on with what is there."""
+    output, store = found.output, found.options.store
     try:
         output.check_place()
+        finished = output.path if output.is_file else os.path.join(output.path, MANIFEST)
+        if not store.overwrite and (os.path.exists(finished) or output.partial_exists):
+            for place in find_all_places(output.path):
+                _check_recipe(found, place.backend.outline(place.path).attributes, place.path)
     except InternvitError as error:
         yield f"a run would refuse this output: {error.message}"
+
+
+def _check_recipe(found: Survey, attributes: dict[str, Any], path: str) -> None:
+    """Refuse an output of another recipe, as far as the weights and what a device decides are not needed for it.
+
+    Raises:
+        InternvitError: it is one, or damaged.
+    """
+    stored = stored_recipe(attributes, path)
+    options, is_same_model = found.options, attributes.get("model") == found.card.recorded_name
+    wanted = replace(
+        found.recipe,
+        weights_digest=stored.weights_digest,
+        compute_dtype=planned_dtype(options, stored) or stored.compute_dtype,
+    )
+    if is_same_model and options.model.layers is None:
+        wanted = replace(wanted, layer=stored.layer, earlier_layers=stored.earlier_layers)
+    if is_same_model and options.pictures.tile_size is None:
+        wanted = replace(wanted, tile_size=stored.tile_size)
+    check_same(wanted, stored, path)
 
 
 def _device_notes(run: RunOptions) -> Iterator[str]:

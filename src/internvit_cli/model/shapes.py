@@ -1,7 +1,7 @@
 """The shape of a tower from its tensors alone, for a checkpoint whose config says nothing of it.
 
-All but one number shows in some tensor's shape. The number of attention heads does not: it follows from the family,
-whose heads are 64 values wide (LayerNorm, biases on q, k and v) or 128 (RMSNorm on q, k and v, no such biases).
+All but one number shows in some tensor's shape. The number of attention heads does not: it is known of the two sizes
+that are published, and of no other.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from internvit_cli.model.safetensors_header import StoredTensor
 
-HEAD_DIM_300M = 64
-HEAD_DIM_6B = 128
+PUBLISHED_HEADS = {("layer_norm", 1024): 16, ("rms_norm", 3200): 25}
+"""Attention heads by norm and hidden size."""
 EPS = 1e-6
 """Of all published InternViT."""
 
@@ -48,7 +48,7 @@ def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, w
 
     Args:
         stored: all tensors of the checkpoint by name.
-        heads: attention heads, where a file says; None takes those of the family.
+        heads: attention heads, where a file says; None takes those of the published size.
         where: the checkpoint, for messages.
 
     Raises:
@@ -137,10 +137,11 @@ def _with_heads(vision: VisionConfig, heads: int | None) -> VisionConfig:
         is_6b = vision.norm == "rms_norm" and vision.qk_norm and not vision.qkv_bias
         if not is_300m and not is_6b:
             raise UndecidedError("norms and biases are of neither family, and the number of heads shows in no shape")
-        width = HEAD_DIM_300M if is_300m else HEAD_DIM_6B
-        if vision.hidden_size % width:
-            raise UndecidedError(f"size {vision.hidden_size} does not divide into heads of {width}")
-        heads = vision.hidden_size // width
+        if (vision.norm, vision.hidden_size) not in PUBLISHED_HEADS:
+            raise UndecidedError(
+                f"size {vision.hidden_size} is of no published InternViT, and the number of heads shows in no shape"
+            )
+        heads = PUBLISHED_HEADS[vision.norm, vision.hidden_size]
     if vision.hidden_size % heads:
         raise UndecidedError(f"size {vision.hidden_size} does not divide into {heads} heads")
     return replace(vision, num_heads=heads)

@@ -141,7 +141,7 @@ class Features(Mapping[str, ImageFeatures]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The image of a key, or the default when there is none."""
-        position = self._find(key)
+        position = self._find(key) if isinstance(key, str) else None
         return default if position is None else self._index.image(position, self._layer)
 
     @property
