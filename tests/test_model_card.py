@@ -103,6 +103,8 @@ def test_only_internvit_configs_are_taken():
         card({"model_type": "clip_vision_model"})
     with pytest.raises(ModelError, match="model_type is 'qwen2'"):
         card({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]})
+    with pytest.raises(ModelError, match="vision_config is 'x', not an object"):
+        card(chat(vision_config="x"))
 
 
 def test_other_unshuffle_ratios_are_refused():

@@ -255,6 +255,7 @@ def test_a_jpeg_of_twelve_bits_is_unsupported() -> None:
         (b"II*\0\x10\0\0\0CR\x02\0", ("a raw photograph", "develop it")),
         (b"FUJIFILMCCD-RAW 0201", ("a raw photograph", "develop it")),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", ("a Git LFS pointer", "git lfs pull")),
+        (b"/annex/objects/SHA256E-s12--0.jpg\n", ("a git-annex pointer", "git annex get")),
         (b"Not found\n", ("a text that begins 'Not found",)),
         ("Nicht gefunden: übermäßig\n".encode() * 60, ("a text that begins 'Nicht gefunden",)),
         (bytes(4096), ("zeros alone", "again")),

@@ -21,6 +21,7 @@ from internvit_cli.errors import NoImagesError, UsageError
 from internvit_cli.sources import DiscoverOptions, Listing, discover
 from internvit_cli.sources.extensions import EXTENSIONS, looks_like_picture
 from internvit_cli.sources.files import readable_formats
+from internvit_cli.sources.find_images import require_images
 from internvit_cli.sources.lists import read_list
 from internvit_cli.sources.selection import FileSelection
 from internvit_cli.sources.signatures import is_picture, kind_by_bytes
@@ -300,6 +301,9 @@ def test_quotes_around_a_line_are_no_part_of_it_unless_a_file_is_named_so(tmp_pa
         ("[\n  1\n]\n", "like JSON", "the paths alone"),
         ("https://x.y/a.jpg\nhttps://x.y/b.jpg\n", "URLs", "download"),
         ("gone.jpg\nmy own picture.jpg\n", "names no file", "--root"),
+        ("file:///x/b.jpg\n", "URLs", "sed 's|^file://||' LIST"),
+        ("~/a.jpg\n~/b.jpg\n", "~ means a folder only in shells", "write that folder out"),
+        ("C:\\x\\a.jpg\n", "paths of Windows", "write / instead"),
     ],
 )
 def test_a_list_that_names_no_file_that_is_there_says_what_it_seems_to_be(
@@ -317,6 +321,24 @@ def test_a_list_that_names_no_file_that_is_there_says_what_it_seems_to_be(
     monkeypatch.chdir(tmp_path / "elsewhere")
     if "in/a.jpg" in text:
         assert f"--root {tmp_path}" in find(files_from="../list").missing_lists[0].hint
+
+
+def test_a_list_of_nothing_is_told_from_folders_without_pictures(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("\n\n")
+    with pytest.raises(NoImagesError, match=r"the list .*/list is empty") as caught:
+        require_images(find(files_from=str(tmp_path / "list")))
+    assert "one a line" in caught.value.hint
+    with pytest.raises(NoImagesError, match="the list on standard input is empty"):
+        require_images(find("-", stdin=b""))
+    touch(tmp_path, "in/a.jpg")
+    assert keys(require_images(find(str(tmp_path / "in"), files_from=str(tmp_path / "list")))) == ["a.jpg"]
+
+
+def test_a_source_without_a_name_is_said_to_be_one() -> None:
+    with pytest.raises(UsageError, match="no such file or folder: an empty name"):
+        find("")
+    with pytest.raises(UsageError, match="a=: an empty name is not a folder"):
+        find("a=")
 
 
 def test_a_list_whose_files_lie_beside_it_says_which_root_to_give(

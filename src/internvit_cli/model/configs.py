@@ -160,9 +160,12 @@ def _describe_without_tower(config: Mapping[str, Any]) -> ConfigDescription:
     model_type = config.get("model_type")
     if model_type is None and "architectures" not in config:
         return ConfigDescription(None, _heads(config.get("num_attention_heads")), None, TokenOrder.V2, None, None)
+    if other is not None:
+        raise ModelError(f"config.json: vision_config is {short(other)}, not an object", "download the model again")
     said = f"model_type is {model_type!r}" if model_type else f"architectures is {str(config['architectures'])[:80]}"
+    kind = kind_of_tower(str(model_type)) or ""
     raise ModelError(
-        f"config.json: {said}: {name_of_tower(config)}, which is no InternViT and has none",
+        f"config.json: {said}{kind and f' ({kind})'}, which is no InternViT and has none in it",
         "name a checkpoint whose model_type is intern_vit_6b, internvl_chat, internvl or internvl_vision, "
         "or another model with an InternViT in it",
     )

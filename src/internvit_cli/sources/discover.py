@@ -65,6 +65,7 @@ class _Collection:
         self._named = bytearray()
         self._skipped: dict[int, Skipped] = {}
         self._missing: list[MissingList] = []
+        self._empty_lists: list[str] = []
         self._found = 0
         """Of the keys, those that are not in a list of which no file is there."""
         self._unreadable_folders: list[FolderProblem] = []
@@ -134,6 +135,7 @@ class _Collection:
             named=bytes(named[: len(keys)]),
             left_out=self._selection.left_out,
             missing_lists=tuple(self._missing),
+            empty_lists=tuple(self._empty_lists),
             is_missing=bool(self._missing) and not self._found,
             selection=self._selection,
             tops=tuple(self._tops),
@@ -210,6 +212,8 @@ class _Collection:
                 raise
             if self._selection.takes_named(key):
                 self._add_key(key, owner, is_named=True)
+        if not looked_at:
+            self._empty_lists.append(name)
         added = self._keys[first:]
         if added and not any(os.path.lexists(child(root, key)) for key in added):
             self._missing.append(explain_missing(looked_at, name, root))
@@ -252,7 +256,7 @@ def _named_folder(argument: bytes) -> Source | None:
     if not os.path.isdir(folder):
         if globs.is_pattern(argument):
             return None
-        raise UsageError(f"{one_line(argument)}: {one_line(folder)} is not a folder", "NAME=DIR names a folder")
+        raise UsageError(f"{one_line(argument)}: {_shown(folder)} is not a folder", "NAME=DIR names a folder")
     if name in (b".", b".."):
         raise UsageError(f"{one_line(argument)}: keys cannot start with {one_line(name)}/", "choose another NAME")
     return Source(absolute(folder), name)
@@ -268,10 +272,14 @@ def _key_of_line(line: bytes, root: bytes) -> bytes:
     return key
 
 
+def _shown(path: bytes) -> str:
+    return one_line(path) or "an empty name"
+
+
 def _missing(path: bytes) -> UsageError:
     if not os.path.isabs(path):
         return UsageError(
-            f"no such file or folder: {one_line(path)}", f"the working directory is {one_line(os.getcwdb())}"
+            f"no such file or folder: {_shown(path)}", f"the working directory is {one_line(os.getcwdb())}"
         )
     return UsageError(f"no such file or folder: {one_line(path)}", "check the path, and that its parents can be read")
 

@@ -6,7 +6,7 @@ from array import array
 from typing import TYPE_CHECKING, BinaryIO
 
 from internvit_cli.config import Status
-from internvit_cli.errors import InternvitError, NoImagesError
+from internvit_cli.errors import InternvitError, NoImagesError, one_line
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import counted
 from internvit_cli.sources import Listing, discover
@@ -39,6 +39,9 @@ def require_images(listing: Listing) -> Listing:
     """
     if len(listing) or listing.unreadable_folders:
         return listing
+    if listing.empty_lists and not listing.left_out.total:
+        name = one_line(listing.empty_lists[0]) or "on standard input"
+        raise NoImagesError(f"the list {name} is empty", "list the paths of pictures, one a line")
     error = listing.left_out.no_images("no pictures found in the given sources")
     if listing.unfollowed_links and not listing.left_out.total:
         links = counted(listing.unfollowed_links, "link")

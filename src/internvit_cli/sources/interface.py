@@ -88,6 +88,8 @@ class Listing:
     """What lies in the sources beside the files found."""
     missing_lists: tuple[MissingList, ...] = ()
     """Lists of which not one file is there."""
+    empty_lists: tuple[str, ...] = ()
+    """Paths of lists that name nothing; standard input's is empty."""
     is_missing: bool = False
     """Whether all files come from such lists."""
     selection: FileSelection | None = None

@@ -56,7 +56,7 @@ def explain_missing(lines: Sequence[bytes], name: str, root: bytes) -> MissingLi
     """
     told = f"the list {one_line(name) if name else 'on standard input'} names no file that is there"
     if all(b"://" in line for line in lines):
-        return MissingList(f"{told}: it names URLs", "download them first, and list the files")
+        return MissingList(f"{told}: it names URLs", _how_to_list_urls(lines, name))
     beside = os.path.dirname(os.path.abspath(os.fsencode(name))) if name else root
     for folder in (root, beside):
         if _any_there(lines, folder):
@@ -64,9 +64,26 @@ def explain_missing(lines: Sequence[bytes], name: str, root: bytes) -> MissingLi
         if hint := how_to_cut(lines, name, folder, root):
             return MissingList(f"{told}: it is a table", hint)
     relative = f"paths are relative to {one_line(root)}; --root names another folder"
+    if shape := _foreign_paths(lines):
+        return MissingList(f"{told}: {shape[0]}", f"{shape[1]}; {relative}")
     if table := _looks_like(lines, name):
         return MissingList(f"{told}: it looks like {table}", f"list the paths alone, one a line; {relative}")
     return MissingList(told, relative)
+
+
+def _how_to_list_urls(lines: Sequence[bytes], name: str) -> str:
+    if all(line.startswith(b"file://") for line in lines):
+        return f"list paths, not URLs: sed 's|^file://||' {_shown(name)}"
+    return "download them first, and list the files"
+
+
+def _foreign_paths(lines: Sequence[bytes]) -> tuple[str, str] | None:
+    """Paths as only shells or other systems know them, and what to do; None for others."""
+    if all(line.startswith(b"~/") for line in lines):
+        return "~ means a folder only in shells", "write that folder out"
+    if all(b"\\" in line and b"/" not in line for line in lines):
+        return "it has paths of Windows", "write / instead of \\"
+    return None
 
 
 def how_to_cut(lines: Sequence[bytes], name: str, folder: bytes, root: bytes) -> str:
@@ -81,8 +98,12 @@ def how_to_cut(lines: Sequence[bytes], name: str, folder: bytes, root: bytes) ->
     command = _cutting(lines, folder)
     if not command:
         return ""
-    listing = command.replace("LIST", shlex.quote(name) if name else "LIST")
+    listing = command.replace("LIST", _shown(name))
     return f"cut out the column of paths: {listing} | internvit extract -{_root_option(folder, root)} ..."
+
+
+def _shown(name: str) -> str:
+    return shlex.quote(name) if name else "LIST"
 
 
 def _root_option(folder: bytes, root: bytes) -> str:

@@ -81,6 +81,7 @@ _OTHERS = (
 _AGAIN = "download or copy it again"
 _TEXTS = (
     (_pattern(rb"version https://git-lfs\.github\.com/"), "a Git LFS pointer", "run `git lfs pull`"),
+    (_pattern(rb"(?:\.\./)*(?:\.git)?/annex/objects/"), "a git-annex pointer", "run `git annex get`"),
     (
         _pattern(rb"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|title)\b"),
         "a web page, as a failed download leaves it",
