@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import crash_driver
 import crash_tracing as tracing
 import forging
+import h5py
 import pytest
 from crash_checks import KINDS
 
 from internvit_cli.errors import OutputError
 from internvit_cli.storage.format import npy
+from internvit_cli.storage.read.reader import open_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +95,18 @@ def test_a_number_that_its_column_cannot_hold_is_refused_and_not_cut_off(
     index.write_text(json.dumps(json.loads(first) | {name: number}) + "\n" + rest)
     with pytest.raises(OutputError, match=rf"an image has a {name} that is out of range"):
         npy.read(str(scene.shard(tmp_path / "sound")))
+
+
+@pytest.mark.parametrize("name", ["image/key", "image/crc32", "image/digest", "pooled", "run_log"])
+def test_what_has_the_name_of_a_dataset_and_is_none_is_named_in_our_words(name: str, tmp_path: Path) -> None:
+    scene = forging.set_scene(tmp_path, "file")
+    path = str(scene.shard(tmp_path / "sound"))
+    for content, problem in ((None, "is no dataset"), (h5py.Empty("f4"), "has no shape")):
+        with h5py.File(path, "r+") as file:
+            del file[name]
+            file.create_group(name) if content is None else file.create_dataset(name, data=content)
+        with pytest.raises(OutputError, match=f"{name} {problem}"):
+            open_features(path)
 
 
 def test_of_a_log_of_runs_without_end_the_newest_entries_count(tmp_path: Path) -> None:

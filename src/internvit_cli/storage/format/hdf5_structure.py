@@ -273,7 +273,11 @@ class _Datasets:
         """Open a dataset that lies in this file as it is; one that does not is closed before it is looked at."""
         group, last = self._place(name)
         _check_link(group, last, name)
+        if h5py.h5o.get_info(group, last).type != h5py.h5o.TYPE_DATASET:
+            raise ValueError(f"{name} is no dataset")
         dataset = h5py.h5d.open(group, last)
+        if dataset.shape is None:
+            raise ValueError(f"{name} has no shape")
         creation = dataset.get_create_plist()
         if creation.get_layout() != h5py.h5d.CONTIGUOUS or creation.get_nfilters():
             raise ValueError(f"{name} does not lie in one piece")

@@ -147,7 +147,7 @@ def _check_dataset(spec: DatasetSpec, wanted: ExpectedDataset, path: str) -> Non
     is_row_sound = all(0 < length <= MOST_ROW_VALUES for length in shape[known:])
     if shape[:known] != wanted.lengths or len(shape) != wanted.dimensions or not is_row_sound:
         rest = ", ".join([*map(str, wanted.lengths), *["any"] * (wanted.dimensions - known)])
-        raise damaged(path, f"{spec.name} has shape {shape}, not ({rest})")
+        raise damaged(path, f"{spec.name} has shape ({', '.join(map(str, shape))}), not ({rest})")
     if spec.dtype != wanted.dtype:
         raise damaged(path, f"{spec.name} has type {spec.dtype}, not {wanted.dtype}")
 
