@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_COUNTED = 1000
 """Different extensions that are counted apart: names of random letters must not fill the memory."""
 MOST_TOLD = 5
-MOST_IN_JSON = 20
+MOST_IN_JSON = 1000
 OTHERS = "others"
 
 

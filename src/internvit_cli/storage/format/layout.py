@@ -281,7 +281,9 @@ def unknown_value(attributes: Mapping[str, Any], statement: str) -> OutputError:
     from internvit_cli import __version__  # package metadata, read only to say this
 
     creator = one_line(str(attributes.get("created_by", "an unnamed program")), 80)
-    return OutputError(f"{statement}, which version {__version__} does not know; {creator} wrote it", NEWER)
+    is_ours = creator.endswith(f" {__version__}")  # then it is damage: this version writes no such value
+    message = f"{statement}, which version {__version__} does not know; {creator} wrote it"
+    return OutputError(message, REMEDY if is_ours else NEWER)
 
 
 @dataclass(frozen=True, slots=True)
