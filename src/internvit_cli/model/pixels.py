@@ -86,20 +86,21 @@ def normalization(section: Mapping[str, Any], source: str) -> Normalization:
     Raises:
         ModelError: a value that no processor can have; the message names its key.
     """
-    rescale = 1.0
+    rescale, offset = 1.0, 0.0
     if _flag(section, "do_rescale", source):
+        offset = 1.0 if section.get("rescale_offset") is True else 0.0  # transformers then takes 1 away
         rescale = _number("rescale_factor", section.get("rescale_factor"), DEFAULT_RESCALE_FACTOR, source)
         if math.isclose(rescale, DEFAULT_RESCALE_FACTOR, rel_tol=1e-6):  # 1/255 as float32 or with fewer digits
             rescale = DEFAULT_RESCALE_FACTOR
     if not _flag(section, "do_normalize", source):
-        return Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), rescale)
+        return Normalization((offset, offset, offset), (1.0, 1.0, 1.0), rescale)
     kind = section.get("image_processor_type") or section.get("feature_extractor_type")
     is_clip = isinstance(kind, str) and kind.startswith(_CLIP_CLASSES)
     mean = _triple(section, "image_mean", _CLIP_MEAN if is_clip else IMAGENET_MEAN, source)
     std = _triple(section, "image_std", _CLIP_STD if is_clip else IMAGENET_STD, source)
     if not all(1 / MOST <= value <= MOST for value in std):
         raise ModelError(f"{source}: image_std is {list(std)}; all must be above 0, and from {1 / MOST:g} to {MOST:g}")
-    return Normalization(mean, std, rescale)
+    return Normalization((mean[0] + offset, mean[1] + offset, mean[2] + offset), std, rescale)
 
 
 def own_tiling(config: Mapping[str, Any], section: Mapping[str, Any]) -> OwnTiling:
