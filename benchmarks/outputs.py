@@ -75,6 +75,7 @@ def write_output(
     """
     columns = {name: np.zeros(len(keys), dtype) for name, dtype in COLUMN_DTYPES.items()}
     columns["columns"][:] = columns["rows"][:] = columns["orientation"][:] = 1
+    columns["width"][:] = columns["height"][:] = 1
     if sizes:
         columns["width"][:], columns["height"][:] = np.array(sizes).T
     files = [Path(root, key) for key in keys]

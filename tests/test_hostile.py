@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,13 @@ ENDLESS = "bomb/many_scans.jpg"
 """A picture that takes minutes on any machine."""
 MOST_MEGABYTES = 1500
 """Of the largest process of a run, of which torch takes some 400."""
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+open(sys.argv[1], "w").write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)
+"""
+"""Started in between: the peak of a process begins with that of the process which starts it."""
 NEVER_OPENED = ("devzero", "stdin", "procmem", "fifo", "sock")
 
 
@@ -57,11 +65,11 @@ def run_over(folder: Path, output: Path, *options: object, unprivileged: bool = 
     arguments += command("extract", folder, "-o", output, *SMALL, *options)
     streams = [output.parent / f"{output.name}.{name}" for name in ("stdout", "stderr")]
     with streams[0].open("wb") as stdout, streams[1].open("wb") as stderr:
-        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
-        _, status, usage = os.wait4(process.pid, 0)
+        peak = output.parent / f"{output.name}.peak"
+        launcher = [sys.executable, "-c", MEASURE, peak, *arguments]
+        code = subprocess.run(launcher, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr).returncode
     printed = [stream.read_text() for stream in streams]
-    code = os.waitstatus_to_exitcode(status)
-    return Run(code, json.loads(printed[0]), "".join(printed), usage.ru_maxrss / 1000)
+    return Run(code, json.loads(printed[0]), "".join(printed), int(peak.read_text()) / 1000)
 
 
 def here(folder: Path, output: Path, *options: object) -> Result:

@@ -197,7 +197,7 @@ def test_merges_that_make_no_sense_are_usage_errors(tmp_path: Path) -> None:
     simple(tmp_path / "a.h5", [b"a.jpg"])
     simple(tmp_path / "b.h5", [b"b.jpg"])
     both = (tmp_path / "a.h5", tmp_path / "b.h5")
-    assert "feature file" in fails(2, "merge", *both, "-o", tmp_path / "c.parquet")
+    assert "features are not written" in fails(2, "merge", *both, "-o", tmp_path / "c.parquet")
     assert "nothing to merge" in fails(2, "merge", both[0], "-o", tmp_path / "c.h5")
     assert "is what is read" in fails(2, "merge", *both, "-o", tmp_path / "b.h5", "--overwrite")
     assert "no output" in fails(2, "merge", *both)
