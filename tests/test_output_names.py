@@ -44,6 +44,12 @@ def test_features_are_not_written_by_the_name_of_another_format(name: str) -> No
     assert ".h5" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", [" ", "  ", "\t"])
+def test_a_name_of_blanks_alone_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="blanks alone"):
+        check_features_name(name)
+
+
 @pytest.mark.parametrize("name", ["f.h5.gz", "f.hdf5.zip", "f.h5.skipped.jsonl"])
 def test_the_name_that_is_proposed_has_one_suffix(name: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -139,6 +139,8 @@ def check_place(path: str, option: str) -> None:
         raise UsageError(
             f"{option} -: nothing is written to standard output", "name a file or a folder; ./- is one called -"
         )
+    if name and not name.strip():  # such as a shell's "$OUT " with an empty variable
+        raise UsageError(f"{option} {path!r}: a name of blanks alone", "name a file or a folder")
     if URL.match(path):
         raise UsageError(f"{option} {path}: not a local path", "write to a local disk, and copy the result from there")
     if suffix == PARTIAL or (suffix in OWN_SUFFIXES and not says_folder(path)):
