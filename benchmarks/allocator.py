@@ -37,7 +37,7 @@ def encode(dtype: str) -> float:
     checkpoint = stand_in_checkpoint(card, layer=card.resolve_layer(None))
     options = EncoderOptions(device="cpu", dtype=ComputeDtype(dtype))
     with encoder_module.Encoder.load(checkpoint, options) as encoder:
-        tiles = list(np.random.default_rng(0).integers(0, 256, (encoder.batch_tiles, 448, 448, 3), np.uint8))
+        tiles = list(np.random.default_rng(0).integers(0, 256, (encoder.info.batch_tiles, 448, 448, 3), np.uint8))
         return statistics.median(_rates(lambda: len(encoder.submit(tiles).result().pooled), time.perf_counter))
 
 

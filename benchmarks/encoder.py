@@ -43,9 +43,9 @@ Encode = "Callable[[np.ndarray], np.ndarray]"
 
 def ours(encoder: Encoder, tiles: np.ndarray) -> np.ndarray:
     """uint8 [n,S,S,3] -> float16 visual tokens [n,N/4,4C], batches in flight as in `internvit extract`."""
-    if encoder.device_name == "cpu":
+    if encoder.info.device_name == "cpu":
         torch.set_num_threads(1)
-    size = encoder.batch_tiles
+    size = encoder.info.batch_tiles
     batches = [encoder.submit(list(tiles[i : i + size])) for i in range(0, len(tiles), size)]
     return np.concatenate([batch.result().tokens for batch in batches])
 
@@ -172,7 +172,7 @@ class EncoderStack:
                 self._encoders.append(encoder)
                 label = name if dtype is not ComputeDtype.FP8 else f"{name}, fp8"
                 sides[label] = lambda tiles, encoder=encoder: ours(encoder, tiles)
-                self._bench.notes.append(f"{label}, {self._batch} tiles a batch: {encoder.kernels}")
+                self._bench.notes.append(f"{label}, {self._batch} tiles a batch: {encoder.info.kernels}")
         return sides
 
     def __exit__(self, *error: object) -> None:

@@ -126,8 +126,8 @@ def first_batch(bench: Bench, batch: int) -> str:
                 "seconds": round(taken, 2),
                 "weights": round(weights, 2),
                 "compiled": _cached_kernels() - before,
-                "batch": encoder.batch_tiles,
-                "kernels": encoder.kernels,
+                "batch": encoder.info.batch_tiles,
+                "kernels": encoder.info.kernels,
             }
         )
 

@@ -97,25 +97,23 @@ import sys
 import numpy as np
 from internvit_cli.extract import run_engine
 from internvit_cli.cli.app import run
-from internvit_cli.config import Status
+from internvit_cli.encode.interface import EncoderInfo
 from internvit_cli.storage.write.commit import ImageRows
 
 class Engine:
-    device_name, batch_tiles, batch_tiles_to_record, workers, kernels, notes = "none", 1, 0, 0, "", ()
+    workers, notes = 0, ()
 
     def __init__(self, _checkpoint, options, _workload):
-        self.dtype = options.encoder.dtype
+        self.info = EncoderInfo("none", options.encoder.dtype, batch_tiles=1, batch_tiles_to_record=0, kernels="")
 
-    def fill(self, job, *_):
+    def encode(self, job, *_):
         '''Random vectors in place of decoding and encoding; then the run dies.'''
         random = np.random.default_rng(0)
         vectors = random.standard_normal((4096, 64), np.float32)
-        pending = np.flatnonzero(job.writer.status == Status.PENDING)[:-int(sys.argv[3])]
-        for row in pending.tolist():
-            job.writer.write(ImageRows(row, random.bytes(32), vectors[row % 4096]))
-            if row % 100_000 == 99_999:
-                job.writer.checkpoint()
-        job.writer.checkpoint()
+        pending = [image.row for image in job.images.jobs][:-int(sys.argv[3])]
+        for row in pending:
+            job.images.sink.put(ImageRows(row, random.bytes(32), {"pooled": [vectors[row % 4096][None]]}))
+        job.images.sink.close()
         sys.exit(0)
 
     def close(self):

@@ -26,6 +26,7 @@ import numpy as np
 from internvit_cli.cli import app
 from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
 from internvit_cli.decode.decoder import DecodedImage, FailedImage
+from internvit_cli.encode.interface import EncoderInfo
 from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
 from internvit_cli.extract import engine, run_plan, shard_filler, shard_plan, writer_thread
 from internvit_cli.extract.writer_thread import ShardSink
@@ -163,12 +164,8 @@ class DigestDecoder:
 class DigestEncoder:
     """Random rows that follow from the tiles."""
 
-    batch_tiles = batch_tiles_to_record = 4
-    device_name = "none"
+    info = EncoderInfo("none", ComputeDtype.FLOAT32, batch_tiles=4, batch_tiles_to_record=4, kernels="none")
     device_seconds = 0.0
-    dtype = ComputeDtype.FLOAT32
-    kernels = "none"
-    halved = False
     tokens = (4, 6)
     layers: tuple[int | None, ...] = (None,)
 
@@ -210,7 +207,7 @@ class InlineSink(ShardSink):
             try:
                 work()
                 if is_end:
-                    self.settle(is_end=True)
+                    self.on_idle(is_end=True)
             except BaseException as error:  # noqa: BLE001 - as the thread does
                 self._failure = error
         if self._failure is not None:
@@ -281,7 +278,7 @@ def prepare(behavior: Behavior) -> None:
     writer_thread.CHECKPOINT_SECONDS, writer_thread.CHECKPOINT_BYTES = 3600.0, behavior.checkpoint_bytes
     reuse.CHECKPOINT_BYTES = behavior.checkpoint_bytes
     commit.sync_together = sync_in_turn if behavior.inline else sync_together
-    engine.ShardSink = InlineSink if behavior.inline else ShardSink  # type: ignore[misc]
+    shard_filler.ShardSink = InlineSink if behavior.inline else ShardSink  # type: ignore[misc]
     if behavior.misordered:
         shard_filler.ShardWriter = MisorderedWriter  # type: ignore[misc]
     by_images = lambda _, table: cut(table, behavior.shard_images)  # noqa: E731

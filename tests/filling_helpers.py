@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import storage_helpers as helpers
 
-from internvit_cli.config import PixelRule, Status, TilingRule
+from internvit_cli.config import ComputeDtype, PixelRule, Status, TilingRule
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
+from internvit_cli.encode.interface import EncoderInfo
 from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
 from internvit_cli.errors import DeviceError
-from internvit_cli.extract.encode_loop import EncodeResult, FillJob, FillRules, fill
+from internvit_cli.extract.encode_loop import EncodeJob, EncodeLoop, EncodeResult, EncodeRules
 from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.plan.headers import Header, read_header
 from internvit_cli.plan.table import ImageTable
@@ -42,16 +43,15 @@ class Encoder:
     """Features that can be told from the pixels, and verdicts by color; no model."""
 
     device_seconds = 0.0
-    halved = False
 
     def __init__(self, batch_tiles: int, fail_after: int | None = None) -> None:
-        self.batch_tiles = batch_tiles
+        self.info = EncoderInfo("none", ComputeDtype.FLOAT32, batch_tiles, batch_tiles_to_record=0, kernels="none")
         self.sizes: list[int] = []
         self._fail_after = fail_after
 
     def submit(self, tiles: Sequence[NDArray[Any]]) -> Any:
         self.sizes.append(len(tiles))
-        assert len(tiles) <= self.batch_tiles
+        assert len(tiles) <= self.info.batch_tiles
         if self._fail_after is not None and len(self.sizes) > self._fail_after:
             raise DeviceError("out of memory", "smaller")
         return Pending(features_of(np.stack(tiles)))
@@ -125,12 +125,12 @@ class Shard:
         rows = np.flatnonzero(writer.status == Status.PENDING).tolist()
         is_begun = is_begun or bool((writer.status == Status.DONE).any())
         recipe = dataclasses.replace(stored_recipe(self.new.attributes, ""), thumbnail=not pool_all_tiles)
-        rules = FillRules(recipe, is_begun, strict)
+        rules = EncodeRules(recipe, is_begun, strict)
         sink = ShardSink(writer, SkipLog(self.output.skipped_path), table.keys)
-        job = FillJob(table.keys, [self.jobs[row] for row in rows], sink, rules)
+        job = EncodeJob(table.keys, [self.jobs[row] for row in rows], sink, rules)
         decoder = Decoder(DecodeOptions(RULE, 7, 1, 30, 4 << 30))
         with contextlib.closing(decoder), contextlib.closing(writer):
-            return fill(job, decoder, encoder, stop or Stop(), on_progress)  # type: ignore[arg-type]
+            return EncodeLoop(job, decoder, encoder, stop or Stop(), on_progress).run()  # type: ignore[arg-type]
 
     @property
     def status(self) -> list[int]:

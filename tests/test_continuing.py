@@ -23,7 +23,7 @@ from internvit_cli.decode.decoder import DecodedImage
 from internvit_cli.errors import NoSpaceError, OutputError
 from internvit_cli.extract import encode_loop as filling
 from internvit_cli.extract import writer_thread as storing
-from internvit_cli.extract.encode_loop import FillJob, FillRules, fill
+from internvit_cli.extract.encode_loop import EncodeJob, EncodeLoop, EncodeRules
 from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.runtime import workers
 from internvit_cli.sources import FolderProblem, discover
@@ -203,9 +203,9 @@ def test_slow_decoding_does_not_hold_back_what_could_be_committed(tmp_path, monk
     committed: list[bool] = []
     with contextlib.closing(ShardWriter(shard.output.backend, shard.output.partial_path(0), shard.new.table)) as writer:
         sink = ShardSink(writer, SkipLog(shard.output.skipped_path), shard.new.table.keys)
-        job = FillJob(shard.new.table.keys, shard.jobs, sink, FillRules(helpers.RECIPE))
+        job = EncodeJob(shard.new.table.keys, shard.jobs, sink, EncodeRules(helpers.RECIPE))
         stop = type("Stop", (), {"signal": 0})()
-        fill(job, SlowDecoder(writer, committed), Encoder(64), stop, lambda _: None)
+        EncodeLoop(job, SlowDecoder(writer, committed), Encoder(64), stop, lambda _: None).run()
     assert committed == [True]
 
 

@@ -222,8 +222,12 @@ def test_wrong_tiles_are_refused_before_any_work():
 
 def test_the_batch_and_the_time_are_reported():
     with Encoder.load(tiny_checkpoint(), options(threads=3)) as encoder:
-        assert encoder.batch_tiles == 12
-        assert (encoder.device_name, encoder.dtype, encoder.halved) == ("cpu", ComputeDtype.FLOAT32, False)
+        assert encoder.info.batch_tiles == 12
+        assert (encoder.info.device_name, encoder.info.dtype, encoder.info.halved) == (
+            "cpu",
+            ComputeDtype.FLOAT32,
+            False,
+        )
         only(encoder.submit(random_tiles(3)))
         assert encoder.device_seconds > 0
 
@@ -265,7 +269,7 @@ def test_on_a_cpu_auto_is_bfloat16_only_where_it_is_clearly_faster(monkeypatch, 
 
 def test_auto_dtype_is_resolved_to_one_that_is_not_float16():
     with Encoder.load(tiny_checkpoint(), options(dtype=ComputeDtype.AUTO)) as encoder:
-        assert encoder.dtype in {ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16}
+        assert encoder.info.dtype in {ComputeDtype.FLOAT32, ComputeDtype.BFLOAT16}
 
 
 class ForgetfulLauncher(Launcher):
@@ -364,8 +368,8 @@ def test_on_cuda_a_row_does_not_depend_on_its_neighbors_or_on_what_is_in_flight(
 @pytest.mark.cuda
 def test_on_cuda_the_batch_is_measured_and_the_device_named():
     with Encoder.load(tiny_checkpoint(), options(device="cuda", dtype=ComputeDtype.AUTO)) as encoder:
-        assert encoder.batch_tiles >= 8
-        assert encoder.device_name.startswith("cuda:0 (")
+        assert encoder.info.batch_tiles >= 8
+        assert encoder.info.device_name.startswith("cuda:0 (")
 
 
 @needs_cuda
@@ -408,7 +412,7 @@ def test_the_class_token_of_the_embeddings_is_the_tables_first_row():
 
 def test_what_computes_is_told():
     with Encoder.load(tiny_checkpoint(), options()) as encoder:
-        assert encoder.kernels == "plain PyTorch"
+        assert encoder.info.kernels == "plain PyTorch"
 
 
 def test_fp8_where_there_is_none_is_a_device_error_never_a_silent_change():
@@ -488,7 +492,7 @@ def test_on_cuda_every_kernel_works_and_small_batches_are_graphs():
     pytest.importorskip("triton")
     for batch, note in ((8, ", in CUDA graphs"), (32, "")):
         with Encoder.load(tiny_checkpoint(), cuda_options(batch_tiles=batch)) as encoder:
-            assert encoder.kernels == "triton" + note
+            assert encoder.info.kernels == "triton" + note
 
 
 @needs_cuda
@@ -503,7 +507,7 @@ def test_on_cuda_a_graph_that_cannot_be_captured_changes_nothing_but_the_report(
     expected = on_cuda(tiles)
     monkeypatch.setattr(CudaLauncher, "_graph", refuse)
     with Encoder.load(tiny_checkpoint(), cuda_options()) as encoder:
-        assert "(no CUDA graphs: operation not permitted" in encoder.kernels
+        assert "(no CUDA graphs: operation not permitted" in encoder.info.kernels
     assert np.array_equal(on_cuda(tiles).tokens, expected.tokens)
 
 
@@ -544,6 +548,6 @@ def test_on_cuda_fp8_is_close_to_bfloat16_and_says_how_close():
 def test_on_cuda_torch_compile_gives_the_same_within_rounding():
     tiles = random_tiles(8)
     with Encoder.load(tiny_checkpoint(), cuda_options(compile=True)) as encoder:
-        assert encoder.kernels.startswith("torch.compile over plain PyTorch")
+        assert encoder.info.kernels.startswith("torch.compile over plain PyTorch")
         compiled = only(encoder.submit(tiles))
     assert relative_error(compiled.pooled, on_cuda(tiles, fused=False).pooled) < 0.05

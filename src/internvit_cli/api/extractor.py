@@ -127,9 +127,9 @@ class Extractor:
         encoder = _load(checkpoint, how)
         self._encoder: Encoder | None = encoder
         """None once it was closed."""
-        self.recipe = replace(recipe, compute_dtype=encoder.dtype)
+        self.recipe = replace(recipe, compute_dtype=encoder.info.dtype)
         """What decides its values; that of a feature file made with the same options is equal."""
-        self.device_name = encoder.device_name
+        self.device_name = encoder.info.device_name
         self._model_layers = checkpoint.card.vision.num_layers
         self._rule = pixel_rule(recipe, max_pixels)
 
@@ -258,7 +258,7 @@ class _Flow:
         """Send a picture's tiles off, batch by batch as they become full."""
         for tile in () if isinstance(pending.tiled, Skipped) else pending.tiled.tiles:
             self._batch.append((pending, tile))
-            if len(self._batch) == self._encoder.batch_tiles:
+            if len(self._batch) == self._encoder.info.batch_tiles:
                 self._submit()
 
     def finish(self) -> None:

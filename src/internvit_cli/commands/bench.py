@@ -182,7 +182,7 @@ def _batches(options: ExtractOptions, how: BenchOptions, device: str) -> Sequenc
 def _encoder_rate(encoder: Encoder, options: EncoderOptions, seconds: float) -> EncoderRate:
     side = options.tile_size
     random = np.random.default_rng(0)
-    tiles = list(random.integers(0, 256, (encoder.batch_tiles, side, side, 3), np.uint8))
+    tiles = list(random.integers(0, 256, (encoder.info.batch_tiles, side, side, 3), np.uint8))
     encoder.submit(tiles).result()  # what is done once only: kernels, buffers
     started, finished = time.perf_counter(), 0
     pending = [encoder.submit(tiles)]
@@ -193,7 +193,8 @@ def _encoder_rate(encoder: Encoder, options: EncoderOptions, seconds: float) -> 
         pending.pop(0).result()
         finished += 1
     rate = finished * len(tiles) / (time.perf_counter() - started)
-    return EncoderRate(encoder.device_name, encoder.dtype.value, encoder.batch_tiles, rate)
+    info = encoder.info
+    return EncoderRate(info.device_name, info.dtype.value, info.batch_tiles, rate)
 
 
 # ---------------------------------------------------------------------------------------------------------- decoding

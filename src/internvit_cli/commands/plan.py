@@ -14,7 +14,7 @@ from internvit_cli.errors import InternvitError, ModelError
 from internvit_cli.extract.multi_device.engine import ALL_DEVICES, find_devices
 from internvit_cli.extract.requests import check_words, find_output
 from internvit_cli.extract.results import PlanSummary
-from internvit_cli.extract.shard_plan import EMPTY_TABLE, Draft, ShardSize, new_shard
+from internvit_cli.extract.shard_plan import EMPTY_TABLE, ShardPlan, ShardSize, new_shard
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.hub import HubUnavailableError
@@ -93,7 +93,7 @@ class Survey:
         Raises:
             UsageError: `--shard-size` is too small for one.
         """
-        nothing = new_shard(Draft(EMPTY_TABLE, self.listing.sources), self.shape, self.recipe, self.card)
+        nothing = new_shard(ShardPlan(EMPTY_TABLE, self.listing.sources), self.shape, self.recipe, self.card)
         return ShardSize.of(self.options.store.shard_bytes, self.output.backend, self.shape, nothing.attributes)
 
 
@@ -129,8 +129,8 @@ def summarize_plan(found: Survey) -> PlanSummary:
     """Count the images, tiles and bytes of an extraction."""
     listing, table, output, card = found.listing, found.table, found.output, found.card
     size = None if output.is_file else found.shard_size
-    drafts = [Draft(part, listing.sources) for part in (size.split(table) if size else [table])]
-    shards = [new_shard(draft, found.shape, found.recipe, card) for draft in drafts]
+    shard_plans = [ShardPlan(part, listing.sources) for part in (size.split(table) if size else [table])]
+    shards = [new_shard(shard_plan, found.shape, found.recipe, card) for shard_plan in shard_plans]
     with disk_errors(output.path):  # such as a limit on the size of files
         planned_bytes = sum(output.backend.planned_bytes(shard) for shard in shards)
     reasons = {

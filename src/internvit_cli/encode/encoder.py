@@ -14,6 +14,7 @@ import torch
 
 from internvit_cli.config import ComputeDtype
 from internvit_cli.encode.devices import device_name, fastest_dtype, find_fit_device
+from internvit_cli.encode.interface import EncoderInfo
 from internvit_cli.errors import DeviceError, UsageError
 from internvit_cli.model.accuracy import Accuracy
 from internvit_cli.model.features import FeatureModel, FeatureSpec
@@ -47,10 +48,7 @@ class Encoder:
 
     def __init__(self, checkpoint: Checkpoint, options: EncoderOptions, model: FeatureModel, runner: Runner) -> None:
         """Take over what `load` made, with `options` that say which dtype."""
-        self.device_name = device_name(model.device)
-        """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
-        self.dtype = options.dtype
-        """The type it computes in, never AUTO."""
+        self._dtype = options.dtype
         self.shapes = model.shapes
         self._tile_shape = (model.spec.tile_size, model.spec.tile_size, 3)
         self._checkpoint = checkpoint
@@ -78,25 +76,17 @@ class Encoder:
         return cls(checkpoint, options, model, _make_runner(model, options))
 
     @property
-    def batch_tiles(self) -> int:
-        """The most tiles of one `submit`; smaller after a batch ran out of memory."""
-        return self._runner.batch_tiles
-
-    @property
-    def batch_tiles_to_record(self) -> int:
-        """What a later run has to use again for the same bits; 0 on a CPU, where tiles are encoded one by one."""
-        return self._runner.batch_tiles if self._runner.fixed_batch else 0
-
-    @property
-    def kernels(self) -> str:
-        """What computes, for the report: `triton`, `plain PyTorch`, and why where that is not the fastest."""
-        name = f"torch.compile over {self._model.kernels.name}" if self._compile else self._model.kernels.name
-        return name + self._runner.note
-
-    @property
-    def halved(self) -> bool:
-        """Whether a batch ran out of memory and the size was halved."""
-        return self._runner.halved
+    def info(self) -> EncoderInfo:
+        """What it is now: the batch gets smaller after one ran out of memory."""
+        runner, kernels = self._runner, self._model.kernels.name
+        return EncoderInfo(
+            device_name=device_name(self._model.device),
+            dtype=self._dtype,
+            batch_tiles=runner.batch_tiles,
+            batch_tiles_to_record=runner.batch_tiles if runner.fixed_batch else 0,
+            kernels=(f"torch.compile over {kernels}" if self._compile else kernels) + runner.note,
+            halved=runner.halved,
+        )
 
     @property
     def device_seconds(self) -> float:
@@ -134,7 +124,7 @@ class Encoder:
         if not tiles:
             return Accuracy()
         stores_coarsely = self._model.spec.store_dtype.is_scaled
-        computes_coarsely = self.dtype is ComputeDtype.FP8
+        computes_coarsely = self._dtype is ComputeDtype.FP8
         return Accuracy(
             compute=measure_computing(self._checkpoint, self._model, tiles) if computes_coarsely else None,
             store=measure_storing(self._model, tiles) if stores_coarsely else None,

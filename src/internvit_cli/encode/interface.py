@@ -1,7 +1,8 @@
-"""What runs batches on one kind of device, and a batch on its way."""
+"""The contracts of an encoder: what it says of itself, what runs its batches, and a batch in flight."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -9,11 +10,30 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from internvit_cli.config import ComputeDtype
     from internvit_cli.encode.tile_features import TileFeatures
 
 
+@dataclass(frozen=True, slots=True)
+class EncoderInfo:
+    """What a loaded encoder says of itself."""
+
+    device_name: str
+    """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
+    dtype: ComputeDtype
+    """The type it computes in, never AUTO."""
+    batch_tiles: int
+    """The most tiles of one `submit`; smaller after a batch ran out of memory."""
+    batch_tiles_to_record: int
+    """The batch that a later run must use again for the same bits; 0 on a CPU, which encodes tiles one by one."""
+    kernels: str
+    """What computes: `triton` or `plain PyTorch`, and why where that is not the fastest."""
+    halved: bool = False
+    """Whether a batch ran out of memory and the size was halved."""
+
+
 class PendingBatch(Protocol):
-    """A batch on its way."""
+    """A batch in flight."""
 
     def result(self) -> TileFeatures:
         """Wait for the features; the same object however often it is called.

@@ -43,7 +43,7 @@ POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class FillRules:
+class EncodeRules:
     """What becomes of the features of an image, and of an image that has none."""
 
     recipe: Recipe
@@ -55,7 +55,7 @@ class FillRules:
 
 
 @dataclass(frozen=True, slots=True)
-class FillJob:
+class EncodeJob:
     """Images to be encoded, and where they go."""
 
     keys: Any
@@ -63,12 +63,12 @@ class FillJob:
     jobs: Iterable[DecodeJob | None]
     """None when there is none at the moment, and there may be later."""
     sink: Sink
-    rules: FillRules
+    rules: EncodeRules
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
-    """What `fill` did."""
+    """What became of the images of a job."""
 
     stages: Stages
     tally: Tally
@@ -97,26 +97,13 @@ class _Span:
     count: int
 
 
-def fill(
-    job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]
-) -> EncodeResult:
-    """Decode, encode and store all images of a job, or as many as there are before `stop`.
+class EncodeLoop:
+    """Decodes, encodes and stores the images of one job, in batches across images."""
 
-    All that was encoded has gone to the sink when this returns, and also when it raises. The sink is closed.
-
-    Raises:
-        InternvitError: the disk, the device or the workers fail; with `strict`, an image cannot be used.
-    """
-    try:
-        return _EncodeLoop(job, decoder, encoder, stop, on_progress).run()
-    finally:
-        job.sink.close()
-
-
-class _EncodeLoop:
     def __init__(
-        self, job: FillJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]
+        self, job: EncodeJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]
     ) -> None:
+        """Make room for the batches; nothing runs yet."""
         self._job = job
         self._decoder = decoder
         self._encoder = encoder
@@ -124,7 +111,7 @@ class _EncodeLoop:
         self._on_progress = on_progress
         self._rules = job.rules
         tile_size = decoder.tile_size
-        self._batch_tiles = encoder.batch_tiles  # fixed: a halved encoder takes a batch in two
+        self._batch_tiles = encoder.info.batch_tiles  # fixed: a halved encoder takes a batch in two
         shape = (self._batch_tiles, tile_size, tile_size, 3)
         self._buffers = deque(np.empty(shape, np.uint8) for _ in range(BATCHES_IN_FLIGHT + 1))
         self._spans: list[_Span] = []
@@ -132,9 +119,16 @@ class _EncodeLoop:
         self._in_flight: deque[tuple[PendingBatch, list[_Span], NDArray[Any]]] = deque()
         self._submitted = time.monotonic()
         self._tally = Tally()
-        self.clamped = 0
+        self._clamped = 0
 
     def run(self) -> EncodeResult:
+        """Encode all images, or as many as there is time for before `stop`.
+
+        Everything that was encoded has gone to the sink when this returns, and also when it raises. The sink is closed.
+
+        Raises:
+            InternvitError: the disk, the device or the workers fail; with `strict`, an image cannot be used.
+        """
         started = time.perf_counter()
         decode_before, device_before = self._decoder.busy_seconds, self._encoder.device_seconds
         try:
@@ -147,7 +141,7 @@ class _EncodeLoop:
             device=self._encoder.device_seconds - device_before,
             write=self._job.sink.busy_seconds,
         )
-        return EncodeResult(stages, self._tally, self.clamped)
+        return EncodeResult(stages, self._tally, self._clamped)
 
     def _encode_all(self) -> None:
         decoded = _DecodeThread(self._decoder, self._job.jobs, self._stop)
@@ -202,7 +196,7 @@ class _EncodeLoop:
         pending, spans, buffer = self._in_flight.popleft()
         features = pending.result()
         self._buffers.append(buffer)
-        self.clamped += features.clamped
+        self._clamped += features.clamped
         for span in spans:
             part = slice(span.start, span.start + span.count)
             span.assembly.parts.append(features.take(part))
@@ -228,7 +222,7 @@ class _EncodeLoop:
 
     def _skip(self, row: int, skipped: Skipped, tiles: int) -> None:
         if self._rules.strict:
-            raise unusable(self._job.keys[row], skipped)
+            raise strict_error(self._job.keys[row], skipped)
         self._job.sink.put(SkippedImage(row, skipped))
         self._count(Tally(skipped=1, skipped_tiles=tiles))
 
@@ -245,7 +239,7 @@ def _unfit(parts: list[TileFeatures]) -> Skipped | None:
     return Skipped(Status.OVERFLOW, "OverflowError" if worst == 1 else "ArithmeticError", UNFIT[worst])
 
 
-def unusable(key: bytes, skipped: Skipped) -> InternvitError:
+def strict_error(key: bytes, skipped: Skipped) -> InternvitError:
     """What `--strict` ends a run with."""
     return InternvitError(
         f"{one_line(key)}: {skipped.status.word}: {skipped.message}",

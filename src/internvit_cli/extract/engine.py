@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from internvit_cli.decode.decoder import PIXELS_IN_FLIGHT, DecodeJob, DecodeOptions, Decoder
-from internvit_cli.extract.encode_loop import EncodeResult, FillJob, FillRules, fill
+from internvit_cli.extract.encode_loop import EncodeLoop
 from internvit_cli.extract.sampling import sample_tiles
-from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.runtime.workers import usable_cpus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from internvit_cli.config import ComputeDtype, PixelRule
+    from internvit_cli.config import PixelRule
     from internvit_cli.encode.encoder import Encoder
+    from internvit_cli.encode.interface import EncoderInfo
     from internvit_cli.encode.options import EncoderOptions
+    from internvit_cli.extract.encode_loop import EncodeJob, EncodeResult
     from internvit_cli.extract.results import Tally
     from internvit_cli.model.accuracy import Accuracy
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.runtime.signals import Stop
-    from internvit_cli.storage.skipped import SkipLog
-    from internvit_cli.storage.write.commit import ShardWriter
+    from internvit_cli.storage.format.layout import Extent
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,47 +60,24 @@ class ShardJob:
     """What is missing in one shard."""
 
     workload: Workload
-    keys: Any
-    """The shard's keys, by row."""
-    jobs: Iterable[DecodeJob]
-    first_tile: Any
+    images: EncodeJob
+    first_tile: NDArray[Any]
     """By row, the index of an image's first tile row."""
-    writer: ShardWriter
-    skip_log: SkipLog
-    rules: FillRules
+    extents: Mapping[str, Extent]
+    """Where the shard's rows lie, by dataset, for processes that write them by themselves."""
 
 
 class Engine(Protocol):
     """Decodes and encodes shard after shard."""
 
     @property
-    def device_name(self) -> str:
-        """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
-        ...
-
-    @property
-    def dtype(self) -> ComputeDtype:
-        """The type it computes in, never AUTO."""
-        ...
-
-    @property
-    def batch_tiles(self) -> int:
-        """Tiles in a batch of one device."""
-        ...
-
-    @property
-    def batch_tiles_to_record(self) -> int:
-        """What a later run has to use again for the same bits; 0 where that does not matter."""
+    def info(self) -> EncoderInfo:
+        """What its encoders are; with several devices, the batch is that of each."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how it went."""
-        ...
-
-    @property
-    def kernels(self) -> str:
-        """What computes, such as `triton` or `plain PyTorch`."""
         ...
 
     @property
@@ -115,10 +93,10 @@ class Engine(Protocol):
         """
         ...
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
-        """Decode, encode and commit what is missing in a shard, or as much of it as there is before `stop`.
+    def encode(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
+        """Decode, encode and store what is missing in a shard, or as much of it as there is time for before `stop`.
 
-        All that was encoded is committed when this returns, and also when it raises, unless the disk itself failed.
+        Everything that was encoded has gone to the job's sink when this returns, and also when it raises.
 
         Raises:
             InternvitError: the disk, a device or the workers fail; or an image cannot be used, and the run is strict.
@@ -154,34 +132,14 @@ class LocalEngine:
         return engine
 
     @property
-    def device_name(self) -> str:
-        """The encoder's device."""
-        return self._encoder.device_name
-
-    @property
-    def dtype(self) -> ComputeDtype:
-        """The encoder's type."""
-        return self._encoder.dtype
-
-    @property
-    def batch_tiles(self) -> int:
-        """Tiles in a batch."""
-        return self._encoder.batch_tiles
-
-    @property
-    def batch_tiles_to_record(self) -> int:
-        """What a later run has to use again for the same bits."""
-        return self._encoder.batch_tiles_to_record
+    def info(self) -> EncoderInfo:
+        """What the encoder is."""
+        return self._encoder.info
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Whether a batch ran out of memory and the size was halved."""
-        return (halved_note(self.device_name),) if self._encoder.halved else ()
-
-    @property
-    def kernels(self) -> str:
-        """What the encoder computes with."""
-        return self._encoder.kernels
+        return (halved_note(self.info.device_name),) if self.info.halved else ()
 
     @property
     def workers(self) -> int:
@@ -192,11 +150,9 @@ class LocalEngine:
         """What the coarse types in use cost, on the tiles of some pictures."""
         return self._encoder.accuracy(sample_tiles(self._decoder_for(workload), jobs, stop))
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
-        """Decode, encode and commit what is missing in a shard."""
-        decoder = self._decoder_for(job.workload)
-        sink = ShardSink(job.writer, job.skip_log, job.keys)
-        return fill(FillJob(job.keys, job.jobs, sink, job.rules), decoder, self._encoder, stop, on_progress)
+    def encode(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
+        """Decode, encode and store what is missing in a shard."""
+        return EncodeLoop(job.images, self._decoder_for(job.workload), self._encoder, stop, on_progress).run()
 
     def close(self) -> None:
         """End the workers and let the device go."""

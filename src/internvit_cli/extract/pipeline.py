@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from internvit_cli.errors import InternvitError, StoppedError
 from internvit_cli.extract.changes import StoredImages
-from internvit_cli.extract.encode_loop import unusable
+from internvit_cli.extract.encode_loop import strict_error
 from internvit_cli.extract.requests import check_words, find_output
 from internvit_cli.extract.resume import Existing, load_existing
 from internvit_cli.extract.run_engine import RunEngine, measure_accuracy
 from internvit_cli.extract.run_plan import Run, RunPlan, decoded_tiles, prepare
 from internvit_cli.extract.shard_filler import CreatedShard, ShardFiller, is_skipped_by
-from internvit_cli.extract.shard_plan import Draft, DraftRules, RunMeasurements, draft_shards, new_shard
+from internvit_cli.extract.shard_plan import RunMeasurements, ShardPlan, ShardPlanRules, new_shard, plan_shards
 from internvit_cli.extract.summary import Account, Totals, look_ahead, summarize
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.signals import Interruption
@@ -91,9 +91,9 @@ def _extract(run: Run, listing: Listing, started: float) -> Summary:
 def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> None:
     """Encode what is missing: first what an earlier run planned, then what is new."""
     existing, planned, output = plan.existing, plan.planned, run.output
-    rules = DraftRules(plan.shard_size, plan.listing.sources, run.relocations)
-    drafts = draft_shards(existing.finished, plan.gone, planned.table, rules)
-    _check(run, plan, drafts, engine)
+    rules = ShardPlanRules(plan.shard_size, plan.listing.sources, run.relocations)
+    shard_plans = plan_shards(existing.finished, plan.gone, planned.table, rules)
+    _check(run, plan, shard_plans, engine)
     totals.unsynced = unsynced_folder(output.folder)
     run.observer.note(
         look_ahead(
@@ -104,27 +104,27 @@ def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> 
         engine.start(plan.workload)
     else:
         engine.start_for_types()
-    accuracy = measure_accuracy(run, plan, engine) if drafts else None
+    accuracy = measure_accuracy(run, plan, engine) if shard_plans else None
     plan.skip_log.append((planned.table.keys[row], skip) for row, skip in planned.skipped.items())
     filler = ShardFiller(run, plan, engine, totals)
     if existing.partial is not None:
         stored = existing.partial.stored
-        filler.fill(CreatedShard(stored.table, stored.attributes, drafts), StoredImages(existing.finished))
+        filler.fill(CreatedShard(stored.table, stored.attributes, shard_plans), StoredImages(existing.finished))
         existing = load_existing(output, overwrite=run.options.store.overwrite)
-        drafts = draft_shards(existing.finished, plan.gone, planned.table, rules)
+        shard_plans = plan_shards(existing.finished, plan.gone, planned.table, rules)
     finished = StoredImages(existing.finished)
-    for number, draft in enumerate(drafts, 1):
+    for number, shard_plan in enumerate(shard_plans, 1):
         if run.is_stopped:
             return
-        shard = _new_shard(plan, draft, engine, RunMeasurements(engine.batch_tiles_to_record, accuracy))
+        shard = _new_shard(plan, shard_plan, engine, RunMeasurements(engine.batch_tiles_to_record, accuracy))
         with run.observer.phase("setting space aside"):
             create_shard(output.backend, output.partial_path(output.next_number()), shard)
-        filler.fill(CreatedShard(shard.table, shard.complete_attributes, drafts[number:]), finished)
+        filler.fill(CreatedShard(shard.table, shard.complete_attributes, shard_plans[number:]), finished)
     if plan.dropped and not run.is_stopped and not output.is_file:
         output.drop_rows(finished.by_shard(plan.dropped))
 
 
-def _check(run: Run, plan: RunPlan, drafts: list[Draft], engine: RunEngine) -> None:
+def _check(run: Run, plan: RunPlan, shard_plans: list[ShardPlan], engine: RunEngine) -> None:
     """Refuse before any work what cannot be done, and tell what a user should know before it.
 
     Raises:
@@ -136,9 +136,11 @@ def _check(run: Run, plan: RunPlan, drafts: list[Draft], engine: RunEngine) -> N
         run.observer.note(note)
     if plan.planned.skipped and run.options.run.strict:
         row, skipped = min(plan.planned.skipped.items())
-        raise unusable(plan.planned.table.keys[row], skipped)
-    _check_space(run, plan.existing, [_new_shard(plan, draft, engine, RunMeasurements()) for draft in drafts])
-    if drafts and run.output.is_file and plan.existing.finished:
+        raise strict_error(plan.planned.table.keys[row], skipped)
+    _check_space(
+        run, plan.existing, [_new_shard(plan, shard_plan, engine, RunMeasurements()) for shard_plan in shard_plans]
+    )
+    if shard_plans and run.output.is_file and plan.existing.finished:
         copied = counted(os.path.getsize(run.output.path), "byte")
         run.observer.note(f"{run.output.path} is made anew: up to {copied} of its rows copied")
 
@@ -155,9 +157,9 @@ def _check_space(run: Run, existing: Existing, shards: list[NewShard]) -> None:
     check_space(output.path, needed)
 
 
-def _new_shard(plan: RunPlan, draft: Draft, engine: RunEngine, measured: RunMeasurements) -> NewShard:
+def _new_shard(plan: RunPlan, shard_plan: ShardPlan, engine: RunEngine, measured: RunMeasurements) -> NewShard:
     assert plan.shape is not None, "there is something to do"
-    return new_shard(draft, plan.shape, engine.recipe, plan.model.card, measured)
+    return new_shard(shard_plan, plan.shape, engine.recipe, plan.model.card, measured)
 
 
 def _complete(run: Run, plan: RunPlan) -> None:

@@ -40,23 +40,24 @@ class RunEngine:
     def recipe(self) -> Recipe:
         """The run's recipe, with the type that the engine computes in once it has started."""
         recipe = self._model.recipe
-        return recipe if self.started is None else replace(recipe, compute_dtype=self.started.dtype)
+        return recipe if self.started is None else replace(recipe, compute_dtype=self.started.info.dtype)
 
     @property
     def batch_tiles_to_record(self) -> int:
         """What a later run has to use again for the same bits; 0 where that does not matter."""
-        return self.started.batch_tiles_to_record if self.started else 0
+        return self.started.info.batch_tiles_to_record if self.started else 0
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a shard's log of runs says of this one."""
         engine = self.started
         assert engine is not None, "facts are those of an engine that has encoded something"
+        info = engine.info
         return {
-            "device": engine.device_name,
-            "dtype": engine.dtype.value,
-            "batch_tiles": engine.batch_tiles,
-            "kernels": engine.kernels,
+            "device": info.device_name,
+            "dtype": info.dtype.value,
+            "batch_tiles": info.batch_tiles,
+            "kernels": info.kernels,
             "workers": engine.workers,
             "model": self._model.recorded_name,
             "output": os.path.abspath(self._run.output.path),
@@ -71,9 +72,10 @@ class RunEngine:
         if self.started is not None:
             return self.started
         engine = self._start(workload)
-        label = f"{self._model.card.name} in {engine.dtype.value} on {engine.device_name}"
-        batch = counted(engine.batch_tiles, "tile")
-        self._run.observer.note(f"encoding with {label}, {batch} per batch, {engine.kernels}")
+        info = engine.info
+        label = f"{self._model.card.name} in {info.dtype.value} on {info.device_name}"
+        batch = counted(info.batch_tiles, "tile")
+        self._run.observer.note(f"encoding with {label}, {batch} per batch, {info.kernels}")
         return engine
 
     def start_for_types(self) -> None:

@@ -12,7 +12,7 @@ from internvit_cli.config import Status
 from internvit_cli.extract.changes import Relocation, StoredImages, prunable
 from internvit_cli.extract.engine import Workload
 from internvit_cli.extract.resume import load_existing, shards_to_continue
-from internvit_cli.extract.shard_plan import EMPTY_TABLE, Draft, RunMeasurements, ShardSize, is_moved, new_shard
+from internvit_cli.extract.shard_plan import EMPTY_TABLE, RunMeasurements, ShardPlan, ShardSize, is_moved, new_shard
 from internvit_cli.plan.scan import PlanOptions, plan_images
 from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule
 from internvit_cli.runtime.workers import usable_cpus
@@ -164,7 +164,7 @@ def _shape_and_size(run: Run, model: ModelInUse, listing: Listing) -> tuple[Feat
     shape = feature_shape(run.options, model.card, model.recipe)
     if run.output.is_file:
         return shape, None
-    nothing = new_shard(Draft(EMPTY_TABLE, listing.sources), shape, model.recipe, model.card, RunMeasurements())
+    nothing = new_shard(ShardPlan(EMPTY_TABLE, listing.sources), shape, model.recipe, model.card, RunMeasurements())
     size = ShardSize.of(run.options.store.shard_bytes, run.output.backend, shape, nothing.attributes)
     return shape, size
 

@@ -13,10 +13,11 @@ from internvit_cli.config import Status
 from internvit_cli.decode.decoder import decode_jobs
 from internvit_cli.errors import OutputError
 from internvit_cli.extract.changes import StoredImages, stored_sources
-from internvit_cli.extract.encode_loop import FillRules
+from internvit_cli.extract.encode_loop import EncodeJob, EncodeRules
 from internvit_cli.extract.engine import ShardJob, Workload
 from internvit_cli.extract.results import Tally, run_log_entry
 from internvit_cli.extract.run_plan import decoded_tiles
+from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.runtime.observer import Work
 from internvit_cli.runtime.words import counted
 from internvit_cli.storage.check.recheck import Recheck, contradictory_rows
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.extract.run_engine import RunEngine
     from internvit_cli.extract.run_plan import Run, RunPlan
-    from internvit_cli.extract.shard_plan import Draft
+    from internvit_cli.extract.shard_plan import ShardPlan
     from internvit_cli.extract.summary import Totals
     from internvit_cli.plan.table import ImageTable
     from internvit_cli.runtime.observer import Phase
@@ -44,7 +45,7 @@ class CreatedShard:
 
     table: ImageTable
     attributes: dict[str, Any]
-    later: Sequence[Draft]
+    later: Sequence[ShardPlan]
     """Shards that will be made after it."""
 
 
@@ -56,7 +57,7 @@ class _OpenShard:
     sources: Sequence[Source]
     """What the table's `source` column counts."""
     writer: ShardWriter
-    later: Sequence[Draft]
+    later: Sequence[ShardPlan]
 
 
 class ShardFiller:
@@ -140,28 +141,23 @@ class ShardFiller:
         workload = Workload(len(rows), int(decoded_tiles(table, self._rule)[rows].max()))
         engine = self._engine.start(workload)
         is_begun = is_begun or bool((writer.status == Status.DONE).any())
-        job = ShardJob(
-            workload=workload,
-            keys=table.keys,
-            jobs=decode_jobs(table, rows, shard.sources),
-            first_tile=table.tile_offset,
-            writer=writer,
-            skip_log=self._skip_log,
-            rules=FillRules(self._engine.recipe, is_begun=is_begun, strict=self._run.options.run.strict),
-        )
-        with self._run.observer.phase("encoding", "image") as phase:
-            filled = engine.fill(job, self._run.stop, self._teller(phase, shard, rows))
-        self._totals.add(filled)
+        rules = EncodeRules(self._engine.recipe, is_begun=is_begun, strict=self._run.options.run.strict)
+        with closing(ShardSink(writer, self._skip_log, table.keys)) as sink:
+            images = EncodeJob(table.keys, decode_jobs(table, rows, shard.sources), sink, rules)
+            job = ShardJob(workload, images, table.tile_offset, writer.extents)
+            with self._run.observer.phase("encoding", "image") as phase:
+                result = engine.encode(job, self._run.stop, self._teller(phase, shard, rows))
+        self._totals.add(result)
         is_done = writer.status[rows] == Status.DONE
         self._totals.encoded_unlisted += sum(table.keys[row] in self._unlisted for row in rows[is_done].tolist())
-        done = filled.tally
-        writer.append_run_log(self._engine.facts | run_log_entry(filled.stages, done.images, done.tiles))
+        done = result.tally
+        writer.append_run_log(self._engine.facts | run_log_entry(result.stages, done.images, done.tiles))
 
     def _teller(self, phase: Phase, shard: _OpenShard, rows: NDArray[Any]) -> Callable[[Tally], None]:
         """What tells how far all shards are together: what is done, what this one lacks, what later ones bring."""
         before = self._totals.tally
         parts = [decoded_tiles(shard.table, self._rule)[rows]]
-        parts += [decoded_tiles(draft.table, self._rule)[draft.to_encode] for draft in shard.later]
+        parts += [decoded_tiles(shard_plan.table, self._rule)[shard_plan.to_encode] for shard_plan in shard.later]
         images = before.images + before.skipped + sum(map(len, parts))
         tiles = before.tiles + before.skipped_tiles + sum(int(part.sum()) for part in parts)
 

@@ -39,7 +39,7 @@ EMPTY_TABLE = ImageTable.build([], np.zeros(0, np.uint8), {name: np.zeros(0, np.
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class ShardPlan:
     """A shard to be made."""
 
     table: ImageTable
@@ -55,7 +55,7 @@ class Draft:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftRules:
+class ShardPlanRules:
     """How images are put into shards."""
 
     size: ShardSize | None
@@ -65,9 +65,9 @@ class DraftRules:
     relocations: Sequence[Relocation]
 
 
-def draft_shards(
-    finished: Sequence[FinishedShard], gone: Collection[bytes], added: ImageTable, rules: DraftRules
-) -> list[Draft]:
+def plan_shards(
+    finished: Sequence[FinishedShard], gone: Collection[bytes], added: ImageTable, rules: ShardPlanRules
+) -> list[ShardPlan]:
     """The shards to make: more of them in a folder; a single file is made anew, with the rows it has.
 
     A shard whose pictures moved is made anew too, for it names their source.
@@ -83,11 +83,11 @@ def draft_shards(
             return []
         return [merge_rows(finished[0], gone, added, rules.sources, rules.relocations)]
     moved = [shard for shard in finished if is_moved([shard], rules.relocations)]
-    drafts = [merge_rows(shard, gone, EMPTY_TABLE, (), rules.relocations) for shard in moved]
+    shard_plans = [merge_rows(shard, gone, EMPTY_TABLE, (), rules.relocations) for shard in moved]
     if not len(added):
-        return drafts
+        return shard_plans
     tables = [added] if rules.size is None else rules.size.split(added)
-    return [*drafts, *(Draft(table, rules.sources) for table in tables)]
+    return [*shard_plans, *(ShardPlan(table, rules.sources) for table in tables)]
 
 
 def is_moved(shards: Sequence[FinishedShard], relocations: Sequence[Relocation]) -> bool:
@@ -153,7 +153,7 @@ def merge_rows(
     added: ImageTable,
     sources: Sequence[Source],
     relocations: Sequence[Relocation] = (),
-) -> Draft:
+) -> ShardPlan:
     """A shard that takes another's place: its rows without the dropped ones, then the added ones.
 
     Rows that are done turn pending: they are copied once the new shard is there.
@@ -168,7 +168,7 @@ def merge_rows(
             merged.append(source)
         numbers.append(merged.index(source))
     renumbered = np.array(numbers, np.uint32)[added.source] if len(added) else added.source
-    return Draft(concatenate([kept, added.with_sources(renumbered)]), merged, len(kept))
+    return ShardPlan(concatenate([kept, added.with_sources(renumbered)]), merged, len(kept))
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ class RunMeasurements:
 
 
 def new_shard(
-    draft: Draft, shape: FeatureShape, recipe: Recipe, card: ModelCard, measured: RunMeasurements | None = None
+    shard_plan: ShardPlan, shape: FeatureShape, recipe: Recipe, card: ModelCard, measured: RunMeasurements | None = None
 ) -> NewShard:
     """All that is known of a shard when it is created; before anything is measured, something of the same size."""
     measured = measured or RunMeasurements()
@@ -192,7 +192,7 @@ def new_shard(
         "format_version": FORMAT_VERSION,
         "recipe": recipe.to_json(),
         "recipe_digest": recipe.digest,
-        "sources": sources_to_json(draft.sources),
+        "sources": sources_to_json(shard_plan.sources),
         "created_by": CREATED_BY,
         "model": card.recorded_name,
         "model_revision": card.revision or "",
@@ -202,4 +202,4 @@ def new_shard(
         **({MODEL_LAYERS: card.vision.num_layers} if recipe.earlier_layers else {}),
         **accuracy,
     }
-    return NewShard(draft.table, shape, attributes)
+    return NewShard(shard_plan.table, shape, attributes)

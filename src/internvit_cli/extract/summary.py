@@ -92,6 +92,7 @@ class Account:
 def summarize(account: Account, engine: Engine | None, *, seconds: float, stopped_by: int) -> Summary:
     """The result of a run; without an engine nothing had to be encoded."""
     existing, totals = account.existing, account.totals
+    info = engine.info if engine else None
     return Summary(
         output=account.output.path,
         skipped_path=account.output.skipped_path,
@@ -104,10 +105,10 @@ def summarize(account: Account, engine: Engine | None, *, seconds: float, stoppe
         bytes=sum(map(_bytes_on_disk, existing.shards)),
         seconds=seconds,
         stages=totals.stages,
-        device=engine.device_name if engine else "",
-        dtype=engine.dtype.value if engine else "",
-        batch_tiles=engine.batch_tiles if engine else 0,
-        kernels=engine.kernels if engine else "",
+        device=info.device_name if info else "",
+        dtype=info.dtype.value if info else "",
+        batch_tiles=info.batch_tiles if info else 0,
+        kernels=info.kernels if info else "",
         notes=_notes(account, engine),
         stopped_by=stopped_by,
     )

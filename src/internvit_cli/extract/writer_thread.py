@@ -81,7 +81,7 @@ class Sink(ABC):
         """Write one image."""
 
     @abstractmethod
-    def settle(self, *, is_end: bool) -> None:
+    def on_idle(self, *, is_end: bool) -> None:
         """Called after each image, in idle moments, and at the end."""
 
     def _run(self) -> None:
@@ -95,7 +95,7 @@ class Sink(ABC):
             try:
                 if not isinstance(image, _Mark):
                     self.take(image)
-                self.settle(is_end=is_end)
+                self.on_idle(is_end=is_end)
             except BaseException as error:  # noqa: BLE001 - raised again by whoever puts or closes
                 self._failure = error
             self.busy_seconds += time.perf_counter() - started
@@ -134,7 +134,7 @@ class ShardSink(Sink):
                 self._first_skip = self._first_skip if self._skips else time.monotonic()
                 self._skips.append(image)
 
-    def settle(self, *, is_end: bool) -> None:
+    def on_idle(self, *, is_end: bool) -> None:
         """Make a checkpoint when it is time, and the last one is through."""
         if self._commit is not None and (is_end or self._commit.done()):
             commit, self._commit = self._commit, None

@@ -264,11 +264,12 @@ class _Ours:
 
         options = encoder_options(model.recipe, model.device, model.batch_tiles)
         self._encoder = Encoder.load(model.checkpoint, options)
-        self.name = f"internvit in {self._encoder.dtype.value} on {self._encoder.device_name}"
+        info = self._encoder.info
+        self.name = f"internvit in {info.dtype.value} on {info.device_name}"
 
     def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
         """Features as they would be stored."""
-        size = self._encoder.batch_tiles
+        size = self._encoder.info.batch_tiles
         return [
             self._encoder.submit(list(tiles[start : start + size])).result().layers
             for start in range(0, len(tiles), size)

@@ -10,14 +10,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from internvit_cli.encode.interface import EncoderInfo
 from internvit_cli.errors import DeviceError, InternvitError
 from internvit_cli.extract.engine import LocalEngine, Workload, decode_options, halved_note
-from internvit_cli.extract.multi_device.scheduler import Device, Dispatch, error_of
+from internvit_cli.extract.multi_device.scheduler import Device, ShardScheduler, error_of
 from internvit_cli.extract.multi_device.worker import (
     DeviceSpec,
     Failure,
     Measure,
-    Ready,
     serve_device,
 )
 from internvit_cli.model.accuracy import Accuracy
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from internvit_cli.config import ComputeDtype
     from internvit_cli.decode.decoder import DecodeJob
     from internvit_cli.extract.encode_loop import EncodeResult
     from internvit_cli.extract.engine import Engine, EngineOptions, ShardJob
@@ -98,29 +97,14 @@ class DeviceEngine:
         return engine
 
     @property
-    def device_name(self) -> str:
-        """All of them."""
-        return ", ".join(device.ready.device_name for device in self._devices if device.ready)
-
-    @property
-    def dtype(self) -> ComputeDtype:
-        """That of the first, and of all."""
-        return self._first.dtype
-
-    @property
-    def batch_tiles(self) -> int:
-        """Tiles in a batch of one device."""
-        return self._first.batch_tiles
-
-    @property
-    def batch_tiles_to_record(self) -> int:
-        """What a later run has to use again for the same bits."""
-        return self._first.batch_tiles_to_record
-
-    @property
-    def kernels(self) -> str:
-        """What the devices compute with."""
-        return "; ".join(dict.fromkeys(device.ready.kernels for device in self._devices if device.ready))
+    def info(self) -> EncoderInfo:
+        """That of the first device, whose type and batch are those of all, with the names of all."""
+        infos = [device.info for device in self._devices if device.info]
+        return replace(
+            infos[0],
+            device_name=", ".join(info.device_name for info in infos),
+            kernels="; ".join(dict.fromkeys(info.kernels for info in infos)),
+        )
 
     @property
     def workers(self) -> int:
@@ -131,7 +115,7 @@ class DeviceEngine:
     @property
     def notes(self) -> tuple[str, ...]:
         """What went wrong with devices and cost no image."""
-        halved = [device.name for device in self._devices if device.halved]
+        halved = [device.name for device in self._devices if device.info and device.info.halved]
         return tuple(self._notes + [halved_note(", ".join(halved))] * bool(halved))
 
     def measure(self, jobs: Sequence[DecodeJob], workload: Workload, stop: Stop) -> Accuracy:  # noqa: ARG002
@@ -143,24 +127,18 @@ class DeviceEngine:
             raise InternvitError(f"the process of {first.name} gave no figures")
         return message
 
-    def fill(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
-        """Have the devices decode and encode what is missing in a shard, and commit it."""
-        dispatch = Dispatch(self._devices, self._options, job, stop, on_progress)
+    def encode(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
+        """Have the devices decode, encode and write what is missing in a shard."""
+        scheduler = ShardScheduler(self._devices, self._options, job, stop, on_progress)
         try:
-            return dispatch.run()
+            return scheduler.run()
         finally:
-            self._notes += dispatch.notes
+            self._notes += scheduler.notes
 
     def close(self) -> None:
         """End the processes."""
         for device in self._devices:
             device.kill()
-
-    @property
-    def _first(self) -> Ready:
-        ready = self._devices[0].ready
-        assert ready is not None
-        return ready
 
     def _load(self, checkpoint: Checkpoint, workload: Workload | None) -> None:
         options = self._options
@@ -168,18 +146,18 @@ class DeviceEngine:
         first, *others = self._devices
         encoder = replace(options.encoder, device=first.name, threads=self._threads(first.name))
         first.connection.send(DeviceSpec(checkpoint, encoder, decode))
-        first.ready = _ready(first)
+        first.info = info = _loaded(first)
         for device in others:
             same = replace(
                 encoder,
                 device=device.name,
-                dtype=first.ready.dtype,
-                batch_tiles=first.ready.batch_tiles,
+                dtype=info.dtype,
+                batch_tiles=info.batch_tiles,
                 threads=self._threads(device.name),
             )
             device.connection.send(DeviceSpec(checkpoint, same, decode))
         for device in others:
-            device.ready = _ready(device)
+            device.info = _loaded(device)
 
     def _threads(self, name: str) -> int | None:
         """Of an encoder on a CPU: those that take part in the same processor share it."""
@@ -189,10 +167,10 @@ class DeviceEngine:
         return max(1, (self._options.encoder.threads or usable_cpus()) // alike)
 
 
-def _ready(device: Device) -> Ready:
+def _loaded(device: Device) -> EncoderInfo:
     """Wait until a device's encoder is loaded."""
     message = _answer(device, "before it was ready")
-    assert isinstance(message, Ready)
+    assert isinstance(message, EncoderInfo)
     return message
 
 

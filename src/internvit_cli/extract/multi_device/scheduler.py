@@ -15,9 +15,9 @@ from internvit_cli import errors
 from internvit_cli.errors import InternvitError
 from internvit_cli.extract.encode_loop import EncodeResult
 from internvit_cli.extract.engine import decode_options
-from internvit_cli.extract.multi_device.worker import BeginShard, Failure, NoMore, Ready, ShardEnd, Task
+from internvit_cli.extract.multi_device.worker import BeginShard, Failure, NoMore, ShardEnd, Task
 from internvit_cli.extract.results import Stages, Tally
-from internvit_cli.extract.writer_thread import ShardSink, SkippedImage
+from internvit_cli.extract.writer_thread import SkippedImage
 from internvit_cli.plan.tiling import decoded_tile_count
 from internvit_cli.runtime.workers import ending
 from internvit_cli.storage.write.commit import WrittenImage
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
+    from internvit_cli.encode.interface import EncoderInfo
     from internvit_cli.extract.engine import EngineOptions, ShardJob
     from internvit_cli.runtime.signals import Stop
 
@@ -43,7 +44,8 @@ class Device:
     name: str
     process: subprocess.Popen[bytes]
     connection: Connection
-    ready: Ready | None = None
+    info: EncoderInfo | None = None
+    """None until its encoder is loaded."""
     given: dict[int, Task] = field(default_factory=dict)
     tiles: int = 0
     """Of the images that it was given and has not finished."""
@@ -51,7 +53,6 @@ class Device:
     """Whether a shard has begun and not ended."""
     is_told: bool = False
     """Whether it knows that the shard has no more for it."""
-    halved: bool = False
 
     def kill(self) -> None:
         """End it now, whatever it is doing."""
@@ -68,7 +69,7 @@ def error_of(failure: Failure, device: Device) -> InternvitError:
     return error
 
 
-class Dispatch:
+class ShardScheduler:
     """One shard's images on their way to the devices and back."""
 
     def __init__(
@@ -90,19 +91,17 @@ class Dispatch:
         self._failure: InternvitError | None = None
         self._tally = Tally()
         self._ends: list[ShardEnd] = []
-        self._sink: ShardSink
 
     def run(self) -> EncodeResult:
         """Rounds until no image is left: a second one when a device died and its images came back."""
         started = time.perf_counter()
-        self._sink = ShardSink(self._job.writer, self._job.skip_log, self._job.keys)
         try:
             self._round()
             while self._again and not self._is_ending:
                 self._round()
         finally:
-            self._sink.close()
-        return self._filled(time.perf_counter() - started)
+            self._job.images.sink.close()
+        return self._result(time.perf_counter() - started)
 
     @property
     def _is_ending(self) -> bool:
@@ -110,15 +109,16 @@ class Dispatch:
         return bool(self._stop.signal or self._failure)
 
     def _all_tasks(self) -> Iterator[Task]:
-        job = self._job
-        for each in job.jobs:
-            yield Task(each, job.keys[each.row], int(job.first_tile[each.row]))
+        images = self._job.images
+        for job in images.jobs:
+            if job is not None:
+                yield Task(job, images.keys[job.row], int(self._job.first_tile[job.row]))
 
     def _round(self) -> None:
         decode = decode_options(self._options, self._job.workload)
         for device in list(self._devices):
             device.is_filling, device.is_told = True, False
-            self._send(device, BeginShard(self._job.writer.extents, self._job.rules, decode))
+            self._send(device, BeginShard(self._job.extents, self._job.images.rules, decode))
         while filling := [device for device in self._devices if device.is_filling]:
             self._give(filling)
             for connection in wait([device.connection for device in filling], POLL_SECONDS):
@@ -147,9 +147,9 @@ class Dispatch:
                 self._send(device, NoMore(is_stop=self._is_ending))
 
     def _has_room(self, device: Device) -> bool:
-        assert device.ready is not None
+        assert device.info is not None
         workers = decode_options(self._options, self._job.workload).workers
-        return device.tiles < BATCHES_AHEAD * device.ready.batch_tiles or len(device.given) < IMAGES_AHEAD * workers
+        return device.tiles < BATCHES_AHEAD * device.info.batch_tiles or len(device.given) < IMAGES_AHEAD * workers
 
     def _tiles(self, task: Task) -> int:
         return decoded_tile_count(task.job.grid, self._options.rule)
@@ -173,7 +173,7 @@ class Dispatch:
                 self._take(message, self._tiles(task))
             case ShardEnd():
                 device.is_filling = False
-                device.halved = message.halved
+                device.info = message.info
                 self._ends.append(message)
                 device.given.clear()  # left alone after a stop
                 device.tiles = 0
@@ -184,7 +184,7 @@ class Dispatch:
     def _take(self, image: WrittenImage | SkippedImage, tiles: int) -> None:
         is_done = isinstance(image, WrittenImage)
         self._tally = self._tally.plus(Tally(1, 0, tiles) if is_done else Tally(skipped=1, skipped_tiles=tiles))
-        self._sink.put(image)
+        self._job.images.sink.put(image)
         self._on_progress(self._tally)
 
     def _drop_device(self, device: Device) -> None:
@@ -197,8 +197,8 @@ class Dispatch:
         self.notes.append(f"the process of {device.name} ended ({ending(device.process)}); the others did its images")
         self._again += device.given.values()
 
-    def _filled(self, wall: float) -> EncodeResult:
-        parts = [end.filled for end in self._ends]
+    def _result(self, wall: float) -> EncodeResult:
+        parts = [end.result for end in self._ends]
         devices = max(1, len(parts))
         stages = Stages(
             wall=wall,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import InternvitError
-from internvit_cli.extract.encode_loop import EncodeResult, FillJob, FillRules, fill
+from internvit_cli.extract.encode_loop import EncodeJob, EncodeLoop, EncodeResult, EncodeRules
 from internvit_cli.extract.sampling import sample_tiles
 from internvit_cli.extract.writer_thread import Sink
 from internvit_cli.runtime.workers import ignore_stop_signals
@@ -25,8 +25,8 @@ from internvit_cli.storage.write.commit import ImageRows, RowWriter
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from internvit_cli.config import ComputeDtype
     from internvit_cli.encode.encoder import Encoder
+    from internvit_cli.encode.interface import EncoderInfo
     from internvit_cli.encode.options import EncoderOptions
     from internvit_cli.extract.writer_thread import FinishedImage
     from internvit_cli.model.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ class BeginShard:
     """A shard whose images come next."""
 
     extents: Mapping[str, Extent]
-    rules: FillRules
+    rules: EncodeRules
     decode: DecodeOptions
     """Larger slots than before, maybe."""
 
@@ -85,24 +85,16 @@ class NoMore:
 # ----------------------------------------------------------------------------------------------- what the parent gets
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """The encoder is loaded."""
-
-    device_name: str
-    dtype: ComputeDtype
-    batch_tiles: int
-    batch_tiles_to_record: int
-    kernels: str
+# First comes the `EncoderInfo`, once the encoder is loaded.
 
 
 @dataclass(frozen=True, slots=True)
 class ShardEnd:
     """All images that were given are finished, or a stop left some of them alone."""
 
-    filled: EncodeResult
-    halved: bool
-    batch_tiles: int
+    result: EncodeResult
+    info: EncoderInfo
+    """Of the encoder now: its batch may have been halved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +165,7 @@ class _DeviceProcess:
         self._decoder: Decoder | None = None
 
     def run(self) -> None:
-        """Load the encoder, then fill shard after shard. Ends with the process."""
+        """Load the encoder, then encode shard after shard. Ends with the process."""
         try:
             self._serve()
         except InternvitError as error:
@@ -197,18 +189,14 @@ class _DeviceProcess:
         if spec.decode is not None:
             self._decoder = Decoder(spec.decode)
         encoder = Encoder.load(spec.checkpoint, spec.encoder)
-        self.send(
-            Ready(
-                encoder.device_name, encoder.dtype, encoder.batch_tiles, encoder.batch_tiles_to_record, encoder.kernels
-            )
-        )
+        self.send(encoder.info)
         threading.Thread(target=self._listen, daemon=True, name="listen").start()
         while True:
             match self._wanted.get():
                 case Measure(jobs=jobs, decode=decode):
                     self.send(encoder.accuracy(sample_tiles(self._decoder_for(decode), jobs, _StopFlag())))
                 case shard:
-                    self._fill(shard, encoder)
+                    self._encode(shard, encoder)
 
     def _listen(self) -> None:
         """Sort what the parent sends, until it closes the connection: then everything ends, whatever it is doing."""
@@ -229,17 +217,17 @@ class _DeviceProcess:
         except (EOFError, OSError):
             os._exit(0)
 
-    def _fill(self, shard: _Shard, encoder: Encoder) -> None:
+    def _encode(self, shard: _Shard, encoder: Encoder) -> None:
         begin = shard.begin
         decoder = self._decoder_for(begin.decode)
         rows = RowWriter(begin.extents)
         try:
             sink = _ForwardingSink(self, rows, shard.given)
-            job = FillJob(_Keys(shard.given), shard.jobs(), sink, begin.rules)
-            filled = fill(job, decoder, encoder, shard.stop, lambda _: None)
+            job = EncodeJob(_Keys(shard.given), shard.jobs(), sink, begin.rules)
+            result = EncodeLoop(job, decoder, encoder, shard.stop, lambda _: None).run()
         finally:
             rows.close()
-        self.send(ShardEnd(filled, encoder.halved, encoder.batch_tiles))
+        self.send(ShardEnd(result, encoder.info))
 
     def _decoder_for(self, options: DecodeOptions) -> Decoder:
         """The workers, started anew where their slots are too small."""
@@ -264,5 +252,5 @@ class _ForwardingSink(Sink):
         task = self._given.pop(image.row)
         self._process.send(self._rows.write(image, task.first_tile) if isinstance(image, ImageRows) else image)
 
-    def settle(self, *, is_end: bool) -> None:
+    def on_idle(self, *, is_end: bool) -> None:
         """Nothing: syncing is the parent's."""
