@@ -53,7 +53,7 @@ def test_a_reader_never_takes_rows_of_a_file_that_got_the_inode_of_its_own(tmp_p
             same_inode.write((other / file.name if other.is_dir() else other).read_bytes())
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
         assert (file.stat().st_ino, file.stat().st_size) == (before.st_ino, before.st_size)
-    with pytest.raises(OutputError, match="was replaced after it was opened"):
+    with pytest.raises(OutputError, match="was replaced after its index was read"):
         _ = features["0000.jpg"].pooled
     assert open_features(path)["0000.jpg"].pooled is not None
 

@@ -438,7 +438,7 @@ def test_a_file_that_a_run_replaces_meanwhile_is_said_to_be_replaced(tmp_path: P
                 os.replace(other, path)
 
     findings = verify(VerifyOptions(str(path)), Replacing()).findings
-    assert len(findings) == 1 and "was replaced while it was checked" in findings[0].problem
+    assert len(findings) == 1 and "was replaced after its index was read" in findings[0].problem
 
 
 # ------------------------------------------------------------------------------------------------- against the pictures

@@ -22,6 +22,11 @@ class ExitCode(IntEnum):
     SIGTERM = 143
 
 
+RESTORE = "restore it from a copy"
+"""The hint on what was damaged after it was written."""
+RESTORE_OR_OVERWRITE = f"{RESTORE}, or start anew with --overwrite"
+
+
 class InternvitError(Exception):
     """A run cannot start or go on. `message` names the thing, `hint` the way out."""
 

@@ -68,6 +68,32 @@ class RecipeFacts:
         normalization = Normalization(recipe.mean, recipe.std, recipe.rescale_factor)
         return cls(recipe.weights_digest, recipe.layers, recipe.tile_size, normalization, recipe.token_order)
 
+    def with_kept(self, kept: Recipe | None) -> RecipeFacts:
+        """Return these facts with the tile size of an output of the same model, where there is one."""
+        return self if kept is None else replace(self, tile_size=kept.tile_size)
+
+
+# What a user leaves to `auto` stays as an output of the same model has it: tile size (`with_kept`), layers and type.
+
+
+def kept_layers(options: ExtractOptions, kept: Recipe, card: ModelCard | None) -> tuple[int, ...] | None:
+    """Return the layers of an output of the same model; None where the user names some, or the model has too few.
+
+    Args:
+        options: of the run.
+        kept: the output's recipe.
+        card: the model's description; None where it is known to be the very same model.
+    """
+    is_same_depth = card is None or kept.layer <= card.vision.num_layers
+    return kept.layers if options.model.layers is None and is_same_depth else None
+
+
+def planned_dtype(options: ExtractOptions, recorded: Recipe | None) -> ComputeDtype | None:
+    """Return the compute type that was asked for, or else the output's; None while it is still to be measured."""
+    if options.run.dtype is not ComputeDtype.AUTO:
+        return options.run.dtype
+    return recorded.compute_dtype if recorded else None
+
 
 class ModelInUse:
     """The model of a run, looked at no closer than the run needs.
@@ -95,19 +121,15 @@ class ModelInUse:
         self._name = parse_model_name(options.model.name, options.model.revision)
         self._revision = options.model.revision
         recorded = _recorded_recipe(options, stored)
-        # What is left to `auto` stays as it was, as long as it is the same model.
         kept = recorded if stored and stored.get("model") == self._name.recorded else None
         is_pinned = kept is not None and stored is not None and self._is_on_hub(stored)
-        self._kept_layers = kept.layers if kept and options.model.layers is None else None
-        if kept and not is_pinned and kept.layer > self.card.vision.num_layers:
-            self._kept_layers = None  # another model by the same name
+        self._kept_layers = kept_layers(options, kept, None if is_pinned else self.card) if kept else None
         if kept and stored and is_pinned:
             self._revision = stored.get("model_revision") or None
             facts = RecipeFacts.of_recipe(kept) if self.layers == kept.layers else self._facts_of_weights()
         else:
             facts = self._facts_of_weights()
-        if kept:
-            facts = replace(facts, tile_size=kept.tile_size)
+        facts = facts.with_kept(kept)
         dtype = planned_dtype(options, recorded)
         self.dtype_is_known = dtype is not None
         self.recipe = make_recipe(options, facts, dtype or LONGEST_DTYPE)
@@ -290,13 +312,6 @@ def encoder_options_of_run(run: RunOptions, recipe: Recipe, device: str) -> Enco
     """The same for a run on a device; the type is what was asked for, maybe AUTO."""
     how = encoder_options(recipe, device, run.batch_tiles)
     return replace(how, dtype=run.dtype, threads=run.threads, compile=run.compile)
-
-
-def planned_dtype(options: ExtractOptions, stored: Recipe | None) -> ComputeDtype | None:
-    """The compute type that was asked for, or else that of the output; None while it is still to be measured."""
-    if options.run.dtype is not ComputeDtype.AUTO:
-        return options.run.dtype
-    return stored.compute_dtype if stored else None
 
 
 def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:

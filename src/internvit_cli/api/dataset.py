@@ -22,7 +22,7 @@ from internvit_cli.errors import UsageError
 from internvit_cli.runtime.words import counted
 from internvit_cli.storage.format.layout import POOLED, TILE_POOLED, TOKEN_DATASETS
 from internvit_cli.storage.read.reader import Features, open_features
-from internvit_cli.storage.read.shard import replaced
+from internvit_cli.storage.same_file import ReplacedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,7 +101,7 @@ class FeatureDataset(Dataset[Sample]):
         if self._features is None:
             opened = open_features(self._path, self._layer)
             if _identity(opened) != self._identity:
-                raise replaced(self._path)
+                raise ReplacedError(self._path)
             self._features = opened.at(self._positions)
         return self._features
 

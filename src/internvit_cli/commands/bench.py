@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.config import ComputeDtype, Status, Tokens
-from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder
+from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, decode_jobs
 from internvit_cli.extract.engine import EngineOptions, Workload, decode_options
 from internvit_cli.extract.multi_device.engine import find_devices
 from internvit_cli.extract.writer_thread import CHECKPOINT_BYTES
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.stand_in import stand_in_checkpoint
-from internvit_cli.plan.headers import Header
-from internvit_cli.plan.tiling import Grid, decoded_tile_count
+from internvit_cli.plan.tiling import decoded_tile_count
 from internvit_cli.recipes import encoder_options_of_run
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.workers import usable_cpus
@@ -205,12 +204,7 @@ def _sample(survey: Survey) -> list[DecodeJob]:
     table, sources = survey.table, survey.listing.sources
     rows = np.flatnonzero(table.status == Status.PENDING)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_IMAGES)).astype(np.int64))]
-    jobs = []
-    for number, row in enumerate(rows.tolist()):
-        header = Header(*(int(getattr(table, name)[row]) for name in Header._fields))
-        grid = Grid(int(table.columns[row]), int(table.rows[row]))
-        jobs.append(DecodeJob(number, sources[int(table.source[row])].path(table.keys[row]), header, grid))
-    return jobs
+    return list(decode_jobs(table, rows, sources))
 
 
 def _decode_rate(

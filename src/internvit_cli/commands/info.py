@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.errors import OutputError
+from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError
 from internvit_cli.model.accuracy import from_attributes
 from internvit_cli.options import named_path
 from internvit_cli.plan.table import count_statuses
@@ -82,9 +82,7 @@ def _accuracy(attributes: dict[str, Any], path: str) -> dict[str, dict[str, Any]
     try:
         found = from_attributes(attributes)
     except (ValueError, TypeError) as error:
-        raise OutputError(
-            f"the accuracy that {path} records is damaged", "restore it, or start anew with --overwrite"
-        ) from error
+        raise OutputError(f"the accuracy that {path} records is damaged", RESTORE_OR_OVERWRITE) from error
     return {name: figures for name, figures in found.items() if isinstance(figures, dict)}
 
 
@@ -98,7 +96,7 @@ def _look_at(place: ShardPlace) -> _Look:
     if entry is not None and outline.images != entry.images:
         raise OutputError(
             f"{place.path} has {counted(outline.images, 'image')}; its manifest says {entry.images:,}",
-            "restore it, or start anew with --overwrite",
+            RESTORE_OR_OVERWRITE,
         )
     tiles = outline.tiles if outline.tiles is not None else entry.tiles if entry is not None else 0
     return _Look(place, outline.attributes, outline.status, tiles)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -28,6 +28,7 @@ from internvit_cli.recipes import (
     check_layers,
     check_same,
     feature_shape,
+    kept_layers,
     make_recipe,
     pixel_rule,
     planned_dtype,
@@ -177,17 +178,11 @@ def _check_recipe(found: Survey, attributes: dict[str, Any], path: str) -> None:
     Raises:
         InternvitError: it is one, or damaged.
     """
-    stored = stored_recipe(attributes, path)
-    options, is_same_model = found.options, attributes.get("model") == found.card.recorded_name
-    wanted = replace(
-        found.recipe,
-        weights_digest=stored.weights_digest,
-        compute_dtype=planned_dtype(options, stored) or stored.compute_dtype,
-    )
-    if is_same_model and options.model.layers is None:
-        wanted = replace(wanted, layer=stored.layer, earlier_layers=stored.earlier_layers)
-    if is_same_model and options.pictures.tile_size is None:
-        wanted = replace(wanted, tile_size=stored.tile_size)
+    stored, options, card = stored_recipe(attributes, path), found.options, found.card
+    kept = stored if attributes.get("model") == card.recorded_name else None
+    layers = (kept_layers(options, kept, card) if kept else None) or card.resolve_layers(options.model.layers)
+    facts = RecipeFacts.of_card(card, layers, stored.weights_digest).with_kept(kept)
+    wanted = make_recipe(options, facts, planned_dtype(options, stored) or stored.compute_dtype)
     check_same(wanted, stored, path)
 
 

@@ -41,7 +41,7 @@ class DecodeJob(NamedTuple):
 
 
 def decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:
-    """What there is to decode of some images of a table.
+    """Yield what there is to decode of some images of a table.
 
     Args:
         table: of the shard.
@@ -49,10 +49,13 @@ def decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]
         sources: what its `source` column counts.
     """
     for row in rows.tolist():
-        key = table.keys[row]
-        header = Header(*(int(getattr(table, name)[row]) for name in Header._fields))
-        grid = Grid(int(table.columns[row]), int(table.rows[row]))
-        yield DecodeJob(row, sources[int(table.source[row])].path(key), header, grid)
+        yield decode_job(table, row, sources[int(table.source[row])].path(table.keys[row]))
+
+
+def decode_job(table: ImageTable, row: int, path: bytes) -> DecodeJob:
+    """Return what there is to decode of one image of a table, whose file is at `path`."""
+    header = Header(*(int(getattr(table, name)[row]) for name in Header._fields))
+    return DecodeJob(row, path, header, Grid(int(table.columns[row]), int(table.rows[row])))
 
 
 @dataclass(frozen=True, slots=True)

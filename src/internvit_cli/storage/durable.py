@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from internvit_cli.errors import ENOTSUPP, NoSpaceError, OutputError, system_words
+from internvit_cli.errors import ENOTSUPP, RESTORE, NoSpaceError, OutputError, system_words
 from internvit_cli.runtime.untrusted import kind_of
 
 if TYPE_CHECKING:
@@ -59,21 +59,20 @@ def read_exactly(descriptor: int, size: int, offset: int, path: str) -> bytearra
         OutputError: the file ends before that.
     """
     if offset + size > os.fstat(descriptor).st_size:
-        raise _too_short(path)
+        raise too_short(path)
     data = bytearray(size)
     view = memoryview(data)
     while view:
         got = os.preadv(descriptor, [view], offset)
         if got == 0:
-            raise _too_short(path)
+            raise too_short(path)
         view, offset = view[got:], offset + got
     return data
 
 
-def _too_short(path: str) -> OutputError:
-    return OutputError(
-        f"{path} is shorter than its index says", "it was truncated after it was written; restore it from a copy"
-    )
+def too_short(path: str) -> OutputError:
+    """Return the error of a file that ends before its rows do."""
+    return OutputError(f"{path} is shorter than its index says", f"it was truncated after it was written; {RESTORE}")
 
 
 def sync_data(descriptor: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from internvit_cli.config import Format, Status
-from internvit_cli.errors import OutputError, UsageError, one_line, system_words
+from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError, UsageError, one_line, system_words
 from internvit_cli.options import named_path
 from internvit_cli.runtime.untrusted import TooLargeError, parse_json, read_bounded
 from internvit_cli.storage.durable import make_way, refuse_special, remove, rename_durably, write_file
@@ -18,7 +18,6 @@ from internvit_cli.storage.format.layout import (
     FORMAT,
     FORMAT_VERSION,
     NEWER,
-    REMEDY,
     SHARD_FILE,
     SHARD_NAME,
     ForeignFileError,
@@ -28,6 +27,7 @@ from internvit_cli.storage.format.layout import (
 )
 from internvit_cli.storage.format.soundness import check_shard
 from internvit_cli.storage.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, is_single_file, suffix_of
+from internvit_cli.storage.same_file import file_identity
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -440,7 +440,7 @@ def read_manifest(path: str) -> list[ManifestEntry]:
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error.strerror}", "check what it is, and its permissions") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{path} is damaged: {one_line(str(error))}", REMEDY) from error
+        raise OutputError(f"{path} is damaged: {one_line(str(error))}", RESTORE_OR_OVERWRITE) from error
 
 
 def _manifest_text(path: str) -> bytes:
@@ -525,17 +525,9 @@ def load_own_shard(name: str, path: str, backend: ShardFormat, superseded: tuple
     try:
         return load_shard(name, path, backend, superseded)
     except UnrecognizedFileError as error:
-        raise OutputError(f"{path} is damaged: it has not even the first bytes of a shard", REMEDY) from error
-
-
-def file_identity(path: str, status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from one that takes its name later: inode and size, and the time of its last write.
-
-    A filesystem may give the inode to the file after next, and that may well be as large. A file that is still being
-    filled is written all the time.
-    """
-    is_filled = PARTIAL in (os.path.splitext(path)[1], os.path.splitext(os.path.dirname(path))[1])
-    return (status.st_ino, status.st_size) if is_filled else (status.st_ino, status.st_size, status.st_mtime_ns)
+        raise OutputError(
+            f"{path} is damaged: it has not even the first bytes of a shard", RESTORE_OR_OVERWRITE
+        ) from error
 
 
 def _shard_name(number: int) -> str:

@@ -23,12 +23,13 @@ from internvit_cli.runtime.observer import BYTES, SILENT, Observer
 from internvit_cli.runtime.untrusted import kind_of
 from internvit_cli.runtime.words import counted, counted_of
 from internvit_cli.runtime.workers import usable_cpus
-from internvit_cli.storage.check.checksums import CommittedRows, ReplacedError
+from internvit_cli.storage.check.checksums import CommittedRows
 from internvit_cli.storage.format.layout import SHARD_FILE, ForeignFileError, stored_recipe
 from internvit_cli.storage.format.soundness import check_alike
 from internvit_cli.storage.output import MANIFEST, NEXT_MANIFEST, Output, names_in
 from internvit_cli.storage.output_names import PARTIAL, missing
 from internvit_cli.storage.read.places import ShardPlace, places_in
+from internvit_cli.storage.same_file import ReplacedError
 from internvit_cli.storage.skipped import read_skip_log
 from internvit_cli.verify.result import Finding, LoadedShard, PictureCheck, Row, VerifyResult
 from internvit_cli.verify.source_files import PictureState, look_at_pictures
@@ -216,7 +217,7 @@ class _Verification:
                     self._report("rows", shard.path, os.fsdecode(shard.table.keys[row]), problem)
                 phase.at(totals.nbytes)
         except ReplacedError as error:
-            self._report("rows", shard.path, None, f"{error.message}; {error.hint}")
+            self._report("rows", shard.path, None, f"{error.message}; verify it again")
 
     def _check_records(self, shard: LoadedShard) -> None:
         """Statuses against digests, and pending rows."""

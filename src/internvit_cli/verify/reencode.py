@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, OnOverflow, StoreDtype
-from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder
+from internvit_cli.decode.decoder import DecodedImage, DecodeJob, DecodeOptions, Decoder, decode_job
 from internvit_cli.encode.tile_features import LayerFeatures
 from internvit_cli.errors import InternvitError
 from internvit_cli.model.recorded import open_recorded
-from internvit_cli.plan.headers import Header
 from internvit_cli.plan.table import modified_ns
-from internvit_cli.plan.tiling import Grid
 from internvit_cli.recipes import encoder_options, pixel_rule
 from internvit_cli.runtime.words import counted_of
 from internvit_cli.storage.format.layout import (
@@ -211,10 +209,8 @@ def _job(row: Row, number: int) -> DecodeJob | str:
         return error.strerror or str(error)
     if now.st_size != int(table.file_size[at]):
         return "it changed"
-    header = Header(
-        int(table.width[at]), int(table.height[at]), int(table.orientation[at]), now.st_size, modified_ns(now)
-    )
-    return DecodeJob(number, row.picture, header, Grid(int(table.columns[at]), int(table.rows[at])))
+    job = decode_job(table, at, row.picture)
+    return job._replace(row=number, header=job.header._replace(file_mtime_ns=modified_ns(now)))
 
 
 def _decode(

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from internvit_cli.config import Status
-from internvit_cli.errors import OutputError
-from internvit_cli.runtime.untrusted import NotRegularError, open_regular
+from internvit_cli.errors import RESTORE, OutputError
 from internvit_cli.storage.format.layout import Extent, crc_order, feature_name
-from internvit_cli.storage.output import file_identity
+from internvit_cli.storage.same_file import ReplacedError, open_same
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -38,10 +37,6 @@ BLOCK_BYTES = 1 << 20
 MOST_THREADS = 8
 CHUNKS_AHEAD = 2
 """Chunks a thread that wait or are done, so that none is idle."""
-
-
-class ReplacedError(OutputError):
-    """A later run has put another file in the place of the one whose index was read."""
 
 
 class RowProblem(NamedTuple):
@@ -239,14 +234,7 @@ class CommittedRows:
             os.close(descriptor)
 
     def _open(self, path: str) -> int:
-        try:
-            descriptor, status = open_regular(path)
-        except (FileNotFoundError, NotRegularError) as error:
-            raise _replaced(path) from error
-        identity = file_identity(path, status)
-        if self.files.get(path, identity) != identity:
-            os.close(descriptor)
-            raise _replaced(path)
+        descriptor = open_same(path, self.files)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return descriptor
@@ -274,12 +262,8 @@ def _read(descriptor: int, block: memoryview, offset: int, path: str) -> None:
     while block:
         got = os.preadv(descriptor, [block], offset)
         if got == 0:
-            raise OutputError(f"{path} ends before them", "restore it from a copy")
+            raise OutputError(f"{path} ends before them", RESTORE)
         block, offset = block[got:], offset + got
-
-
-def _replaced(path: str) -> ReplacedError:
-    return ReplacedError(f"{path} was replaced while it was checked", "verify it again")
 
 
 def _reason(error: Exception) -> str:

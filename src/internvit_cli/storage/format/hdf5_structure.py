@@ -19,14 +19,13 @@ import h5py
 import numpy as np
 
 from internvit_cli.config import StoreDtype
-from internvit_cli.errors import OutputError, one_line
+from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError, one_line
 from internvit_cli.runtime.untrusted import NotRegularError, open_regular
 from internvit_cli.storage.durable import read_exactly
 from internvit_cli.storage.format.hdf5_strings import COLLECTION_START, PLACE, StringReader, check_collection
 from internvit_cli.storage.format.layout import (
     ATTRIBUTES_BYTES,
     FEATURE_DATASETS,
-    REMEDY,
     SHARD_FILE,
     DatasetSpec,
     Extent,
@@ -141,7 +140,7 @@ def _open(path: str) -> int:
 
 def _check_signature(path: str, start: bytes) -> None:
     if not start:  # it may be what a full disk left of ours
-        raise OutputError(f"{path} is empty", REMEDY)
+        raise OutputError(f"{path} is empty", RESTORE_OR_OVERWRITE)
     if start != SIGNATURE:
         raise UnrecognizedFileError(f"{path} is not an HDF5 file", "choose another output, or move that file away")
 

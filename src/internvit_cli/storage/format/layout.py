@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from internvit_cli.config import Recipe, RecipeError, StoreDtype, Tokens, UnknownRecipeError
-from internvit_cli.errors import OutputError, UsageError, one_line
+from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError, UsageError, one_line
 from internvit_cli.runtime.untrusted import parse_json
 from internvit_cli.runtime.words import listed
 from internvit_cli.sources.interface import Source
@@ -44,7 +44,6 @@ SHARD_FILE = re.compile(
     r"|\.(?:pooled|tile_pooled|[a-z]+_(?:tokens|scales))(?:_layer_(?:0|[1-9]\d{0,9}))?\.npy)(\.tmp)?"
 )
 """The names of our files in a folder and no others: a folder of `shard-00000.tar` is somebody else's."""
-REMEDY = "restore it, or start anew with --overwrite"
 NEWER = "install the version of internvit that wrote it, or a newer one"
 OUR_MARKS = {"recipe_digest", "index_digest"}
 """Attributes that no other program's file has."""
@@ -259,7 +258,7 @@ def check_format(attributes: Mapping[str, Any], path: str) -> None:
     """
     if attributes.get("format") != FORMAT:
         if attributes.keys() >= OUR_MARKS:  # one flipped bit does not make a file somebody else's
-            raise OutputError(f"{path} is damaged: its format is not {FORMAT!r}", REMEDY)
+            raise OutputError(f"{path} is damaged: its format is not {FORMAT!r}", RESTORE_OR_OVERWRITE)
         raise ForeignFileError(
             f"{path} is not an internvit feature file", "choose another output, or move that file away"
         )
@@ -283,7 +282,7 @@ def unknown_value(attributes: Mapping[str, Any], statement: str) -> OutputError:
     creator = one_line(str(attributes.get("created_by", "an unnamed program")), 80)
     is_ours = creator.endswith(f" {__version__}")  # then it is damage: this version writes no such value
     message = f"{statement}, which version {__version__} does not know; {creator} wrote it"
-    return OutputError(message, REMEDY if is_ours else NEWER)
+    return OutputError(message, RESTORE_OR_OVERWRITE if is_ours else NEWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,13 +347,13 @@ def stored_recipe(attributes: Mapping[str, Any], path: str) -> Recipe:
         OutputError: there is none that this version understands.
     """
     if "recipe" not in attributes:
-        raise OutputError(f"{path} has no recipe", REMEDY)
+        raise OutputError(f"{path} has no recipe", RESTORE_OR_OVERWRITE)
     try:
         return Recipe.from_json(attributes["recipe"])
     except UnknownRecipeError as error:
         raise unknown_value(attributes, f"the recipe of {path} {one_line(str(error), 120)}") from error
     except RecipeError as error:
-        raise OutputError(f"the recipe of {path} {error}", REMEDY) from error
+        raise OutputError(f"the recipe of {path} {error}", RESTORE_OR_OVERWRITE) from error
 
 
 def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
@@ -366,7 +365,7 @@ def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
     try:
         return [_source(entry) for entry in parse_json(attributes["sources"])]
     except (KeyError, ValueError, TypeError) as error:
-        raise OutputError(f"the sources of {path} are damaged: {one_line(str(error))}", REMEDY) from error
+        raise OutputError(f"the sources of {path} are damaged: {one_line(str(error))}", RESTORE_OR_OVERWRITE) from error
 
 
 def _source(entry: dict[str, Any]) -> Source:

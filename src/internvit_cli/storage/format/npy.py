@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from internvit_cli.config import Format, Status
-from internvit_cli.errors import OutputError, one_line
+from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError, one_line
 from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable
 from internvit_cli.runtime.untrusted import NotRegularError, lines_of, opened, parse_json, read_bounded
 from internvit_cli.storage.durable import create, read_exactly, rename_durably, sync_path, write_file
@@ -29,7 +29,6 @@ from internvit_cli.storage.format.layout import (
     DIGEST,
     FEATURE_DATASETS,
     POOLED,
-    REMEDY,
     RUN_LOG,
     RUN_LOG_BYTES,
     STATUS,
@@ -227,7 +226,7 @@ def _damage(path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise OutputError(f"{os.fsdecode(error.filename or path)} is not there", REMEDY) from error
+        raise OutputError(f"{os.fsdecode(error.filename or path)} is not there", RESTORE_OR_OVERWRITE) from error
     except OSError as error:
         name = os.fsdecode(error.filename or path)
         raise OutputError(f"cannot read {name}: {error.strerror}", "check what it is, and its permissions") from error
@@ -336,7 +335,7 @@ def _read_header(path: str, name: str) -> Extent:
         spec = DatasetSpec(name, shape, match[1].decode())
         if header == _header(spec) and size == ALIGNMENT + spec.nbytes:
             return Extent(path, ALIGNMENT, spec)
-    raise OutputError(f"{path} is not a sound .npy file of ours", REMEDY)
+    raise OutputError(f"{path} is not a sound .npy file of ours", RESTORE_OR_OVERWRITE)
 
 
 def _read_array(extent: Extent) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from internvit_cli.config import PATCH_SIZE, Preprocess, Recipe, Status, Tokens
-from internvit_cli.errors import OutputError, one_line
+from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError, one_line
 from internvit_cli.model.accuracy import COMPUTE_ERROR, STORE_ERROR, from_attributes
 from internvit_cli.plan.table import COLUMN_DTYPES
 from internvit_cli.runtime.words import listed
@@ -24,7 +24,6 @@ from internvit_cli.storage.format.layout import (
     DIGEST,
     MODEL_LAYERS,
     POOLED,
-    REMEDY,
     RUN_LOG,
     RUN_LOG_BYTES,
     SOURCES_BYTES,
@@ -269,7 +268,7 @@ def check_statuses(status: NDArray[Any], path: str) -> None:
         OutputError: they are damaged.
     """
     if int(np.bincount(status, minlength=256)[list(Status)].sum()) != len(status):
-        raise OutputError(f"the statuses of {path} are damaged", REMEDY)
+        raise OutputError(f"the statuses of {path} are damaged", RESTORE_OR_OVERWRITE)
 
 
 def check_columns(
@@ -374,4 +373,4 @@ def check_alike(shards: Sequence[tuple[str, Mapping[str, DatasetSpec]]]) -> None
 
 def damaged(path: str, problem: str) -> OutputError:
     """Return the error of a shard of ours that is not as it has to be."""
-    return OutputError(f"{path} is not a sound feature shard: {problem}", REMEDY)
+    return OutputError(f"{path} is not a sound feature shard: {problem}", RESTORE_OR_OVERWRITE)

@@ -12,11 +12,10 @@ import numpy as np
 from internvit_cli.config import Recipe, Status
 from internvit_cli.errors import ClosedError, OutputError
 from internvit_cli.plan.tiling import Grid
-from internvit_cli.runtime.untrusted import NotRegularError, open_regular
-from internvit_cli.storage.durable import read_exactly
+from internvit_cli.storage.durable import read_exactly, too_short
 from internvit_cli.storage.format.layout import MODEL_LAYERS, Extent, crc_order, recorded_sources, stored_recipe
-from internvit_cli.storage.output import FinishedShard, file_identity
 from internvit_cli.storage.read.image import ImageFeatures
+from internvit_cli.storage.same_file import open_same
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from internvit_cli.sources.interface import Source
     from internvit_cli.storage.format.layout import DatasetSpec
+    from internvit_cli.storage.output import FinishedShard
 
 
 class OpenShard:
@@ -128,9 +128,7 @@ class OpenShard:
         finally:
             os.close(descriptor)
         if extent.offset + extent.spec.nbytes > len(data):
-            raise OutputError(
-                f"{extent.path} is shorter than its index says", "it was truncated; restore it from a copy"
-            )
+            raise too_short(extent.path)
         count = extent.spec.nbytes // np.dtype(extent.spec.dtype).itemsize
         return np.frombuffer(data, extent.spec.dtype, count, extent.offset).reshape(extent.spec.shape)
 
@@ -168,21 +166,8 @@ class OpenShard:
         """A descriptor of one of the shard's files, and of no other that has its name by now.
 
         Raises:
-            OutputError: a later run has replaced the file: this index says nothing of the new one's rows.
+            ReplacedError: a later run has replaced the file.
             ClosedError: after `close`.
         """
         self.require_open()
-        try:
-            descriptor, status = open_regular(path)
-        except (FileNotFoundError, NotRegularError):
-            raise replaced(path) from None
-        identity = file_identity(path, status)
-        if self._found.files.get(path, identity) != identity:
-            os.close(descriptor)
-            raise replaced(path)
-        return descriptor
-
-
-def replaced(path: str) -> OutputError:
-    """The error of an index whose file is another one by now."""
-    return OutputError(f"{path} was replaced after it was opened", "open the features again")
+        return open_same(path, self._found.files)
