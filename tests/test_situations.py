@@ -437,7 +437,7 @@ def test_rows_that_an_interrupted_prune_dropped_are_not_counted_as_kept(tmp_path
         path.unlink()
     make_pictures(pictures / "new", 2, seed=7)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("internvit_cli.extract.engine.LocalEngine.fill", interrupted)
+        patch.setattr("internvit_cli.extract.engine.LocalEngine.encode", interrupted)
         patch.setattr(Output, "withdraw", lambda _: None)  # nobody clears up after a power cut
         assert extract(pictures, "-o", output, "--prune").returncode == 1
     assert (tmp_path / "feats.h5.partial").exists()
@@ -475,7 +475,7 @@ def test_a_finished_run_leaves_nothing_of_one_that_was_cut_short_for_another_for
     pictures, output = tmp_path / "pictures", tmp_path / "feats"
     make_pictures(pictures, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("internvit_cli.extract.engine.LocalEngine.fill", interrupted)
+        patch.setattr("internvit_cli.extract.engine.LocalEngine.encode", interrupted)
         patch.setattr(Output, "withdraw", lambda _: None)  # nobody clears up after a power cut
         assert extract(pictures, "-o", output, "--format", begun).returncode == 1
     assert list(output.glob("*.partial"))
@@ -490,7 +490,7 @@ def test_verify_finds_nothing_wrong_while_an_output_is_being_replaced(tmp_path: 
     make_pictures(pictures, 3)
     assert extract(pictures, "-o", output).returncode == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("internvit_cli.extract.engine.LocalEngine.fill", interrupted)
+        patch.setattr("internvit_cli.extract.engine.LocalEngine.encode", interrupted)
         patch.setattr(Output, "withdraw", lambda _: None)  # nobody clears up after a power cut
         assert extract(pictures, "-o", output, "--pool", "cls", "--overwrite").returncode == 1
     verdict = internvit("verify", output, "--json")

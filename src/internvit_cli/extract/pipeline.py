@@ -77,9 +77,11 @@ def _extract(run: Run, listing: Listing, started: float) -> Summary:
         if not run.is_stopped:
             _complete(run, plan)
         listing, skip_log = plan.listing, plan.skip_log
+        existing = plan.existing if plan.is_up_to_date else None
         del plan  # an index of a million images takes some hundred megabytes: one at a time
         with run.observer.phase("counting"):
-            existing = load_existing(run.output, overwrite=run.options.store.overwrite)
+            if existing is None:  # what is counted is what lies on the disk
+                existing = load_existing(run.output, overwrite=run.options.store.overwrite)
             return summarize(
                 Account(run.options, run.output, listing, existing, totals, skip_log),
                 engine.started,
