@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from internvit_cli.errors import OutputError
+from internvit_cli.runtime.crc import crc32
 from internvit_cli.storage.format.layout import feature_name
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class RowBlock:
         """CRC-32 over one image's rows."""
         checksum = 0
         for name in self.arrays:
-            checksum = zlib.crc32(self._cut(name, number, number + 1).data, checksum)
+            checksum = crc32(self._cut(name, number, number + 1).data, checksum)
         return checksum
 
     def _cut(self, name: str, start: int, stop: int) -> NDArray[Any]:

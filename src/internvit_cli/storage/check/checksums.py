@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import queue
-import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.errors import RESTORE, OutputError
+from internvit_cli.runtime.crc import crc32
 from internvit_cli.storage.format.layout import Extent, crc_order, feature_name
 from internvit_cli.storage.same_file import ReplacedError, open_same
 
@@ -171,7 +171,7 @@ class CommittedRows:
     def _crc_of_nothing(self) -> int:
         """CRC of the vectors of a skipped image: NaN, with the bits that numpy gives it."""
         values = self.bytes_per(self.vectors) // np.dtype("<f4").itemsize
-        return zlib.crc32(np.full(values, np.nan, "<f4").tobytes())
+        return crc32(np.full(values, np.nan, "<f4").tobytes())
 
     def _sums(self, chunk: _Chunk, buffer: memoryview) -> tuple[NDArray[Any], NDArray[Any]]:
         """CRC of each image's rows, of its vectors alone where it was skipped, and whether they are finite: [k]."""
@@ -185,7 +185,7 @@ class CommittedRows:
             first = 0
             for vectors in self._vectors(name, chunk, buffer):
                 last = first + len(vectors)
-                sums[first:last] = map(zlib.crc32, vectors, sums[first:last])
+                sums[first:last] = map(crc32, vectors, sums[first:last])
                 is_finite[first:last] &= np.isfinite(vectors).all(axis=1)
                 first = last
         return np.array(sums, np.uint32), is_finite
@@ -212,7 +212,7 @@ class CommittedRows:
                 while bounds[image + 1] <= position + taken:
                     image += 1
                 end = min(len(block), bounds[image + 1] - position)
-                sums[image] = zlib.crc32(block[taken:end], sums[image])
+                sums[image] = crc32(block[taken:end], sums[image])
                 taken = end
 
     def _blocks(self, name: str, start: int, stop: int, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from internvit_cli.config import Skipped, Status
 from internvit_cli.errors import OutputError
+from internvit_cli.runtime.crc import crc32
 from internvit_cli.storage.durable import (
     disk_errors,
     open_ours,
@@ -116,7 +116,7 @@ class ImageRows:
         """CRC-32 over all its rows."""
         checksum = 0
         for _, block in self.blocks:
-            checksum = zlib.crc32(np.ascontiguousarray(block).data, checksum)
+            checksum = crc32(np.ascontiguousarray(block).data, checksum)
         return checksum
 
 
@@ -171,7 +171,7 @@ class RowWriter:
         data = np.ascontiguousarray(rows)
         with disk_errors(extent.path):
             write_all(self.descriptors[extent.path], data, extent.offset + position * extent.spec.row_bytes)
-        return zlib.crc32(data.data, checksum)
+        return crc32(data.data, checksum)
 
     def close(self) -> None:
         """Let the files go."""
