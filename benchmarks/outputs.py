@@ -1,9 +1,9 @@
-"""Outputs of vectors that no model made: what `extract` would have stored."""
+"""Outputs of rows that no model made: what `extract` would have stored."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,6 +52,23 @@ RECIPE = Recipe(
 )
 
 
+def attributes_of(recipe: Recipe, sources: str = '[{"root": "/nowhere", "name": ""}]') -> dict[str, Any]:
+    """Return what a shard says of itself, from a recipe and the JSON of its sources."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe.to_json(),
+        "recipe_digest": recipe.digest,
+        "sources": sources,
+        "created_by": "benchmark",
+        "model": "none",
+        "model_revision": "",
+        "weights_digest": recipe.weights_digest,
+        "batch_tiles": 0,
+        "pooled_from": "global_view",
+    }
+
+
 def write_output(
     path: Path,
     keys: Sequence[str],
@@ -81,19 +98,7 @@ def write_output(
     files = [Path(root, key) for key in keys]
     columns["file_size"][:] = [file.stat().st_size if file.exists() else 0 for file in files]
     table = ImageTable.build([key.encode() for key in keys], np.zeros(len(keys), np.uint8), columns)
-    attributes = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "recipe": RECIPE.to_json(),
-        "recipe_digest": RECIPE.digest,
-        "sources": sources_to_json([Source(root=root.encode())]),
-        "created_by": "benchmark",
-        "model": "none",
-        "model_revision": "",
-        "weights_digest": "0" * 64,
-        "batch_tiles": 0,
-        "pooled_from": "global_view",
-    }
+    attributes = attributes_of(RECIPE, sources_to_json([Source(root=root.encode())]))
     shard = NewShard(table, FeatureShape(Tokens.NONE, 0, 0, width, StoreDtype.FLOAT16, False), attributes)
     output = Output(str(path))
     output.prepare()

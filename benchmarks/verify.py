@@ -15,24 +15,20 @@ import statistics
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from outputs import RECIPE, attributes_of
 
 from internvit_cli.config import (
-    ComputeDtype,
     Format,
-    OnOverflow,
-    Pool,
-    Preprocess,
-    Recipe,
     StoreDtype,
-    TokenOrder,
     Tokens,
 )
 from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable
-from internvit_cli.storage.format.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
+from internvit_cli.storage.format.layout import FeatureShape, NewShard
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.write.commit import ImageRows, ShardWriter, create_shard
 from internvit_cli.verify.checks import verify
@@ -46,46 +42,15 @@ HIDDEN, TOKENS, CHANNELS = 1024, 256, 4096
 TILES = (1, 3, 5, 7, 13)
 
 
-def make_recipe(tokens: Tokens) -> Recipe:
-    return Recipe(
-        weights_digest="0" * 64,
-        layer=24,
-        tile_size=448,
-        min_tiles=1,
-        max_tiles=12,
-        thumbnail=True,
-        preprocess=Preprocess.TILES,
-        exif=True,
-        background=None,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        tokens=tokens,
-        token_order=TokenOrder.V2,
-        pool=Pool.MEAN,
-        tile_pooled=False,
-        compute_dtype=ComputeDtype.BFLOAT16,
-        store_dtype=StoreDtype.FLOAT16,
-        on_overflow=OnOverflow.SKIP,
-    )
-
-
 def make_shard(nbytes: int, tokens: Tokens) -> NewShard:
     """As many images as fill about so many bytes."""
     mean = 4 * HIDDEN + (statistics.mean(TILES) * TOKENS * CHANNELS * 2 if tokens is not Tokens.NONE else 0)
     images = max(1, int(nbytes / mean))
     columns = {name: np.zeros(images, dtype) for name, dtype in COLUMN_DTYPES.items()}
     columns["columns"][:], columns["rows"][:] = np.resize(TILES, images), 1
+    columns["width"][:] = columns["height"][:] = columns["orientation"][:] = 1
     table = ImageTable.build([b"%08d.jpg" % row for row in range(images)], np.zeros(images, np.uint8), columns)
-    recipe = make_recipe(tokens)
-    attributes = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "recipe": recipe.to_json(),
-        "recipe_digest": recipe.digest,
-        "weights_digest": recipe.weights_digest,
-        "sources": '[{"root": "/nowhere", "name": ""}]',
-        "model": "random rows",
-    }
+    attributes = attributes_of(replace(RECIPE, tokens=tokens))
     return NewShard(table, FeatureShape(tokens, TOKENS, CHANNELS, HIDDEN, StoreDtype.FLOAT16, False), attributes)
 
 
@@ -100,8 +65,10 @@ def make_output(path: Path, shard: NewShard, shard_format: Format) -> None:
     vectors = random.standard_normal((4096, HIDDEN), np.float32)
     for row, tiles in enumerate(shard.table.tile_counts.tolist()):
         tile[0, 0, 0] = row % 1000
-        tokens = [] if shard.features.tokens is Tokens.NONE else [tile[:tiles]]
-        writer.write(ImageRows(row, random.bytes(32), vectors[row % 4096], tokens))
+        arrays = {"pooled": [vectors[row % 4096][None]]}
+        if shard.features.tokens is not Tokens.NONE:
+            arrays["visual_tokens"] = [tile[:tiles]]
+        writer.write(ImageRows(row, random.bytes(32), arrays))
     writer.checkpoint()
     writer.close()
     output.publish(0, len(shard.table), shard.table.tiles, {})

@@ -14,15 +14,17 @@ import os
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from outputs import RECIPE, attributes_of
 
 from internvit_cli.config import Format, StoreDtype, Tokens
 from internvit_cli.extract.writer_thread import CHECKPOINT_BYTES, ShardSink
 from internvit_cli.plan.table import COLUMN_DTYPES, ImageTable
 from internvit_cli.storage.durable import reserve, sync_data, write_all
-from internvit_cli.storage.format.layout import FORMAT, FORMAT_VERSION, FeatureShape, NewShard
+from internvit_cli.storage.format.layout import FeatureShape, NewShard
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog
 from internvit_cli.storage.write.commit import ImageRows, ShardWriter, create_shard
@@ -34,8 +36,9 @@ IMAGE_BYTES = TILES * TOKENS * CHANNELS * 2
 def make_shard(images: int) -> NewShard:
     columns = {name: np.zeros(images, dtype) for name, dtype in COLUMN_DTYPES.items()}
     columns["columns"][:], columns["rows"][:], columns["thumbnail"][:] = 4, 3, 1
+    columns["width"][:] = columns["height"][:] = columns["orientation"][:] = 1
     table = ImageTable.build([b"%08d.jpg" % row for row in range(images)], np.zeros(images, np.uint8), columns)
-    attributes = {"format": FORMAT, "format_version": FORMAT_VERSION, "recipe": "{}", "sources": "[]"}
+    attributes = attributes_of(replace(RECIPE, tokens=Tokens.VISUAL))
     return NewShard(table, FeatureShape(Tokens.VISUAL, TOKENS, CHANNELS, HIDDEN, StoreDtype.FLOAT16, False), attributes)
 
 
@@ -49,7 +52,7 @@ def run_internvit(folder: Path, images: int, rows: np.ndarray, kind: Format) -> 
     writer = ShardWriter(output.backend, output.partial_path(0), shard.table)
     sink = ShardSink(writer, SkipLog(output.skipped_path), shard.table.keys)
     for row in range(images):
-        sink.put(ImageRows(row, bytes(32), vector, [rows]))
+        sink.put(ImageRows(row, bytes(32), {"pooled": [vector[None]], "visual_tokens": [rows]}))
     sink.close()
     seconds = time.perf_counter() - started
     writer.close()
