@@ -36,7 +36,7 @@ from internvit_cli.runtime.workers import FinishedTask
 from internvit_cli.storage.durable import disk_errors, sync_data, sync_together
 from internvit_cli.storage.format.layout import FeatureShape
 from internvit_cli.storage.write import commit, reuse
-from internvit_cli.storage.write.commit import RowWriter, ShardWriter
+from internvit_cli.storage.write.commit import ImageRows, RowWriter, ShardWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -175,7 +175,11 @@ class DigestEncoder:
         encoder.layers = (None, *options.earlier_layers)
         return encoder
 
-    def submit(self, tiles: list[NDArray[Any]]) -> Any:
+    def buffer(self) -> NDArray[Any]:
+        side = DigestDecoder.tile_size
+        return np.empty((self.info.batch_tiles, side, side, 3), np.uint8)
+
+    def submit(self, tiles: NDArray[Any]) -> Any:
         names = [tile.reshape(-1)[:33].tobytes() for tile in tiles]
         layers = []
         for layer in self.layers:
@@ -193,6 +197,12 @@ class InlineSink(ShardSink):
 
     def _run(self) -> None:
         """The thread itself ends at once."""
+
+    def take(self, image: FinishedImage) -> None:
+        if isinstance(image, ImageRows):
+            self._writer.write(image)
+        else:
+            super().take(image)
 
     def put(self, image: FinishedImage) -> None:
         self._do(lambda: self.take(image), is_end=False)

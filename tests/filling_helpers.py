@@ -49,6 +49,9 @@ class Encoder:
         self.sizes: list[int] = []
         self._fail_after = fail_after
 
+    def buffer(self) -> NDArray[Any]:
+        return np.empty((self.info.batch_tiles, SIDE, SIDE, 3), np.uint8)
+
     def submit(self, tiles: Sequence[NDArray[Any]]) -> Any:
         self.sizes.append(len(tiles))
         assert len(tiles) <= self.info.batch_tiles

@@ -159,3 +159,45 @@ def test_tokens_with_scales_come_back_with_them(batch):
     assert features[0].scales.shape == read.shape[:2]
     steps = np.abs(features[1].tokens.astype(np.float32)).max(axis=-1, keepdims=True) / 127
     assert (np.abs(read - features[1].tokens) <= steps).all()
+
+
+def test_tiles_in_the_encoders_buffer_are_not_copied_and_give_the_same_features():
+    tiles = np.stack(random_tiles(4))
+    filled = runner(4)
+    for _ in range(2 * IN_FLIGHT):  # each slot twice
+        buffer = filled.buffer()
+        buffer[:] = tiles
+        batch = filled.submit(buffer)
+        assert np.array_equal(tokens_of(batch), tokens(runner(4), tiles))
+        assert any(slot.tiles is buffer for slot in filled._launcher._slots), "it is the memory that the card reads"
+
+
+def test_a_buffer_that_is_not_full_ends_in_black_tiles_whatever_was_in_it():
+    filled = runner(4)
+    buffer = filled.buffer()
+    buffer[:] = 255
+    filled.submit(buffer[:1])
+    assert buffer[0].all() and not buffer[1:].any()
+
+
+def test_memory_of_features_is_used_again_when_the_last_array_over_it_is_gone_and_not_before():
+    launched = runner(2)
+    tiles = random_tiles(2)
+    features = launched.submit(tiles).result()
+    kept, expected = features.take(slice(1, 2)).layers[0].tokens[0], features.layers[0].tokens[1].copy()
+    address = features.layers[0].tokens.ctypes.data
+    others = [launched.submit(random_tiles(2)).result() for _ in range(2 * IN_FLIGHT)]
+    assert address not in {other.layers[0].tokens.ctypes.data for other in others}
+    del features, others
+    assert np.array_equal(kept, expected), "a view of a view still holds it"
+    del kept
+    again = [launched.submit(tiles).result() for _ in range(3 * IN_FLIGHT)]
+    assert address in {other.layers[0].tokens.ctypes.data for other in again}
+
+
+def test_a_run_that_lets_features_go_allocates_no_more_memory_than_is_in_flight():
+    launched = runner(2)
+    addresses = set()
+    for _ in range(20):
+        addresses.add(launched.submit(random_tiles(2)).result().layers[0].tokens.ctypes.data)
+    assert len(addresses) <= IN_FLIGHT

@@ -23,8 +23,11 @@ from internvit_cli.runtime.words import counted
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from numpy.typing import NDArray
+
     from internvit_cli.encode.interface import PendingBatch
-    from internvit_cli.model.features import FeatureModel, FeatureSpec
+    from internvit_cli.encode.tile_features import Tiles
+    from internvit_cli.model.features import FeatureModel
 
 OUT_OF_MEMORY_HINT = "give a smaller --batch-size"
 
@@ -49,7 +52,11 @@ class BatchRunner:
         """How batches are run, as far as it is worth telling."""
         return self._launcher.note
 
-    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+    def buffer(self) -> NDArray[np.uint8]:
+        """Return an empty batch that the launcher need not copy."""
+        return self._launcher.buffer(self.batch_tiles)
+
+    def submit(self, tiles: Tiles) -> PendingBatch:
         """Start a batch; more tiles than `batch_tiles`, as after a halving, become several.
 
         Raises:
@@ -93,15 +100,23 @@ class JoinedBatches:
         return TileFeatures.join([part.result() for part in self._parts])
 
 
-def taken(layers: Sequence[LayerTensors], count: int, spec: FeatureSpec) -> TileFeatures:
-    """The first `count` tiles of features that lie on the host, copied: the buffers may be used again."""
-    # PyTorch copies with several threads; numpy would not.
-    return on_host([each_part(layer, lambda part: part[:count].clone()) for layer in layers], spec)
-
-
 def each_part(layer: LayerTensors, change: Callable[[Tensor], Tensor]) -> LayerTensors:
     """Features with something done to each tensor that there is."""
     return LayerTensors(*(None if part is None else change(part) for part in layer))  # type: ignore[arg-type]
+
+
+def first_tiles(layer: LayerTensors, count: int) -> LayerTensors:
+    """Return the features of the first `count` tiles, as views."""
+    return each_part(layer, lambda part: part[:count])
+
+
+def padded(tiles: Tiles, size: int) -> NDArray[np.uint8]:
+    """Return tiles as one array of exactly `size`, the rest of it black; a whole one is not copied."""
+    if isinstance(tiles, np.ndarray) and len(tiles) == size:
+        return tiles
+    batch = np.zeros((size, *tiles[0].shape), np.uint8)
+    np.stack(list(tiles), out=batch[: len(tiles)])
+    return batch
 
 
 class Launcher:
@@ -114,16 +129,20 @@ class Launcher:
         self.busy_seconds = 0.0
         self.model = model
 
-    def launch(self, tiles: Sequence[np.ndarray], size: int) -> PendingBatch:
+    def buffer(self, size: int) -> NDArray[np.uint8]:
+        """Return an empty batch of `size` tiles."""
+        side = self.model.spec.tile_size
+        return np.empty((size, side, side, 3), np.uint8)
+
+    def launch(self, tiles: Tiles, size: int) -> PendingBatch:
         """Encode up to `size` tiles as a batch of exactly `size`."""
         start = time.perf_counter()
-        batch = np.zeros((size, *tiles[0].shape), np.uint8)
-        np.stack(tiles, out=batch[: len(tiles)])
         with torch.inference_mode():
-            layers: tuple[LayerTensors, ...] = self.model(torch.from_numpy(batch).to(self.device))
-            fetched = [each_part(layer, Tensor.cpu) for layer in layers]
+            batch = torch.from_numpy(padded(tiles, size)).to(self.device)
+            layers: tuple[LayerTensors, ...] = self.model(batch)
+            fetched = [first_tiles(each_part(layer, Tensor.cpu), len(tiles)) for layer in layers]
         self.busy_seconds += time.perf_counter() - start
-        return FinishedBatch(taken(fetched, len(tiles), self.model.spec))
+        return FinishedBatch(on_host(fetched, self.model.spec))
 
     def release(self) -> None:
         """Fetch what is in flight and free the buffers."""

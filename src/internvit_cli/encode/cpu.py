@@ -7,6 +7,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from internvit_cli.encode.tile_features import TileFeatures
@@ -14,11 +15,10 @@ from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
+    from numpy.typing import NDArray
 
     from internvit_cli.encode.interface import PendingBatch
+    from internvit_cli.encode.tile_features import Tiles
     from internvit_cli.model.features import FeatureModel, FeatureSpec, LayerTensors
 
 CPU_TILES_PER_THREAD = 4
@@ -48,7 +48,12 @@ class CpuRunner:
         """Thread seconds spent on tiles, divided by the threads."""
         return self._busy_seconds / self._threads
 
-    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+    def buffer(self) -> NDArray[np.uint8]:
+        """Return new memory: the threads read a batch's until it is done."""
+        side = self._model.spec.tile_size
+        return np.empty((self.batch_tiles, side, side, 3), np.uint8)
+
+    def submit(self, tiles: Tiles) -> PendingBatch:
         """Queue one task a tile."""
         return CpuBatch([self._pool.submit(self._encode, tile) for tile in tiles], self._model.spec)
 

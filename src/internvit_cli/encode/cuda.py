@@ -1,5 +1,8 @@
 """Batches on a CUDA device: bytes in, computation and features out overlap, by pinned buffers and three streams.
 
+Whoever fills a `buffer` writes the very memory that the card reads, and features are handed on in the very memory that
+the card wrote: it is used again when no array over it is left. So the host copies a tile once, and its features never.
+
 A small batch takes the card less time than Python needs to start its kernels one by one, so it is captured as a CUDA
 graph, one for each slot, and started as a whole.
 """
@@ -8,23 +11,28 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 
-from internvit_cli.encode.batches import OUT_OF_MEMORY_HINT, Launcher, taken
+from internvit_cli.encode.batches import OUT_OF_MEMORY_HINT, Launcher, first_tiles
+from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import DeviceError
 from internvit_cli.model.features import LayerTensors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from internvit_cli.encode.interface import PendingBatch
-    from internvit_cli.encode.tile_features import TileFeatures
+    from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures, Tiles
     from internvit_cli.model.features import FeatureModel
+
+LayerShapes: TypeAlias = "tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]"
+"""Shape and type of each of `LayerTensors`; None of those that there are not."""
 
 IN_FLIGHT = 3
 """Batches with buffers of their own: one being filled, one on the device, one whose results are being fetched."""
@@ -47,21 +55,32 @@ class CudaLauncher(Launcher):
         self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copy_out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._slots: list[Slot] = []
+        self._pools: list[FeaturePool] = []
+        """Where features lie on the host, layer by layer."""
         self._turn = 0
         self._size = 0
         torch.cuda.synchronize(device)  # the weights were copied on the default stream
 
-    def launch(self, tiles: Sequence[np.ndarray], size: int) -> PendingBatch:
+    def buffer(self, size: int) -> NDArray[np.uint8]:
+        """Return the pinned tiles of the slot whose turn is next, once the card needs them no more."""
+        with torch.cuda.device(self.device), torch.inference_mode():
+            return self._next_slot(size).tiles
+
+    def launch(self, tiles: Tiles, size: int) -> PendingBatch:
         """Start a batch of exactly `size`, of which the first tiles are these; returns at once."""
         with torch.cuda.device(self.device), torch.inference_mode():  # both belong to the thread that calls
-            if size != self._size:
-                self._allocate(size)
-            slot = self._slots[self._turn]
+            slot = self._next_slot(size)
             self._turn = (self._turn + 1) % IN_FLIGHT
-            slot.free()
             slot.fill(tiles)
             self._enqueue(slot)
         return slot.hand_out(len(tiles))
+
+    def _next_slot(self, size: int) -> Slot:
+        if size != self._size:
+            self._allocate(size)
+        slot = self._slots[self._turn]
+        slot.free()
+        return slot
 
     def seconds(self, size: int) -> float:
         """How long the device takes for a batch of so many tiles, the faster of two after a warm-up."""
@@ -83,17 +102,25 @@ class CudaLauncher(Launcher):
         torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
+    def lend(self, layers: list[LayerTensors], count: int) -> TileFeatures:
+        """Return features as arrays over the pools' memory, which goes back to them with the last array."""
+        features = on_host([first_tiles(layer, count) for layer in layers], self.model.spec)
+        for pool, tensors, arrays in zip(self._pools, layers, features.layers, strict=True):
+            pool.lend(tensors, arrays)
+        return features
+
     def release(self) -> None:
         """Fetch what is in flight, free the buffers and the allocator's cache."""
         for slot in self._slots:
             slot.free()
-        self._slots, self._size, self._turn = [], 0, 0
+        self._slots, self._pools, self._size, self._turn = [], [], 0, 0
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
 
     def _allocate(self, size: int) -> None:
         self.release()
         self._slots = [Slot(self, size) for _ in range(IN_FLIGHT)]
+        self._pools = [FeaturePool(self.model, size) for _ in (None, *self.model.spec.earlier_layers)]
         self._size = size
         self.note = ""
         if size <= LARGEST_GRAPH:
@@ -135,6 +162,7 @@ class CudaLauncher(Launcher):
             slot.computed.record()
         with torch.cuda.stream(self._copy_out):
             self._copy_out.wait_event(slot.computed)
+            slot.host_layers = [pool.take() for pool in self._pools]
             for targets, sources in zip(slot.host_layers, layers, strict=True):
                 self._copy_layer(targets, sources, is_graph=slot.graph is not None)
             slot.finished.record()
@@ -168,18 +196,21 @@ class Slot:
         self.layers: tuple[LayerTensors, ...] | None = None
         """Where the graph leaves its features, layer by layer."""
         self.host_tiles = _pinned((size, side, side, 3), torch.uint8)
-        self.host_layers = [_pinned_features(model, size) for _ in (None, *model.spec.earlier_layers)]
+        self.tiles: NDArray[np.uint8] = self.host_tiles.numpy()
+        """The same memory."""
+        self.host_layers: list[LayerTensors] = []
+        """Where the features of the batch in flight go, layer by layer."""
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.computed = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.finished = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._batch: CudaBatch | None = None
 
-    def fill(self, tiles: Sequence[np.ndarray]) -> None:
-        """Copy tiles into the pinned buffer; the rest of it is black."""
-        for target, tile in zip(self.host_tiles, tiles, strict=False):
-            target.copy_(torch.from_numpy(tile))
-        self.host_tiles[len(tiles) :].zero_()
+    def fill(self, tiles: Tiles) -> None:
+        """Copy tiles into the pinned buffer, unless they lie there already; the rest of it is black."""
+        if not (isinstance(tiles, np.ndarray) and tiles.ctypes.data == self.tiles.ctypes.data):
+            np.stack(list(tiles), out=self.tiles[: len(tiles)])
+        self.tiles[len(tiles) :] = 0
 
     def hand_out(self, count: int) -> CudaBatch:
         """The batch that was just queued."""
@@ -193,10 +224,12 @@ class Slot:
             self._batch = None
 
     def fetch(self, count: int) -> TileFeatures:
-        """Wait for the copy out and take the first features."""
+        """Wait for the copy out and hand on the features of the first tiles, in the memory that the card wrote."""
         self.finished.synchronize()
         self._launcher.busy_seconds += self.started.elapsed_time(self.computed) / 1000
-        return taken(self.host_layers, count, self._launcher.model.spec)
+        layers, self.host_layers = self.host_layers, []
+        self._batch = None  # or its memory would be kept until the slot's next turn
+        return self._launcher.lend(layers, count)
 
 
 class CudaBatch:
@@ -218,17 +251,55 @@ class CudaBatch:
             return self._result
 
 
-def _pinned_features(model: FeatureModel, size: int) -> LayerTensors:
-    """Buffers on the host for one layer's features of so many tiles."""
-    shapes = model.shapes
-    is_scaled = model.plan is not None and model.plan.is_scaled
-    return LayerTensors(
-        _pinned((size, shapes.tokens, shapes.token_size), model.store_dtype) if shapes.tokens else None,
-        _pinned((size, shapes.pooled_size), torch.float32),
-        _pinned((size, 2), torch.float32),
-        _pinned((size,), torch.int64),
-        _pinned((size, shapes.tokens), torch.float32) if is_scaled else None,
-    )
+class FeaturePool:
+    """Pinned memory for one layer's features of a batch, as much as is in use at the same time.
+
+    It is bounded by what may be in flight and wait for the disk (`writer_thread.MOST_WAITING`), and never allocated
+    anew in between: pinning takes longer than a batch.
+    """
+
+    def __init__(self, model: FeatureModel, size: int) -> None:
+        shapes = model.shapes
+        is_scaled = model.plan is not None and model.plan.is_scaled
+        self._shapes: LayerShapes = (
+            ((size, shapes.tokens, shapes.token_size), model.store_dtype) if shapes.tokens else None,
+            ((size, shapes.pooled_size), torch.float32),
+            ((size, 2), torch.float32),
+            ((size,), torch.int64),
+            ((size, shapes.tokens), torch.float32) if is_scaled else None,
+        )
+        self._free: tuple[deque[Tensor], ...] = tuple(deque() for _ in self._shapes)
+
+    def take(self) -> LayerTensors:
+        """Return memory that nobody reads, allocated where there is none."""
+        return LayerTensors(*map(self._take, self._shapes, self._free))  # type: ignore[arg-type]
+
+    def lend(self, tensors: LayerTensors, arrays: LayerFeatures) -> None:
+        """Take each of the tensors back once no array over its memory is left, and at once where there is none.
+
+        Args:
+            tensors: from `take`.
+            arrays: over the memory of some of them.
+        """
+        lent = {0: arrays.tokens, 1: arrays.pooled, 4: arrays.scales}
+        for number, (tensor, free) in enumerate(zip(tensors, self._free, strict=True)):
+            if tensor is None:
+                continue
+            # All views of an array keep that array itself, and so end with it (numpy's `base`).
+            array = lent.get(number)
+            if array is None:
+                free.append(tensor)
+            else:
+                weakref.finalize(array, free.append, tensor).atexit = False
+
+    @staticmethod
+    def _take(shape: tuple[tuple[int, ...], torch.dtype] | None, free: deque[Tensor]) -> Tensor | None:
+        if shape is None:
+            return None
+        try:
+            return free.popleft()
+        except IndexError:
+            return _pinned(*shape)
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    from numpy.typing import NDArray
     from typing_extensions import Self
 
     from internvit_cli.encode.interface import PendingBatch, Runner
     from internvit_cli.encode.options import EncoderOptions
+    from internvit_cli.encode.tile_features import Tiles
     from internvit_cli.model.checkpoint import Checkpoint
 
 TORCH_DTYPE = {
@@ -67,9 +69,11 @@ class Encoder:
         """
         _check(options, checkpoint)
         device = find_fit_device(options.device, options.dtype, compile=options.compile)
+        # An operation on the host is never cut into threads: on a CPU tiles run side by side, and beside a card the
+        # cores belong to the decode workers. PyTorch's threads would wait for theirs in the middle of every copy.
+        torch.set_num_threads(1)
         if device.type == "cpu":
             keep_freed_memory()
-            torch.set_num_threads(1)  # of each of our own threads: tiles run side by side, an operation does not
         if options.dtype is ComputeDtype.AUTO:
             options = replace(options, dtype=fastest_dtype(device, checkpoint.card.vision, options.tile_size))
         model = _load_model(checkpoint, options, device)
@@ -93,12 +97,21 @@ class Encoder:
         """Time the device was busy so far, seconds."""
         return self._runner.device_seconds
 
-    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
+    def buffer(self) -> NDArray[np.uint8]:
+        """Return an empty batch, uint8 [n,S,S,3], to be filled and submitted, in part or as a whole.
+
+        Its memory is where the device reads from, so that a tile that is copied into it is copied but once. The next
+        call returns another one, and what was filled and not submitted is lost. `n` is the batch at that moment.
+        """
+        return self._runner.buffer()
+
+    def submit(self, tiles: Tiles) -> PendingBatch:
         """Start encoding and return at once; several batches may be in flight.
 
         Args:
-            tiles: uint8 [S,S,3] RGB each, C-contiguous, at least one. On a CPU their memory is read until `result`
-                returns; on other devices it is free when this returns.
+            tiles: uint8 [S,S,3] RGB each, C-contiguous, at least one; the first ones of a `buffer`, or any others. On a
+                CPU their memory is read until `result` returns; on other devices it is free when this returns, but for
+                that of a `buffer`, which is the encoder's.
 
         Raises:
             DeviceError: the device ran out of memory a second time.
@@ -130,7 +143,7 @@ class Encoder:
             store=measure_storing(self._model, tiles) if stores_coarsely else None,
         )
 
-    def _check_tiles(self, tiles: Sequence[np.ndarray]) -> None:
+    def _check_tiles(self, tiles: Tiles) -> None:
         for tile in tiles:
             if tile.dtype != np.uint8 or tile.shape != self._tile_shape:
                 raise ValueError(f"a tile is {tile.dtype} {tile.shape}, not uint8 {self._tile_shape}")

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy as np
+    from numpy.typing import NDArray
 
     from internvit_cli.config import ComputeDtype
-    from internvit_cli.encode.tile_features import TileFeatures
+    from internvit_cli.encode.tile_features import TileFeatures, Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +61,12 @@ class Runner(Protocol):
         """Time the device was busy so far, seconds."""
         ...
 
-    def submit(self, tiles: Sequence[np.ndarray]) -> PendingBatch:
-        """Start a batch of uint8 [S,S,3] tiles."""
+    def buffer(self) -> NDArray[np.uint8]:
+        """Return an empty batch, uint8 [batch_tiles,S,S,3], for whoever wants to copy tiles but once."""
+        ...
+
+    def submit(self, tiles: Tiles) -> PendingBatch:
+        """Start a batch of uint8 [S,S,3] tiles; the first ones of `buffer` are not copied again."""
         ...
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+Tiles: TypeAlias = "Sequence[NDArray[np.uint8]] | NDArray[np.uint8]"
+"""uint8 [S,S,3] RGB each, one by one or as one array [n,S,S,3]."""
 UNFIT = {1: "a feature is too large for the stored type", 2: "a feature is not a number"}
 """What the verdicts on a tile that cannot be stored say."""
 

@@ -12,8 +12,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from internvit_cli.config import Skipped, Status
 from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, FailedImage
 from internvit_cli.encode.tile_features import UNFIT
@@ -26,6 +24,7 @@ from internvit_cli.storage.write.commit import ImageRows
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    import numpy as np
     from numpy.typing import NDArray
 
     from internvit_cli.config import Recipe
@@ -110,13 +109,11 @@ class EncodeLoop:
         self._stop = stop
         self._on_progress = on_progress
         self._rules = job.rules
-        tile_size = decoder.tile_size
-        self._batch_tiles = encoder.info.batch_tiles  # fixed: a halved encoder takes a batch in two
-        shape = (self._batch_tiles, tile_size, tile_size, 3)
-        self._buffers = deque(np.empty(shape, np.uint8) for _ in range(BATCHES_IN_FLIGHT + 1))
+        self._buffer: NDArray[np.uint8] | None = None
+        """The batch at hand; None until there is a tile for it."""
         self._spans: list[_Span] = []
         self._filled = 0
-        self._in_flight: deque[tuple[PendingBatch, list[_Span], NDArray[Any]]] = deque()
+        self._in_flight: deque[tuple[PendingBatch, list[_Span]]] = deque()
         self._submitted = time.monotonic()
         self._tally = Tally()
         self._clamped = 0
@@ -166,12 +163,14 @@ class EncodeLoop:
         assembly = _Assembly(image.row, image.digest, tiles)
         position = 0
         while position < tiles:
-            count = min(tiles - position, self._batch_tiles - self._filled)
-            self._buffers[0][self._filled : self._filled + count] = image.tiles[position : position + count]
+            if self._buffer is None:
+                self._buffer = self._encoder.buffer()
+            count = min(tiles - position, len(self._buffer) - self._filled)
+            self._buffer[self._filled : self._filled + count] = image.tiles[position : position + count]
             self._spans.append(_Span(assembly, self._filled, count))
             self._filled += count
             position += count
-            if self._filled == self._batch_tiles:
+            if self._filled == len(self._buffer):
                 self._submit()
         image.release()
 
@@ -183,19 +182,17 @@ class EncodeLoop:
             self._submit()
 
     def _submit(self) -> None:
-        if not self._filled:
+        if self._buffer is None:
             return
         if len(self._in_flight) == BATCHES_IN_FLIGHT:
             self._finish_oldest()
-        buffer = self._buffers.popleft()
-        self._in_flight.append((self._encoder.submit(list(buffer[: self._filled])), self._spans, buffer))
-        self._spans, self._filled = [], 0
+        self._in_flight.append((self._encoder.submit(self._buffer[: self._filled]), self._spans))
+        self._buffer, self._spans, self._filled = None, [], 0
         self._submitted = time.monotonic()
 
     def _finish_oldest(self) -> None:
-        pending, spans, buffer = self._in_flight.popleft()
+        pending, spans = self._in_flight.popleft()
         features = pending.result()
-        self._buffers.append(buffer)
         self._clamped += features.clamped
         for span in spans:
             part = slice(span.start, span.start + span.count)

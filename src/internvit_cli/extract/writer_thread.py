@@ -1,4 +1,4 @@
-"""Where finished images go while others are encoded: a thread that writes their rows and makes the checkpoints."""
+"""Where finished images go while others are encoded: a thread that has their rows written and makes the checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from internvit_cli.extract.row_threads import RowThreads
 from internvit_cli.storage.write.commit import ImageRows, WrittenImage
 
 if TYPE_CHECKING:
@@ -48,10 +49,14 @@ class Sink(ABC):
     def __init__(self) -> None:
         self._queue: queue.Queue[FinishedImage | _Mark] = queue.Queue(MOST_WAITING)
         self._failure: BaseException | None = None
-        self.busy_seconds = 0.0
-        """Time that the thread was at work."""
+        self._busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="sink")
         self._thread.start()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time that it took to store what was put, as far as it was not done beside something else."""
+        return self._busy_seconds
 
     def put(self, image: FinishedImage) -> None:
         """Hand over a finished image; waits while too many wait for the disk.
@@ -98,7 +103,7 @@ class Sink(ABC):
                 self.on_idle(is_end=is_end)
             except BaseException as error:  # noqa: BLE001 - raised again by whoever puts or closes
                 self._failure = error
-            self.busy_seconds += time.perf_counter() - started
+            self._busy_seconds += time.perf_counter() - started
 
     def _next(self) -> FinishedImage | _Mark:
         try:
@@ -110,13 +115,15 @@ class Sink(ABC):
 class ShardSink(Sink):
     """Writes the rows of one shard, or records those that other processes wrote, and commits them now and then.
 
-    A commit waits for the disk in a thread of its own, while rows go on being written.
+    Several threads write rows. A commit waits for the disk in a thread of its own, and is only about rows whose writes
+    have returned.
     """
 
     def __init__(self, writer: ShardWriter, skip_log: SkipLog, keys: Any) -> None:
         self._writer = writer
         self._skip_log = skip_log
         self._keys = keys
+        self._rows = RowThreads(writer.write_rows)
         self._skips: list[SkippedImage] = []
         self._first_skip = 0.0
         self._commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
@@ -127,7 +134,7 @@ class ShardSink(Sink):
         """Write or record it; it is done after the next checkpoint."""
         match image:
             case ImageRows():
-                self._writer.write(image)
+                self._rows.put(image)
             case WrittenImage():
                 self._writer.record(image)
             case SkippedImage():
@@ -135,7 +142,9 @@ class ShardSink(Sink):
                 self._skips.append(image)
 
     def on_idle(self, *, is_end: bool) -> None:
-        """Make a checkpoint when it is time, and the last one is through."""
+        """Record what is written, and make a checkpoint when it is time, and the last one is through."""
+        for written in self._rows.written(is_end=is_end):
+            self._writer.record(written)
         if self._commit is not None and (is_end or self._commit.done()):
             commit, self._commit = self._commit, None
             commit.result()
@@ -144,6 +153,22 @@ class ShardSink(Sink):
             self.commit(*self._taken())
         elif self._is_due and self._commit is None:
             self._commit = self._commits.submit(self.commit, *self._taken())
+
+    @property
+    def busy_seconds(self) -> float:
+        """Its own time, and that of the threads that write."""
+        return self._busy_seconds - self._rows.waited_seconds + self._rows.busy_seconds
+
+    def close(self) -> None:
+        """Finish what was put and end; no thread writes to the shard after this, whatever went wrong.
+
+        Raises:
+            InternvitError: the disk failed.
+        """
+        try:
+            super().close()
+        finally:
+            self._rows.close()
 
     @property
     def _is_due(self) -> bool:

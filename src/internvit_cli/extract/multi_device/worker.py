@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import InternvitError
 from internvit_cli.extract.encode_loop import EncodeJob, EncodeLoop, EncodeResult, EncodeRules
+from internvit_cli.extract.row_threads import RowThreads
 from internvit_cli.extract.sampling import sample_tiles
 from internvit_cli.extract.writer_thread import Sink
 from internvit_cli.runtime.workers import ignore_stop_signals
@@ -239,18 +240,33 @@ class _DeviceProcess:
 
 
 class _ForwardingSink(Sink):
-    """Writes rows, and tells the parent of each image."""
+    """Writes rows, and tells the parent of each image, which syncs and commits them."""
 
     def __init__(self, process: _DeviceProcess, rows: RowWriter, given: dict[int, Task]) -> None:
         self._process = process
-        self._rows = rows
         self._given = given
+        self._rows = RowThreads(lambda image: rows.write(image, given[image.row].first_tile))
         super().__init__()
 
     def take(self, image: FinishedImage) -> None:
-        """Write its rows; what is to be recorded of it goes to the parent."""
-        task = self._given.pop(image.row)
-        self._process.send(self._rows.write(image, task.first_tile) if isinstance(image, ImageRows) else image)
+        """Have its rows written, or pass on that it has none."""
+        if isinstance(image, ImageRows):
+            self._rows.put(image)
+        else:
+            self._tell(image)
 
     def on_idle(self, *, is_end: bool) -> None:
-        """Nothing: syncing is the parent's."""
+        """Tell the parent what is written."""
+        for written in self._rows.written(is_end=is_end):
+            self._tell(written)
+
+    def close(self) -> None:
+        """Finish what was put and end; no thread writes to the shard after this."""
+        try:
+            super().close()
+        finally:
+            self._rows.close()
+
+    def _tell(self, image: FinishedImage) -> None:
+        del self._given[image.row]
+        self._process.send(image)

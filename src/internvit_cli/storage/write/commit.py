@@ -181,7 +181,7 @@ class RowWriter:
 
 
 class ShardWriter:
-    """Fills one shard. One thread writes rows; the same or another one commits them, one commit at a time."""
+    """Fills one shard. Any thread writes rows; one records them, and one commits them, one commit at a time."""
 
     def __init__(self, backend: ShardFormat, partial: str, table: ImageTable) -> None:
         """Open a shard that `create_shard` made; `table` is its table with the statuses on disk."""
@@ -234,11 +234,15 @@ class ShardWriter:
             self._write_records(np.array(sorted(rows), np.int64))
 
     def write(self, image: ImageRows) -> None:
-        """Write the rows of a finished image. It is not done before the next checkpoint."""
-        self.record(self._rows.write(image, int(self._tile_offset[image.row])))
+        """Write the rows of a finished image and record it. It is not done before the next checkpoint."""
+        self.record(self.write_rows(image))
+
+    def write_rows(self, image: ImageRows) -> WrittenImage:
+        """Write the rows of a finished image, in any thread; it counts once it is recorded."""
+        return self._rows.write(image, int(self._tile_offset[image.row]))
 
     def record(self, written: WrittenImage) -> None:
-        """Take note of an image whose rows another process has written. It is not done before the next checkpoint."""
+        """Record an image whose rows are written, here or in another process. The next checkpoint makes it done."""
         self._crc32[written.row] = written.checksum
         self._finish(written.row, Status.DONE, written.digest, written.nbytes)
 
