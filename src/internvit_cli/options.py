@@ -94,7 +94,9 @@ class RunOptions:
     """Several share the work; `all` is every card."""
     dtype: ComputeDtype = ComputeDtype.AUTO
     batch_tiles: int | None = None
-    """Tiles a batch; None measures."""
+    """Tiles per batch; None leaves it to the encoder."""
+    measure_batch: bool = False
+    """Where `batch_tiles` is None, take what is fastest; it may differ from run to run."""
     workers: int | None = None
     """Decode processes; None chooses."""
     threads: int | None = None

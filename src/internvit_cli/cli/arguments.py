@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from internvit_cli.cli.settings import is_on_command_line
-from internvit_cli.cli.values import AUTO, UnusableWordError, layers_or_auto, number, or_auto, size
+from internvit_cli.cli.values import AUTO, UnusableWordError, layers_or_auto, number, size
 from internvit_cli.config import (
     DEFAULT_DECODE_TIMEOUT,
     DEFAULT_MAX_PIXELS,
@@ -45,6 +45,8 @@ LEAST_WORKER_MEMORY = 512 << 20
 MOST_DEVICES = 64
 MOST_TILES = 65536
 """Of a batch."""
+MEASURED = 0
+"""The batch of `--batch-size auto`."""
 
 
 def relocation(word: str) -> tuple[bytes, bytes]:
@@ -79,6 +81,11 @@ def grey_range_named(word: str) -> GreyRange | int:
         return found
     most: int = number(word, int, f"{' or '.join(GreyRange)} or a number", 1, MOST_GREY)
     return most
+
+
+def batch_size_named(word: str) -> int:
+    """A number of tiles, or `MEASURED` for auto."""
+    return MEASURED if word == AUTO else number(word, int, "auto or a number of tiles", 1, MOST_TILES)
 
 
 def build_options(
@@ -330,9 +337,10 @@ def build_options(
         int | None,
         typer.Option(
             metavar="N",
-            help="Encode N tiles at once; auto measures which number is fastest.",
-            parser=or_auto(int, "a number of tiles", least=1, most=MOST_TILES),
-            show_default=AUTO,
+            help="Encode N tiles at once. On a GPU, auto measures which number is fastest, which may differ from run "
+            "to run, and with it the last bits of features.",
+            parser=batch_size_named,
+            show_default="32 on a GPU, or what its memory holds",
             rich_help_panel=RUN,
         ),
     ] = None,
@@ -471,7 +479,8 @@ def build_options(
         run=RunOptions(
             devices=chosen_devices(device, devices),
             dtype=dtype,
-            batch_tiles=batch_size,
+            batch_tiles=batch_size or None,
+            measure_batch=batch_size == MEASURED,
             workers=workers,
             threads=threads,
             compile=compile_model,

@@ -94,15 +94,6 @@ def limits(least: float | None, most: float | None) -> str:
     return f" of at least {least:,}" if least is not None else ""
 
 
-def or_auto(kind: type, name: str, least: float | None = None, most: float | None = None) -> Callable[[str], Any]:
-    """A parser of numbers that takes `auto` too, which is None."""
-
-    def parse(word: str) -> Any:
-        return None if word == AUTO else number(word, kind, f"auto or {name}", least, most)
-
-    return parse
-
-
 def layers(word: str, expected: str = "a whole number, or several with commas between") -> tuple[int, ...]:
     """Indices into hidden_states, such as `-4,-1`."""
     return tuple(number(part.strip(), int, expected) for part in word.split(","))

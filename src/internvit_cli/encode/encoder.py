@@ -214,7 +214,9 @@ def _make_runner(model: FeatureModel, options: EncoderOptions) -> Runner:
 
     batch_tiles = options.batch_tiles or options.recorded_batch_tiles
     try:
-        return accelerator_runner(model, batch_tiles or (COMPILED_BATCH if options.compile else None))
+        return accelerator_runner(
+            model, batch_tiles or (COMPILED_BATCH if options.compile else None), measure=options.measure_batch
+        )
     except RuntimeError as error:
         if not options.compile:
             raise

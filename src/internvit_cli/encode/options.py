@@ -21,7 +21,9 @@ class EncoderOptions:
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: ComputeDtype = ComputeDtype.AUTO
     batch_tiles: int | None = None
-    """Tiles in a batch; None measures (accelerators) or takes a few a thread (CPU)."""
+    """Tiles per batch; None takes 32, or what the memory holds (accelerators), or a few per thread (CPU)."""
+    measure_batch: bool = False
+    """Where `batch_tiles` is None, take what is fastest on CUDA: it may differ from run to run."""
     recorded_batch_tiles: int | None = None
     """The output's batch, taken for want of `batch_tiles` where a row's last bits depend on it: not on a CPU."""
     tokens: Tokens = Tokens.VISUAL

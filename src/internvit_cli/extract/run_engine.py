@@ -74,8 +74,10 @@ class RunEngine:
         engine = self._start(workload)
         info = engine.info
         label = f"{self._model.card.name} in {info.dtype.value} on {info.device_name}"
-        batch = counted(info.batch_tiles, "tile")
-        self._run.observer.note(f"encoding with {label}, {batch} per batch, {info.kernels}")
+        batch = f"{counted(info.batch_tiles, 'tile')} per batch"
+        if self._run.options.run.measure_batch and info.batch_tiles_to_record and not self._recorded_batch_tiles:
+            batch += " as measured here, which another run or card may not repeat"
+        self._run.observer.note(f"encoding with {label}, {batch}, {info.kernels}")
         return engine
 
     def start_for_types(self) -> None:

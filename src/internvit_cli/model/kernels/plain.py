@@ -19,6 +19,8 @@ from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Rows, S
 from internvit_cli.model.unshuffle import unshuffle_view
 
 PATCH_VALUES = 3 * PATCH_SIZE**2  # 588 numbers in a patch
+PADDED_PATCH_VALUES = 592
+"""With four zeros rows of 16-bit numbers begin at multiples of 16 bytes, which matrix products need to be fast."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v [B,H,T,D] -> [B,H,T,D]."""

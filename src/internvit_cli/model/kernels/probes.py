@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from internvit_cli.config import PATCH_SIZE
 from internvit_cli.model.kernels.fp8 import FP8, Fp8Linear, dequantize
 from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, QuantizedRows, Rows, StorePlan
+from internvit_cli.model.kernels.plain import PADDED_PATCH_VALUES
 
 if TYPE_CHECKING:
     from internvit_cli.model.card import VisionConfig
@@ -94,7 +95,7 @@ def probes(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, tu
     qk_norms = (make.norm("rms_norm"), make.norm("rms_norm")) if case.vision.qk_norm else None
     in_base, in_rows = LARGEST_DIFFERENCE[make.base], LARGEST_DIFFERENCE[dtype]
     found: dict[str, tuple[Probe, float]] = {
-        "patches": (lambda k: [k.patches(tiles, k.patch_columns, make.base)[..., :588]], in_base),
+        "patches": (lambda k: [k.patches(tiles, PADDED_PATCH_VALUES, make.base)], in_base),
         "embed": (lambda k: _tensors(*k.embed(patches, table, norm)), in_rows),
         "norm": (lambda k: _tensors(k.norm(x, norm)), in_rows),
         "residual_norm": (lambda k: _tensors(*k.residual_norm(x.clone(), y, scale, norm)), in_rows),

@@ -13,7 +13,7 @@ import torch
 from internvit_cli.model.kernels import triton_attention, triton_norms, triton_tiles
 from internvit_cli.model.kernels.fp8 import FP8, scaled_linear
 from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, QuantizedRows, Rows, StoredTokens, StorePlan
-from internvit_cli.model.kernels.plain import linear, linear_gelu, plain_attention
+from internvit_cli.model.kernels.plain import PADDED_PATCH_VALUES, linear, linear_gelu, plain_attention
 from internvit_cli.model.kernels.plain import store as plain_store
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def triton_kernels(dtype: torch.dtype, attend: Attend) -> Kernels:
     gelus: dict[torch.dtype, Callable[[Rows, Linear], Rows]] = {FP8: fp8_linear_gelu, torch.float32: linear_gelu}
     return Kernels(
         name="triton",
-        patch_columns=triton_tiles.PATCH_COLUMNS,
+        patch_columns=PADDED_PATCH_VALUES,
         patches=triton_tiles.patches,
         embed=partial(triton_norms.embed, in_fp8=in_fp8),
         norm=partial(triton_norms.norm_rows, in_fp8=in_fp8),

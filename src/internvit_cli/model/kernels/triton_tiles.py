@@ -16,10 +16,6 @@ from internvit_cli.config import PATCH_SIZE, TokenOrder
 from internvit_cli.model.kernels.interface import StoredTokens, StorePlan
 from internvit_cli.model.kernels.plain import PATCH_VALUES
 
-PATCH_COLUMNS = 592
-"""588 numbers of a patch and four zeros: rows of 16-bit numbers then begin at multiples of 16 bytes, which matrix
-products need to be fast."""
-
 _P = tl.constexpr(PATCH_SIZE)
 _PATCH_VALUES = tl.constexpr(PATCH_VALUES)
 _PATCH_BLOCK = tl.constexpr(1024)
@@ -41,7 +37,9 @@ def _patches(tiles: tl.tensor, out: tl.tensor, side: tl.tensor, COLUMNS: tl.cons
     stride = side * (3 * _P)  # bytes of a line of the tile
     corner = tile * (side * _P * stride) + patch // side * (_P * stride) + patch % side * (3 * _P)
     inside = values < _PATCH_VALUES
-    pixels = tl.load(tiles + corner + line * stride + rest, mask=inside, other=128).to(tl.float32) - 128.0
+    pixels = tl.load(tiles + corner + line * stride + rest, mask=inside, other=0).to(tl.float32) - 128.0
+    # Masked bytes of a word that is read in part hold whatever the card makes of them; columns beyond are zeros.
+    pixels = tl.where(inside, pixels, 0.0)
     tl.store(out + row * COLUMNS + values, pixels.to(out.dtype.element_ty), mask=values < COLUMNS)
 
 
