@@ -238,10 +238,10 @@ def test_other_layers_are_another_recipe(three: Path, pictures: Path, layer: str
     ("layer", "message"),
     [
         ("-1,9", "--layer 9: tiny-random has 2 blocks"),
-        ("auto,1", "not auto, a whole number, or several with commas between"),
-        ("1,", "not auto, a whole number, or several with commas between"),
-        ("1;2", "not auto, a whole number, or several with commas between"),
-        ("", "not auto, a whole number, or several with commas between"),
+        ("auto,1", "not auto, a whole number, or several separated by commas"),
+        ("1,", "not auto, a whole number, or several separated by commas"),
+        ("1;2", "not auto, a whole number, or several separated by commas"),
+        ("", "not auto, a whole number, or several separated by commas"),
     ],
 )
 def test_layers_that_are_none_are_a_usage_error(pictures: Path, tmp_path: Path, layer: str, message: str) -> None:
@@ -359,7 +359,7 @@ def test_info_lists_the_datasets_of_every_layer(three: Path) -> None:
     datasets: Any = facts["datasets"]
     assert list(datasets)[:3] == ["pooled", "visual_tokens", "tile_pooled"] and len(datasets) == 9
     assert facts["layers"] == [0, 1, 2]
-    assert "0, 1 and 2; names without a number are of layer 2" in internvit("info", three).stdout
+    assert "0, 1 and 2; datasets without a number in their name hold layer 2" in internvit("info", three).stdout
     assert datasets["visual_tokens_layer_1"] == datasets["visual_tokens"]
     assert datasets["visual_tokens"]["dtype"] == "float16" and datasets["pooled_layer_0"]["dtype"] == "float32"
 
@@ -529,7 +529,7 @@ def test_layers_that_an_export_cannot_write_are_a_usage_error(three: Path, tmp_p
     refused = internvit("export", three, tmp_path / "one.parquet", "--layer", "7")
     assert refused.returncode == 2 and "holds no layer 7" in refused.stderr
     refused = internvit("export", three, tmp_path / "one.parquet", "--layer", "auto")
-    assert refused.returncode == 2 and "not a whole number, or several with commas between" in refused.stderr
+    assert refused.returncode == 2 and "not a whole number, or several separated by commas" in refused.stderr
     assert not os.listdir(tmp_path)
 
 

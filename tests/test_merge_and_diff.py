@@ -243,7 +243,7 @@ def test_every_kind_of_difference_is_listed_by_key(tmp_path: Path) -> None:
     assert found["pooled"]["worst"][0] == ["l.jpg", pytest.approx(-1)]
     assert not found["identical"]
     said = ok("diff", tmp_path / "a.h5", tmp_path / "b.h5").stdout
-    for line in ("only in A   a.jpg", "only in B   b.jpg", "m.jpg: vanished in A, done in B", "k.jpg: another file"):
+    for line in ("only in A   a.jpg", "only in B   b.jpg", "m.jpg: vanished in A, done in B", "k.jpg: different files"):
         assert line in said
 
 

@@ -296,7 +296,7 @@ def test_pictures_that_are_gone_or_changed_have_no_thumbnail_and_say_why(report_
     assert "No such file" in problems[names[0]] and "changed since" in problems[names[1]]
     assert "not a regular file" in problems[names[2]]
     plain = internvit("report", tmp_path / "feats.h5", "-o", tmp_path / "page.html")
-    assert f"note: no thumbnail of {names[0]}" in plain.stderr and plain.returncode == 0
+    assert f"note: no thumbnail for {names[0]}" in plain.stderr and plain.returncode == 0
     without = [entry for entry in data["token_maps"]["maps"] if not entry["photograph"]]
     assert len(without) == 3 and all(entry["problem"] and entry["map"] for entry in without)
 

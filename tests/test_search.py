@@ -410,7 +410,7 @@ def test_a_table_tells_rank_similarity_and_key(stored_photos):
         (("missing.jpg", "--key", TWINS[0][0]), 2, "'missing.jpg' is no file"),
         (("/",), 2, "is a folder"),
         ((TWINS[0][0],), 2, "is no file"),
-        ((os.devnull,), 1, "not one picture"),
+        ((os.devnull,), 1, "no picture can be used"),
         (("--key", TWINS[0][0], "--sheet", "x.txt"), 2, "not a PNG"),
         (("--key", TWINS[0][0], "-n", "0"), 2, "--count is '0'"),
     ],
@@ -710,7 +710,7 @@ def test_equal_vectors_pass_any_threshold(tmp_path):
 def test_identical_files_alone_are_told_without_a_word_on_similarity(stored_copies):
     result = internvit("duplicates", stored_copies, "--bytes-only")
     assert result.returncode == 0
-    assert result.stdout.splitlines()[-1] == "75 images: 11 groups of identical files; 11 images to spare"
+    assert result.stdout.splitlines()[-1] == "75 images: 11 groups of identical files; 11 redundant images"
     assert "cosine" not in result.stdout + result.stderr and "similar" not in result.stdout + result.stderr
     told = json.loads(internvit("duplicates", stored_copies, "--bytes-only", "--json").stdout)
     assert (told["threshold"], told["space"], told["pictures"], told["similar"]) == (None, None, None, [])
@@ -718,7 +718,7 @@ def test_identical_files_alone_are_told_without_a_word_on_similarity(stored_copi
 
 def test_one_image_is_counted_as_one(tmp_path):
     path = write_vectors(tmp_path / "feats.h5", anisotropic(1, 12))
-    assert "1 image: 0 groups of identical files; 0 images to spare" in internvit("duplicates", path).stdout
+    assert "1 image: 0 groups of identical files; 0 redundant images" in internvit("duplicates", path).stdout
     assert "1 image compared" in internvit("search", path, "--key", "0000.jpg").stderr
 
 

@@ -484,7 +484,7 @@ def test_changed_and_missing_pictures_are_noted_and_touched_ones_are_not(
     assert check(path, pictures=False).pictures is None
     result = internvit("verify", path)
     assert result.returncode == 0
-    assert "3 as they were, 2 changed, 1 missing" in result.stdout
+    assert "3 unchanged, 2 changed, 1 missing" in result.stdout
     assert f"{first.relative_to(folder)}: its picture is missing" in result.stdout
 
 
@@ -635,9 +635,9 @@ def test_the_command_says_what_was_checked_and_ends_with_the_verdict(copied: Pat
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     assert lines[0] == "images      6: 6 done"
-    assert lines[1].startswith("rows        6 read and held against their CRCs: ") and lines[1].endswith("GB/s")
-    assert lines[2].startswith("pictures    6 as they were, 0 changed, 0 missing")
-    assert lines[-1] == f"{copied / 'feats.h5'}: all is right"
+    assert lines[1].startswith("rows        6 read and compared with their CRCs: ") and lines[1].endswith("GB/s")
+    assert lines[2].startswith("pictures    6 unchanged, 0 changed, 0 missing")
+    assert lines[-1] == f"{copied / 'feats.h5'}: everything is right"
     assert internvit("verify", copied / "feats.h5", "-q").stdout == ""
 
 
@@ -678,7 +678,7 @@ def test_no_key_can_steer_a_terminal(tmp_path: Path) -> None:
     [
         (["nowhere.h5"], 1, "nowhere.h5 is not there"),
         (["text.txt"], 1, "not a feature file"),
-        (["feats.h5", "--reference"], 2, "--reference without --re-extract"),
+        (["feats.h5", "--reference"], 2, "--reference needs --re-extract"),
         (["feats.h5", "--re-extract", "-1"], 2, "--re-extract"),
         ([], 2, "OUT"),
     ],
@@ -732,7 +732,7 @@ def test_nothing_but_re_extract_loads_torch(extracted: Path) -> None:
         command = [sys.executable, "-c", code, "verify", str(extracted / name)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-    assert "all is right" in result.stdout
+    assert "everything is right" in result.stdout
 
 
 def test_progress_on_a_terminal_is_a_bar(extracted: Path) -> None:

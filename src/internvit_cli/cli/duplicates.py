@@ -85,7 +85,7 @@ def _print(found: Duplicates) -> None:
     groups = [f"{counted(len(found.identical), 'group')} of identical files"]
     if found.comparison is not None:
         groups.append(f"{counted(len(found.similar), 'group')} of similar images")
-    print_line(f"{counted(found.images, 'image')}: {', '.join(groups)}; {counted(found.redundant, 'image')} redundant")
+    print_line(f"{counted(found.images, 'image')}: {', '.join(groups)}; {counted(found.redundant, 'redundant image')}")
     if found.comparison is not None:
         print_line(_how(found.comparison))
     for note in found.notes:

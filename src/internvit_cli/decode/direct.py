@@ -1,7 +1,6 @@
-"""Pictures that are at hand, one after another, decoded in this process: for those who hold pictures, not folders.
+"""Decode single pictures in this process, for callers that hold pictures instead of folders.
 
-The pixels are those of `decode/pictures`. What it does for a folder's sake is left out: no process of its own that a
-hostile picture could take along.
+The pixels are those of `decode/pictures`. There are no worker processes, so a hostile picture can crash the caller.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ NO_DIGEST = bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class TiledPicture:
-    """A picture as tiles, with what a feature file says of it."""
+    """A picture as tiles, with the facts that a feature file stores."""
 
     width: int
-    """After orientation, pixels."""
+    """The width in pixels, after orientation."""
     height: int
     orientation: int
-    """EXIF's number of the turn that was applied."""
+    """The EXIF orientation that was applied."""
     grid: Grid
     has_thumbnail: bool
     tiles: NDArray[Any]
-    """uint8 [n, S, S, 3], row by row, the thumbnail last."""
+    """The tiles, uint8 [n, S, S, 3], row by row, with the thumbnail last."""
     digest: bytes
-    """SHA-256 of the file, 32 bytes; zeros for a picture that never was one."""
+    """The SHA-256 of the file, 32 bytes; zeros for a picture without a file."""
     file_size: int = 0
-    """Bytes of the file."""
+    """The size of the file in bytes."""
 
 
 def tile_file(path: bytes, rule: PixelRule) -> TiledPicture | Skipped:
-    """Decode a file into tiles, or say why there are none; one thread of a process at a time."""
+    """Decode a file into tiles, or return why that fails; only one thread of a process may do so at a time."""
     header = read_header(path, rule)
     if isinstance(header, Skipped):
         return header
@@ -60,10 +59,9 @@ def tile_file(path: bytes, rule: PixelRule) -> TiledPicture | Skipped:
 
 
 def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> TiledPicture | Skipped:
-    """Decode the bytes of a file into tiles, or say why there are none; one thread of a process at a time.
+    """Decode the bytes of a file into tiles, or return why that fails; only one thread at a time may do so.
 
-    They are decoded as a file, so neither limits nor orientation, pixels or digest can differ from those of a file on
-    disk that holds them.
+    The bytes are decoded as a file, so limits, orientation, pixels and digest are those of a file on disk.
     """
     try:
         file, path = _empty_file()
@@ -76,30 +74,30 @@ def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> TiledPi
 
 
 def _empty_file() -> tuple[IO[bytes], bytes]:
-    """A file that vanishes when it is closed, in memory where the system has such files; and its path."""
+    """Return a file that vanishes when it is closed, in memory if the system supports that, and its path."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("picture")
         path = b"/proc/self/fd/%d" % descriptor
         if os.path.exists(path):
             return os.fdopen(descriptor, "wb"), path
         os.close(descriptor)
-    file = tempfile.NamedTemporaryFile()  # noqa: SIM115 -- the caller closes it
+    file = tempfile.NamedTemporaryFile()  # noqa: SIM115 - the caller closes it
     return cast("IO[bytes]", file), os.fsencode(file.name)
 
 
 def tile_picture(image: Image.Image, rule: PixelRule) -> TiledPicture | Skipped:
-    """Cut a picture in memory into tiles, or say why that can't be done; one thread of a process at a time.
+    """Cut a picture in memory into tiles, or return why that fails; only one thread at a time may do so.
 
     Args:
-        image: in any mode; what its EXIF says counts as in a file. Of several frames the one at hand is taken.
-        rule: all that decides the pixels.
+        image: A picture in any mode, with EXIF as in a file. Of several frames, the current one is used.
+        rule: Everything that decides the pixels.
     """
     if unusable := unusable_size(*upright_size(image, rule)[:2], rule):
         return unusable
     try:
         with pillow_settings(rule):
             image.load()
-            # Again, for a PNG may hold an orientation behind its pixels.
+            # Read again, because a PNG may have an orientation after its pixels.
             size = loaded_size(image, rule)
             if unusable := unusable_size(*size[:2], rule):
                 return unusable

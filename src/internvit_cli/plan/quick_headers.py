@@ -1,7 +1,7 @@
-"""Sizes and orientations of ordinary JPEG, PNG and WebP files from a few of their bytes.
+"""Read sizes and orientations of ordinary JPEG, PNG and WebP files from a few of their bytes.
 
-Most pictures are such files, and opening one with EXIF makes Pillow parse all of it. Whatever is unusual in
-any way is None here: then Pillow decides, whose word is what counts.
+Most pictures are such files, and Pillow parses all of a file's EXIF when it opens it. These functions return None for
+any unusual file, which is then left to Pillow.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ XMP_SIGNATURE = b"http://ns.adobe.com/xap/1.0/\0"
 
 _SCAN, _EXIF_SEGMENT, _MPF_SEGMENT, _TABLES = 0xDA, 0xE1, 0xE2, 0xDB
 _FRAMES = (0xC0, 0xC1, 0xC2)
-"""Baseline, extended and progressive."""
+"""Markers of baseline, extended and progressive frames."""
 _SKIPPED_SEGMENTS = {0xC4, _TABLES, 0xDD, *range(0xE0, 0xF0), 0xFE}
-"""Tables, application data, comments."""
+"""Markers of tables, application data and comments."""
 _LOOKED_AT = (_TABLES, _MPF_SEGMENT)
 
 _ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
-"""Flags of a WebP file."""
+"""Flags of an extended WebP file."""
 
 
 def quick_header(file: OpenPicture) -> QuickHeader | None:
-    """The header of an ordinary JPEG, PNG or WebP file; None for everything else."""
+    """Return the header of an ordinary JPEG, PNG or WebP file; None for everything else."""
     start = file.at(0, 12)
     try:
         if start.startswith(b"\xff\xd8\xff"):
@@ -39,20 +39,20 @@ def quick_header(file: OpenPicture) -> QuickHeader | None:
             return quick_png(file)
         if start.startswith(b"RIFF") and start[8:] == b"WEBP":
             return _webp(file)
-    except struct.error:  # it ends where more should come
+    except struct.error:  # the file is cut off
         pass
     return None
 
 
 class _Place(NamedTuple):
-    """Where a block of metadata lies."""
+    """The place of a block of metadata in the file."""
 
     position: int
     length: int
 
 
 def _orientation(file: OpenPicture, exif: _Place | None, xmp: _Place | None) -> int:
-    """What EXIF says, or else XMP, which is read only then."""
+    """Return the orientation from EXIF, or else from XMP, which is read only then."""
     value = exif_orientation(_block(file, exif)) if exif else None
     if value is None and xmp:
         value = xmp_orientation(None, _block(file, xmp))
@@ -64,7 +64,7 @@ def _block(file: OpenPicture, place: _Place) -> bytes:
 
 
 def _jpeg(file: OpenPicture) -> QuickHeader | None:
-    """Walk the segments up to the first scan."""
+    """Read the segments of a JPEG up to the first scan."""
     size, exif, xmp = None, None, None
     position = 2
     while True:
@@ -91,14 +91,14 @@ def _jpeg(file: OpenPicture) -> QuickHeader | None:
 
 
 def _frame_size(frame: bytes) -> tuple[int, int] | None:
-    """Width and height of a frame of 8 bits and one, three or four components."""
+    """Return the width and height of a frame with 8 bits and one, three or four components; None for others."""
     bits, height, width, components = struct.unpack_from(">BHHB", frame)
     is_plain = bits == 8 and components in (1, 3, 4) and len(frame) == 6 + 3 * components
     return (width, height) if is_plain and width and height else None
 
 
 def _is_odd(file: OpenPicture, kind: int, body: int, length: int) -> bool:
-    """Whether Pillow has to look at a segment itself: several pictures in one file, or tables of another length."""
+    """Return whether a segment needs Pillow: several pictures in one file, or tables of an unusual length."""
     if kind == _MPF_SEGMENT:
         return file.at(body, 4) == b"MPF\0"
     if kind == _TABLES:
@@ -111,7 +111,7 @@ def _is_odd(file: OpenPicture, kind: int, body: int, length: int) -> bool:
 
 
 def _webp(file: OpenPicture) -> QuickHeader | None:
-    """The one frame of a simple file, or the canvas of an extended one that does not move."""
+    """Read the frame of a simple WebP file, or the canvas of an extended one without animation."""
     (riff_size,) = struct.unpack("<L", file.at(4, 4))
     if riff_size + 8 > file.size:
         return None
