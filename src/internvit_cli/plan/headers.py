@@ -132,7 +132,7 @@ def upright_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
 
 
 def loaded_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
-    """Return what `upright_size` returns, for a loaded picture, whose metadata is complete and whose TIFF is upright."""
+    """Return the result of `upright_size` for a loaded picture: its metadata is complete, and a TIFF is upright."""
     counts = rule.exif and image.format != "TIFF"
     return _upright(*image.size, metadata_orientation(image.info) if counts else UPRIGHT)
 

@@ -128,7 +128,7 @@ class WorkerPool:
         return [worker.process.pid for worker in self._workers]
 
     def submit(self, task_id: int, payload: Any, *, alone: bool = False) -> None:
-        """Queue a task. With `alone`, no other task shares its worker, so only this task can be to blame for a crash."""
+        """Queue a task. With `alone`, no other task shares its worker, so only this task can cause a crash."""
         self._queue.append(_Task(task_id, payload, alone))
         self._dispatch()
 
@@ -183,7 +183,7 @@ class WorkerPool:
                 worker.connection.send((task.task_id, task.payload))
 
     def _patience(self, deadline: float | None) -> float | None:
-        """Return the seconds until the caller's deadline, the first time limit of a worker, or the next look at the clock."""
+        """Return the seconds until the caller's deadline, a worker's time limit, or the next look at the clock."""
         ends = [worker.head_since + self._task_seconds for worker in self._workers if worker.tasks and worker.ready]
         if deadline is not None:
             ends.append(deadline)
