@@ -377,7 +377,7 @@ def test_a_csv_file_has_every_key_and_reason_and_says_that_features_are_not_in_i
     assert tuple(names) == keys
     assert not any(cell.startswith(("=", "+", "@", "-")) for row in rows for cell in row.values())
     assert [row["status"] for row in rows] == ["done", "done", "not_an_image", "done", "truncated", "done"]
-    assert rows[2]["reason"] == "PIL.UnidentifiedImageError: in no picture format that is read"
+    assert rows[2]["reason"] == "PIL.UnidentifiedImageError: in no supported picture format"
     assert rows[1]["digest"] == written[1].digest.hex()
     assert (rows[1]["columns"], rows[1]["rows"], rows[1]["thumbnail"], rows[1]["tiles"]) == ("2", "3", "1", "7")
 

@@ -153,7 +153,7 @@ def test_lines_name_the_most_frequent_extensions_first() -> None:
     lines = LeftOut(counts, {"@eaDir/": 3, "._*": 1}, drawn=1).lines
     assert lines[0].startswith("3,000 .heic (HEIF pictures are not read")
     assert lines[1].startswith("12 .mov, 7 .mp4, 1 .avi (videos are not read")
-    assert lines[2] == "5 .xyz, 2 without an extension (--sniff looks at their first bytes)"
+    assert lines[2] == "5 .xyz, 2 without an extension (--sniff checks their first bytes)"
     assert lines[3] == "10 side files (9 .json, 1 .txt)"
     assert lines[4] == "1 picture that internvit drew itself"
     assert lines[5] == "4 excluded (3 by @eaDir/, 1 by ._*)"
@@ -225,7 +225,7 @@ def test_sniffing_takes_pictures_whatever_their_names(tmp_path: Path) -> None:
     listing = find(tmp_path, sniff=True)
     assert keys(listing) == ["a.jpg", "c.jpg?w=300", "d.HEIC", "e.txt", "f.bin", "n01440764_10026"]
     assert listing.left_out.extensions == {"no extension": 2, ".heic": 1, ".txt": 1}
-    assert "no pictures by their first bytes either" in "".join(listing.left_out.lines)
+    assert "not pictures by their first bytes either" in "".join(listing.left_out.lines)
     assert keys(find(f"{tmp_path}/*", sniff=True)) == keys(listing)
 
 
@@ -283,7 +283,7 @@ def test_the_first_bytes_of_a_picture_tell_that_it_is_one(image_format: str) -> 
         (b"PK\x03\x04\x14\0", "an archive"),
         (b"\x1f\x8b\x08\0", "an archive"),
         (bytes(257) + b"ustar\x0000", "an archive"),
-        (b"PAR1\x15\x04", "a packed data set"),
+        (b"PAR1\x15\x04", "a packed dataset"),
         (b"\x89HDF\r\n\x1a\n", "a file of features or arrays"),
         (b'<?xml version="1.0"?>\n<!-- x -->\n<svg xmlns=', "a vector drawing"),
         (b"%!PS-Adobe-3.0", "a vector drawing"),

@@ -224,7 +224,7 @@ def test_an_output_and_its_export_are_identical(tmp_path: Path) -> None:
     make(tmp_path / "a.h5")
     ok("export", tmp_path / "a.h5", tmp_path / "b")
     result = ok("diff", tmp_path / "a.h5", tmp_path / "b", "--threshold", "1")
-    assert "identical in all that was compared" in result.stdout
+    assert "identical in everything that was compared" in result.stdout
     found = difference(tmp_path / "a.h5", tmp_path / "b")
     assert (found["identical"], found["common"], found["equal_vectors"], found["equal_tokens"]) == (True, 4, 4, 4)
 

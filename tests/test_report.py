@@ -114,7 +114,7 @@ def test_skipped_images_answer_with_their_reason(report_page):
     skipped = data_of(report_page)["skipped"]
     assert skipped["total"] == 2 and skipped["reasons"] == {"not_an_image": 1, "truncated": 1}
     rows = {row["key"]: row for row in skipped["rows"]}
-    assert rows["bad.jpg"]["reason"] == "not_an_image" and "no picture format" in rows["bad.jpg"]["message"]
+    assert rows["bad.jpg"]["reason"] == "not_an_image" and "no supported picture format" in rows["bad.jpg"]["message"]
     assert rows["cut.png"]["reason"] == "truncated" and rows["cut.png"]["message"]
     assert not set(rows) & set(data_of(report_page)["images"]["keys"])
 

@@ -485,7 +485,7 @@ def test_changed_and_missing_pictures_are_noted_and_touched_ones_are_not(
     result = internvit("verify", path)
     assert result.returncode == 0
     assert "3 unchanged, 2 changed, 1 missing" in result.stdout
-    assert f"{first.relative_to(folder)}: its picture is missing" in result.stdout
+    assert f"{first.relative_to(folder)}: the picture is missing" in result.stdout
 
 
 def test_every_flipped_bit_of_a_digest_is_found_while_its_picture_is_there(copied: Path) -> None:
