@@ -347,7 +347,7 @@ def test_an_extractor_gives_the_layers_that_a_run_stores(three: Path) -> None:
             for layer in (0, 1, -1):
                 assert_same_image(ours.at_layer(layer), stored.at_layer(layer))
                 assert_same_image(again.at_layer(layer), stored.at_layer(layer))
-    with pytest.raises(UsageError, match="no layer is named"):
+    with pytest.raises(UsageError, match="names no layer"):
         Extractor("tiny-random", layer=())
 
 
@@ -359,7 +359,7 @@ def test_info_lists_the_datasets_of_every_layer(three: Path) -> None:
     datasets: Any = facts["datasets"]
     assert list(datasets)[:3] == ["pooled", "visual_tokens", "tile_pooled"] and len(datasets) == 9
     assert facts["layers"] == [0, 1, 2]
-    assert "0, 1 and 2; datasets without a number in their name hold layer 2" in internvit("info", three).stdout
+    assert "0, 1 and 2; names without a number mean layer 2" in internvit("info", three).stdout
     assert datasets["visual_tokens_layer_1"] == datasets["visual_tokens"]
     assert datasets["visual_tokens"]["dtype"] == "float16" and datasets["pooled_layer_0"]["dtype"] == "float32"
 

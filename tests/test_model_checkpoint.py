@@ -151,7 +151,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(directory):
 
 def test_a_tensor_that_is_there_twice_is_an_error(directory):
     rewrite(directory, weights(directory) | {"embeddings.cls_token": np.zeros((1, 1, 8), np.float32)})
-    assert "are the same one" in refusal(directory).message
+    assert "are the same tensor" in refusal(directory).message
 
 
 def test_two_towers_are_refused(directory):

@@ -438,7 +438,7 @@ def test_another_tower_is_refused_by_its_name(tmp_path, names, words, config):
 @pytest.mark.parametrize("name", ["norm.weight", "layernorm.bias"])
 def test_a_norm_behind_the_last_block_is_refused(tmp_path, name):
     tensors = small(tmp_path / "m") | {name: np.zeros(8, np.float32)}
-    assert "a norm behind the last block" in refusal(write(tmp_path / "m", tensors, STANDALONE)).message
+    assert "a norm after the last block" in refusal(write(tmp_path / "m", tensors, STANDALONE)).message
 
 
 # -------------------------------------------------------------------------------------------------------------- values

@@ -62,7 +62,7 @@ def bench_command(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Measure the encoder, decoding and the disk, and predict how long a run will take.
+    """Measure encoder, decoding and disk, and predict a run's duration.
 
     The command takes the options of extract, and leaves no files. Without SOURCES it measures only the encoder and the
     disk. The disk is that of -o, or of the working directory.

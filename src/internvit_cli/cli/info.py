@@ -60,9 +60,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
         "weights": facts["recipe"]["weights_digest"],
     }
     if len(facts["layers"]) > 1:
-        rows["layers"] = (
-            f"{listed(facts['layers'])}; datasets without a number in their name hold layer {facts['layers'][-1]}"
-        )
+        rows["layers"] = f"{listed(facts['layers'])}; names without a number mean layer {facts['layers'][-1]}"
     for name, dataset in facts["datasets"].items():
         rows[name] = f"{dataset['shape']} {dataset['dtype']}"
     for name, figures in facts["accuracy"].items():

@@ -116,9 +116,7 @@ def _card(files: FolderFiles | HubFiles, named: ModelName, *, allow_catalog: boo
     processor, source = _processor(files, config or {}, described)
     notes: tuple[str, ...] = ()
     if isinstance(files, HubFiles) and files.offline and not source and named.known is None:
-        notes = (
-            f"no {PREPROCESSOR_FILE} of {files.repo} in the hub cache: pixels are normalized with the values of ImageNet",
-        )
+        notes = (f"no {PREPROCESSOR_FILE} of {files.repo} in the hub cache: pixels are normalized as for ImageNet",)
     vision = described.vision
     if vision is None and allow_catalog and isinstance(files, HubFiles) and not files.has_weights:
         vision = TIMM_TOWERS.get(described.timm)  # enough for planning, without downloading the weights

@@ -111,7 +111,7 @@ class Checkpoint:
         return cls(card, layer, weights, (chosen.note,) if chosen.note else ())
 
     def digest(self, observer: Observer = SILENT) -> str:
-        """Return the SHA-256 of the names, types, shapes and bytes of all tensors in use, which is equal for all layouts.
+        """Return the SHA-256 of the names, types, shapes and bytes of the tensors in use, equal for all layouts.
 
         Raises:
             ModelError: A file cannot be read.

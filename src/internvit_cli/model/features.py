@@ -116,9 +116,12 @@ class FeatureModel(nn.Module):
         """Load the weights of a checkpoint onto a device.
 
         Args:
-            checkpoint: The checkpoint, opened for the blocks that run. spec: The features to keep. device: The device.
-            dtype: The compute dtype; float8_e4m3fn means fp8 in linear layers and bfloat16 elsewhere, emulated on a
-            CPU. fused: Whether Triton's kernels are used where they work.
+            checkpoint: The checkpoint, opened for the blocks that run.
+            spec: The features to keep.
+            device: The device.
+            dtype: The compute dtype; float8_e4m3fn means fp8 in linear layers and bfloat16 elsewhere (emulated on
+                CPUs).
+            fused: Whether Triton's kernels are used where they work.
 
         Raises:
             DeviceError: The CUDA card does not support fp8.
@@ -136,7 +139,7 @@ class FeatureModel(nn.Module):
         return cls(checkpoint.card, vit, projector, spec, dtype)
 
     def forward(self, tiles: Tensor) -> tuple[LayerTensors, ...]:
-        """Return the features of uint8 RGB tiles [B,S,S,3] on the model's device: the main layer, then earlier layers."""
+        """Return features of uint8 RGB tiles [B,S,S,3] on the model's device: main layer, then earlier layers."""
         if self.spec.tokens is Tokens.NONE and self.spec.pool is Pool.CLS:
             x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
             return tuple(self._pooled_only(row[:, 0].float()) for row in self.encoder.of_class(x, h))

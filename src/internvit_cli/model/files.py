@@ -133,7 +133,7 @@ class HubFiles:
         return any(name.endswith(WEIGHTS_SUFFIX) for name in self.cached.files(self.commit))
 
     def names(self) -> frozenset[str]:
-        """Return the cached files if they can be run or nothing may be fetched, and otherwise those that the hub lists."""
+        """Return the cached files if they are enough or nothing may be fetched, otherwise the hub's list."""
         if self.listed is not None:
             return self.listed
         here = self.cached.files(self.commit)
@@ -228,8 +228,8 @@ def locate_on_hub(repo: str, revision: str | None, *, offline: bool = False) -> 
 def _is_whole(cached: CachedModel, commit: str) -> bool:
     """Return whether the cache holds enough of a commit, which never changes, so that the hub need not be asked.
 
-    Some of its shards may be missing, but not the file that decides how pixels are normalized: that file is optional, so
-    nothing else would reveal that it is missing.
+    Some of its shards may be missing, but not the file that decides how pixels are normalized: that file is optional,
+    so nothing else would reveal that it is missing.
     """
     here = cached.files(commit)
     is_processor_known = any(

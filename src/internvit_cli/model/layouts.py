@@ -159,7 +159,7 @@ def choose_tower(towers: list[Tower], known: Iterable[str], wanted: Iterable[str
         whole = [tower for tower in towers if not tower.missing(names)]
         if len(whole) > 1:
             raise ModelError(
-                f"{where}: {len(whole)} complete vision towers, under {', '.join(repr(tower.prefix) for tower in whole)}",
+                f"{where}: {len(whole)} whole vision towers, under {', '.join(repr(tower.prefix) for tower in whole)}",
                 "save a checkpoint that holds one of them",
             )
         if whole:
