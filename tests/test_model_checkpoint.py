@@ -187,7 +187,7 @@ def test_a_directory_without_weights_says_what_it_looked_for(directory):
 @pytest.mark.parametrize("place", ["../a.safetensors", "/etc/passwd", "sub/a.safetensors", "a.bin", 5, "", ".."])
 def test_an_index_may_not_point_outside_its_directory(directory, place):
     shard(directory, {CLS: place}, {})
-    assert "no shard beside the index" in refusal(directory).message
+    assert "not a shard beside the index" in refusal(directory).message
 
 
 def test_an_index_that_names_a_missing_shard_or_a_missing_tensor_is_an_error(directory):

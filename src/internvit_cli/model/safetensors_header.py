@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read by ourselves: bounded, checked, without torch and without mapping the file.
+"""Read and check the header of a safetensors file with limits, without torch and without mapping the file.
 
-Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes. Every claim of the header
-is checked against the file before a byte of it is used.
+The format is a header length of 8 bytes, little-endian, that many bytes of JSON, and the bytes of the tensors. Every
+value in the header is checked against the file before it is used.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
 MAX_HEADER_BYTES = 32 << 20
-"""More than the header of any real model; the format itself allows 100 MB."""
+"""Largest header in bytes, above that of any real model; the format itself allows 100 MB."""
 
 MAX_TENSORS = 300_000
-"""In one file; bounds the memory that a header takes once it is parsed."""
+"""Largest number of tensors in a file, which limits the memory for parsing a header."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -35,23 +35,23 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor's bytes lie."""
+    """The place of a tensor's bytes in a file."""
 
     path: str
     dtype: str
-    """In the words of safetensors, such as BF16."""
+    """The safetensors name of the type, such as BF16."""
     shape: tuple[int, ...]
     begin: int
-    """First byte, counted from the start of the file."""
+    """The position of the first byte in the file."""
     end: int
-    """One past the last byte."""
+    """The position after the last byte."""
 
 
 def read_header(path: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name.
+    """Return the tensors of a safetensors file by name.
 
     Raises:
-        ModelError: the file can't be read, is truncated, or its header lies; the message names file and tensor.
+        ModelError: The file cannot be read or is truncated, or its header is wrong; the message names file and tensor.
     """
     try:
         with opened(path) as file:
@@ -68,22 +68,22 @@ def read_header(path: str) -> dict[str, StoredTensor]:
 
 
 def parse_header(text: bytes, *, path: str, file_size: int) -> dict[str, StoredTensor]:
-    """The tensors that a header's JSON describes.
+    """Return the tensors that the JSON of a header describes.
 
     Args:
-        text: the JSON, without the length before it.
-        path: the file, for messages and for the result.
-        file_size: bytes in the whole file.
+        text: The JSON, without the length before it.
+        path: The file, for messages and for the result.
+        file_size: The size of the whole file in bytes.
 
     Raises:
-        ModelError: whatever is wrong with it.
+        ModelError: The header is invalid.
     """
     if text.count(b"{") + text.count(b"[") > 3 * MAX_TENSORS:
-        raise ModelError(f"{path}: more than {MAX_TENSORS:,} tensors, which no such file has")
+        raise ModelError(f"{path}: more than {MAX_TENSORS:,} tensors, which no valid file has")
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: the safetensors header is not sound JSON", "download the file again") from error
+        raise ModelError(f"{path}: the safetensors header is not valid JSON", "download the file again") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: the safetensors header is not a JSON object", "download the file again")
     start = 8 + len(text)
@@ -123,7 +123,7 @@ def _tensor(name: str, entry: Any, path: str, start: int, file_size: int) -> Sto
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether this is a list of whole numbers from 0 to 2^63 - 1, and no more of them than any tensor has."""
+    """Return whether a value is a list of whole numbers from 0 to 2^63 - 1 with a plausible length."""
     return (
         isinstance(value, list)
         and len(value) <= 64
