@@ -370,7 +370,7 @@ def test_a_csv_file_has_every_key_and_reason_and_says_that_features_are_not_in_i
         b"z.jpg",
     )
     written = make(tmp_path / "a.h5", exchange.mixed_shard(keys))
-    assert "features are not in a .csv" in ok("export", tmp_path / "a.h5", tmp_path / "a.csv").stderr
+    assert "a .csv does not hold features" in ok("export", tmp_path / "a.h5", tmp_path / "a.csv").stderr
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = [bytes.fromhex(row["key_hex"]) or row["key"].removeprefix("./").encode() for row in rows]
@@ -449,8 +449,8 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     before = names_in(tmp_path)
     for code, arguments, said in [
-        (2, ["a.h5", "a.h5"], "is what is read"),
-        (2, ["a.h5", "link.h5", "--overwrite"], "is what is read"),
+        (2, ["a.h5", "a.h5"], "is the output that is read"),
+        (2, ["a.h5", "link.h5", "--overwrite"], "is the output that is read"),
         (2, ["folder", "folder/new.h5"], "lies inside"),
         (2, ["folder/shard-00000.h5", "folder", "--overwrite"], "lies inside"),
         (2, ["a.h5", "full", "--overwrite"], "mine.txt"),

@@ -585,7 +585,7 @@ def test_the_sample_follows_the_seed_and_only_pictures_that_are_as_they_were_cou
     assert check(path, re_extract=2, seed=9).comparisons[0].images == 2
     shutil.rmtree(folder)
     finding = one_finding(path, re_extract=2)
-    assert finding.check == "re-extract" and "no picture is as it was" in finding.problem
+    assert finding.check == "re-extract" and "no picture is unchanged" in finding.problem
 
 
 def test_missing_and_other_weights_are_said_plainly(extracted: Path, copied: Path) -> None:

@@ -1,4 +1,4 @@
-"""`internvit export`: an output in another format, streamed, each row held to its CRC on the way."""
+"""Write an output in another format and check the CRC of each image, for `internvit export`."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
-    """Where a result goes, and how it is written."""
+    """The place of a result, and how it is written."""
 
     path: str
     target: Target | None = None
-    """None goes by the name."""
+    """The format; None means that the name decides."""
     shard_bytes: int | None = None
-    """Of a folder, or of a series of tars; other files are one, as with `extract`."""
+    """Largest size of the shards of a folder or of a series of tars; other results are a single file."""
     overwrite: bool = False
     lock: bool = True
     widen: bool = False
-    """Store float32 where the target has no bfloat16, instead of its bits."""
+    """Whether to store float32 instead of the bits of bfloat16 if the target has no bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What to export, and where to."""
+    """The options of an export."""
 
     source: str
     write: WriteOptions
     words: tuple[str, ...] = ()
-    """Only the images that these keys and patterns mean."""
+    """Keys and patterns of the images to export."""
     keys: tuple[str, ...] = ()
-    """And those with these keys, whatever is in them; neither words nor keys: all."""
+    """Literal keys of further images; without `words` and `keys`, all images are exported."""
     tokens: bool = True
-    """Write tokens; otherwise vectors only."""
+    """Whether to write tokens; otherwise only vectors are written."""
     layers: tuple[int, ...] | None = None
-    """Which of several stored layers to write, as `Features.at_layer` takes them; None is all."""
+    """The layers to write, as for `Features.at_layer`; None means all."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What was made."""
+    """The result of an export."""
 
     sources: tuple[str, ...]
     output: str
@@ -64,7 +64,7 @@ class ExportResult:
     images: dict[str, int]
     """By status."""
     pending: int
-    """Images that were left out, for they are not encoded yet."""
+    """The number of images that were left out because they are not encoded yet."""
     tiles: int
     bytes: int
     files: int
@@ -80,14 +80,14 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
     """Write an output in another format.
 
     Args:
-        options: what, and where to.
-        stop: a signal ends the work at once; only publishing is not interrupted.
-        observer: told how it goes.
+        options: What to export, and where to.
+        stop: A signal ends the work at once; only publishing is not interrupted.
+        observer: Receives progress.
 
     Raises:
-        StoppedError: a signal came; nothing has the result's name.
-        UsageError: options mean nothing for the target, or a layer is not stored.
-        InternvitError: the output is damaged, or the result cannot be written; nothing has its name.
+        StoppedError: A signal stopped the export, and no result exists.
+        UsageError: Options do not apply to the target, or a layer is not stored.
+        InternvitError: The output is damaged, or the result cannot be written; no result exists.
     """
     place = choose_target(options.write.path, options.write.target)
     check_options(place, options.write)
@@ -104,26 +104,26 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
             _check_layers(selection, place)
         return write(selection, Job(place, destination, options.write, (options.source,)), stop, observer)
     except Interruption:
-        raise StoppedError("stopped before all was written; nothing is left") from None
+        raise StoppedError("stopped before everything was written; nothing was kept") from None
 
 
 def _check_layers(selection: RowSelection, place: Place) -> None:
-    """Refuse a feature file without the deepest layer: its recipe and the digest of its weights are of that layer.
+    """Refuse a feature file without the deepest layer, to which its recipe and the digest of its weights belong.
 
     Raises:
-        UsageError: that is asked for.
+        UsageError: The deepest layer is left out.
     """
     if place.target.is_feature_file and not selection.keeps_deepest:
         deepest = selection.recipe.layer
         raise UsageError(
             f"--layer: {place.path} would be a feature file without layer {deepest}, the deepest",
-            f"add {deepest} to --layer, name a .parquet, .safetensors or .tar file, or extract with this --layer alone",
+            f"add {deepest} to --layer, name a .parquet, .safetensors or .tar file, or extract with only this --layer",
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A result that is to be made."""
+    """A result to create: its destination and options."""
 
     place: Place
     destination: Destination
@@ -132,10 +132,10 @@ class Job:
 
 
 def check_options(place: Place, options: WriteOptions) -> None:
-    """Refuse options that mean nothing for a target.
+    """Refuse options that do not apply to a target.
 
     Raises:
-        UsageError: one does.
+        UsageError: An option does not apply.
     """
     if options.shard_bytes is not None and not (place.is_folder or place.target is Target.TAR):
         raise UsageError(
@@ -143,7 +143,7 @@ def check_options(place: Place, options: WriteOptions) -> None:
         )
     if options.widen and place.target not in (Target.PARQUET, Target.TAR):
         raise UsageError(
-            f"--widen: {place.target.value} holds bfloat16 as it is, or no tokens", "leave it out, or choose another"
+            f"--widen: {place.target.value} stores bfloat16 unchanged, or no tokens", "leave it out, or choose another"
         )
 
 
@@ -151,8 +151,8 @@ def write(selection: RowSelection, job: Job, stop: StopRequest, observer: Observ
     """Stream a selection to its destination, and publish it.
 
     Raises:
-        NoSpaceError: it does not fit; nothing was written.
-        InternvitError: a row is damaged, or the disk failed; nothing has the result's name.
+        NoSpaceError: The result does not fit on the disk; nothing was written.
+        InternvitError: A row is damaged, or the disk failed; no result exists.
     """
     started = time.monotonic()
     with job.destination.open():
@@ -196,7 +196,7 @@ def _stream(selection: RowSelection, writer: Writer, job: Job, observer: Observe
 
 
 def open_writer(selection: RowSelection, job: Job) -> Writer:
-    """What writes a target; its module is loaded only now."""
+    """Return the writer for a target, and load its module only now."""
     destination, options = job.destination, job.options
     match job.place.target:
         case Target.PARQUET:
@@ -222,7 +222,7 @@ def open_writer(selection: RowSelection, job: Job) -> Writer:
 
 
 def _size(destination: Destination, made: UnpublishedResult) -> tuple[int, int]:
-    """Bytes and number of the files that were made."""
+    """Return the total size in bytes and the number of the files."""
     paths = [destination.staged(name) for name in made.names]
     files = [
         file

@@ -1,4 +1,4 @@
-"""`internvit merge`: several outputs of one recipe as one."""
+"""Combine several outputs of one recipe into one, for `internvit merge`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Prefer(Choice):
-    """Which of two rows of one key counts, where the pictures differ."""
+    """Which of two rows with one key counts if their pictures differ."""
 
     FIRST = "first"
     LAST = "last"
@@ -33,20 +33,20 @@ class Prefer(Choice):
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """What to merge, and where to."""
+    """The options of a merge."""
 
     sources: tuple[str, ...]
     write: WriteOptions
     prefer: Prefer | None = None
-    """None refuses two rows of one key whose pictures differ."""
+    """Which row counts if the pictures of a key differ; None means an error."""
 
 
 class _Row(NamedTuple):
-    """One row of one output."""
+    """A row of an output."""
 
     output: int
     place: int
-    """Shard's number among those of all outputs, and row."""
+    """The index of the shard among those of all outputs, and the row."""
     status: int
     digest: bytes
 
@@ -54,20 +54,20 @@ class _Row(NamedTuple):
 def merge(options: MergeOptions, stop: StopRequest, observer: Observer = SILENT) -> ExportResult:
     """Write the rows of several outputs as one feature file or folder.
 
-    A key that several outputs have counts once: done before skipped, and the later one where both are of the same
-    picture.
+    A key that several outputs have counts once: a done row wins over a skipped one, and the later one wins if both are
+    of the same picture.
 
     Raises:
-        OtherRecipeError: the outputs were made with different recipes; the message names the fields.
-        OutputError: two outputs have different pictures by one key; or one is damaged.
-        StoppedError: a signal came; nothing has the result's name.
+        OtherRecipeError: The outputs were made with different recipes; the message names the fields.
+        OutputError: Two outputs have different pictures with one key, or an output is damaged.
+        StoppedError: A signal stopped the merge, and no result exists.
     """
     check_features_name(options.write.path)
     place = choose_target(options.write.path, options.write.target, option="-o")
     if not place.target.is_feature_file:
         raise UsageError(f"-o {place.path}: outputs are merged into a feature file or folder", "choose another name")
     if len(options.sources) < 2:
-        raise UsageError("one output is nothing to merge", "name two or more, or use internvit export")
+        raise UsageError("a single output cannot be merged", "name two or more, or use internvit export")
     check_options(place, options.write)
     destination = Destination(place, options.sources, overwrite=options.write.overwrite, lock=options.write.lock)
     try:
@@ -78,17 +78,17 @@ def merge(options: MergeOptions, stop: StopRequest, observer: Observer = SILENT)
         raise StoppedError("stopped before all was written; nothing is left") from None
     if repeated:
         written = replace(
-            written, notes=(*written.notes, f"{counted(repeated, 'image')} in more than one output, counted once")
+            written, notes=(*written.notes, f"{counted(repeated, 'image')} in more than one output, each counted once")
         )
     return written
 
 
 def select_merged(outputs: Sequence[StoredOutput], prefer: Prefer | None) -> tuple[RowSelection, int]:
-    """The rows of several outputs that count, and how many images were in more than one.
+    """Return the rows of several outputs that count, and the number of images in more than one output.
 
     Raises:
-        OtherRecipeError: they have different recipes.
-        OutputError: two have different pictures by one key, and `prefer` does not say which counts.
+        OtherRecipeError: The outputs have different recipes.
+        OutputError: Two outputs have different pictures with one key, and `prefer` is None.
     """
     for output in outputs[1:]:
         check_recipes(outputs[0], output)
@@ -110,19 +110,19 @@ def check_recipes(one: StoredOutput, other: StoredOutput) -> None:
     """Refuse to mix two recipes.
 
     Raises:
-        OtherRecipeError: the message names each differing field with both values.
+        OtherRecipeError: The recipes differ; the message names each field with both values.
     """
     different = recipe_differences(one.recipe, other.recipe)
     if different:
         listed = "; ".join(f"{name} is {mine} in {one.path}, {its} in {other.path}" for name, (mine, its) in different)
         raise OtherRecipeError(
             f"the outputs were made with different recipes: {listed}",
-            f"internvit extract with one recipe, or internvit diff {one.path} {other.path}",
+            f"run internvit extract with one recipe, or compare them: internvit diff {one.path} {other.path}",
         )
 
 
 def recipe_differences(one: Recipe, other: Recipe) -> list[tuple[str, tuple[str, str]]]:
-    """The fields in which two recipes differ, with both values, long ones cut short."""
+    """Return the fields in which two recipes differ, with both values, shortened if they are long."""
     mine, its = asdict(one), asdict(other)
     return [(name, (_short(mine[name]), _short(its[name]))) for name in one.differences(other)]
 
@@ -140,10 +140,10 @@ def _row(output: StoredOutput, number: int, place: int, first_shard: int) -> _Ro
 
 
 def _prefer(key: bytes, first: _Row, last: _Row, outputs: Sequence[StoredOutput], prefer: Prefer | None) -> _Row:
-    """Which of two rows of a key counts."""
+    """Return which of two rows with one key counts."""
     is_done = (first.status == Status.DONE, last.status == Status.DONE)
     if is_done != (True, True):
-        # Nothing is known of a skipped picture but that it was no good.
+        # A skipped picture has no digest to compare.
         if is_done == (False, False):
             return first if prefer is Prefer.FIRST else last
         return first if is_done[0] else last
@@ -151,6 +151,6 @@ def _prefer(key: bytes, first: _Row, last: _Row, outputs: Sequence[StoredOutput]
         raise OutputError(
             f"{one_line(key)!r} is one picture in {outputs[first.output].path} and another in "
             f"{outputs[last.output].path}",
-            "say which counts: --prefer first or --prefer last",
+            "say which one counts: --prefer first or --prefer last",
         )
     return first if prefer is Prefer.FIRST else last

@@ -33,5 +33,5 @@ def unshuffle_view(patch_tokens: Tensor, order: TokenOrder) -> Tensor:
 
 
 def pixel_unshuffle(patch_tokens: Tensor, order: TokenOrder) -> Tensor:
-    """Turn patch tokens [B,N,C] into visual tokens [B,N/4,4C], in the order (row, column) (0,0), (0,1), (1,0), (1,1)."""
+    """Turn patch tokens [B,N,C] into visual tokens [B,N/4,4C], in the order (0,0), (0,1), (1,0), (1,1)."""
     return unshuffle_view(patch_tokens, order).flatten(3).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Whether the pictures that rows came from still are the same files."""
+"""Check whether the pictures of rows are still the same files."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 
 HASH_BLOCK = 1 << 20
 PICTURES_AHEAD = 8
-"""Pictures a thread that wait to be read."""
+"""Queued pictures per thread."""
 
 
 class PictureState(Enum):
-    """How a picture stands to the digest of its row."""
+    """The state of a picture compared with the digest of its row."""
 
     UNCHANGED = "unchanged"
     CHANGED = "changed"
-    """Another size, or another time and other bytes."""
+    """The size differs, or the time and the bytes differ."""
     MISSING = "missing"
-    """Gone, or not to be read."""
+    """The file is gone, or cannot be read."""
     CONTRADICTS = "contradicts"
-    """Size and time are those of then, and the digest is not: the stored digest is wrong, or the picture decayed."""
+    """Size and time are unchanged, but the digest differs: the digest or the picture was damaged."""
 
 
 class Picture(NamedTuple):
-    """What became of one picture."""
+    """The state of a picture, and the bytes read."""
 
     state: PictureState
     nbytes: int
@@ -44,7 +44,7 @@ class Picture(NamedTuple):
 
 
 def look_at_pictures(rows: Sequence[Row], threads: int) -> Iterator[tuple[Row, Picture]]:
-    """Read the pictures of some rows, several at a time, in order; those of another size are not read."""
+    """Check the pictures of some rows in parallel, and yield them in order; those of another size are not read."""
     waiting: deque[tuple[Row, Future[Picture]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="pictures") as pool:
         for row in rows:
@@ -57,7 +57,7 @@ def look_at_pictures(rows: Sequence[Row], threads: int) -> Iterator[tuple[Row, P
 
 
 def look_at_picture(row: Row) -> Picture:
-    """Hold one row's digest against its picture."""
+    """Compare the digest of a row with its picture."""
     opened = open_regular(row.picture)
     if isinstance(opened, Skipped):
         return Picture(PictureState.MISSING, 0)

@@ -77,7 +77,7 @@ def quantize_linears(model: nn.Module) -> None:
 
 
 def scaled_linear(h: Rows, layer: Linear) -> Tensor:
-    """Compute `Kernels.linear` for an Fp8Linear or a part of one as bfloat16 [...,rows], and quantize rows if needed."""
+    """Compute `Kernels.linear` for an Fp8Linear or a part of one as bfloat16 [...,rows]; quantize rows if needed."""
     rows = h if isinstance(h, QuantizedRows) else quantize(h)
     if not rows.values.is_cuda:
         return emulated_linear(rows, layer)
