@@ -253,8 +253,8 @@ def test_umap_that_is_not_installed_is_said_before_any_work(report_output, tmp_p
 @pytest.mark.sweep
 def test_umap_lays_images_of_one_kind_together(report_output, tmp_path):
     pytest.importorskip("umap", reason="umap-learn is not installed (extra [umap])")
-    centres = 5 * np.eye(3, 30, dtype=np.float32)
-    vectors = np.repeat(centres, 20, axis=0) + 0.1 * np.random.default_rng(0).standard_normal((60, 30), np.float32)
+    centers = 5 * np.eye(3, 30, dtype=np.float32)
+    vectors = np.repeat(centers, 20, axis=0) + 0.1 * np.random.default_rng(0).standard_normal((60, 30), np.float32)
     places = plane.lay_out(vectors, np.arange(60), Projection.UMAP, 0).places
     middles = places.reshape(3, 20, 2).mean(axis=1)
     spread = np.linalg.norm(places.reshape(3, 20, 2) - middles[:, None], axis=2).max()

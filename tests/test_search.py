@@ -111,7 +111,7 @@ def test_few_images_are_compared_raw_and_it_is_said_why(tmp_path, count):
 def test_images_that_are_all_alike_are_compared_raw_and_it_is_said_why(tmp_path, noise):
     vectors = anisotropic(1, 48)[0] * (1 + noise * np.random.default_rng(0).standard_normal((200, 48)))
     space = choose_space(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
-    assert space.name == "raw" and "nearly alike" in space.words
+    assert space.name == "raw" and "nearly the same" in space.words
 
 
 def test_the_common_part_does_not_decide_the_space(tmp_path):
@@ -279,7 +279,7 @@ def test_an_index_that_names_vectors_which_are_not_there_is_an_error_with_a_hint
     facts = json.loads(Path(f"{base}.json").read_text())
     facts["bytes"]["usearch"] = os.path.getsize(f"{base}.usearch")
     Path(f"{base}.json").write_text(json.dumps(facts))
-    with pytest.raises(OutputError, match="names vectors that are not there") as caught:
+    with pytest.raises(OutputError, match="names vectors that do not exist") as caught:
         search(options)
     assert caught.value.hint
 

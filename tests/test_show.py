@@ -181,7 +181,7 @@ def test_a_map_lies_exactly_over_its_picture(stored):
     colors[5, 40] = 255
     picture = np.asarray(canvas.overlay(colors))
     rows, columns = np.nonzero(picture[..., 0])
-    x, y = canvas.centre((32, 48), 5, 40)
+    x, y = canvas.center((32, 48), 5, 40)
     assert abs(rows.mean() + 0.5 - y) <= 1 and abs(columns.mean() + 0.5 - x) <= 1
     assert len(rows) == pytest.approx(canvas.photograph.width * canvas.photograph.height / 32 / 48, rel=0.2)
     marked = canvas.photograph.copy()

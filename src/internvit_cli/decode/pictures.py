@@ -160,7 +160,7 @@ def upright_rgb(image: Image.Image, orientation: int, rule: PixelRule) -> Image.
 def _rgb(image: Image.Image, rule: PixelRule) -> Image.Image:
     """Convert the current frame to RGB, scale wide gray values, and compose transparency over a given background."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return _wide_grey(image, rule.grey_range)
+        return _wide_gray(image, rule.grey_range)
     if rule.background is not None and image.has_transparency_data:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, rule.background)
@@ -169,7 +169,7 @@ def _rgb(image: Image.Image, rule: PixelRule) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _wide_grey(image: Image.Image, grey_range: GreyRange | int) -> Image.Image:
+def _wide_gray(image: Image.Image, grey_range: GreyRange | int) -> Image.Image:
     """Convert 16-bit, 32-bit and float gray pictures to RGB; Pillow's own conversion would clip them at 255."""
     values = np.asarray(image)
     scale = _float_scale(values) if values.dtype.kind == "f" else _integer_scale(values, grey_range)

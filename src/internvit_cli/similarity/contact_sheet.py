@@ -1,4 +1,4 @@
-"""Contact sheets of what was found."""
+"""Draw contact sheets of search results and duplicates."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 MOST_HITS = 95
 MOST_CELLS, MOST_ROWS = 12, 100
-"""Of groups on a sheet; --json has them all."""
+"""Largest number of groups on a sheet; --json lists all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A picture's place on a sheet."""
+    """The place of a picture on a sheet."""
 
     image: ImageFeatures
     captions: Sequence[str]
     folder: str | None
-    """Where to look for its picture; None is where it was when it was encoded."""
+    """The folder that holds the picture; None means where it was when it was encoded."""
     is_marked: bool = False
 
 
@@ -39,9 +39,9 @@ def search_sheet(found: SearchResult, folder: str | None = None, observer: Obser
     """Draw each query with its hits, best first.
 
     Args:
-        found: the answers.
-        folder: where to look for the pictures of the output; None is where they were when they were encoded.
-        observer: told how it goes.
+        found: The result of the search.
+        folder: The folder that holds the pictures of the output; None means where they were when they were encoded.
+        observer: Receives progress.
     """
     rows = []
     for answer in found.answers:
@@ -56,12 +56,12 @@ def search_sheet(found: SearchResult, folder: str | None = None, observer: Obser
 
 
 def duplicates_sheet(found: Duplicates, folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
-    """Draw each group of similar images, then each of identical files, as many as a sheet has room for.
+    """Draw groups of similar images, then of identical files, as many as fit on a sheet.
 
     Args:
-        found: the groups.
-        folder: where to look for the pictures; None is where they were when they were encoded.
-        observer: told how it goes.
+        found: The groups.
+        folder: The folder that holds the pictures; None means where they were when they were encoded.
+        observer: Receives progress.
     """
     rows = []
     for number, group in enumerate(found.similar[:MOST_ROWS], 1):
@@ -77,7 +77,7 @@ def duplicates_sheet(found: Duplicates, folder: str | None = None, observer: Obs
 
 
 def _drawn(rows: Sequence[tuple[str, Sequence[_Place]]], notes: Sequence[str], observer: Observer) -> Image.Image:
-    """Draw the sheet of rows with their titles; pictures are read for images that have features."""
+    """Draw a sheet of rows with titles, and read the pictures of images that have features."""
     places = [place for _, row in rows for place in row]
     files = [PictureFile.of(place.image, place.folder) for place in places if place.image.is_done]
     with observer.phase("drawing the sheet", "picture", len(files)) as phase:

@@ -1,6 +1,6 @@
-"""What pictures look like, as far as it takes to tell whether two show the same: small, gray and square.
+"""Read pictures as small gray squares, which are enough to decide whether two show the same.
 
-They are decoded in workers, where a hostile picture costs its own look and nothing else.
+They are decoded in workers, so that a hostile picture costs only its own result.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SMOOTH_FROM = 2 * SIDE
-"""Longer side that pictures are decoded to before they are squeezed into a square, pixels."""
+"""Longer side to which pictures are decoded before they are resized to a square, in pixels."""
 
 
 def read_looks(
     files: Iterable[PictureFile], count: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Read pictures that are still as they were when they were encoded.
+    """Read pictures that have not changed since they were encoded.
 
     Args:
-        files: the pictures.
-        count: how many there are.
-        on_progress: called with the number of pictures that are done with.
+        files: The pictures.
+        count: The number of pictures.
+        on_progress: Called with the number of finished pictures.
 
     Returns:
-        Gray pictures squeezed into squares, [n, 64, 64], and a mask of those that are there: a picture that is gone,
-        was changed since it was encoded, or cannot be decoded any more has none.
+        Gray pictures resized to squares, [n, 64, 64], and a mask of those that could be read: a picture that is gone,
+        was changed since it was encoded, or cannot be decoded any more is not in the mask.
     """
     looks, is_there = np.zeros((count, SIDE, SIDE), np.uint8), np.zeros(count, bool)
     for done, outcome in enumerate(in_workers("internvit_cli.similarity.looks:reader", files, count), 1):
@@ -46,17 +46,17 @@ def read_looks(
 
 
 def reader() -> Callable[[PictureFile], NDArray[np.uint8] | None]:
-    """What a worker runs."""
+    """Return the function that a worker runs."""
     return look_of
 
 
 def look_of(file: PictureFile) -> NDArray[np.uint8] | None:
-    """An image's picture, [64, 64]; None where it is gone or is not the one that was encoded."""
+    """Return an image's picture as a gray square, [64, 64]; None if it is gone or not the one that was encoded."""
     picture = load_photograph(file, SMOOTH_FROM).picture
     return None if picture is None else squeezed(picture)
 
 
 def squeezed(picture: Image.Image) -> NDArray[np.uint8]:
-    """A picture in gray, squeezed into a square, [64, 64]."""
+    """Convert a picture to gray and resize it to a square, [64, 64]."""
     small: Any = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=None)
     return np.asarray(small, np.uint8)

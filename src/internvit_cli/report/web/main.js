@@ -106,7 +106,7 @@ function showMap() {
   };
   showOnMap = (image) => {
     choose(image);
-    plane.centre(image);
+    plane.center(image);
     canvas.scrollIntoView({ block: 'nearest' });
   };
   steer(plane, (image, event) => {

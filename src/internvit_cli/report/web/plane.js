@@ -110,7 +110,7 @@ class Plane {
     this.draw();
   }
 
-  centre(point) {
+  center(point) {
     [this.x, this.y, this.zoom] = [this.xs[point], this.ys[point], Math.max(this.zoom, 4)];
     this.draw();
   }

@@ -1,4 +1,4 @@
-"""Panels with titles, captions and color bars, arranged on one sheet."""
+"""Arrange panels with titles, captions and color bars on one sheet."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 MARGIN = 24
 GAP = 8
 TITLE, HEADING, BODY = 20, 16, 13
-"""Sizes of letters, pixels."""
+"""Font sizes in pixels."""
 BAR_HEIGHT = 12
 LEAST_WIDTH = 280
-"""Of a panel, pixels: captions need room even below a tall picture."""
+"""Smallest width of a panel in pixels, because captions need room even below a tall picture."""
 BEST_SHAPE = 1.6
-"""Width over height that sheets are laid out for: that of a screen."""
+"""Aspect ratio for which sheets are arranged, which is that of a screen."""
 LEGEND = "How to read this figure"
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One picture of a figure."""
+    """A picture of a figure, with its texts."""
 
     name: str
     """One word."""
@@ -38,22 +38,22 @@ class Panel:
     image: Image.Image
     """RGB."""
     captions: Sequence[str] = ()
-    """Sentences below it, which are wrapped."""
+    """Sentences below the picture, which are wrapped."""
     scale: Scale | None = None
-    """Of its colors, drawn as a bar."""
+    """The scale of its colors, drawn as a bar."""
     meaning: str = ""
-    """One sentence on how to read it, for the legend of a figure that has room for one."""
+    """A sentence on how to read it, for a legend if the figure has room for one."""
 
 
 def figure(title: str, subtitle: str, panels: Sequence[Panel]) -> Image.Image:
     """Arrange all panels on one sheet.
 
-    A place that the last row leaves free becomes a legend, if the panels say what they mean.
+    An empty place in the last row becomes a legend if the panels have meanings.
 
     Args:
-        title: what it shows.
-        subtitle: a line of facts.
-        panels: row by row; at least one.
+        title: The title of the figure.
+        subtitle: A line of facts.
+        panels: The panels row by row, at least one.
     """
     placed = [_Placed(panel, max(panel.image.width, LEAST_WIDTH)) for panel in panels]
     columns = _columns(placed)
@@ -79,7 +79,7 @@ def figure(title: str, subtitle: str, panels: Sequence[Panel]) -> Image.Image:
 
 
 class _Placed:
-    """A panel with its captions set for a width."""
+    """A panel with captions wrapped for a width."""
 
     def __init__(self, panel: Panel, width: int) -> None:
         self._panel = panel
@@ -91,7 +91,7 @@ class _Placed:
         self.height = self._above + panel.image.height + GAP + bar + line_height(BODY) * len(self._captions)
 
     def draw(self, sheet: Image.Image, corner: tuple[int, int]) -> None:
-        """Draw it, its upper left corner at a place."""
+        """Draw the panel with its upper left corner at a position."""
         left, top = corner
         panel = self._panel
         _write_lines(sheet, corner, self._title, HEADING)
@@ -105,7 +105,7 @@ class _Placed:
 
 
 def _columns(panels: Sequence[_Placed]) -> int:
-    """Side by side as many as bring the sheet nearest to the shape of a screen, few places free."""
+    """Return the number of columns that fits a screen best and leaves few empty places."""
 
     def cost(columns: int) -> float:
         rows = math.ceil(len(panels) / columns)
@@ -118,7 +118,7 @@ def _columns(panels: Sequence[_Placed]) -> int:
 
 
 def _draw_legend(sheet: Image.Image, panels: Sequence[Panel], corner: tuple[int, int], width: int, height: int) -> None:
-    """Say how to read the panels, as far as there is room for whole sentences."""
+    """Draw sentences on how to read the panels, as many as fit completely."""
     left, top = corner
     write(sheet, corner, fitted(LEGEND, HEADING, width), HEADING)
     bottom = top + height

@@ -1,4 +1,4 @@
-"""A contact sheet: rows of small pictures with captions."""
+"""Draw a contact sheet: rows of small pictures with captions."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
 MARGIN, GAP = 20, 12
 HEADING, BODY = 16, 12
 CELL = 190
-"""Side of a picture's place, pixels."""
+"""Side of a picture's place in pixels."""
 ACROSS = 6
 EDGE = (178, 24, 43)
 EMPTY = (228, 228, 228)
 INSET = 10
-"""Of text in an empty place, pixels."""
+"""Margin of text in an empty place, in pixels."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One small picture."""
+    """A small picture with captions."""
 
     picture: Image.Image | None
-    """RGB, of any size; None for one that is not there."""
+    """The picture in RGB, of any size; None if there is none."""
     captions: Sequence[str]
-    """Lines below it; the first is darker."""
+    """Lines below the picture; the first is darker."""
     is_marked: bool = False
     problem: str = ""
     """Why there is no picture."""
@@ -38,18 +38,18 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Pictures that belong together."""
+    """A row of pictures that belong together."""
 
     title: str
     cells: Sequence[Cell]
 
 
 def contact_sheet(rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image:
-    """Arrange all rows on one sheet, long ones wrapped.
+    """Arrange all rows on one sheet, and wrap long ones.
 
     Args:
-        rows: from top to bottom.
-        notes: sentences above them, on what a viewer should know first.
+        rows: The rows from top to bottom.
+        notes: Warnings for the viewer, drawn above the rows.
     """
     across = min(ACROSS, max((len(row.cells) for row in rows), default=1))
     lines = [
@@ -72,7 +72,7 @@ def contact_sheet(rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image
 
 
 class _Line:
-    """What stands side by side."""
+    """Cells that are drawn side by side."""
 
     def __init__(self, title: str, cells: Sequence[Cell]) -> None:
         self._title = title
@@ -84,7 +84,7 @@ class _Line:
         self.height = self._head + self._picture_height + GAP // 2 + captions * line_height(BODY) + GAP
 
     def draw(self, sheet: Image.Image, top: int) -> None:
-        """Draw it, its upper edge at so many pixels."""
+        """Draw the line with its upper edge at `top` pixels."""
         write(sheet, (MARGIN, top), fitted(self._title, HEADING, sheet.width - 2 * MARGIN), HEADING)
         for number, (cell, picture) in enumerate(zip(self._cells, self._pictures, strict=True)):
             left = MARGIN + number * (CELL + GAP)
@@ -100,7 +100,7 @@ class _Line:
 
 
 def _small(cell: Cell) -> Image.Image:
-    """A picture as large as its place, or what says why there is none."""
+    """Return a picture that fits its place, or a text that says why there is none."""
     if cell.picture is not None:
         small = cell.picture.copy()
         small.thumbnail((CELL, CELL), Image.Resampling.BICUBIC)
