@@ -17,7 +17,7 @@ from internvit_cli.errors import NoImagesError
 from internvit_cli.sources import DiscoverOptions, Listing, discover
 from internvit_cli.sources.extensions import EXTENSIONS, label_of, looks_like_picture
 from internvit_cli.sources.find_images import require_images
-from internvit_cli.sources.kinds import KINDS, kind_of
+from internvit_cli.sources.kinds import KINDS, kind_by_extension
 from internvit_cli.sources.left_out import MOST_COUNTED, LeftOut
 from internvit_cli.sources.signatures import FIRST_BYTES, is_picture, kind_by_bytes
 from internvit_cli.viz.draw.png import encode_png
@@ -160,7 +160,7 @@ def test_lines_name_the_most_frequent_extensions_first() -> None:
 
 
 def test_no_extension_that_is_read_has_a_remedy() -> None:
-    assert not [extension for extension in EXTENSIONS if kind_of(extension)]
+    assert not [extension for extension in EXTENSIONS if kind_by_extension(extension)]
 
 
 def test_summary_plan_and_json_tell_of_what_was_left_out_beside_counts_that_reconcile(

@@ -653,7 +653,7 @@ def test_no_more_pictures_are_read_than_allowed_those_of_the_nearest_pairs_first
 def test_an_image_is_compared_with_a_few_that_differ_and_no_more(monkeypatch):
     """Of a long burst each is near each; only so many comparisons are made, however the pairs come."""
     monkeypatch.setattr(
-        same_pictures, "read_looks", lambda _, count, __: (np.zeros((count, 64, 64)), np.ones(count, bool))
+        same_pictures, "read_gray_squares", lambda _, count, __: (np.zeros((count, 64, 64)), np.ones(count, bool))
     )
     compared = []
 

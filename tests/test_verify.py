@@ -35,7 +35,7 @@ from internvit_cli.storage.output import Output
 from internvit_cli.storage.write.commit import ShardWriter, create_shard
 from internvit_cli.verify.checks import verify
 from internvit_cli.verify.result import Finding, VerifyOptions, VerifyResult
-from internvit_cli.verify.tolerance import Tolerance, compare
+from internvit_cli.verify.tolerance import Tolerance, compare_values
 
 FORMATS = {"feats.h5": Format.H5, "feats": Format.NPY, "shards": Format.H5}
 KINDS = list(FORMATS)
@@ -606,17 +606,17 @@ def test_the_official_shuffle_and_ours_agree_in_both_orders() -> None:
 
 def test_differences_are_told_apart() -> None:
     stored = np.array([[[1.0, 0.0], [0.0, 2.0]]], np.float32)
-    assert compare(stored, stored, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0 - 1e-12))
-    turned = compare(stored, stored[:, ::-1], StoreDtype.FLOAT32)
+    assert compare_values(stored, stored, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0 - 1e-12))
+    turned = compare_values(stored, stored[:, ::-1], StoreDtype.FLOAT32)
     assert (turned.bit_equal, turned.largest, turned.relative, turned.cosine) == (0, 2.0, 1.0, 0.0)
     for odd in (np.nan, np.inf):
-        assert not compare(stored, np.full_like(stored, odd), StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
-        assert not compare(np.full_like(stored, odd), stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
+        assert not compare_values(stored, np.full_like(stored, odd), StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
+        assert not compare_values(np.full_like(stored, odd), stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
     zeros = np.zeros_like(stored)
-    assert compare(zeros, zeros, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0))
-    assert not compare(zeros, stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, 0.5))
+    assert compare_values(zeros, zeros, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0))
+    assert not compare_values(zeros, stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, 0.5))
     bits = np.array([[0x3F80, 0x4000]], np.uint16)
-    assert compare(bits, np.array([[1.0, 2.0]], np.float32), StoreDtype.BFLOAT16).largest == 0.0
+    assert compare_values(bits, np.array([[1.0, 2.0]], np.float32), StoreDtype.BFLOAT16).largest == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------- the command line

@@ -17,7 +17,7 @@ from internvit_cli.api.in_memory import ImageName, absolute
 from internvit_cli.decode.direct import TiledPicture, tile_bytes, tile_file, tile_picture
 from internvit_cli.errors import UsageError, one_line
 from internvit_cli.runtime.words import described
-from internvit_cli.sources.files import classify
+from internvit_cli.sources.files import system_failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -120,7 +120,7 @@ def _of_file(number: int, file: Any, rule: PixelRule) -> tuple[ImageName, TiledP
     except io.UnsupportedOperation as error:
         raise _refused(number, f"a file that cannot be read ({error})", 'open it with mode "rb"') from None
     except Exception as error:  # noqa: BLE001 -- files of archives and of networks raise nearly anything.
-        return named, classify(error)
+        return named, system_failure(error)
     if not isinstance(data, _ENCODED):
         raise _refused(number, f"a file whose read() returns {described(data)}", 'open it with mode "rb"')
     return named, tile_bytes(data, rule)

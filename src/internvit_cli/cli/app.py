@@ -26,11 +26,11 @@ from internvit_cli.cli import (
     show,
     verify,
 )
-from internvit_cli.cli.command import ROOT_OPTIONS, TYPERS_OWN, USAGE_ERROR, Call, Group, add_command
-from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json, take_lost_output
+from internvit_cli.cli.command import ROOT_OPTIONS, TYPERS_OWN, USAGE_ERROR, CommandCall, Group, add_command
+from internvit_cli.cli.console import fail, open_missing_streams, print_json, printable_line, take_lost_output
 from internvit_cli.cli.declarations import as_typer_function
 from internvit_cli.cli.settings import is_on
-from internvit_cli.cli.signals import end_on_interrupt, ignore_stop_signals
+from internvit_cli.cli.signals import end_on_interrupt, ignore_signals_at_end
 from internvit_cli.errors import ExitCode, InternvitError, NoSpaceError, UsageError
 
 app = typer.Typer(
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     if sys.platform == "win32":
         sys.exit(fail(InternvitError("Windows is not supported", "use Linux, or WSL")))
     code = run(sys.argv[1:] if arguments is None else arguments) if _has_working_directory() else ExitCode.CANNOT_RUN
-    ignore_stop_signals()
+    ignore_signals_at_end()
     sys.exit(code)
 
 
@@ -143,7 +143,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    call = Call(as_json="--json" in arguments or is_on("json", {}), debug="--debug" in arguments)
+    call = CommandCall(as_json="--json" in arguments or is_on("json", {}), debug="--debug" in arguments)
     try:
         return app(arguments, prog_name="internvit", standalone_mode=False, obj=call) or ExitCode.DONE
     except InternvitError as error:
@@ -166,7 +166,7 @@ def _run(arguments: list[str]) -> int:
 def _of_the_system(error: Exception) -> InternvitError | None:
     """Return a failure of the operating system as an `InternvitError`; None if the error is a bug."""
     if isinstance(error, OSError):
-        where = "" if error.filename is None else f"{one_line(os.fsdecode(error.filename))}: "
+        where = "" if error.filename is None else f"{printable_line(os.fsdecode(error.filename))}: "
         kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InternvitError
         return kind(f"{where}{error.strerror or error}", "run the command with --debug to see where")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "CPUAllocator" in str(error)):

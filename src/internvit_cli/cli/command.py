@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from internvit_cli.cli.console import one_line, print_line, print_text, say
+from internvit_cli.cli.console import print_line, print_text, printable_line, say
 from internvit_cli.cli.declarations import REGISTERED, Command, Parameter, as_typer_function, parameters_of
 from internvit_cli.cli.help import command_help, root_help
 from internvit_cli.cli.settings import OWN, Settings, is_on, print_settings, resolve, unknown_variables
@@ -37,7 +37,7 @@ EXIT_CODES = {
 
 
 @dataclass(slots=True)
-class Call:
+class CommandCall:
     """What is known about the command line when it fails."""
 
     as_json: bool = False
@@ -91,8 +91,8 @@ class _Command(TyperCommand):
             print_text(command_help(self.declared, everything=bool(typed.get("help_all"))))
             raise typer.Exit
         if rest:
-            raise UsageError(f"one argument too many: {one_line(rest[0])}", self.declared.usage(ctx.command_path))
-        call: Call = ctx.ensure_object(Call)
+            raise UsageError(f"one argument too many: {printable_line(rest[0])}", self.declared.usage(ctx.command_path))
+        call: CommandCall = ctx.ensure_object(CommandCall)
         call.as_json, call.debug = is_on("json", typed), is_on("debug", typed)
         for note in unknown_variables():
             say(f"note: {note}")
@@ -173,7 +173,7 @@ class Group(TyperGroup):
         command: Any = self.commands.get(name)
         if command is None:
             hint = did_you_mean(name, self.commands) or "internvit --help lists the commands"
-            raise UsageError(f"internvit has no command {one_line(name)}", hint)
+            raise UsageError(f"internvit has no command {printable_line(name)}", hint)
         with command.make_context(name, rest, parent=ctx) as own:
             return command.invoke(own)
 
@@ -207,7 +207,9 @@ def _in_our_words(error: Any, path: str, parameters: Iterable[Parameter]) -> Usa
         return UsageError(str(error.format_message()), where_to_look)
     option = names.get(spelled)
     if option is None:
-        return UsageError(f"{path} has no option {one_line(spelled)}", did_you_mean(spelled, names) or where_to_look)
+        return UsageError(
+            f"{path} has no option {printable_line(spelled)}", did_you_mean(spelled, names) or where_to_look
+        )
     if option.is_flag:
         alone = f"{option.long} or {option.negative}" if option.negative else f"{spelled} alone"
         return UsageError(f"{spelled} takes no value", f"give {alone}")

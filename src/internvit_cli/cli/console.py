@@ -35,12 +35,12 @@ def fail(error: InternvitError, *, as_json: bool = False) -> int:
 
 def say(line: str) -> None:
     """Print a message for people to stderr."""
-    _write(sys.stderr, one_line(line))
+    _write(sys.stderr, printable_line(line))
 
 
 def print_line(line: str = "") -> None:
     """Print one line of a result to stdout."""
-    _write(sys.stdout, one_line(line))
+    _write(sys.stdout, printable_line(line))
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ def open_missing_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def one_line(text: str) -> str:
+def printable_line(text: str) -> str:
     """Escape control characters, so that the name of a file cannot control the terminal."""
     return errors.one_line(text, limit=None)
 

@@ -15,7 +15,7 @@ from internvit_cli.runtime.words import counted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from internvit_cli.export.compare import DiffResult, Spread
+    from internvit_cli.export.compare import CosineStatistics, DiffResult
 
 KEYS_SHOWN = 10
 """How many keys of each kind are listed; --json lists all of them."""
@@ -93,7 +93,7 @@ def _print_keys(what: str, keys: Sequence[str]) -> None:
         print_line(f"{what:<11} {len(keys) - KEYS_SHOWN:,} more (--json lists them)")
 
 
-def _print_spread(name: str, spread: Spread, token_mean: float | None) -> None:
+def _print_spread(name: str, spread: CosineStatistics, token_mean: float | None) -> None:
     shares = ", ".join(f"{share} {value:.6f}" for share, value in spread.percentiles.items())
     what = "cosine" if token_mean is None else "lowest cosine of an image's tokens"
     print_line(f"{name:<11} {what}: lowest {spread.lowest:.6f}, mean {spread.mean:.6f}, {shares}")

@@ -100,7 +100,7 @@ def _rows(command: Command | None, parameters: Sequence[Parameter], width: int |
     is_beside = columns() - width >= LEAST_TEXT
     for parameter in parameters:
         name = _name(parameter)
-        lines = wrapped(_text(command, parameter), columns() - (width if is_beside else BELOW))
+        lines = wrap_lines(_text(command, parameter), columns() - (width if is_beside else BELOW))
         if is_beside and len(name) + 2 <= width:
             yield _bold(name) + " " * (width - len(name)) + lines.pop(0)
         else:
@@ -156,7 +156,7 @@ def _paragraph(text: str) -> list[str]:
     """Return a paragraph as wrapped lines; an indented paragraph is not changed."""
     if text.startswith(" "):
         return text.splitlines()
-    return wrapped(" ".join(text.split()), columns())
+    return wrap_lines(" ".join(text.split()), columns())
 
 
 def _hanging(lines: Iterable[str], indent: int) -> Iterator[str]:
@@ -166,7 +166,7 @@ def _hanging(lines: Iterable[str], indent: int) -> Iterator[str]:
         )
 
 
-def wrapped(text: str, width: int) -> list[str]:
+def wrap_lines(text: str, width: int) -> list[str]:
     """Return the lines of a text; a word wider than `width` gets a line of its own."""
     lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace(NO_BREAK, " ") for line in lines] or [""]

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from internvit_cli.cli.console import human_bytes, one_line, print_json, print_text
-from internvit_cli.cli.help import columns, wrapped
+from internvit_cli.cli.console import human_bytes, print_json, print_text, printable_line
+from internvit_cli.cli.help import columns, wrap_lines
 from internvit_cli.cli.ls import print_images
 from internvit_cli.cli.unfinished import CONTINUE, found_output
 from internvit_cli.runtime.words import counted, listed
@@ -84,7 +84,7 @@ def _laid_out(rows: dict[str, str]) -> str:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold")
     for name, value in rows.items():
-        table.add_row(name, "\n".join(wrapped(one_line(value), columns() - max(map(len, rows)) - 2)))
+        table.add_row(name, "\n".join(wrap_lines(printable_line(value), columns() - max(map(len, rows)) - 2)))
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 

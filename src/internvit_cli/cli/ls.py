@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from internvit_cli.cli.completion import complete_keys
-from internvit_cli.cli.console import fail, one_line, write_names, write_raw
+from internvit_cli.cli.console import fail, printable_line, write_names, write_raw
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Status
@@ -96,7 +96,7 @@ def print_images(listing: Iterable[ListedImage], *, long: bool, null: bool = Fal
 
 def _line(image: ListedImage, *, long: bool) -> str:
     key = os.fsdecode(image.key)
-    key = one_line(key) if sys.stdout.isatty() else key  # a program gets the bytes of the name
+    key = printable_line(key) if sys.stdout.isatty() else key  # a program gets the bytes of the name
     if not long:
         return key
     return f"{image.status.word:<13} {f'{image.columns}x{image.rows}':>7} {image.tiles:>4}  {key}"

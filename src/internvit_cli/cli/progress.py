@@ -50,7 +50,7 @@ def progress(*, quiet: bool) -> Iterator[Observer]:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class PhaseSnapshot:
     """A snapshot of a phase."""
 
     name: str
@@ -86,7 +86,7 @@ class View:
         return self.seconds * (total - done) / (done - self.before)
 
 
-def plain_line(view: View) -> str:
+def plain_line(view: PhaseSnapshot) -> str:
     """Format a phase as a line of a log, such as `encoding: 3 of 9 images (33 %), 1.5 tiles/s, 12.0 s left`."""
     state, rate, left = view.state, view.rate, view.seconds_left
     parts = []
@@ -100,19 +100,19 @@ def plain_line(view: View) -> str:
     return f"{view.name}: " + ", ".join(parts)
 
 
-def _amount(view: View) -> str:
+def _amount(view: PhaseSnapshot) -> str:
     done, total = view.state.done, view.state.total
     if view.unit == BYTES:
         return human_bytes(done) if total is None else f"{human_bytes(done)} of {human_bytes(total)}"
     return counted(done, view.unit) if total is None else counted_of(done, total, view.unit)
 
 
-def _speed(view: View, rate: float) -> str:
+def _speed(view: PhaseSnapshot, rate: float) -> str:
     return f"{human_bytes(rate)}/s" if view.state.work is None else f"{rate:4,.1f} {view.state.work.unit}s/s"
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ProgressLine:
     """A line for a terminal, with a bar between its two parts if there is room."""
 
     left: str
@@ -121,7 +121,7 @@ class Line:
     """Columns of the bar; 0 for no bar."""
 
 
-def fit(view: View, width: int) -> Line:
+def fit_line(view: PhaseSnapshot, width: int) -> ProgressLine:
     """Format a phase as a line of at most `width` columns.
 
     On a narrow terminal these parts are left out, in this order, until the bar is wide enough: the unit, skipped
@@ -155,19 +155,19 @@ def fit(view: View, width: int) -> Line:
         right = "  ".join(filter(None, columns))
         bar = width - len(view.name) - len(right) - len(" || ")
         if bar >= wanted:
-            return Line(f"{view.name} ", f" {right}", bar)
+            return ProgressLine(f"{view.name} ", f" {right}", bar)
     return _first_that_fits(
         width, (view.name, percent.strip(), short), (view.name, percent.strip()), (percent.strip(),)
     )
 
 
-def _first_that_fits(width: int, *candidates: tuple[str, ...]) -> Line:
+def _first_that_fits(width: int, *candidates: tuple[str, ...]) -> ProgressLine:
     """Return the first candidate that is not too wide, or as much of the last one as fits."""
     texts = ["  ".join(filter(None, columns)) for columns in candidates]
-    return Line(next((text for text in texts if len(text) <= width), texts[-1][:width]), "", 0)
+    return ProgressLine(next((text for text in texts if len(text) <= width), texts[-1][:width]), "", 0)
 
 
-def _fraction(view: View, *, with_unit: bool) -> str:
+def _fraction(view: PhaseSnapshot, *, with_unit: bool) -> str:
     """Format what is done and the total, such as `1,234/2,900 images` or `1.2/3.4 GB`."""
     done, total = view.state.done, view.state.total
     if not view.unit:
@@ -205,7 +205,7 @@ class Display(Observer):
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
 
     @abstractmethod
-    def look(self, view: View) -> None:
+    def look(self, view: PhaseSnapshot) -> None:
         """Show a snapshot of a phase."""
 
     def began(self, phase: Phase) -> None:
@@ -223,7 +223,7 @@ class Display(Observer):
         with self._lock:
             for phase, since in reversed(self._open):
                 if phase.state.total != 0:
-                    self.look(View(phase.name, phase.unit, phase.state, self._now() - since, phase.before))
+                    self.look(PhaseSnapshot(phase.name, phase.unit, phase.state, self._now() - since, phase.before))
                     return
 
     def _tick(self) -> None:
@@ -249,7 +249,7 @@ class PlainDisplay(Display):
         """Print a note."""
         say(text)
 
-    def look(self, view: View) -> None:
+    def look(self, view: PhaseSnapshot) -> None:
         """Print a line about the phase."""
         say(plain_line(view))
 
@@ -277,10 +277,10 @@ class TerminalDisplay(Display):
         self._clear()
         self.look_now()
 
-    def look(self, view: View) -> None:
+    def look(self, view: PhaseSnapshot) -> None:
         """Draw the phase over the current line."""
         width = terminal_width()
-        line = fit(view, width)
+        line = fit_line(view, width)
         drawn = f"{_escaped(line.left)}|{{bar}}|{_escaped(line.right)}" if line.bar else _escaped(line.left)
         if self._bar is None:
             self._bar = _line_of_tqdm()

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from internvit_cli.cli.console import one_line
+from internvit_cli.cli.console import printable_line
 from internvit_cli.cli.declarations import REGISTERED, Command, Parameter, parameters_of
 from internvit_cli.cli.values import TRUE, UnusableWordError, value_of
 from internvit_cli.errors import InternvitError, UsageError
@@ -85,7 +85,7 @@ class Settings:
                 names.append(given.words)
             named = next((name for name in names if re.search(rf"{re.escape(name)}(?![\w-])", error.message)), None)
             if named is not None:
-                error.hint = f"{error.hint}; {one_line(named)} is from {given.origin}".removeprefix("; ")
+                error.hint = f"{error.hint}; {printable_line(named)} is from {given.origin}".removeprefix("; ")
 
 
 _in_use: ContextVar[Settings | None] = ContextVar("settings", default=None)
@@ -154,7 +154,9 @@ def unknown_variables() -> Iterator[str]:
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             guess = did_you_mean(name, known)
-            yield f"the variable {one_line(name)} sets nothing: no option has that name" + (guess and f"; {guess}")
+            yield f"the variable {printable_line(name)} sets nothing: no option has that name" + (
+                guess and f"; {guess}"
+            )
 
 
 def print_settings(settings: Settings) -> Iterator[str]:
@@ -205,7 +207,7 @@ def _value(parameter: Parameter, given: GivenValue) -> Any:
         return value_of(parameter, word := words)
     except UnusableWordError as error:
         hint = error.hint or f"{parameter.long}: {parameter.help}"
-        raise UsageError(f"{given.place} is {one_line(word)!r}, not {error.expected}", hint) from None
+        raise UsageError(f"{given.place} is {printable_line(word)!r}, not {error.expected}", hint) from None
 
 
 def _from_environment(command: Command) -> dict[str, GivenValue]:
@@ -225,7 +227,8 @@ def _split(text: str, place: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise UsageError(
-            f"{place} is {one_line(text)!r}: {error}", "separate values by spaces, and put values with spaces in quotes"
+            f"{place} is {printable_line(text)!r}: {error}",
+            "separate values by spaces, and put values with spaces in quotes",
         ) from None
 
 
@@ -267,7 +270,9 @@ def _entries(config: Mapping[str, Any], lines: LineNumbers) -> Iterator[tuple[st
     for name, values in (("", config), *tables.items()):
         spelled = [key.replace("_", "-") for key in values]
         if twice := [key for key in values if "_" in key and spelled.count(key.replace("_", "-")) > 1]:
-            raise UsageError(f"{lines.place(name, twice[0])}: {one_line(twice[0])} is set twice", "keep one spelling")
+            raise UsageError(
+                f"{lines.place(name, twice[0])}: {printable_line(twice[0])} is set twice", "keep one spelling"
+            )
     all_keys = {key for command in REGISTERED.values() for key in command.by_key}
     for key, value in config.items():
         if key not in tables:
@@ -284,7 +289,7 @@ def _known(key: str, known: set[str], table: str, lines: LineNumbers, what: str 
     if spelled not in known:
         of = f" of internvit {table}" if table else ""
         hint = did_you_mean(spelled, known) or "keys are the names of options, such as max-tiles"
-        raise UsageError(f"{lines.place(table, key)}: {one_line(key)} is no {what}{of}", hint)
+        raise UsageError(f"{lines.place(table, key)}: {printable_line(key)} is no {what}{of}", hint)
     return spelled
 
 
@@ -323,9 +328,11 @@ def read_config(path: str, named_by: str = "--config") -> dict[str, Any]:
             values: dict[str, Any] = tomllib.load(file)
             return values
     except OSError as error:
-        raise UsageError(f"{named_by} {one_line(path)}: {error.strerror}", "check the path") from error
+        raise UsageError(f"{named_by} {printable_line(path)}: {error.strerror}", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{named_by} {one_line(path)}: not TOML: {one_line(str(error))}", MANUAL) from error
+        raise UsageError(
+            f"{named_by} {printable_line(path)}: not TOML: {printable_line(str(error))}", MANUAL
+        ) from error
 
 
 def _toml() -> Any:
@@ -349,7 +356,7 @@ class LineNumbers:
             self._found = self._read()
         names = [(*filter(None, [table]), spelling) for spelling in (key, key.replace("-", "_"))]
         line = next((self._found[name] for name in names if name in self._found), None)
-        return one_line(self._path) + (f", line {line}" if line else "")
+        return printable_line(self._path) + (f", line {line}" if line else "")
 
     def _read(self) -> dict[tuple[str, ...], int]:
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from internvit_cli.cli.completion import complete_keys
-from internvit_cli.cli.console import one_line, print_json, print_line, say, write_raw
+from internvit_cli.cli.console import print_json, print_line, printable_line, say, write_raw
 from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.stored_layer import StoredLayer
@@ -129,7 +129,7 @@ def show_command(
             images.append({"key": shown.key, "files": written, "notes": list(shown.notes)} | shown.facts)
     code = ExitCode.SKIPPED if figures.skipped else ExitCode.DONE
     for key in figures.skipped:
-        say(f"note: {one_line(key)} has no features and is not drawn")
+        say(f"note: {printable_line(key)} has no features and is not drawn")
     if json:
         facts = {"path": path, "images": images, "skipped": list(figures.skipped), "notes": list(figures.notes)}
         print_json(facts | {"exit_code": int(code), "error": None})

@@ -41,7 +41,7 @@ def compiled_code_may_take_long() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def ignore_stop_signals() -> None:
+def ignore_signals_at_end() -> None:
     """Ignore signals once the result is complete, because the interpreter takes some time to exit."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -75,40 +75,40 @@ def verify_command(
         threads=threads,
     )
     with progress(quiet=quiet) as observer:
-        verdict = verify(options, observer)
-    code = int(verdict.exit_code)
+        result = verify(options, observer)
+    code = int(result.exit_code)
     if json:
-        print_json(verdict.to_json() | {"exit_code": code, "error": _summary(verdict) if code else None})
+        print_json(result.to_json() | {"exit_code": code, "error": _summary(result) if code else None})
     else:
-        print_verdict(verdict, quiet=quiet)
+        print_result(result, quiet=quiet)
     return code
 
 
-def print_verdict(verdict: VerifyResult, *, quiet: bool = False) -> None:
+def print_result(result: VerifyResult, *, quiet: bool = False) -> None:
     """Print what was checked, what is wrong, and the result in one line."""
-    if not quiet and verdict.shards:
-        _print_checks(verdict)
-    for finding in verdict.findings:
+    if not quiet and result.shards:
+        _print_checks(result)
+    for finding in result.findings:
         print_line(f"wrong: {_words(finding)}")
-    if not quiet or verdict.findings:
-        print_line(f"{verdict.path}: {_summary(verdict)}")
+    if not quiet or result.findings:
+        print_line(f"{result.path}: {_summary(result)}")
 
 
-def _print_checks(verdict: VerifyResult) -> None:
-    images = ", ".join(f"{count:,} {word}" for word, count in verdict.images.items())
-    shards = "" if verdict.shards == 1 else f" in {counted(verdict.shards, 'shard')}"
+def _print_checks(result: VerifyResult) -> None:
+    images = ", ".join(f"{count:,} {word}" for word, count in result.images.items())
+    shards = "" if result.shards == 1 else f" in {counted(result.shards, 'shard')}"
     print_line(
-        f"images      {sum(verdict.images.values()):,}{shards}: {images}" if images else f"images      none{shards}"
+        f"images      {sum(result.images.values()):,}{shards}: {images}" if images else f"images      none{shards}"
     )
     print_line(
-        f"rows        {verdict.rows:,} read and compared with their CRCs: {human_bytes(verdict.bytes)} "
-        f"in {human_seconds(verdict.seconds)}, {verdict.rate / 1e9:.2f} GB/s"
+        f"rows        {result.rows:,} read and compared with their CRCs: {human_bytes(result.bytes)} "
+        f"in {human_seconds(result.seconds)}, {result.rate / 1e9:.2f} GB/s"
     )
-    if verdict.pictures is not None:
-        _print_pictures(verdict.pictures)
-    for comparison in verdict.comparisons:
+    if result.pictures is not None:
+        _print_pictures(result.pictures)
+    for comparison in result.comparisons:
         _print_comparison(comparison)
-    for note in verdict.notes:
+    for note in result.notes:
         print_line(f"note: {note}")
 
 
@@ -143,6 +143,6 @@ def _words(finding: Finding) -> str:
     return finding.problem if finding.path in finding.problem else f"{finding.path}: {finding.problem}"
 
 
-def _summary(verdict: VerifyResult) -> str:
-    count = len(verdict.findings)
+def _summary(result: VerifyResult) -> str:
+    count = len(result.findings)
     return f"{count:,} {'thing is' if count == 1 else 'things are'} wrong" if count else "everything is right"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class _ShardFacts:
     """The facts about a shard."""
 
     place: ShardPlace
@@ -86,12 +86,12 @@ def _accuracy(attributes: dict[str, Any], path: str) -> dict[str, dict[str, Any]
     return {name: figures for name, figures in found.items() if isinstance(figures, dict)}
 
 
-def _look_at(place: ShardPlace) -> _Look:
+def _look_at(place: ShardPlace) -> _ShardFacts:
     entry = place.entry
     if entry is not None and entry.superseded:  # only keys determine which rows count
         found = place.load()
         table, rows = found.stored.table, found.live_rows
-        return _Look(place, found.stored.attributes, table.status[rows], int(table.tile_counts[rows].sum()))
+        return _ShardFacts(place, found.stored.attributes, table.status[rows], int(table.tile_counts[rows].sum()))
     outline = place.backend.outline(place.path)
     if entry is not None and outline.images != entry.images:
         raise OutputError(
@@ -99,7 +99,7 @@ def _look_at(place: ShardPlace) -> _Look:
             RESTORE_OR_OVERWRITE,
         )
     tiles = outline.tiles if outline.tiles is not None else entry.tiles if entry is not None else 0
-    return _Look(place, outline.attributes, outline.status, tiles)
+    return _ShardFacts(place, outline.attributes, outline.status, tiles)
 
 
 def _datasets(places: list[ShardPlace], store_dtype: StoreDtype) -> dict[str, Any]:

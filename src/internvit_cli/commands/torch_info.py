@@ -10,7 +10,7 @@ from internvit_cli.extract.results import package_version
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class CudaCard:
     """A CUDA device."""
 
     name: str
@@ -37,7 +37,7 @@ class TorchFacts:
     version: str
     cuda: str
     """The version of CUDA of the build; empty if it has none."""
-    cards: tuple[Card, ...]
+    cards: tuple[CudaCard, ...]
     has_apple_gpu: bool
     triton: str
     """The version of Triton; empty if it is not installed."""
@@ -49,7 +49,7 @@ class TorchFacts:
 
 def torch_facts() -> TorchFacts:
     """Return the facts about PyTorch; a broken driver is reported as a problem instead of an error."""
-    cards: list[Card] = []
+    cards: list[CudaCard] = []
     problem = ""
     cuda = torch.version.cuda or ""
     if cuda:
@@ -69,7 +69,7 @@ def torch_facts() -> TorchFacts:
     )
 
 
-def _card(number: int) -> Card:
+def _card(number: int) -> CudaCard:
     properties = torch.cuda.get_device_properties(number)
     free, total = torch.cuda.mem_get_info(number)
-    return Card(properties.name, total, free, (properties.major, properties.minor))
+    return CudaCard(properties.name, total, free, (properties.major, properties.minor))

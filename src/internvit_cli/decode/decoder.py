@@ -93,7 +93,7 @@ class DecodeOptions:
     """Source pixels that all workers may hold together; a larger picture is decoded alone."""
 
 
-class _Waiting:
+class _JobQueue:
     """The jobs that have not begun, with a lookahead of one."""
 
     def __init__(self, jobs: Iterable[DecodeJob | None]) -> None:
@@ -154,7 +154,7 @@ class Decoder:
         A None among the jobs means that there is none at the moment. A job whose worker died is tried once more, alone.
         After `stopped` returns true, nothing more is started or yielded.
         """
-        waiting = _Waiting(jobs)
+        waiting = _JobQueue(jobs)
         retries: deque[DecodeJob] = deque()
         while not stopped():
             while (job := waiting.first) is not None and self._has_room(job):

@@ -14,9 +14,9 @@ import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped
 from internvit_cli.decode.pictures import DecodedPicture, _fill, decode_tiles, upright_rgb
-from internvit_cli.plan.headers import loaded_size, read_header, unusable_size, upright_size
+from internvit_cli.plan.headers import loaded_size, read_header, size_problem, upright_size
 from internvit_cli.plan.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail
-from internvit_cli.sources.files import any_size, classify, pillow_failure, pillow_settings
+from internvit_cli.sources.files import pillow_failure, pillow_settings, system_failure, without_pixel_limit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,7 +70,7 @@ def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> TiledPi
             file.flush()
             return tile_file(path, rule)
     except OSError as error:  # no room for a copy
-        return classify(error)
+        return system_failure(error)
 
 
 def _empty_file() -> tuple[IO[bytes], bytes]:
@@ -92,18 +92,18 @@ def tile_picture(image: Image.Image, rule: PixelRule) -> TiledPicture | Skipped:
         image: A picture in any mode, with EXIF as in a file. Of several frames, the current one is used.
         rule: Everything that decides the pixels.
     """
-    if unusable := unusable_size(*upright_size(image, rule)[:2], rule):
-        return unusable
+    if problem := size_problem(*upright_size(image, rule)[:2], rule):
+        return problem
     try:
         with pillow_settings(rule):
             image.load()
             # Read again, because a PNG may have an orientation after its pixels.
             size = loaded_size(image, rule)
-            if unusable := unusable_size(*size[:2], rule):
-                return unusable
+            if problem := size_problem(*size[:2], rule):
+                return problem
             grid = choose_grid(*size[:2], rule.tiling)
             tiles = _room(grid, rule)
-            with any_size():
+            with without_pixel_limit():
                 _fill(upright_rgb(image, size[2], rule), grid, rule, tiles)
     except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
         return pillow_failure(error, rule.max_pixels)

@@ -17,7 +17,7 @@ from internvit_cli.config import MOST_GREY, GreyRange, PixelRule, Preprocess, Sk
 from internvit_cli.plan.png_chunks import despite_texts
 from internvit_cli.plan.table import modified_ns
 from internvit_cli.plan.tiling import clip_size, has_thumbnail
-from internvit_cli.sources.files import any_size, open_picture, pillow_settings, readable_formats
+from internvit_cli.sources.files import open_picture, pillow_settings, readable_formats, without_pixel_limit
 
 if TYPE_CHECKING:
     import os
@@ -109,7 +109,7 @@ def _decode(
             image.load()
             if not _is_planned_size(image, header):  # some formats know their size only after decoding
                 return _size_mismatch(image, header)
-            with any_size():
+            with without_pixel_limit():
                 return _fill(upright_rgb(image, header.orientation, rule), grid, rule, out)
 
     outcome = despite_texts(tiles_of, stream)

@@ -28,7 +28,7 @@ BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowSpecs:
     """Specifications of some datasets, in the order of an image's CRC."""
 
     datasets: tuple[DatasetSpec, ...]
@@ -62,7 +62,7 @@ class RowBlock:
     """Offsets, [k + 1] int64; image i has the tile rows tiles[i]:tiles[i + 1] of this block."""
     arrays: Mapping[str, NDArray[Any]]
     """Stored rows by dataset: [k, ...] with one row per image, [tiles, ...] with one row per tile."""
-    rows: Rows
+    rows: RowSpecs
 
     def __len__(self) -> int:
         return len(self.tiles) - 1
@@ -78,7 +78,7 @@ class RowBlock:
         tiles = self.tiles[start : stop + 1]
         return RowBlock(self.first + start, self.is_done, tiles - tiles[0], arrays, self.rows)
 
-    def only(self, rows: Rows) -> RowBlock:
+    def only(self, rows: RowSpecs) -> RowBlock:
         """Return the same images with only the given datasets."""
         return replace(self, arrays={name: self.arrays[name] for name in rows.specs}, rows=rows)
 
@@ -100,7 +100,7 @@ class RowBlock:
         return self.arrays[name][start:stop]
 
 
-class _Span(NamedTuple):
+class _RowSpan(NamedTuple):
     """Positions whose rows are contiguous in one shard."""
 
     start: int
@@ -120,7 +120,7 @@ def read_blocks(
     Raises:
         OutputError: The rows of an image are not what was committed; the message names the image.
     """
-    rows = Rows(selection.shape.row_datasets(1, 1))
+    rows = RowSpecs(selection.shape.row_datasets(1, 1))
     spans = _spans(selection, rows, block_bytes)
     if is_index:
         yield from (RowBlock(start, False, _tiles(selection, start, stop), {}, rows) for start, stop in spans)
@@ -136,7 +136,7 @@ def read_blocks(
             yield waiting.result()
 
 
-def _spans(selection: RowSelection, rows: Rows, block_bytes: int) -> Iterator[_Span]:
+def _spans(selection: RowSelection, rows: RowSpecs, block_bytes: int) -> Iterator[_RowSpan]:
     same_run = (np.diff(selection.shard_of) == 0) & (np.diff(selection.row_of) == 1)
     same_run &= np.diff(selection.is_done.astype(np.int8)) == 0
     edges = [0, *(np.flatnonzero(~same_run) + 1).tolist(), len(selection)]
@@ -145,11 +145,11 @@ def _spans(selection: RowSelection, rows: Rows, block_bytes: int) -> Iterator[_S
         first = start
         while first < stop:
             last = max(first + 1, int(np.searchsorted(total, total[first] + block_bytes, "right")) - 1)
-            yield _Span(first, min(last, stop))
+            yield _RowSpan(first, min(last, stop))
             first = min(last, stop)
 
 
-def _read(selection: RowSelection, rows: Rows, span: _Span) -> RowBlock:
+def _read(selection: RowSelection, rows: RowSpecs, span: _RowSpan) -> RowBlock:
     tiles = _tiles(selection, span.start, span.stop)
     if not selection.is_done[span.start]:
         return RowBlock(span.start, False, tiles, {}, rows)
@@ -164,7 +164,7 @@ def _read(selection: RowSelection, rows: Rows, span: _Span) -> RowBlock:
     }
     block = RowBlock(span.start, True, tiles, arrays, rows)
     _check(selection, block, shard.path)
-    return block if selection.is_whole else block.only(Rows(selection.written_datasets()))
+    return block if selection.is_whole else block.only(RowSpecs(selection.written_datasets()))
 
 
 def _tiles(selection: RowSelection, start: int, stop: int) -> NDArray[Any]:

@@ -13,7 +13,7 @@ from internvit_cli.config import Status, Tokens
 from internvit_cli.errors import ExitCode
 from internvit_cli.export.cka import LinearCka, cosines
 from internvit_cli.export.merge import recipe_differences
-from internvit_cli.export.selection import RowSelection, select_all
+from internvit_cli.export.selection import RowSelection, select_all_rows
 from internvit_cli.export.tokens_compared import LayerPair, TokenComparison, compare_tokens, why_not_comparable
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import counted, listed
@@ -43,7 +43,7 @@ class DiffOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class CosineStatistics:
     """Statistics of the cosines of many images."""
 
     images: int
@@ -77,9 +77,9 @@ class DiffResult:
     """The number of images whose vectors are equal bit for bit in all compared layers."""
     equal_tokens: int | None
     """The number of images whose tokens are equal; None if tokens were not compared."""
-    pooled: Spread | None
+    pooled: CosineStatistics | None
     """Cosines of vectors; None if there are no common images, or vectors have different widths."""
-    tokens: Spread | None
+    tokens: CosineStatistics | None
     """The lowest cosine of tokens per image."""
     token_mean: float | None
     """Mean cosine of all pairs of tokens."""
@@ -109,7 +109,7 @@ class DiffResult:
         values = {name: getattr(self, name) for name in self.__slots__}
         for name in ("pooled", "tokens"):
             spread = values[name]
-            values[name] = None if spread is None else {key: getattr(spread, key) for key in Spread.__slots__}
+            values[name] = None if spread is None else {key: getattr(spread, key) for key in CosineStatistics.__slots__}
         return values | {"identical": self.is_identical}
 
 
@@ -123,17 +123,17 @@ def diff(options: DiffOptions, observer: Observer = SILENT) -> DiffResult:
     Raises:
         OutputError: An output is damaged, or does not exist.
     """
-    return _Comparison(options, observer).run()
+    return _OutputComparison(options, observer).run()
 
 
-class _Comparison:
+class _OutputComparison:
     """The state of a comparison: the images that both outputs have."""
 
     def __init__(self, options: DiffOptions, observer: Observer) -> None:
         self._options = options
         self._observer = observer
         with observer.phase("reading the outputs"):
-            self._one, self._other = select_all(options.one), select_all(options.other)
+            self._one, self._other = select_all_rows(options.one), select_all_rows(options.other)
         places = {key: position for position, key in enumerate(self._other.table.keys)}
         keys = self._one.table.keys
         there = np.fromiter((places.get(key, -1) for key in keys), np.int64, len(keys))
@@ -209,7 +209,7 @@ class _Comparison:
 
     # --------------------------------------------------------------------------------------------------------- vectors
 
-    def _vectors(self, *, with_cka: bool) -> tuple[int, Spread | None, float | None]:
+    def _vectors(self, *, with_cka: bool) -> tuple[int, CosineStatistics | None, float | None]:
         """Return the number of equal vectors, their cosines, and the alignment of two models."""
         widths = self._one.shape.pooled_width, self._other.shape.pooled_width
         is_comparable = widths[0] == widths[1]
@@ -235,13 +235,13 @@ class _Comparison:
         spread = self._spread(found, np.arange(len(found))) if is_comparable else None
         return equal, spread, kernels.alignment if kernels is not None else None
 
-    def _spread(self, values: NDArray[Any], numbers: NDArray[Any]) -> Spread | None:
+    def _spread(self, values: NDArray[Any], numbers: NDArray[Any]) -> CosineStatistics | None:
         """Return statistics of cosines of common images; None if there are none."""
         if not len(values):
             return None
         worst = heapq.nsmallest(self._options.worst, range(len(values)), key=values.__getitem__)
         keys = self._keys(numbers[worst])
-        return Spread(
+        return CosineStatistics(
             images=len(values),
             lowest=float(values.min()),
             mean=float(values.mean()),
@@ -251,7 +251,7 @@ class _Comparison:
 
     # ---------------------------------------------------------------------------------------------------------- tokens
 
-    def _tokens(self) -> tuple[TokenComparison | None, Spread | None]:
+    def _tokens(self) -> tuple[TokenComparison | None, CosineStatistics | None]:
         """Return the comparison of tokens, and the statistics of the lowest cosine per image."""
         one, other = self._one, self._other
         has_none = Tokens.NONE in (one.shape.tokens, other.shape.tokens)

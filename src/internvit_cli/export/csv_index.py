@@ -7,7 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.export.facts import NUMBERS, as_utf8, image_facts, is_utf8
-from internvit_cli.export.writer import OneFile, UnpublishedResult
+from internvit_cli.export.writer import SequentialFile, UnpublishedResult
 from internvit_cli.storage.durable import disk_errors
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class CsvWriter:
     def __init__(self, selection: RowSelection, destination: Destination) -> None:
         self._selection = selection
         self._destination = destination
-        self._file = OneFile(destination)
+        self._file = SequentialFile(destination)
         self._out: Any = None
 
     def needed_bytes(self) -> int:

@@ -20,7 +20,7 @@ from internvit_cli.storage.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, su
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from internvit_cli.export.targets import Place
+    from internvit_cli.export.targets import ResultPlace
 
 STAGING = ".exporting"
 """Suffix of the folder that holds an unfinished result."""
@@ -34,7 +34,9 @@ AT_FDCWD = -100
 class Destination:
     """The place of a result. Within `open` it belongs to this process, and has a working folder."""
 
-    def __init__(self, place: Place, sources: Sequence[str], *, overwrite: bool = False, lock: bool = True) -> None:
+    def __init__(
+        self, place: ResultPlace, sources: Sequence[str], *, overwrite: bool = False, lock: bool = True
+    ) -> None:
         """Refuse places that cannot or must not be written, without touching anything.
 
         Args:

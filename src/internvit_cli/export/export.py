@@ -11,8 +11,8 @@ from internvit_cli.config import Tokens
 from internvit_cli.errors import StoppedError, UsageError
 from internvit_cli.export.blocks import read_blocks
 from internvit_cli.export.destination import Destination
-from internvit_cli.export.selection import RowSelection, select_all
-from internvit_cli.export.targets import Place, Target, choose_target
+from internvit_cli.export.selection import RowSelection, select_all_rows
+from internvit_cli.export.targets import ResultPlace, Target, choose_target
 from internvit_cli.plan.table import count_statuses
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.signals import Interruption
@@ -94,7 +94,7 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
     destination = Destination(place, [options.source], overwrite=options.write.overwrite, lock=options.write.lock)
     try:
         with observer.phase("reading the output"):
-            selection = select_all(options.source)
+            selection = select_all_rows(options.source)
         if options.words or options.keys:
             selection = selection.take(selection.positions_of(options.words, options.keys, options.source))
         if not options.tokens:
@@ -102,12 +102,14 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
         if options.layers is not None:
             selection = selection.with_layers(options.layers, options.source)
             _check_layers(selection, place)
-        return write(selection, Job(place, destination, options.write, (options.source,)), stop, observer)
+        return write_selection(
+            selection, ExportJob(place, destination, options.write, (options.source,)), stop, observer
+        )
     except Interruption:
         raise StoppedError("stopped before everything was written; nothing was kept") from None
 
 
-def _check_layers(selection: RowSelection, place: Place) -> None:
+def _check_layers(selection: RowSelection, place: ResultPlace) -> None:
     """Refuse a feature file without the deepest layer, to which its recipe and the digest of its weights belong.
 
     Raises:
@@ -122,16 +124,16 @@ def _check_layers(selection: RowSelection, place: Place) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ExportJob:
     """A result to create: its destination and options."""
 
-    place: Place
+    place: ResultPlace
     destination: Destination
     options: WriteOptions
     sources: tuple[str, ...]
 
 
-def check_options(place: Place, options: WriteOptions) -> None:
+def check_options(place: ResultPlace, options: WriteOptions) -> None:
     """Refuse options that do not apply to a target.
 
     Raises:
@@ -147,7 +149,7 @@ def check_options(place: Place, options: WriteOptions) -> None:
         )
 
 
-def write(selection: RowSelection, job: Job, stop: StopRequest, observer: Observer) -> ExportResult:
+def write_selection(selection: RowSelection, job: ExportJob, stop: StopRequest, observer: Observer) -> ExportResult:
     """Stream a selection to its destination, and publish it.
 
     Raises:
@@ -187,7 +189,7 @@ def write(selection: RowSelection, job: Job, stop: StopRequest, observer: Observ
     )
 
 
-def _stream(selection: RowSelection, writer: Writer, job: Job, observer: Observer) -> None:
+def _stream(selection: RowSelection, writer: Writer, job: ExportJob, observer: Observer) -> None:
     with observer.phase("writing", "image", len(selection)) as phase:
         writer.begin()
         for block in read_blocks(selection, is_index=job.place.target is Target.CSV):
@@ -195,7 +197,7 @@ def _stream(selection: RowSelection, writer: Writer, job: Job, observer: Observe
             phase.at(block.first + len(block))
 
 
-def open_writer(selection: RowSelection, job: Job) -> Writer:
+def open_writer(selection: RowSelection, job: ExportJob) -> Writer:
     """Return the writer for a target, and load its module only now."""
     destination, options = job.destination, job.options
     match job.place.target:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.config import Status
-from internvit_cli.export.blocks import Rows
+from internvit_cli.export.blocks import RowSpecs
 from internvit_cli.export.writer import UnpublishedResult
 from internvit_cli.extract.shard_plan import ShardSize
 from internvit_cli.storage.durable import disk_errors, write_all, write_file
@@ -33,7 +33,7 @@ CHECKPOINT_BYTES = 128_000_000
 
 
 @dataclass(slots=True)
-class _OpenShard:
+class _FillingShard:
     """A shard that is being filled."""
 
     rows: RowWriter
@@ -87,7 +87,7 @@ class FeatureFileWriter:
         staged = destination.staged(destination.name)
         self._output = Output(os.path.join(staged, "") if destination.is_folder else staged, shard_format)
         self._shards = list(self._cut(shard_bytes))
-        self._open: _OpenShard | None = None
+        self._open: _FillingShard | None = None
         self._number = 0
 
     def needed_bytes(self) -> int:
@@ -150,19 +150,19 @@ class FeatureFileWriter:
             first += len(part)
         return shards
 
-    def _next_shard(self, first: int) -> _OpenShard:
+    def _next_shard(self, first: int) -> _FillingShard:
         shard = self._shards[self._number]
         partial = self._output.partial_path(self._number)
         create_shard(self._output.backend, partial, shard)
         extents = self._output.backend.extents(partial)
         writer = ShardWriter(self._output.backend, partial, shard.table)
         commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._open = _OpenShard(RowWriter(extents), writer, shard, first, commits)
+        self._open = _FillingShard(RowWriter(extents), writer, shard, first, commits)
         return self._open
 
-    def _write(self, shard: _OpenShard, block: RowBlock) -> None:
+    def _write(self, shard: _FillingShard, block: RowBlock) -> None:
         """Write contiguous rows with the digests and CRCs of the rows that were read."""
-        rows = Rows(self._selection.written_datasets())
+        rows = RowSpecs(self._selection.written_datasets())
         row = block.first - shard.first
         tile = int(shard.shard.table.tile_offset[row])
         for name, array in block.arrays.items():
@@ -178,7 +178,7 @@ class FeatureFileWriter:
         if shard.writer.uncommitted_bytes >= CHECKPOINT_BYTES:
             shard.begin_commit()
 
-    def _finish_shard(self, shard: _OpenShard) -> None:
+    def _finish_shard(self, shard: _FillingShard) -> None:
         shard.wait()
         shard.writer.checkpoint()
         for entry in self._run_log(shard):
@@ -187,7 +187,7 @@ class FeatureFileWriter:
         self._output.publish(self._number, len(shard.shard.table), shard.shard.table.tiles, {})
         self._number += 1
 
-    def _run_log(self, shard: _OpenShard) -> list[dict[str, object]]:
+    def _run_log(self, shard: _FillingShard) -> list[dict[str, object]]:
         """Return the logs of the shards whose first row is in this shard, so that each log is copied once."""
         entries = []
         for number in np.unique(self._selection.shard_of[shard.first : shard.stop]).tolist():

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from internvit_cli.config import Choice, Status
 from internvit_cli.errors import OtherRecipeError, OutputError, StoppedError, UsageError, one_line
 from internvit_cli.export.destination import Destination
-from internvit_cli.export.export import ExportResult, Job, WriteOptions, check_options, write
-from internvit_cli.export.selection import RowSelection, StoredOutput, select
+from internvit_cli.export.export import ExportJob, ExportResult, WriteOptions, check_options, write_selection
+from internvit_cli.export.selection import RowSelection, StoredOutput, select_rows
 from internvit_cli.export.targets import choose_target
 from internvit_cli.extract.changes import ROW_BITS
 from internvit_cli.runtime.observer import SILENT, Observer
@@ -73,7 +73,9 @@ def merge(options: MergeOptions, stop: StopRequest, observer: Observer = SILENT)
     try:
         with observer.phase("reading the outputs"):
             selection, repeated = select_merged([StoredOutput.open(path) for path in options.sources], options.prefer)
-        written = write(selection, Job(place, destination, options.write, options.sources), stop, observer)
+        written = write_selection(
+            selection, ExportJob(place, destination, options.write, options.sources), stop, observer
+        )
     except Interruption:
         raise StoppedError("stopped before all was written; nothing is left") from None
     if repeated:
@@ -103,7 +105,7 @@ def select_merged(outputs: Sequence[StoredOutput], prefer: Prefer | None) -> tup
             else:
                 chosen[key] = row
         first_shard += len(output.shards)
-    return select(outputs, [row.place for row in chosen.values()]), len(repeated)
+    return select_rows(outputs, [row.place for row in chosen.values()]), len(repeated)
 
 
 def check_recipes(one: StoredOutput, other: StoredOutput) -> None:

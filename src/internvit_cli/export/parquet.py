@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.errors import OutputError, UsageError
-from internvit_cli.export.blocks import Rows
+from internvit_cli.export.blocks import RowSpecs
 from internvit_cli.export.facts import (
     NUMBERS,
     as_utf8,
@@ -22,7 +22,7 @@ from internvit_cli.export.facts import (
     stored_type,
     widened,
 )
-from internvit_cli.export.writer import OneFile, UnpublishedResult
+from internvit_cli.export.writer import SequentialFile, UnpublishedResult
 from internvit_cli.plan.table import COLUMN_DTYPES
 from internvit_cli.storage.durable import disk_errors
 
@@ -60,9 +60,9 @@ class ParquetWriter:
         self._pa = import_pyarrow()
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written_datasets())
+        self._rows = RowSpecs(selection.written_datasets())
         self._widen = widen
-        self._file = OneFile(destination)
+        self._file = SequentialFile(destination)
         self._writer: Any = None
         self._schema = self._pa.schema(self._fields(), metadata=self._metadata())
         self._waiting: dict[str, list[Any]] = {name: [] for name in self._schema.names}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.export.blocks import Rows
+from internvit_cli.export.blocks import RowSpecs
 from internvit_cli.export.facts import attributes_text, native_type, stored_type
 from internvit_cli.export.writer import UnpublishedResult
 from internvit_cli.plan.table import COLUMN_DTYPES
@@ -75,7 +75,7 @@ class SafetensorsWriter:
     def __init__(self, selection: RowSelection, destination: Destination) -> None:
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written_datasets())
+        self._rows = RowSpecs(selection.written_datasets())
         self._index = index_tensors(selection)
         self._path = destination.staged(destination.name)
         self._descriptor: int | None = None

@@ -285,7 +285,7 @@ def _folder_shards(output: Output) -> list[FinishedShard]:
     return [*shards, unfinished] if recipes[-1] == recipes[0] else shards
 
 
-def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> RowSelection:
+def select_rows(outputs: Sequence[StoredOutput], places: Sequence[int]) -> RowSelection:
     """Return some rows of one or more outputs of one recipe.
 
     Args:
@@ -320,14 +320,14 @@ def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> RowSelecti
     )
 
 
-def select_all(path: str) -> RowSelection:
+def select_all_rows(path: str) -> RowSelection:
     """Return all committed rows of an output that count.
 
     Raises:
         OutputError: There is no output, or it is damaged.
     """
     output = StoredOutput.open(path)
-    return select([output], list(output.live_places().values()))
+    return select_rows([output], list(output.live_places().values()))
 
 
 def stored_shape(shards: Sequence[OpenShard], recipe: Recipe) -> FeatureShape:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.errors import UsageError
-from internvit_cli.export.blocks import Rows
+from internvit_cli.export.blocks import RowSpecs
 from internvit_cli.export.facts import (
     attributes_text,
     bits_notes,
@@ -24,7 +24,7 @@ from internvit_cli.export.facts import (
     stored_type,
     widened,
 )
-from internvit_cli.export.writer import OneFile, UnpublishedResult
+from internvit_cli.export.writer import SequentialFile, UnpublishedResult
 from internvit_cli.storage.durable import disk_errors, write_file
 
 if TYPE_CHECKING:
@@ -71,10 +71,10 @@ class TarWriter:
     ) -> None:
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written_datasets())
+        self._rows = RowSpecs(selection.written_datasets())
         self._most = shard_bytes
         self._widen = widen
-        self._file = OneFile(destination)
+        self._file = SequentialFile(destination)
         self._out: Any = None
         self._stem = destination.name.removesuffix(".tar")
         self._written = 0

@@ -42,7 +42,7 @@ TARGET_OF_SUFFIX = {
 FOLDER_TARGETS = (Target.H5, Target.NPY)
 
 
-class Place(NamedTuple):
+class ResultPlace(NamedTuple):
     """The path and the format of a result."""
 
     path: str
@@ -51,7 +51,7 @@ class Place(NamedTuple):
     """Whether the result is a folder of shards instead of one file."""
 
 
-def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> Place:
+def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> ResultPlace:
     """Return the result for a name and `--format`, as for `extract -o`.
 
     Raises:
@@ -74,4 +74,4 @@ def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> Plac
         folder = f"{name.removesuffix(suffix)}/" if suffix == ".npy" else f"{name}/"
         what = ".npy shards go into a folder" if suffix == ".npy" else f"{suffix} files are not supported"
         raise UsageError(f"{path}: {what}", f"choose {', '.join(TARGET_OF_SUFFIX)}, or a folder, such as {folder}")
-    return Place(name, target, is_folder)
+    return ResultPlace(name, target, is_folder)

@@ -54,7 +54,7 @@ class UnpublishedResult:
     """Notes on what the target cannot hold unchanged."""
 
 
-class OneFile:
+class SequentialFile:
     """A file that is written sequentially."""
 
     def __init__(self, destination: Destination) -> None:

@@ -34,7 +34,13 @@ from internvit_cli.model.pixels import (
 )
 from internvit_cli.model.published import KNOWN_MODELS, TIMM_TOWERS, VISION_TINY, KnownModel
 from internvit_cli.model.shapes import vision_from_tensors
-from internvit_cli.model.weights import ADAPTER_CONFIG, adapter_refusal, choose_weights, other_weights, read_stored
+from internvit_cli.model.weights import (
+    ADAPTER_CONFIG,
+    adapter_refusal,
+    choose_weights,
+    other_weights_error,
+    read_stored,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -154,7 +160,7 @@ def _config(files: FolderFiles | HubFiles) -> dict[str, Any] | None:
         raise adapter_refusal(files)
     if any(name.endswith(WEIGHTS_SUFFIX) for name in names):
         return None
-    raise other_weights(files.where, names) or files.lacking(CONFIG_FILE)
+    raise other_weights_error(files.where, names) or files.lacking(CONFIG_FILE)
 
 
 def _processor(

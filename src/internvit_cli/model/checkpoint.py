@@ -12,11 +12,11 @@ import numpy as np
 
 from internvit_cli.errors import ModelError, UsageError
 from internvit_cli.model.files import files_of
-from internvit_cli.model.json_files import unreadable
+from internvit_cli.model.json_files import unreadable_error
 from internvit_cli.model.kinds import (
     ORIGINAL_HINT,
-    no_tower,
-    other_tower,
+    no_tower_error,
+    other_tower_error,
     refuse_altered,
     refuse_first_internvl,
 )
@@ -155,7 +155,7 @@ def _locate(
     refuse_first_internvl(stored_names, card.name)
     towers = find_towers(stored_names, card.name)
     if not towers:
-        raise no_tower(stored_names, card.name)
+        raise no_tower_error(stored_names, card.name)
     known = expected_shapes(card.vision, card.vision.num_layers, None)
     tower = choose_tower(towers, known, [name for name in shapes if not name.startswith(PROJECTOR)], card.name)
     _refuse_others(tower, known, card.name)
@@ -175,7 +175,7 @@ def _refuse_others(tower: Tower, known: Mapping[str, tuple[int, ...]], where: st
     for (name, _), stored_name in tower.slots.items():
         if name in known or name in UNUSED:
             continue
-        if other := other_tower([stored_name], where):
+        if other := other_tower_error([stored_name], where):
             raise other
         why = ": a norm after the last block, which no InternViT has" if name in FINAL_NORMS else ""
         raise ModelError(
@@ -242,7 +242,7 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         with opened(path) as file:
             yield file
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
 
 
 def _fill(file: BinaryIO, path: str, offset: int, target: np.ndarray) -> None:

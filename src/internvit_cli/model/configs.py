@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.config import PATCH_SIZE, TokenOrder
 from internvit_cli.errors import ModelError
 from internvit_cli.model.card import Norm, VisionConfig
-from internvit_cli.model.json_files import short
+from internvit_cli.model.json_files import short_repr
 from internvit_cli.model.kinds import first_internvl_refusal, kind_of_tower, name_of_tower
 from internvit_cli.model.pixels import is_number
 
@@ -121,7 +121,7 @@ def _describe_whole(config: Mapping[str, Any], tower: Mapping[str, Any]) -> Conf
     native = _is_native(tower)
     ratio = config.get("downsample_ratio", 0.5)
     if ratio != 0.5:
-        raise ModelError(f"config.json: downsample_ratio is {short(ratio)}; only 0.5 is supported")
+        raise ModelError(f"config.json: downsample_ratio is {short_repr(ratio)}; only 0.5 is supported")
     vision = vision_config(tower, native=native)
     return ConfigDescription(
         vision=vision,
@@ -163,7 +163,9 @@ def _describe_without_tower(config: Mapping[str, Any]) -> ConfigDescription:
     if model_type is None and "architectures" not in config:
         return ConfigDescription(None, _heads(config.get("num_attention_heads")), None, TokenOrder.V2, None, None)
     if other is not None:
-        raise ModelError(f"config.json: vision_config is {short(other)}, not an object", "download the model again")
+        raise ModelError(
+            f"config.json: vision_config is {short_repr(other)}, not an object", "download the model again"
+        )
     said = f"model_type is {model_type!r}" if model_type else f"architectures is {str(config['architectures'])[:80]}"
     kind = kind_of_tower(str(model_type)) or ""
     raise ModelError(
@@ -211,7 +213,7 @@ def _check_words(config: Mapping[str, Any]) -> None:
     for prefix, section in sections:
         model_type = section.get("model_type")
         if model_type is not None and not isinstance(model_type, str):
-            raise ModelError(f"config.json: {prefix}model_type is {short(model_type)}, not a string")
+            raise ModelError(f"config.json: {prefix}model_type is {short_repr(model_type)}, not a string")
 
 
 def vision_config(raw: Mapping[str, Any], *, native: bool) -> VisionConfig:
@@ -227,8 +229,8 @@ def vision_config(raw: Mapping[str, Any], *, native: bool) -> VisionConfig:
     keys = _Keys(raw, native=native)
     for key, only in (("hidden_act", "gelu"), ("num_channels", 3)):
         if raw.get(key, only) != only:
-            raise ModelError(f"config.json: {key} is {short(raw[key])}; only {only!r} is an InternViT")
-    return checked(
+            raise ModelError(f"config.json: {key} is {short_repr(raw[key])}; only {only!r} is an InternViT")
+    return checked_vision_config(
         VisionConfig(
             hidden_size=keys.count("hidden_size", MOST_HIDDEN),
             num_layers=keys.count("num_hidden_layers", MOST_LAYERS),
@@ -244,7 +246,7 @@ def vision_config(raw: Mapping[str, Any], *, native: bool) -> VisionConfig:
     )
 
 
-def checked(vision: VisionConfig) -> VisionConfig:
+def checked_vision_config(vision: VisionConfig) -> VisionConfig:
     """Return the shape of a tower if it is consistent.
 
     Raises:
@@ -283,14 +285,14 @@ class _Keys:
         name, value = self._get(key)
         if isinstance(value, list):
             if len(value) != 2 or value[0] != value[1]:
-                raise ModelError(f"config.json: {name} is {short(value)}; only squares are supported")
+                raise ModelError(f"config.json: {name} is {short_repr(value)}; only squares are supported")
             value = value[0]
         return _count(name, value, MOST_SIDE)
 
     def flag(self, key: str) -> bool:
         name, value = self._get(key)
         if not isinstance(value, bool):
-            raise ModelError(f"config.json: {name} is {short(value)}, not true or false")
+            raise ModelError(f"config.json: {name} is {short_repr(value)}, not true or false")
         return value
 
     def norm(self, key: str) -> Norm:
@@ -299,18 +301,18 @@ class _Keys:
             return "layer_norm"
         if value == "rms_norm":
             return "rms_norm"
-        raise ModelError(f"config.json: {name} is {short(value)}, neither 'rms_norm' nor 'layer_norm'")
+        raise ModelError(f"config.json: {name} is {short_repr(value)}, neither 'rms_norm' nor 'layer_norm'")
 
     def positive(self, key: str) -> float:
         name, value = self._get(key)
         if not is_number(value) or not 0 < value < 1:
-            raise ModelError(f"config.json: {name} is {short(value)}, not a small positive number")
+            raise ModelError(f"config.json: {name} is {short_repr(value)}, not a small positive number")
         return float(value)
 
 
 def _count(name: str, value: object, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ModelError(f"config.json: {name} is {short(value)}, not a whole number from 1 to {most}")
+        raise ModelError(f"config.json: {name} is {short_repr(value)}, not a whole number from 1 to {most}")
     return value
 
 
@@ -320,7 +322,7 @@ def _heads(value: Any) -> int | None:
 
 def _whole_number(name: str, value: Any) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or abs(value) > MOST_LAYERS):
-        raise ModelError(f"config.json: {name} is {short(value)}, not one whole number")
+        raise ModelError(f"config.json: {name} is {short_repr(value)}, not one whole number")
     return value
 
 
@@ -335,7 +337,7 @@ def _token_order(config: Mapping[str, Any]) -> TokenOrder:
     try:
         return TokenOrder(value)
     except ValueError as error:
-        raise ModelError(f"config.json: ps_version is {short(value)}, neither 'v1' nor 'v2'") from error
+        raise ModelError(f"config.json: ps_version is {short_repr(value)}, neither 'v1' nor 'v2'") from error
 
 
 def _llm_size(config: Mapping[str, Any]) -> int | None:

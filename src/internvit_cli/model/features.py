@@ -16,7 +16,7 @@ from internvit_cli.config import PATCH_SIZE, OnOverflow, Pool, StoreDtype, Token
 from internvit_cli.model.card import FeatureShapes, feature_shapes
 from internvit_cli.model.kernels.choice import base_dtype, kernels_for
 from internvit_cli.model.kernels.interface import Kernels, StorePlan
-from internvit_cli.model.kernels.probes import Case
+from internvit_cli.model.kernels.probes import ProbeSizes
 from internvit_cli.model.loading import load_projector, load_vit
 from internvit_cli.model.unshuffle import pixel_unshuffle
 from internvit_cli.model.vit import InternViT, Projector, TileEmbedding
@@ -131,7 +131,7 @@ class FeatureModel(nn.Module):
         if device.type == "cuda" and dtype is torch.float32:
             torch.set_float32_matmul_precision("highest")  # no TF32, whatever was set before
         plan = store_plan(checkpoint.card, spec)
-        case = Case(checkpoint.card.vision, spec.tile_size // PATCH_SIZE, plan)
+        case = ProbeSizes(checkpoint.card.vision, spec.tile_size // PATCH_SIZE, plan)
         kernels = kernels_for(device, dtype, case if fused else None)
         vit = load_vit(checkpoint, device=device, dtype=dtype, kernels=kernels, earlier_layers=spec.earlier_layers)
         projected = spec.tokens is Tokens.PROJECTED
@@ -202,7 +202,7 @@ def store_plan(card: ModelCard, spec: FeatureSpec) -> StorePlan | None:
     )
 
 
-def verdicts(extremes: np.ndarray, pooled: np.ndarray, spec: FeatureSpec) -> np.ndarray:
+def check_tiles(extremes: np.ndarray, pooled: np.ndarray, spec: FeatureSpec) -> np.ndarray:
     """Return whether each tile can be stored: uint8 [n] of FITS, OVERFLOW or NOT_A_NUMBER.
 
     Args:

@@ -148,7 +148,7 @@ def _bar_that_tells(phase: Phase) -> type:
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             options.pop("name", None)
-            super().__init__(*arguments, **(options | {"file": _Nowhere(), "disable": False}))
+            super().__init__(*arguments, **(options | {"file": _DiscardedOutput(), "disable": False}))
 
         def update(self, n: float | None = 1) -> bool | None:
             is_drawn: bool | None = super().update(n)
@@ -158,7 +158,7 @@ def _bar_that_tells(phase: Phase) -> type:
     return Bar
 
 
-class _Nowhere:
+class _DiscardedOutput:
     """A text stream that discards its output."""
 
     def write(self, text: str) -> None:

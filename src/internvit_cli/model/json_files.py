@@ -47,7 +47,7 @@ def read_json(path: str, most: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     except TooLargeError as error:
         raise ModelError(f"{path}: the file is larger than {most >> 20} MB, which no valid file is") from error
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     refuse_foreign(path, text[:100])
     if text.count(b"{") + text.count(b"[") > MAX_CONTAINERS:
         raise ModelError(f"{path}: more than {MAX_CONTAINERS:,} objects and lists, which no valid file has")
@@ -83,17 +83,17 @@ def check_tensor_name(name: str, path: str) -> None:
         ModelError: The name is too long.
     """
     if len(name) > LONGEST_NAME:
-        raise ModelError(f"{path}: the name of a tensor has {len(name):,} characters: {short(name)}")
+        raise ModelError(f"{path}: the name of a tensor has {len(name):,} characters: {short_repr(name)}")
 
 
-def unreadable(path: str, error: OSError) -> ModelError:
+def unreadable_error(path: str, error: OSError) -> ModelError:
     """Return the error for a file of a checkpoint that cannot be opened or read."""
     if isinstance(error, FileNotFoundError) and os.path.islink(path):
         return ModelError(f"{path}: a link to a file that does not exist", "download the model again")
     return ModelError(f"{path}: {error.strerror or error}", "name the directory of a checkpoint")
 
 
-def short(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return a value of a file for a message, with limited length."""
     try:
         text = repr(value)

@@ -98,18 +98,18 @@ def first_internvl_refusal(where: str, mark: str) -> ModelError:
     )
 
 
-def no_tower(tensors: Iterable[str], where: str) -> ModelError:
+def no_tower_error(tensors: Iterable[str], where: str) -> ModelError:
     """Return the error for a checkpoint without an InternViT, which says what it contains instead."""
     names = list(tensors)
     adapters = [name for name in names if _ADAPTER.search(name)]
     if adapters:
         return ModelError(f"{where}: LoRA adapters, not a model ({adapters[0]!r})", MERGE_HINT)
-    return other_tower(names, where) or ModelError(
+    return other_tower_error(names, where) or ModelError(
         f"{where}: no vision tower among its {len(names):,} tensors", "name an InternViT or a full InternVL checkpoint"
     )
 
 
-def other_tower(tensors: Iterable[str], where: str) -> ModelError | None:
+def other_tower_error(tensors: Iterable[str], where: str) -> ModelError | None:
     """Return the error for another kind of tower, if the names show which it is; None if they do not."""
     for name in tensors:
         for pattern, kind in _TOWER_MARKS:

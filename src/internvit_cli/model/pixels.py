@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from internvit_cli.config import DEFAULT_RESCALE_FACTOR
 from internvit_cli.errors import ModelError
-from internvit_cli.model.json_files import read_json, short
+from internvit_cli.model.json_files import read_json, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,7 +69,7 @@ def read_processor(files: CheckpointFiles) -> tuple[Mapping[str, Any], str]:
         section = read_json(path).get("image_processor")
         if section is not None:
             if not isinstance(section, dict):
-                raise ModelError(f"{path}: image_processor is {short(section)}, not an object")
+                raise ModelError(f"{path}: image_processor is {short_repr(section)}, not an object")
             return section, PROCESSOR_FILE
     if path := files.find(PREPROCESSOR_FILE):
         return read_json(path), PREPROCESSOR_FILE
@@ -136,7 +136,7 @@ def _flag(section: Mapping[str, Any], key: str, source: str) -> bool:
     if value is None:
         return True
     if not isinstance(value, bool):
-        raise ModelError(f"{source}: {key} is {short(value)}, not true or false")
+        raise ModelError(f"{source}: {key} is {short_repr(value)}, not true or false")
     return value
 
 
@@ -144,7 +144,7 @@ def _number(key: str, value: Any, default: float, source: str) -> float:
     if value is None:
         return default
     if not is_number(value) or not 1 / MOST <= value <= MOST:
-        raise ModelError(f"{source}: {key} is {short(value)}, not a number from {1 / MOST:g} to {MOST:g}")
+        raise ModelError(f"{source}: {key} is {short_repr(value)}, not a number from {1 / MOST:g} to {MOST:g}")
     return float(value)
 
 
@@ -154,7 +154,7 @@ def _triple(section: Mapping[str, Any], key: str, default: Triple, source: str) 
         return default
     values = value if isinstance(value, list) else [value] * 3  # transformers accepts one number for all channels
     if len(values) != 3 or not all(is_number(item) and abs(item) <= MOST for item in values):
-        raise ModelError(f"{source}: {key} is {short(value)}, not three numbers from {-MOST:g} to {MOST:g}")
+        raise ModelError(f"{source}: {key} is {short_repr(value)}, not three numbers from {-MOST:g} to {MOST:g}")
     red, green, blue = values
     return float(red), float(green), float(blue)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.errors import ModelError
-from internvit_cli.model.json_files import check_tensor_name, refuse_foreign, short, unreadable
+from internvit_cli.model.json_files import check_tensor_name, refuse_foreign, short_repr, unreadable_error
 from internvit_cli.runtime.untrusted import opened
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class StoredTensor:
     """The position after the last byte."""
 
 
-def read_header(path: str) -> dict[str, StoredTensor]:
+def read_safetensors_header(path: str) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
@@ -63,7 +63,7 @@ def read_header(path: str) -> dict[str, StoredTensor]:
                 raise ModelError(f"{path}: truncated, or not a safetensors file", "download it again")
             text = file.read(length)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     return parse_header(text, path=path, file_size=size)
 
 
@@ -107,11 +107,11 @@ def _tensor(name: str, entry: Any, path: str, start: int, file_size: int) -> Sto
         raise ModelError(f"{path}: tensor {name!r}: its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ModelError(f"{path}: tensor {name!r}: unknown dtype {short(dtype)}")
+        raise ModelError(f"{path}: tensor {name!r}: unknown dtype {short_repr(dtype)}")
     if not _are_sizes(shape):
-        raise ModelError(f"{path}: tensor {name!r}: shape {short(shape)} is not a list of sizes")
+        raise ModelError(f"{path}: tensor {name!r}: shape {short_repr(shape)} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ModelError(f"{path}: tensor {name!r}: data_offsets {short(offsets)} are not two ascending offsets")
+        raise ModelError(f"{path}: tensor {name!r}: data_offsets {short_repr(offsets)} are not two ascending offsets")
     begin, end = start + offsets[0], start + offsets[1]
     if end > file_size:
         raise ModelError(

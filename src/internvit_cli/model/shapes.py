@@ -14,7 +14,7 @@ from internvit_cli.config import PATCH_SIZE
 from internvit_cli.errors import ModelError
 from internvit_cli.model.card import VisionConfig
 from internvit_cli.model.configs import MOST_HIDDEN, MOST_LAYERS, MOST_MLP
-from internvit_cli.model.kinds import no_tower, other_tower, refuse_altered, refuse_first_internvl
+from internvit_cli.model.kinds import no_tower_error, other_tower_error, refuse_altered, refuse_first_internvl
 from internvit_cli.model.layouts import Tower, expected_shapes, find_towers
 from internvit_cli.runtime.words import counted
 
@@ -35,14 +35,14 @@ class UndecidedError(Exception):
     """The tensors do not determine the tower; the text says why."""
 
 
-class FromTensors(NamedTuple):
+class DescribedTower(NamedTuple):
     """The shape of a tower, and a note for the user on how it was found."""
 
     vision: VisionConfig
     note: str
 
 
-def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, where: str) -> FromTensors:
+def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, where: str) -> DescribedTower:
     """Return the shape of the only whole tower among some tensors.
 
     Args:
@@ -56,7 +56,7 @@ def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, w
     refuse_first_internvl(stored, where)
     towers = find_towers(stored, where)
     if not towers:
-        raise no_tower(stored, where)
+        raise no_tower_error(stored, where)
     outcomes = [_vision_or_reason(tower, stored, heads) for tower in towers]
     found = [outcome for outcome in outcomes if isinstance(outcome, VisionConfig)]
     if len(found) > 1:
@@ -73,7 +73,7 @@ def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, w
         raise _refusal(towers, str(outcomes[0]), where)
     vision = found[0]
     note = f"no config describes the tower: {counted(vision.num_layers, 'block')} of size {vision.hidden_size}"
-    return FromTensors(
+    return DescribedTower(
         vision, f"{note}, {counted(vision.num_heads, 'head')} of {vision.head_dim}, {vision.image_size} px"
     )
 
@@ -89,7 +89,7 @@ def _refusal(towers: list[Tower], reason: str, where: str) -> ModelError:
     for tower in towers:
         names = tower.slots.values()
         refuse_altered(names, where)
-        if other := other_tower(names, where):
+        if other := other_tower_error(names, where):
             return other
     return ModelError(
         f"{where}: no config describes the tower, and its tensors do not determine it: {reason}",

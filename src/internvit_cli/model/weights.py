@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.errors import ModelError
 from internvit_cli.model.files import INDEX_FILE, SINGLE_FILE, WEIGHTS_SUFFIX, FolderFiles, HubFiles
-from internvit_cli.model.json_files import MAX_INDEX_BYTES, check_tensor_name, read_json, short
-from internvit_cli.model.safetensors_header import StoredTensor, read_header
+from internvit_cli.model.json_files import MAX_INDEX_BYTES, check_tensor_name, read_json, short_repr
+from internvit_cli.model.safetensors_header import StoredTensor, read_safetensors_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -156,7 +156,7 @@ def _several(files: CheckpointFiles, names: list[str]) -> ModelError:
 def _no_weights(files: CheckpointFiles, names: frozenset[str]) -> ModelError:
     if ADAPTER_CONFIG in names or ADAPTER_WEIGHTS in names:
         return adapter_refusal(files)
-    if other := other_weights(files.where, names):
+    if other := other_weights_error(files.where, names):
         return other
     if isinstance(files, HubFiles) and files.offline:
         return files.missing(SINGLE_FILE)
@@ -165,7 +165,7 @@ def _no_weights(files: CheckpointFiles, names: frozenset[str]) -> ModelError:
     )
 
 
-def other_weights(where: str, names: Iterable[str]) -> ModelError | None:
+def other_weights_error(where: str, names: Iterable[str]) -> ModelError | None:
     """Return the error for weights in other formats than safetensors; None if there are none."""
     ordered = sorted(names)
     for name in ordered:
@@ -211,7 +211,7 @@ def read_stored(files: CheckpointFiles, weights: WeightFiles, wanted: Iterable[s
     """
     found: dict[str, StoredTensor] = {}
     for shard in sorted({weights.tensors[name] for name in wanted}):
-        header = read_header(files.need(shard))
+        header = read_safetensors_header(files.need(shard))
         found |= {name: header[name] for name in header if weights.tensors.get(name) == shard}
     for name in wanted:
         if name not in found:
@@ -226,7 +226,7 @@ def _tensors_of(files: CheckpointFiles, name: str) -> dict[str, str]:
     """Return the files of tensors by name, from an index or from the header of a file that holds all of them."""
     path = files.need(name)
     if not name.endswith(".json"):
-        return dict.fromkeys(read_header(path), name)
+        return dict.fromkeys(read_safetensors_header(path), name)
     tensors = read_json(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(tensors, dict) or not tensors:
         raise ModelError(f"{path}: weight_map is missing")
@@ -234,7 +234,7 @@ def _tensors_of(files: CheckpointFiles, name: str) -> dict[str, str]:
         check_tensor_name(tensor, path)
         if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard.endswith(WEIGHTS_SUFFIX):
             raise ModelError(
-                f"{path}: tensor {tensor!r} is listed in {short(shard)}, which is not a shard beside the index"
+                f"{path}: tensor {tensor!r} is listed in {short_repr(shard)}, which is not a shard beside the index"
             )
     return tensors
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, DRAWN_BY, PixelRule, Skipped, Status
-from internvit_cli.plan.orientation import UPRIGHT, XMP, as_turn, metadata_orientation, xmp_orientation
+from internvit_cli.plan.orientation import UPRIGHT, XMP, metadata_orientation, valid_orientation, xmp_orientation
 from internvit_cli.plan.png_chunks import despite_texts, png_orientation
 from internvit_cli.plan.quick_headers import quick_header
 from internvit_cli.plan.table import modified_ns
@@ -105,7 +105,7 @@ def _opened(stream: BinaryIO, picture: OpenPicture, rule: PixelRule) -> tuple[in
 def _usable(upright: tuple[int, int, int], picture: OpenPicture, rule: PixelRule) -> Header | Skipped:
     width, height, orientation = upright
     time = modified_ns(picture.status)
-    return unusable_size(width, height, rule) or Header(width, height, orientation, picture.size, time)
+    return size_problem(width, height, rule) or Header(width, height, orientation, picture.size, time)
 
 
 def _marked(picture: OpenPicture, outcome: Header | Skipped) -> Header | OwnDrawing | Skipped:
@@ -125,7 +125,7 @@ def upright_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
     """
     if image.format == "TIFF":
         # Pillow turns a TIFF while it loads it. Its size is already turned, unless only XMP has the orientation.
-        by_xmp = as_turn(xmp_orientation(None, image.info.get(XMP)))
+        by_xmp = valid_orientation(xmp_orientation(None, image.info.get(XMP)))
         is_said = _ORIENTATION_TAG in getattr(image, "tag_v2", ())
         return (*_upright(*image.size, UPRIGHT if is_said else by_xmp)[:2], UPRIGHT)
     return _upright(*image.size, metadata_orientation(image.info) if rule.exif else UPRIGHT)
@@ -141,7 +141,7 @@ def _upright(width: int, height: int, orientation: int) -> tuple[int, int, int]:
     return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
 
 
-def unusable_size(width: int, height: int, rule: PixelRule) -> Skipped | None:
+def size_problem(width: int, height: int, rule: PixelRule) -> Skipped | None:
     """Return why a picture of this size in pixels is not decoded; None if it is."""
     if min(width, height) < 1:
         return Skipped(Status.TRUNCATED, "", f"a size of {width} x {height} pixels")

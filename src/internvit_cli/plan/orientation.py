@@ -44,10 +44,10 @@ def metadata_orientation(info: Mapping[Any, Any]) -> int:
     value = exif_orientation(_exif_block(info))
     if value is None:
         value = xmp_orientation(info.get(XMP_TEXT), info.get(XMP))
-    return as_turn(value)
+    return valid_orientation(value)
 
 
-def as_turn(value: float | None) -> int:
+def valid_orientation(value: float | None) -> int:
     """Return the orientation, 1 to 8, for a number in a file; 1 for numbers without a meaning."""
     return int(value) if value is not None and value in range(1, 9) else UPRIGHT
 

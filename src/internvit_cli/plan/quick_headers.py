@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from internvit_cli.plan.orientation import MOST_METADATA, UPRIGHT, as_turn, exif_orientation, xmp_orientation
+from internvit_cli.plan.orientation import MOST_METADATA, UPRIGHT, exif_orientation, valid_orientation, xmp_orientation
 from internvit_cli.plan.png_chunks import SIGNATURE, QuickHeader, quick_png
 
 if TYPE_CHECKING:
@@ -44,22 +44,22 @@ def quick_header(file: OpenPicture) -> QuickHeader | None:
     return None
 
 
-class _Place(NamedTuple):
+class _MetadataBlock(NamedTuple):
     """The place of a block of metadata in the file."""
 
     position: int
     length: int
 
 
-def _orientation(file: OpenPicture, exif: _Place | None, xmp: _Place | None) -> int:
+def _orientation(file: OpenPicture, exif: _MetadataBlock | None, xmp: _MetadataBlock | None) -> int:
     """Return the orientation from EXIF, or else from XMP, which is read only then."""
     value = exif_orientation(_block(file, exif)) if exif else None
     if value is None and xmp:
         value = xmp_orientation(None, _block(file, xmp))
-    return as_turn(value)
+    return valid_orientation(value)
 
 
-def _block(file: OpenPicture, place: _Place) -> bytes:
+def _block(file: OpenPicture, place: _MetadataBlock) -> bytes:
     return file.at(place.position, min(place.length, MOST_METADATA))
 
 
@@ -83,11 +83,11 @@ def _jpeg(file: OpenPicture) -> QuickHeader | None:
         elif kind == _EXIF_SEGMENT:
             start = file.at(body, min(length - 2, len(XMP_SIGNATURE)))
             if start == XMP_SIGNATURE:
-                xmp = _Place(body + len(XMP_SIGNATURE), length - 2 - len(XMP_SIGNATURE))
+                xmp = _MetadataBlock(body + len(XMP_SIGNATURE), length - 2 - len(XMP_SIGNATURE))
             elif start.startswith(EXIF_SIGNATURE):
                 if exif:
                     return None
-                exif = _Place(body, length - 2)
+                exif = _MetadataBlock(body, length - 2)
 
 
 def _frame_size(frame: bytes) -> tuple[int, int] | None:
@@ -151,6 +151,6 @@ def _extended_webp(file: OpenPicture, end: int) -> QuickHeader | None:
         if position + 8 + length > end or kind in found:
             return None
         if kind in wanted:
-            found[kind] = _Place(position + 8, length)
+            found[kind] = _MetadataBlock(position + 8, length)
         position += 8 + length + length % 2
     return _sized(width, height, _orientation(file, found.get(b"EXIF"), found.get(b"XMP ")))

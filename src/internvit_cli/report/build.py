@@ -13,11 +13,11 @@ import numpy as np
 import internvit_cli
 from internvit_cli.config import Projection, Tokens
 from internvit_cli.errors import OutputError
-from internvit_cli.report.facts import Facts, gather_facts, shown, tile_counts
+from internvit_cli.report.facts import Facts, gather_facts, printable, tile_counts
 from internvit_cli.report.page import as_page
 from internvit_cli.report.pictures import SmallPicture, ThumbnailTask, shrink
-from internvit_cli.report.plane import Plane, lay_out, require
-from internvit_cli.report.selection import PageSelection, select
+from internvit_cli.report.plane import PlaneLayout, lay_out, require_projection
+from internvit_cli.report.selection import PageSelection, select_images
 from internvit_cli.report.token_maps import TokenMaps, draw_token_maps
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.storage.durable import write_file
@@ -111,11 +111,11 @@ def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
     """
     started = time.perf_counter()
     _check_place(options.output)
-    require(options.projection, observer)
+    require_projection(options.projection, observer)
     with observer.phase("reading the output"):
         features = open_features(options.path, options.layer)
         facts = gather_facts(features)
-    chosen = select(features, options.samples, options.points, options.seed, options.pictures, observer)
+    chosen = select_images(features, options.samples, options.points, options.seed, options.pictures, observer)
     done = features.done
     plane = lay_out(done.vectors(), chosen.points, options.projection, options.seed, observer)
     sample = [done[number] for number in chosen.sample]
@@ -123,7 +123,7 @@ def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
         maps = draw_token_maps(sample, phase.at)
     thumbnails, photographs = _pictures(done, chosen, options, observer, with_maps=bool(maps.maps))
     with observer.phase("writing the page"):
-        parts = _Parts(done, chosen, plane, maps, thumbnails, photographs, options)
+        parts = _PageParts(done, chosen, plane, maps, thumbnails, photographs, options)
         page = as_page(f"{facts.path} - internvit report", parts.to_json(facts))
         write_file(options.output, page)
     missing = {done[number].key: one.problem for number, one in thumbnails.items() if not one.jpeg}
@@ -171,12 +171,12 @@ def _file(done: Features, number: int, options: ReportOptions) -> PictureFile:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class _PageParts:
     """The data of the page."""
 
     done: Features
     chosen: PageSelection
-    plane: Plane
+    plane: PlaneLayout
     maps: TokenMaps
     thumbnails: dict[int, SmallPicture]
     photographs: Sequence[SmallPicture]
@@ -213,7 +213,7 @@ class _Parts:
     def _images(self) -> dict[str, Any]:
         view = self.done[self.chosen.points]
         return {
-            "keys": [shown(key) for key in view],
+            "keys": [printable(key) for key in view],
             "width": view.column("width").tolist(),
             "height": view.column("height").tolist(),
             "tiles": tile_counts(view).tolist(),

@@ -58,15 +58,15 @@ def gather_facts(features: Features) -> Facts:
     runs = [_run(entry) for entry in described["runs"]][-MOST_RUNS:]
     sources = {os.fsdecode(source.root) for shard in features.shards for source in shard.sources}
     kept = ("model", "model_revision", "total_images", "images", "tiles", "bytes", "shards", "created_by")
-    summary = {name: _plain(described[name]) for name in kept} | {"sources": sorted(map(shown, sources))}
+    summary = {name: _plain(described[name]) for name in kept} | {"sources": sorted(map(printable, sources))}
     datasets = [
         (name, " x ".join(f"{side:,}" for side in dataset["shape"]), str(dataset["dtype"]))
         for name, dataset in described["datasets"].items()
     ]
     return Facts(
-        path=shown(features.path),
+        path=printable(features.path),
         summary=summary,
-        recipe=[(name, shown(_words(value))) for name, value in described["recipe"].items()],
+        recipe=[(name, printable(_words(value))) for name, value in described["recipe"].items()],
         datasets=datasets,
         runs=runs,
         histogram=_histogram(features.done),
@@ -75,13 +75,13 @@ def gather_facts(features: Features) -> Facts:
     )
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """Return text from outside for the page: one line, with control characters and invalid Unicode escaped."""
     return one_line(text, limit=None)
 
 
 def _plain(value: Any) -> Any:
-    return shown(value) if isinstance(value, str) else value
+    return printable(value) if isinstance(value, str) else value
 
 
 def _words(value: Any) -> str:
@@ -92,7 +92,7 @@ def _words(value: Any) -> str:
 
 def _run(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run recorded about itself, without invalid values, because nothing checks the log."""
-    texts = {name: shown(entry[name]) for name in RUN_TEXTS if isinstance(entry.get(name), str)}
+    texts = {name: printable(entry[name]) for name in RUN_TEXTS if isinstance(entry.get(name), str)}
     return texts | {name: entry[name] for name in RUN_NUMBERS if _is_count(entry.get(name))}
 
 
@@ -125,12 +125,12 @@ def _skipped(features: Features) -> dict[str, Any]:
         image = features[position]
         entry = listed.get(image.key, {})
         told = [str(entry[name]) for name in ("exception", "message") if entry.get(name)]
-        rows.append({"key": shown(image.key), "reason": image.status.word, "message": shown(": ".join(told))})
+        rows.append({"key": printable(image.key), "reason": image.status.word, "message": printable(": ".join(told))})
     return {
         "total": len(positions),
         "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
         "rows": rows,
-        "list": shown(os.path.basename(output.skipped_path)),
+        "list": printable(os.path.basename(output.skipped_path)),
     }
 
 

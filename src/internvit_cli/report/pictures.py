@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from internvit_cli.runtime.workers import FinishedTask
-from internvit_cli.viz.photograph import PictureFile, in_workers, load_photograph, lost
+from internvit_cli.viz.photograph import PictureFile, load_photograph, lost_photograph, run_in_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,12 +44,12 @@ def shrink(
         on_progress: Called with the number of finished pictures.
     """
     found: list[SmallPicture] = [SmallPicture(b"")] * len(wanted)
-    outcomes = in_workers("internvit_cli.report.pictures:shrinker", wanted, len(wanted), workers)
+    outcomes = run_in_workers("internvit_cli.report.pictures:shrinker", wanted, len(wanted), workers)
     for done, outcome in enumerate(outcomes, 1):
         if isinstance(outcome, FinishedTask):
             found[outcome.task_id] = outcome.result
         else:
-            found[outcome.task_id] = SmallPicture(b"", lost(wanted[outcome.task_id].file, outcome).note)
+            found[outcome.task_id] = SmallPicture(b"", lost_photograph(wanted[outcome.task_id].file, outcome).note)
         on_progress(done)
     return found
 

@@ -16,7 +16,7 @@ from internvit_cli.config import Projection
 from internvit_cli.errors import InternvitError, OutputError, UsageError
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import counted
-from internvit_cli.viz.maps import components, spread, unit
+from internvit_cli.viz.maps import components, evenly_spread, unit_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ UMAP_LEAST = 10
 
 
 @dataclass(frozen=True, slots=True)
-class Plane:
+class PlaneLayout:
     """The positions of images."""
 
     places: NDArray[Any]
@@ -50,7 +50,7 @@ class Plane:
     """The number of vectors to which the axes were fitted."""
 
 
-def require(projection: Projection, observer: Observer = SILENT) -> None:
+def require_projection(projection: Projection, observer: Observer = SILENT) -> None:
     """Check early that a projection can be computed.
 
     Args:
@@ -67,7 +67,7 @@ def require(projection: Projection, observer: Observer = SILENT) -> None:
 
 def lay_out(
     vectors: PooledVectors, numbers: NDArray[Any], projection: Projection, seed: int, observer: Observer = SILENT
-) -> Plane:
+) -> PlaneLayout:
     """Lay out images in a plane.
 
     Args:
@@ -87,12 +87,12 @@ def lay_out(
             f"it needs {UMAP_LEAST} images; use --map pca",
         )
     if not len(numbers):
-        return Plane(np.empty((0, 2), np.float32), (), 0)
+        return PlaneLayout(np.empty((0, 2), np.float32), (), 0)
     with observer.phase("projecting", "image", len(numbers)) as phase:
         reduced, explained, fitted_on = _project(vectors, numbers, projection, phase.at)
     if projection is Projection.UMAP:
-        return Plane(_unit_square(_embed(reduced, seed, observer)), (), fitted_on)
-    return Plane(_unit_square(reduced), explained, fitted_on)
+        return PlaneLayout(_unit_square(_embed(reduced, seed, observer)), (), fitted_on)
+    return PlaneLayout(_unit_square(reduced), explained, fitted_on)
 
 
 def _project(
@@ -100,8 +100,8 @@ def _project(
 ) -> tuple[NDArray[Any], tuple[float, ...], int]:
     """Return images along principal components, [n, c] float32, the shares of the variance, and the vectors fitted."""
     count = 2 if projection is Projection.PCA else min(UMAP_COMPONENTS, vectors.shape[1])
-    chosen = numbers[spread(len(numbers), max(2, FITTED_BYTES // (4 * vectors.shape[1])))]
-    sample = unit(vectors[chosen])
+    chosen = numbers[evenly_spread(len(numbers), max(2, FITTED_BYTES // (4 * vectors.shape[1])))]
+    sample = unit_vectors(vectors[chosen])
     if not np.isfinite(sample).all():
         raise OutputError("a pooled vector is not finite", "internvit verify lists the damaged rows")
     mean = sample.mean(axis=0)
@@ -110,7 +110,7 @@ def _project(
     reduced = np.empty((len(numbers), count), np.float32)
     for start in range(0, len(numbers), BLOCK):
         block = vectors[numbers[start : start + BLOCK]]
-        reduced[start : start + len(block)] = (unit(block) - mean) @ axes.T
+        reduced[start : start + len(block)] = (unit_vectors(block) - mean) @ axes.T
         on_progress(start + len(block))
     return reduced, explained, len(chosen)
 
@@ -123,7 +123,7 @@ def _unit_square(places: NDArray[Any]) -> NDArray[Any]:
     return inside
 
 
-class _Epochs:
+class _EpochStream:
     """The file for UMAP's own progress bar, which is the only source of its epochs."""
 
     FORMAT = "{n}/{total}"
@@ -146,7 +146,7 @@ def _embed(reduced: NDArray[Any], seed: int, observer: Observer) -> NDArray[Any]
     neighbors = min(UMAP_NEIGHBORS, len(reduced) - 1)
     with warnings.catch_warnings(), observer.phase("laying out the map", "epoch") as phase:
         warnings.simplefilter("ignore")  # UMAP warns that a seed makes it use one thread
-        bar = {"disable": False, "file": _Epochs(phase), "bar_format": _Epochs.FORMAT, "desc": ""}
+        bar = {"disable": False, "file": _EpochStream(phase), "bar_format": _EpochStream.FORMAT, "desc": ""}
         umap = _umap().UMAP(n_neighbors=neighbors, random_state=seed, tqdm_kwds=bar)
         places: NDArray[Any] = umap.fit_transform(reduced)
     finite: NDArray[Any] = np.nan_to_num(places)

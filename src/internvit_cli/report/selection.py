@@ -56,7 +56,7 @@ class PageSelection:
     """The same indices, first those that other sections show, then the others in random order."""
 
 
-def select(
+def select_images(
     features: Features,
     samples: int,
     most_points: int,

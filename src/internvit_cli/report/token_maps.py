@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from internvit_cli.config import Tokens
-from internvit_cli.viz.maps import TokenMap, fit
+from internvit_cli.viz.maps import TokenMap, fit_maps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def draw_token_maps(images: Sequence[ImageFeatures], on_progress: Callable[[int]
     """
     if not images or images[0].recipe.tokens is Tokens.NONE:
         return TokenMaps((), ())
-    fitted = fit((TokenMap.of(image.token_map()) for image in images), len(images))
+    fitted = fit_maps((TokenMap.of(image.token_map()) for image in images), len(images))
     maps = []
     for number, image in enumerate(images, 1):
         stream = io.BytesIO()

@@ -36,7 +36,7 @@ class NotRegularError(OSError):
     """A path leads to something other than a regular file; `strerror` says what it is."""
 
     def __init__(self, path: str | bytes, mode: int) -> None:
-        self.kind = kind_of(mode)
+        self.kind = file_kind(mode)
         """What the path leads to, such as `a pipe`."""
         super().__init__(errno.EINVAL, f"it is {self.kind}, not a file", path)
 
@@ -55,7 +55,7 @@ class OpenFile(NamedTuple):
     status: os.stat_result
 
 
-def kind_of(mode: int) -> str:
+def file_kind(mode: int) -> str:
     """Return the kind of file for a file mode, such as `a pipe`."""
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "a file")
 

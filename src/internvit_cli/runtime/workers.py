@@ -220,7 +220,9 @@ class WorkerPool:
             if not worker.ready:
                 self._start_again(worker)
                 return []
-            return self._replace(worker, Status.WORKER_DIED, f"its worker process ended ({ending(worker.process)})")
+            return self._replace(
+                worker, Status.WORKER_DIED, f"its worker process ended ({describe_exit(worker.process)})"
+            )
         self._failed_starts = 0
         if isinstance(message, _Ready):
             if message.failure:
@@ -245,7 +247,7 @@ class WorkerPool:
         self._failed_starts += 1
         if self._failed_starts >= START_ATTEMPTS:
             raise InternvitError(
-                f"a worker process ended before it was ready ({ending(worker.process)})",
+                f"a worker process ended before it was ready ({describe_exit(worker.process)})",
                 "check that there is enough memory to start Python processes, or lower --workers",
             )
         self._succeed(worker)
@@ -317,7 +319,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ending(process: subprocess.Popen[bytes]) -> str:
+def describe_exit(process: subprocess.Popen[bytes]) -> str:
     """Describe how a process ended."""
     try:
         code = process.wait(timeout=5)

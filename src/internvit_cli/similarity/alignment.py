@@ -76,11 +76,11 @@ def _agreement(ones: NDArray[Any], others: NDArray[Any]) -> NDArray[np.float32]:
     return found
 
 
-def _outlines(ones: list[NDArray[Any]], others: list[NDArray[Any]]) -> tuple[NDArray[Any], _Overlay]:
+def _outlines(ones: list[NDArray[Any]], others: list[NDArray[Any]]) -> tuple[NDArray[Any], _Alignment]:
     """Return a mask of pairs whose outlines match, and their alignments."""
     count, starts = len(ones[0]), len(STARTS)
     stretch = np.repeat(np.tile(np.array(STARTS, np.float32), count)[:, None], 2, axis=1)
-    begin = _Overlay(stretch, np.zeros_like(stretch))
+    begin = _Alignment(stretch, np.zeros_like(stretch))
     many_ones, many_others = (np.repeat(pyramid[0], starts, axis=0) for pyramid in (ones, others))
     correlation, overlay = _refine(many_ones, many_others, begin, ITERATIONS[0])
     best = correlation.reshape(count, starts).argmax(axis=1) + starts * np.arange(count)
@@ -89,7 +89,7 @@ def _outlines(ones: list[NDArray[Any]], others: list[NDArray[Any]]) -> tuple[NDA
 
 
 @dataclass(frozen=True, slots=True)
-class _Overlay:
+class _Alignment:
     """Positions of one picture's pixels on the other, relative to its sides and from its center."""
 
     stretch: NDArray[Any]
@@ -97,23 +97,23 @@ class _Overlay:
     shift: NDArray[Any]
     """[p, 2]."""
 
-    def __getitem__(self, wanted: Any) -> _Overlay:
-        return _Overlay(self.stretch[wanted], self.shift[wanted])
+    def __getitem__(self, wanted: Any) -> _Alignment:
+        return _Alignment(self.stretch[wanted], self.shift[wanted])
 
-    def moved(self, step: NDArray[Any]) -> _Overlay:
+    def moved(self, step: NDArray[Any]) -> _Alignment:
         """Return the alignment after a step, [p, 4], within sensible limits."""
         step = step.clip(-LARGEST_STEP, LARGEST_STEP)
         stretch = (self.stretch + step[:, :2]).clip(1 / LARGEST_STRETCH, LARGEST_STRETCH)
-        return _Overlay(stretch, (self.shift + step[:, 2:]).clip(-LARGEST_SHIFT, LARGEST_SHIFT))
+        return _Alignment(stretch, (self.shift + step[:, 2:]).clip(-LARGEST_SHIFT, LARGEST_SHIFT))
 
-    def better_of(self, other: _Overlay, is_better: NDArray[Any]) -> _Overlay:
+    def better_of(self, other: _Alignment, is_better: NDArray[Any]) -> _Alignment:
         """Return the other alignment for pairs in the mask."""
         mask = is_better[:, None]
-        return _Overlay(np.where(mask, other.stretch, self.stretch), np.where(mask, other.shift, self.shift))
+        return _Alignment(np.where(mask, other.stretch, self.stretch), np.where(mask, other.shift, self.shift))
 
-    def inverted(self, which: NDArray[Any]) -> _Overlay:
+    def inverted(self, which: NDArray[Any]) -> _Alignment:
         """Exchange the roles of both pictures for pairs in the mask."""
-        return self.better_of(_Overlay(1 / self.stretch, -self.shift / self.stretch), which)
+        return self.better_of(_Alignment(1 / self.stretch, -self.shift / self.stretch), which)
 
 
 def _pyramid(pictures: NDArray[Any]) -> list[NDArray[np.float32]]:
@@ -130,14 +130,14 @@ def _halved(pictures: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _refine(
-    fixed: NDArray[Any], moving: NDArray[Any], overlay: _Overlay, iterations: int
-) -> tuple[NDArray[Any], _Overlay]:
+    fixed: NDArray[Any], moving: NDArray[Any], overlay: _Alignment, iterations: int
+) -> tuple[NDArray[Any], _Alignment]:
     """Improve an alignment by least squares, and return the best step with its correlation, [p]."""
     side = fixed.shape[1]
     from_middle = _from_middle(side)
     best, kept = np.full(len(fixed), -2.0, np.float32), overlay
     for step in range(iterations + 1):
-        laid, inside = _laid_over(moving, overlay)
+        laid, inside = _resampled(moving, overlay)
         one, other = _centered(fixed, inside), _centered(laid, inside)
         correlation = _correlation(one, other, inside)
         is_better = correlation > best
@@ -157,7 +157,7 @@ def _refine(
     return best, kept
 
 
-def _laid_over(pictures: NDArray[Any], overlay: _Overlay) -> tuple[NDArray[Any], NDArray[Any]]:
+def _resampled(pictures: NDArray[Any], overlay: _Alignment) -> tuple[NDArray[Any], NDArray[Any]]:
     """Resample pictures with an alignment, and return a mask of the pixels inside them, [p, n, n] each."""
     across, inside_across = _interpolation(overlay.stretch[:, 0], overlay.shift[:, 0], pictures.shape[1])
     down, inside_down = _interpolation(overlay.stretch[:, 1], overlay.shift[:, 1], pictures.shape[1])
@@ -178,9 +178,9 @@ def _from_middle(side: int) -> NDArray[np.float32]:
     return ((np.arange(side) + 0.5) / side - 0.5).astype(np.float32)
 
 
-def _details(one: NDArray[Any], other: NDArray[Any], overlay: _Overlay) -> NDArray[Any]:
+def _details(one: NDArray[Any], other: NDArray[Any], overlay: _Alignment) -> NDArray[Any]:
     """Return the correlations of details finer than `BLUR`, [p]."""
-    laid, inside = _laid_over(other, overlay)
+    laid, inside = _resampled(other, overlay)
     counts = inside * (_BLURRING @ inside @ _BLURRING.T > LEAST_COVER)
     ones, others = (_centered(picture - _BLURRING @ picture @ _BLURRING.T, counts) for picture in (one, laid))
     found = _correlation(ones, others, counts)

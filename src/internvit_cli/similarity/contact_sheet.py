@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import counted
-from internvit_cli.viz.draw.sheet import CELL, Cell, Row, contact_sheet
+from internvit_cli.viz.draw.sheet import CELL, Cell, SheetRow, contact_sheet
 from internvit_cli.viz.photograph import Photograph, PictureFile, read_photographs
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MOST_CELLS, MOST_ROWS = 12, 100
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _SheetPicture:
     """The place of a picture on a sheet."""
 
     image: ImageFeatures
@@ -46,9 +46,9 @@ def search_sheet(found: SearchResult, folder: str | None = None, observer: Obser
     rows = []
     for answer in found.answers:
         captions = answer.problem or "query", answer.query.key
-        query = _Place(answer.query, captions, None if answer.is_picture else folder, is_marked=True)
+        query = _SheetPicture(answer.query, captions, None if answer.is_picture else folder, is_marked=True)
         hits = [
-            _Place(hit.image, (f"{number}.  {hit.similarity:.3f}", hit.image.key), folder)
+            _SheetPicture(hit.image, (f"{number}.  {hit.similarity:.3f}", hit.image.key), folder)
             for number, hit in enumerate(answer.hits[:MOST_HITS], 1)
         ]
         rows.append((answer.query.key, [query, *hits]))
@@ -66,27 +66,29 @@ def duplicates_sheet(found: Duplicates, folder: str | None = None, observer: Obs
     rows = []
     for number, group in enumerate(found.similar[:MOST_ROWS], 1):
         places = [
-            _Place(member.image, (f"{member.similarity:.3f}", member.image.key), folder, is_marked=place == 0)
+            _SheetPicture(member.image, (f"{member.similarity:.3f}", member.image.key), folder, is_marked=place == 0)
             for place, member in enumerate(group[:MOST_CELLS])
         ]
         rows.append((f"similar {number}: {counted(len(group), 'image')}", places))
     for number, identical in enumerate(found.identical[:MOST_ROWS], 1):
-        places = [_Place(image, ("same bytes", image.key), folder) for image in identical[:MOST_CELLS]]
+        places = [_SheetPicture(image, ("same bytes", image.key), folder) for image in identical[:MOST_CELLS]]
         rows.append((f"identical {number}: {counted(len(identical), 'file')}", places))
     return _drawn(rows[:MOST_ROWS], found.notes, observer)
 
 
-def _drawn(rows: Sequence[tuple[str, Sequence[_Place]]], notes: Sequence[str], observer: Observer) -> Image.Image:
+def _drawn(
+    rows: Sequence[tuple[str, Sequence[_SheetPicture]]], notes: Sequence[str], observer: Observer
+) -> Image.Image:
     """Draw a sheet of rows with titles, and read the pictures of images that have features."""
     places = [place for _, row in rows for place in row]
     files = [PictureFile.of(place.image, place.folder) for place in places if place.image.is_done]
     with observer.phase("drawing the sheet", "picture", len(files)) as phase:
         photographs = read_photographs(files, CELL, phase.at)
         cells = iter([_cell(place, next(photographs) if place.image.is_done else None) for place in places])
-        return contact_sheet([Row(title, [next(cells) for _ in row]) for title, row in rows], notes)
+        return contact_sheet([SheetRow(title, [next(cells) for _ in row]) for title, row in rows], notes)
 
 
-def _cell(place: _Place, photograph: Photograph | None) -> Cell:
+def _cell(place: _SheetPicture, photograph: Photograph | None) -> Cell:
     if photograph is None:
         return Cell(None, place.captions, place.is_marked, "no features")
     return Cell(photograph.picture, place.captions, place.is_marked, photograph.problem)

@@ -68,7 +68,7 @@ class DuplicateOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class GroupMember:
     """An image of a group."""
 
     image: ImageFeatures
@@ -103,7 +103,7 @@ class Duplicates:
     """Looked at."""
     identical: tuple[tuple[ImageFeatures, ...], ...]
     """Groups of files with the same bytes."""
-    similar: tuple[tuple[Member, ...], ...]
+    similar: tuple[tuple[GroupMember, ...], ...]
     """Groups of images linked by similar pairs, the largest picture first, with only the first of identical files."""
     comparison: ComparisonMethod | None
     """How images were compared; None if only identical files were searched, or there are fewer than two images."""
@@ -158,7 +158,7 @@ def find_duplicates(options: DuplicateOptions, observer: Observer = SILENT) -> D
 
 def _similar(
     options: DuplicateOptions, features: Features, numbers: NDArray[Any], observer: Observer
-) -> tuple[tuple[tuple[Member, ...], ...], ComparisonMethod]:
+) -> tuple[tuple[tuple[GroupMember, ...], ...], ComparisonMethod]:
     """Return groups of similar images among the given ones, and how they were compared."""
     space = choose_space(features.vectors(), observer, raw=options.raw)
     vectors = features[numbers].vectors()
@@ -263,14 +263,14 @@ def _identical(digests: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]
     return sorted(groups, key=lambda group: int(group[0])), np.union1d(firsts, without)
 
 
-def _group(vectors: PooledVectors, embedded: NDArray[Any], numbers: NDArray[Any]) -> tuple[Member, ...]:
+def _group(vectors: PooledVectors, embedded: NDArray[Any], numbers: NDArray[Any]) -> tuple[GroupMember, ...]:
     """Return the images of a group: the largest picture first, then by similarity to it."""
     images = [vectors.image(number) for number in numbers.tolist()]
     largest = max(range(len(images)), key=lambda place: (images[place].width * images[place].height, -place))
     similarities = np.asarray(embedded[numbers]) @ np.asarray(embedded[numbers[largest]])
     similarities[largest] = 2.0  # comes first
     order = np.argsort(-similarities, kind="stable").tolist()
-    return tuple(Member(images[place], min(1.0, float(similarities[place]))) for place in order)
+    return tuple(GroupMember(images[place], min(1.0, float(similarities[place]))) for place in order)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.similarity.alignment import SAME, agreement
-from internvit_cli.similarity.looks import read_looks
+from internvit_cli.similarity.gray_squares import read_gray_squares
 from internvit_cli.viz.photograph import PictureFile
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def link_same(
     needed = _in_order(first, second)[:MOST_PICTURES]
     files = (PictureFile.of(vectors.image(number), folder) for number in needed.tolist())
     with observer.phase("reading pictures", "picture", len(needed)) as phase:
-        looks, is_there = read_looks(files, len(needed), phase.at)
+        looks, is_there = read_gray_squares(files, len(needed), phase.at)
     place = np.full(len(vectors), -1)
     place[needed[is_there]] = np.flatnonzero(is_there)
     is_seen = (place[first] >= 0) & (place[second] >= 0)

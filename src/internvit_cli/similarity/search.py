@@ -141,7 +141,7 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> SearchResult:
     encoded = _encode(features, options, observer) if options.pictures else []
     queries = [*encoded, *stored]
     started = time.perf_counter()
-    comparison = _Comparison(options, features, vectors, observer)
+    comparison = _QueryComparison(options, features, vectors, observer)
     usable = [query for query in queries if query.is_done]
     # One more than requested, because an image of the output finds itself.
     numbers, similarities = comparison.nearest(usable, options.count + bool(stored))
@@ -166,7 +166,7 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> SearchResult:
     )
 
 
-class _Comparison:
+class _QueryComparison:
     """Compares queries with all vectors of an output, exactly or with an index."""
 
     def __init__(self, options: SearchOptions, features: Features, vectors: PooledVectors, observer: Observer) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.errors import UsageError, one_line
 from internvit_cli.sources import globs
-from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, below, child
+from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, child_path, path_below
 from internvit_cli.sources.lists import read_list, unquoted
 from internvit_cli.sources.missing import LOOKED_AT, MissingList, explain_missing, how_to_cut
 from internvit_cli.sources.refusals import refuse_container, refuse_output, refuse_url
@@ -77,7 +77,7 @@ class _Collection:
         if argument == STANDARD_INPUT:
             self.add_list(argument)
         elif os.path.isdir(path):
-            self._add_folder(Source(absolute(path)))
+            self._add_folder(Source(absolute_folder(path)))
         elif os.path.lexists(path):
             refuse_container(path, is_alone=is_alone)
             self._add_file(path, is_named=True)
@@ -85,7 +85,7 @@ class _Collection:
             refuse_url(path)
             if (named := _named_folder(path)) is not None:
                 self._add_folder(named)
-            elif globs.is_pattern(path):
+            elif globs.has_wildcard(path):
                 self._add_pattern(path)
             else:
                 raise _missing(path)
@@ -167,8 +167,8 @@ class _Collection:
         """Refuse a pattern that is a path to a place below the source, because patterns are relative to the source."""
         for text in (*self._options.exclude, *self._options.include):
             path = os.fsencode(text.removeprefix("!"))
-            inside = below(path, root)
-            if inside is not None and not os.path.lexists(child(root, path.split(b"/")[1])):
+            inside = path_below(path, root)
+            if inside is not None and not os.path.lexists(child_path(root, path.split(b"/")[1])):
                 raise UsageError(
                     f"the pattern {one_line(text)} is a path, and patterns are relative to {one_line(root)}",
                     f"write /{one_line(inside)}",
@@ -176,9 +176,9 @@ class _Collection:
 
     def _add_file(self, path: bytes, *, is_named: bool) -> None:
         folder, name = os.path.split(path)
-        folder = absolute(folder or b".")
+        folder = absolute_folder(folder or b".")
         root = self._root or folder
-        key = below(child(folder, name), root)
+        key = path_below(child_path(folder, name), root)
         if key is None:
             raise _outside(path, root)
         self._tops[root] = None
@@ -188,12 +188,12 @@ class _Collection:
 
     def _add_pattern(self, pattern: bytes) -> None:
         matches = globs.expand(pattern, self._selection)
-        self._tops[absolute(matches.base or b".")] = None
+        self._tops[absolute_folder(matches.base or b".")] = None
         self._unreadable_folders += matches.unreadable_folders
         if not matches.files and not matches.folders:
             raise self._selection.left_out.no_images(f"no picture matches the pattern {one_line(pattern)}")
         for folder in matches.folders:
-            self._add_folder(Source(absolute(folder)))
+            self._add_folder(Source(absolute_folder(folder)))
         for path in matches.files:
             self._add_file(path, is_named=False)
 
@@ -215,7 +215,7 @@ class _Collection:
         if not looked_at:
             self._empty_lists.append(name)
         added = self._keys[first:]
-        if added and not any(os.path.lexists(child(root, key)) for key in added):
+        if added and not any(os.path.lexists(child_path(root, key)) for key in added):
             self._missing.append(explain_missing(looked_at, name, root))
         else:
             self._found += len(added)
@@ -237,7 +237,7 @@ class _Collection:
             )
 
 
-def absolute(folder: bytes) -> bytes:
+def absolute_folder(folder: bytes) -> bytes:
     """Return the absolute path of a folder; links are kept, unless the path contains `..`."""
     return os.path.realpath(folder) if b".." in folder.split(b"/") else os.path.abspath(folder)
 
@@ -245,7 +245,7 @@ def absolute(folder: bytes) -> bytes:
 def _root_folder(name: str) -> bytes:
     if not os.path.isdir(name):
         raise UsageError(f"--root {one_line(name)} is not a folder", "name a folder that holds all files")
-    return absolute(os.fsencode(name))
+    return absolute_folder(os.fsencode(name))
 
 
 def _named_folder(argument: bytes) -> Source | None:
@@ -254,19 +254,21 @@ def _named_folder(argument: bytes) -> Source | None:
     if not equals or not name or b"/" in name:
         return None
     if not os.path.isdir(folder):
-        if globs.is_pattern(argument):
+        if globs.has_wildcard(argument):
             return None
         raise UsageError(f"{one_line(argument)}: {_shown(folder)} is not a folder", "NAME=DIR names a folder")
     if name in (b".", b".."):
         raise UsageError(f"{one_line(argument)}: keys cannot start with {one_line(name)}/", "choose another NAME")
-    return Source(absolute(folder), name)
+    return Source(absolute_folder(folder), name)
 
 
 def _key_of_line(line: bytes, root: bytes) -> bytes:
     """Return the key for a line of a list: its path below the root, without `//` and `.`."""
     if b".." in line.split(b"/"):
         raise _outside(line, root)
-    key = below(os.path.normpath(child(root, line) if not line.startswith(b"/") else b"/" + line.lstrip(b"/")), root)
+    key = path_below(
+        os.path.normpath(child_path(root, line) if not line.startswith(b"/") else b"/" + line.lstrip(b"/")), root
+    )
     if key is None:
         raise _outside(line, root)
     return key

@@ -102,7 +102,7 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_regular(path: bytes) -> untrusted.OpenFile | Skipped:
+def open_or_skip(path: bytes) -> untrusted.OpenFile | Skipped:
     """Open a regular file, following links, without ever waiting and without opening anything else.
 
     Returns:
@@ -113,7 +113,7 @@ def open_regular(path: bytes) -> untrusted.OpenFile | Skipped:
     except untrusted.NotRegularError:
         return Skipped(Status.NOT_REGULAR, "", "not a regular file")
     except OSError as error:
-        return classify(error)
+        return system_failure(error)
 
 
 class OpenPicture:
@@ -168,7 +168,7 @@ class OpenPicture:
             max_pixels: The pixel limit that was in force.
         """
         if self._error is not None:
-            return classify(self._error)
+            return system_failure(self._error)
         if isinstance(error, UnidentifiedImageError):
             return self._unidentified()
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOMEM):
@@ -227,12 +227,12 @@ class _Bytes(io.FileIO):
 
 
 def open_picture(path: bytes) -> OpenPicture | Skipped:
-    """Open a file that may be a picture; see `open_regular`."""
-    opened = open_regular(path)
+    """Open a file that may be a picture; see `open_or_skip`."""
+    opened = open_or_skip(path)
     return opened if isinstance(opened, Skipped) else OpenPicture(opened)
 
 
-def classify(error: Exception) -> Skipped:
+def system_failure(error: Exception) -> Skipped:
     """Return the reason behind an exception with an error number of the system; the message is one short line."""
     return Skipped(_status(error), _name(error), one_line(_message(error)))
 
@@ -243,7 +243,7 @@ def pillow_failure(error: Exception, max_pixels: int) -> Skipped:
         return _bomb(error, max_pixels)
     if isinstance(error, OSError) and error.errno in _BAD_OFFSET:
         return _damaged(error)
-    return classify(error)
+    return system_failure(error)
 
 
 def too_many_pixels(pixels: int, words: str, max_pixels: int) -> Skipped:
@@ -276,7 +276,7 @@ def _damaged(error: OSError) -> Skipped:
 
 
 @contextmanager
-def any_size() -> Iterator[None]:
+def without_pixel_limit() -> Iterator[None]:
     """Turn off Pillow's pixel limit for a block, because a low limit must not apply to the tiles of a picture."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from internvit_cli.sources.interface import FolderProblem, child
+from internvit_cli.sources.interface import FolderProblem, child_path
 from internvit_cli.sources.walk import folder_problem
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Matches:
     unreadable_folders: list[FolderProblem] = field(default_factory=list)
 
 
-def is_pattern(text: bytes) -> bool:
+def has_wildcard(text: bytes) -> bool:
     """Return whether a name contains a wildcard."""
     return _MAGIC.search(text) is not None
 
@@ -50,7 +50,7 @@ def expand(pattern: bytes, selection: FileSelection) -> Matches:
         The matches, with the folders that could not be listed.
     """
     parts = [part for part in pattern.split(b"/") if part]
-    literal = next(i for i, part in enumerate(parts) if is_pattern(part))
+    literal = next(i for i, part in enumerate(parts) if has_wildcard(part))
     base = b"/" if pattern.startswith(b"/") else b""
     base = os.path.join(base, *parts[:literal]) if literal else base
     return _Expansion(parts[literal:], base, selection).run()
@@ -80,7 +80,7 @@ class _Expansion:
             try:
                 with os.scandir(folder or b".") as entries:
                     for entry in entries:
-                        path = child(relative, entry.name) if relative else entry.name
+                        path = child_path(relative, entry.name) if relative else entry.name
                         following = self._entry(entry, path, positions, wanted=wanted)
                         if following:
                             inner = self.selection.enters(path, wanted=wanted)
@@ -96,7 +96,7 @@ class _Expansion:
         """Return a path below the base as a path from the working directory."""
         if not relative:
             return self.matches.base
-        return child(self.matches.base, relative) if self.matches.base else relative
+        return child_path(self.matches.base, relative) if self.matches.base else relative
 
     def _closure(self, positions: set[int]) -> frozenset[int]:
         """Add the parts after each `**`, which may also match no folder at all."""

@@ -32,7 +32,7 @@ class Source:
 
     def path(self, key: bytes) -> bytes:
         """Return the path of the file with a key."""
-        return child(self.root, key[len(self.prefix) :])
+        return child_path(self.root, key[len(self.prefix) :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Listing:
             path: The absolute path of the file.
         """
         selection = self.selection
-        below_tops = (inside for top in self.tops if (inside := below(path, top)) is not None)
+        below_tops = (inside for top in self.tops if (inside := path_below(path, top)) is not None)
         return selection is not None and any(selection.excludes(inside) for inside in below_tops)
 
     def without_drawn(self, entries: Sequence[int]) -> Listing:
@@ -134,12 +134,12 @@ class Listing:
         )
 
 
-def child(folder: bytes, name: bytes) -> bytes:
+def child_path(folder: bytes, name: bytes) -> bytes:
     """Return the path of a name in a folder, which may be `/`."""
     return folder + name if folder.endswith(b"/") else folder + b"/" + name
 
 
-def below(path: bytes, folder: bytes) -> bytes | None:
+def path_below(path: bytes, folder: bytes) -> bytes | None:
     """Return the part of a normalized absolute path below a folder; None if it does not lie below it."""
-    top = child(folder, b"")
+    top = child_path(folder, b"")
     return path[len(top) :] if path.startswith(top) and len(path) > len(top) else None

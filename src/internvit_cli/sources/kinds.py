@@ -120,6 +120,6 @@ assert sum(len(kind.extensions) for kind in KINDS) == len(_BY_EXTENSION), "an ex
 assert not EXTENSIONS & _BY_EXTENSION.keys(), "a supported picture needs no remedy"
 
 
-def kind_of(extension: bytes) -> Kind | None:
+def kind_by_extension(extension: bytes) -> Kind | None:
     """Return the kind of files with an extension, lower case and without the dot; None for an unknown one."""
     return _BY_EXTENSION.get(extension)

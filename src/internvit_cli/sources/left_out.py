@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.errors import NoImagesError
 from internvit_cli.runtime.words import counted
 from internvit_cli.sources.extensions import NO_EXTENSION, label_of
-from internvit_cli.sources.kinds import KINDS, Kind, kind_of
+from internvit_cli.sources.kinds import KINDS, Kind, kind_by_extension
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,7 +95,7 @@ class LeftOut:
         """Return the counts by kind, in the order of `KINDS`; those of unknown extensions are under None."""
         found: dict[Kind | None, dict[str, int]] = {}
         for label, count in self.extensions.items():
-            found.setdefault(kind_of(label.removeprefix(".").encode()), {})[label] = count
+            found.setdefault(kind_by_extension(label.removeprefix(".").encode()), {})[label] = count
         return {kind: found[kind] for kind in (*KINDS, None) if kind in found}
 
     def _side_files(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ import re
 from internvit_cli.errors import UsageError, one_line
 from internvit_cli.sources import kinds
 from internvit_cli.sources.extensions import looks_like_picture
-from internvit_cli.sources.kinds import Kind, kind_of
+from internvit_cli.sources.kinds import Kind, kind_by_extension
 from internvit_cli.sources.signatures import first_bytes, is_picture, kind_by_bytes
 
 _URL = re.compile(rb"([A-Za-z][A-Za-z0-9+.-]+)://")
@@ -60,7 +60,7 @@ def refuse_container(path: bytes, *, is_alone: bool) -> None:
     if looks_like_picture(name):
         return
     first = first_bytes(path)
-    kind = kind_by_bytes(first) or kind_of(name.rpartition(b".")[2].lower())
+    kind = kind_by_bytes(first) or kind_by_extension(name.rpartition(b".")[2].lower())
     if kind in _REMEDIES and not is_picture(first, name):
         folder = (
             f"; or name the folder ({one_line(os.path.dirname(path) or b'.')}), whose pictures are found by extension"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.runtime.untrusted import opened
 from internvit_cli.sources import kinds
-from internvit_cli.sources.kinds import kind_of
+from internvit_cli.sources.kinds import kind_by_extension
 
 if TYPE_CHECKING:
     from internvit_cli.sources.kinds import Kind
@@ -119,7 +119,7 @@ def is_picture(first: bytes, name: bytes = b"") -> bool:
     """
     found = picture_format(first)
     if found == "TIFF":
-        return kind_of(name.rpartition(b".")[2].lower()) not in (kinds.RAW, kinds.SCIENCE)
+        return kind_by_extension(name.rpartition(b".")[2].lower()) not in (kinds.RAW, kinds.SCIENCE)
     return found is not None
 
 

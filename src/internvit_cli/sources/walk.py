@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.config import Skipped, Status
 from internvit_cli.errors import one_line
-from internvit_cli.sources.interface import FolderProblem, below, child
+from internvit_cli.sources.interface import FolderProblem, child_path, path_below
 
 if TYPE_CHECKING:
     from internvit_cli.sources.selection import FileSelection
@@ -76,7 +76,7 @@ class _Walker:
         stack = [top]
         while stack:
             folder, wanted = stack.pop()
-            path = child(self.root, folder) if folder else self.root
+            path = child_path(self.root, folder) if folder else self.root
             try:
                 if not self.follow_links or self._first_visit(path):
                     stack += self._folder(path, folder + b"/" if folder else b"", wanted=wanted)
@@ -110,7 +110,7 @@ class _Walker:
         return subfolders
 
     def _link(self, key: bytes, entry: os.DirEntry[bytes], *, wanted: bool) -> None:
-        path = child(self.root, key)
+        path = child_path(self.root, key)
         end = self._end_of_link(path)
         try:
             mode: int | None = None if _of_kernel(end) else os.stat(path).st_mode
@@ -139,7 +139,7 @@ class _Walker:
             return _not_regular(f"links to {one_line(end)}")
         if mode is not None and not stat.S_ISREG(mode):
             return _not_regular("links to a pipe, socket or device")
-        if not self.follow_links and below(end, self._real_root) is None:
+        if not self.follow_links and path_below(end, self._real_root) is None:
             return Skipped(
                 Status.LINK_OUTSIDE, "", f"links to {one_line(end)}, outside its source; --follow-links reads it"
             )
@@ -151,7 +151,7 @@ class _Walker:
             folder, name = os.path.split(path)
             if name in (b"", b".", b".."):
                 return os.path.realpath(path)
-            path = child(self._real_folder(folder), name)
+            path = child_path(self._real_folder(folder), name)
             if _of_kernel(path):
                 return path
             try:
@@ -173,6 +173,6 @@ def _not_regular(message: str) -> Skipped:
 
 
 def _of_kernel(path: bytes) -> bool:
-    if below(path, _SHARED_MEMORY) is not None:
+    if path_below(path, _SHARED_MEMORY) is not None:
         return False
-    return any(path == folder or below(path, folder) is not None for folder in _KERNEL_FOLDERS)
+    return any(path == folder or path_below(path, folder) is not None for folder in _KERNEL_FOLDERS)

@@ -20,7 +20,7 @@ from internvit_cli.extract.changes import stored_sources
 from internvit_cli.options import named_path
 from internvit_cli.plan.table import count_statuses
 from internvit_cli.runtime.observer import BYTES, SILENT, Observer
-from internvit_cli.runtime.untrusted import kind_of
+from internvit_cli.runtime.untrusted import file_kind
 from internvit_cli.runtime.words import counted, counted_of
 from internvit_cli.runtime.workers import usable_cpus
 from internvit_cli.storage.check.checksums import CommittedRows
@@ -31,8 +31,8 @@ from internvit_cli.storage.output_names import PARTIAL, missing
 from internvit_cli.storage.read.places import ShardPlace, places_in
 from internvit_cli.storage.same_file import ReplacedError
 from internvit_cli.storage.skipped import read_skip_log
-from internvit_cli.verify.result import Finding, LoadedShard, PictureCheck, Row, VerifyResult
-from internvit_cli.verify.source_files import PictureState, look_at_pictures
+from internvit_cli.verify.result import Finding, LoadedShard, PictureCheck, StoredRow, VerifyResult
+from internvit_cli.verify.source_files import PictureState, check_pictures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +123,7 @@ class _Verification:
             yield from self._folder_shards(output)
             return
         if not stat.S_ISREG(mode):
-            raise OutputError(f"{self._path} is {kind_of(mode)}, not a feature file", "name the output of a run")
+            raise OutputError(f"{self._path} is {file_kind(mode)}, not a feature file", "name the output of a run")
         if not output.is_file:
             raise OutputError(f"{self._path} is not a feature file", "feature files end in .h5 or .hdf5")
         if self._path == output.path and os.path.exists(output.partial_path(0)):
@@ -263,7 +263,7 @@ class _Verification:
         started, nbytes = time.perf_counter(), 0
         keys: dict[PictureState, list[str]] = {state: [] for state in PictureState}
         with self._observer.phase("checking pictures", "picture", len(rows)) as phase:
-            for number, (row, picture) in enumerate(look_at_pictures(rows, self._threads), 1):
+            for number, (row, picture) in enumerate(check_pictures(rows, self._threads), 1):
                 keys[picture.state].append(row.key)
                 nbytes += picture.nbytes
                 if picture.state is PictureState.CONTRADICTS:
@@ -294,6 +294,6 @@ def _committed(shard: LoadedShard) -> CommittedRows:
     return CommittedRows(extents, shard.table, shard.checksums, shard.found.files)
 
 
-def _rows(shards: list[LoadedShard], statuses: set[Status]) -> Iterator[Row]:
+def _rows(shards: list[LoadedShard], statuses: set[Status]) -> Iterator[StoredRow]:
     """Yield the rows with some statuses that count."""
-    return (Row(shard, row) for shard in shards for row in shard.rows_with(statuses).tolist())
+    return (StoredRow(shard, row) for shard in shards for row in shard.rows_with(statuses).tolist())

@@ -29,7 +29,7 @@ from internvit_cli.storage.format.layout import (
 from internvit_cli.storage.image_rows import image_arrays
 from internvit_cli.storage.read.reader import OpenShard
 from internvit_cli.verify.result import ReencodeComparison
-from internvit_cli.verify.tolerance import Differences, compare, tolerance
+from internvit_cli.verify.tolerance import Differences, compare_values, tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from internvit_cli.config import Recipe
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.runtime.observer import Observer
-    from internvit_cli.verify.result import Row, VerifyOptions
+    from internvit_cli.verify.result import StoredRow, VerifyOptions
 
 DECODE_SECONDS = 60.0
 DECODE_MEMORY = 4 << 30
@@ -70,7 +70,7 @@ class ReExtraction:
     def __init__(
         self,
         options: VerifyOptions,
-        rows: list[Row],
+        rows: list[StoredRow],
         observer: Observer,
         note: Callable[[str], None],
         report: Callable[[str, str, str | None, str], None],
@@ -104,9 +104,9 @@ class ReExtraction:
         # Shards with other recipes are reported elsewhere; the sample has the recipe of the newest shard.
         recipe, attributes = rows[0].shard.recipe, rows[0].shard.found.stored.attributes
         rows = [row for row in rows if row.shard.recipe == recipe]
-        loaders: list[Callable[[_Model], TileEncoder]] = [_Ours]
+        loaders: list[Callable[[_RecipeModel], TileEncoder]] = [_InternvitEncoder]
         if self._options.reference:
-            loaders.append(_Native)
+            loaders.append(_TransformersEncoder)
         try:
             model = self._open_model(recipe, attributes)
             wanted = min(self._options.re_extract, len(rows))
@@ -124,15 +124,15 @@ class ReExtraction:
             self._report("re-extract", self._options.path, None, f"{error.message} ({error.hint})")
 
     def _compare(
-        self, encoder: TileEncoder, candidates: list[Row], wanted: int, recipe: Recipe
-    ) -> tuple[list[Row], ReencodeComparison]:
+        self, encoder: TileEncoder, candidates: list[StoredRow], wanted: int, recipe: Recipe
+    ) -> tuple[list[StoredRow], ReencodeComparison]:
         """Compare at most `wanted` candidates; return their rows and the comparison."""
         limit = tolerance(recipe)
-        taken: list[Row] = []
-        unusable: list[tuple[Row, str]] = []
+        taken: list[StoredRow] = []
+        unavailable: list[tuple[StoredRow, str]] = []
         total = Differences()
         with self._observer.phase(encoder.activity, "image", min(wanted, len(candidates))) as phase:
-            for row, tiles in _decoded(candidates, wanted, recipe, unusable):
+            for row, tiles in _decoded(candidates, wanted, recipe, unavailable):
                 difference = _differences(row, recipe, encoder.encode(tiles))
                 if not difference.is_within(limit):
                     problem = f"{encoder.name} gives other values: {difference.words(limit)}"
@@ -141,7 +141,7 @@ class ReExtraction:
                 taken.append(row)
                 phase.at(len(taken))
         if not self._is_sample_settled:
-            self._tell_of_missing(taken, unusable)
+            self._tell_of_missing(taken, unavailable)
             self._is_sample_settled = True
         return taken, ReencodeComparison(
             encoder.check,
@@ -154,7 +154,7 @@ class ReExtraction:
             *limit,
         )
 
-    def _open_model(self, recipe: Recipe, attributes: dict[str, Any]) -> _Model:
+    def _open_model(self, recipe: Recipe, attributes: dict[str, Any]) -> _RecipeModel:
         """Find the weights, and check that they are those of the recipe.
 
         Raises:
@@ -162,12 +162,12 @@ class ReExtraction:
         """
         options = self._options
         checkpoint = open_recorded(recipe, attributes, options.model, self._observer)
-        return _Model(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
+        return _RecipeModel(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
 
-    def _tell_of_missing(self, taken: list[Row], unusable: list[tuple[Row, str]]) -> None:
+    def _tell_of_missing(self, taken: list[StoredRow], unavailable: list[tuple[StoredRow, str]]) -> None:
         asked = self._options.re_extract
         if not taken:
-            row, why = unusable[0]
+            row, why = unavailable[0]
             problem = f"no picture is unchanged, so none can be encoded again; {row.key!r}: {why}"
             self._report("re-extract", self._options.path, None, problem)
         elif len(taken) < asked:
@@ -178,29 +178,29 @@ class ReExtraction:
 
 
 def _decoded(
-    candidates: list[Row], wanted: int, recipe: Recipe, unusable: list[tuple[Row, str]]
-) -> Iterator[tuple[Row, NDArray[Any]]]:
+    candidates: list[StoredRow], wanted: int, recipe: Recipe, unavailable: list[tuple[StoredRow, str]]
+) -> Iterator[tuple[StoredRow, NDArray[Any]]]:
     """Yield tiles, uint8 [n,S,S,3], of the first `wanted` candidates whose pictures are unchanged."""
     upcoming = iter(candidates)
     found = 0
     while found < wanted:
-        jobs: list[tuple[Row, DecodeJob]] = []
+        jobs: list[tuple[StoredRow, DecodeJob]] = []
         for row in upcoming:
             job = _job(row, len(jobs))
             if isinstance(job, str):
-                unusable.append((row, job))
+                unavailable.append((row, job))
             else:
                 jobs.append((row, job))
             if len(jobs) == wanted - found:
                 break
         if not jobs:
             return
-        for row, tiles in _decode(jobs, recipe, unusable):
+        for row, tiles in _decode(jobs, recipe, unavailable):
             found += 1
             yield row, tiles
 
 
-def _job(row: Row, number: int) -> DecodeJob | str:
+def _job(row: StoredRow, number: int) -> DecodeJob | str:
     """Return the job that decodes a row's picture, or why the picture cannot be the same."""
     table, at = row.shard.table, row.number
     try:
@@ -214,8 +214,8 @@ def _job(row: Row, number: int) -> DecodeJob | str:
 
 
 def _decode(
-    jobs: list[tuple[Row, DecodeJob]], recipe: Recipe, unusable: list[tuple[Row, str]]
-) -> Iterator[tuple[Row, NDArray[Any]]]:
+    jobs: list[tuple[StoredRow, DecodeJob]], recipe: Recipe, unavailable: list[tuple[StoredRow, str]]
+) -> Iterator[tuple[StoredRow, NDArray[Any]]]:
     pixels = max(job.header.width * job.header.height for _, job in jobs)
     rule = pixel_rule(recipe, max(DEFAULT_MAX_PIXELS, pixels))  # all pictures were within the limit of their run
     most = max(int(row.shard.table.tile_counts[row.number]) for row, _ in jobs)
@@ -225,9 +225,9 @@ def _decode(
         for image in decoder.run(job for _, job in jobs):
             row = jobs[image.row][0]
             if not isinstance(image, DecodedImage):
-                unusable.append((row, image.skipped.message))
+                unavailable.append((row, image.skipped.message))
             elif image.digest != row.digest:
-                unusable.append((row, "it changed"))
+                unavailable.append((row, "it changed"))
             else:
                 yield row, image.tiles
             if isinstance(image, DecodedImage):
@@ -240,7 +240,7 @@ def _decode(
 
 
 @dataclass(frozen=True)
-class _Model:
+class _RecipeModel:
     """The weights of a recipe, and the features to compute."""
 
     checkpoint: Checkpoint
@@ -249,13 +249,13 @@ class _Model:
     device: str
 
 
-class _Ours:
+class _InternvitEncoder:
     """internvit's encoder, as `extract` uses it."""
 
     check = "re-extract"
     activity = "encoding again"
 
-    def __init__(self, model: _Model) -> None:
+    def __init__(self, model: _RecipeModel) -> None:
         from internvit_cli.encode.encoder import Encoder
 
         options = encoder_options(model.recipe, model.device, model.batch_tiles)
@@ -276,13 +276,13 @@ class _Ours:
         self._encoder.close()
 
 
-class _Native:
+class _TransformersEncoder:
     """transformers' own class in float32, one tile at a time."""
 
     check = "reference"
     activity = "encoding with transformers"
 
-    def __init__(self, model: _Model) -> None:
+    def __init__(self, model: _RecipeModel) -> None:
         from internvit_cli.encode.devices import find_device
         from internvit_cli.encode.encoder import feature_spec
         from internvit_cli.model.native import NativeModel
@@ -311,7 +311,7 @@ def _largest(recipe: Recipe) -> float:
     return float("inf")
 
 
-def _differences(row: Row, recipe: Recipe, parts: list[Sequence[LayerFeatures]]) -> Differences:
+def _differences(row: StoredRow, recipe: Recipe, parts: list[Sequence[LayerFeatures]]) -> Differences:
     """Compare the stored rows of an image with its new features, over all layers."""
     anew = {name: np.concatenate(blocks) for name, blocks in image_arrays(parts, recipe).items()}
     stored = _stored_arrays(row, recipe)
@@ -320,12 +320,12 @@ def _differences(row: Row, recipe: Recipe, parts: list[Sequence[LayerFeatures]])
         if feature_name(name).kind in SCALE_DATASETS:
             continue  # compared as part of the tokens that they scale
         dtype = recipe.store_dtype if is_tokens(name) and not recipe.store_dtype.is_scaled else StoreDtype.FLOAT32
-        figures.append(compare(_numbers(stored, name, recipe), _numbers(anew, name, recipe), dtype))
+        figures.append(compare_values(_numbers(stored, name, recipe), _numbers(anew, name, recipe), dtype))
     total = reduce(Differences.worst, figures)
     return replace(total, bit_equal=int(total.bit_equal == len(figures)))
 
 
-def _stored_arrays(row: Row, recipe: Recipe) -> dict[str, NDArray[Any]]:
+def _stored_arrays(row: StoredRow, recipe: Recipe) -> dict[str, NDArray[Any]]:
     """Return the rows of an image by dataset."""
     shard = OpenShard(row.shard.found)
     tiles = [int(offset) for offset in row.shard.table.tile_offset[row.number : row.number + 2]]

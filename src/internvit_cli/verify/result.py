@@ -134,7 +134,7 @@ class VerifyResult:
         return values
 
 
-class Row(NamedTuple):
+class StoredRow(NamedTuple):
     """A row that counts, with its picture."""
 
     shard: LoadedShard

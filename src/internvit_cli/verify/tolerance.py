@@ -84,7 +84,7 @@ class Differences:
         )
 
 
-def compare(stored: NDArray[Any], anew: NDArray[Any], dtype: StoreDtype) -> Differences:
+def compare_values(stored: NDArray[Any], anew: NDArray[Any], dtype: StoreDtype) -> Differences:
     """Compare two versions of a dataset of an image, tile by tile.
 
     Args:

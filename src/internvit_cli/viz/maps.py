@@ -39,7 +39,7 @@ class TokenMap:
     @classmethod
     def of(cls, tokens: NDArray[Any], pattern: NDArray[Any] | None = None) -> TokenMap:
         """Build the map of tokens [h, w, C], minus a pattern [s, s, C] that repeats in each tile."""
-        lengths, directions = np.linalg.norm(tokens.astype(np.float32), axis=-1), unit(tokens)
+        lengths, directions = np.linalg.norm(tokens.astype(np.float32), axis=-1), unit_vectors(tokens)
         if pattern is not None:
             side = len(pattern)
             directions -= np.tile(pattern, (tokens.shape[0] // side, tokens.shape[1] // side, 1))
@@ -88,7 +88,7 @@ class Foreground:
         return mask
 
 
-def fit(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> MapFit:
+def fit_maps(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> MapFit:
     """Fit components, colors and limits to the maps of several images.
 
     Args:
@@ -100,7 +100,7 @@ def fit(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> Ma
     for tokens in maps:
         width = tokens.directions.shape[2]
         flat = tokens.directions.reshape(-1, width)
-        chosen = spread(len(flat), max(16, FITTED_BYTES // (4 * width * count)))
+        chosen = evenly_spread(len(flat), max(16, FITTED_BYTES // (4 * width * count)))
         lengths.append(tokens.lengths.ravel())
         samples.append(flat[chosen])
         borders.append(_is_border(tokens.lengths.shape).ravel()[chosen])
@@ -122,7 +122,7 @@ def _length_limits(lengths: NDArray[Any]) -> tuple[Scale, float]:
     return Scale(float(low), float(high)), outlier
 
 
-def similarity(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None) -> NDArray[Any]:
+def similarity_map(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None) -> NDArray[Any]:
     """Return the cosine of every token with one direction, [h, w].
 
     Args:
@@ -131,7 +131,7 @@ def similarity(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None)
         center: The mean to subtract from every direction first, [C]; None for plain cosines.
     """
     shift = 0.0 if center is None else center
-    cosines: NDArray[Any] = unit(tokens.directions - shift) @ unit(one - shift)
+    cosines: NDArray[Any] = unit_vectors(tokens.directions - shift) @ unit_vectors(one - shift)
     return cosines
 
 
@@ -155,7 +155,7 @@ def tile_pattern(tiles: Iterable[NDArray[Any]]) -> NDArray[Any]:
     """
     total, count = np.zeros(1), 0
     for count, tokens in enumerate(tiles, 1):  # noqa: B007 - the last value is used
-        total = total + unit(tokens)
+        total = total + unit_vectors(tokens)
     mean = (total / max(1, count)).astype(np.float32)
     side = round(len(mean) ** 0.5)
     pattern: NDArray[Any] = (mean - mean.mean(axis=0)).reshape(side, side, -1)
@@ -225,7 +225,7 @@ def _best_split(values: NDArray[Any]) -> float:
     return float(edges[1:][np.nanargmax(apart)]) if np.isfinite(apart).any() else float(centers[0])
 
 
-def unit(vectors: NDArray[Any]) -> NDArray[Any]:
+def unit_vectors(vectors: NDArray[Any]) -> NDArray[Any]:
     """Scale vectors to length one, float32 [..., C]; zeros stay zeros."""
     floats = vectors.astype(np.float32)
     lengths = np.linalg.norm(floats, axis=-1, keepdims=True)
@@ -233,7 +233,7 @@ def unit(vectors: NDArray[Any]) -> NDArray[Any]:
     return scaled
 
 
-def spread(count: int, most: int) -> NDArray[Any]:
+def evenly_spread(count: int, most: int) -> NDArray[Any]:
     """Return at most `most` evenly spread indices below `count`."""
     return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(np.int64)
 

@@ -20,7 +20,7 @@ from internvit_cli.decode.pictures import digested, upright_rgb
 from internvit_cli.errors import one_line
 from internvit_cli.plan.png_chunks import despite_texts
 from internvit_cli.runtime.workers import FinishedTask, LostTask, WorkerPool, WorkerSpec, map_in_workers, usable_cpus
-from internvit_cli.sources.files import classify, open_regular, pillow_settings, readable_formats
+from internvit_cli.sources.files import open_or_skip, pillow_settings, readable_formats, system_failure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -128,26 +128,28 @@ def read_photographs(
     early: dict[int, Photograph] = {}
     following = 0
     tasks = ((file, side) for file in files)
-    for done, outcome in enumerate(in_workers("internvit_cli.viz.photograph:reader", tasks, len(files)), 1):
+    for done, outcome in enumerate(
+        run_in_workers("internvit_cli.viz.photograph:photograph_reader", tasks, len(files)), 1
+    ):
         number = outcome.task_id
-        early[number] = outcome.result if isinstance(outcome, FinishedTask) else lost(files[number], outcome)
+        early[number] = outcome.result if isinstance(outcome, FinishedTask) else lost_photograph(files[number], outcome)
         on_progress(done)
         while following in early:
             yield early.pop(following)
             following += 1
 
 
-def reader() -> Callable[[tuple[PictureFile, int]], Photograph]:
+def photograph_reader() -> Callable[[tuple[PictureFile, int]], Photograph]:
     """Return the function that a worker of `read_photographs` runs."""
     return lambda task: load_photograph(*task)
 
 
-def lost(file: PictureFile, outcome: LostTask) -> Photograph:
+def lost_photograph(file: PictureFile, outcome: LostTask) -> Photograph:
     """Return the result for a picture whose worker died or ran out of time."""
     return Photograph(None, f"{outcome.status.word}: {outcome.message}", file.place)
 
 
-def in_workers(
+def run_in_workers(
     handler: str, tasks: Iterable[Any], count: int, workers: int | None = None
 ) -> Iterator[FinishedTask | LostTask]:
     """Yield the outcomes of tasks with one picture each, as they are ready.
@@ -168,7 +170,7 @@ def _verified(file: PictureFile, side: int) -> Image.Image | str:
     """Return the upright picture, or why it is not shown."""
     if file.sha256 == NO_DIGEST:
         return NOT_STORED
-    opened = open_regular(file.path or b"")
+    opened = open_or_skip(file.path or b"")
     if isinstance(opened, Skipped):
         return opened.message
     with os.fdopen(opened.descriptor, "rb") as stream:
@@ -178,7 +180,7 @@ def _verified(file: PictureFile, side: int) -> Image.Image | str:
             digest, data = digested(stream, file.size)
             return _decoded(data, file, side) if digest == file.sha256 else CHANGED
         except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
-            return classify(error).message
+            return system_failure(error).message
 
 
 def _decoded(data: BinaryIO, file: PictureFile, side: int) -> Image.Image | str:

@@ -18,7 +18,15 @@ from internvit_cli.storage.durable import folder_for, write_file
 from internvit_cli.storage.read.reader import Features, SkippedImageError, bounded, open_features
 from internvit_cli.viz.draw.figure import Panel, figure
 from internvit_cli.viz.draw.png import encode_png
-from internvit_cli.viz.maps import MapFit, TokenMap, fit, similarity, similarity_scale, spread, tile_pattern
+from internvit_cli.viz.maps import (
+    MapFit,
+    TokenMap,
+    evenly_spread,
+    fit_maps,
+    similarity_map,
+    similarity_scale,
+    tile_pattern,
+)
 from internvit_cli.viz.panels import Canvas, mark_outliers, mark_point, outlier_caption
 from internvit_cli.viz.photograph import Photograph, PictureFile, read_photographs
 
@@ -164,7 +172,7 @@ class _Drawing:
             if not options.position:
                 self._pattern = tile_pattern(_sampled_tiles(features.done))
             count = len(images)
-            self._fitted = fit((self._token_map(image) for image in images), count, foreground=options.foreground)
+            self._fitted = fit_maps((self._token_map(image) for image in images), count, foreground=options.foreground)
         if TokenMapKind.SIMILARITY in self._maps:
             self._compared = self._chosen_token()
 
@@ -226,7 +234,7 @@ class _Drawing:
     def _similarity_panel(self, image: ImageFeatures, canvas: Canvas, tokens: TokenMap, facts: dict[str, Any]) -> Panel:
         chosen = self._compared
         assert chosen is not None
-        cosines = similarity(tokens, chosen.one, chosen.center)
+        cosines = similarity_map(tokens, chosen.one, chosen.center)
         picture = canvas.overlay(chosen.scale.colors(cosines))
         is_first = image.key == self._images[0].key
         best = chosen.token if is_first else divmod(int(cosines.argmax()), cosines.shape[1])
@@ -247,7 +255,7 @@ class _Drawing:
         row, column = token_at(self._images[0], self._options.point, tokens.lengths.shape)
         center = None if self._options.raw else self._fitted.mean
         chosen = _ReferenceToken(tokens.directions[row, column], center, (row, column))
-        cosines = [similarity(self._token_map(image), chosen.one, center) for image in self._images]
+        cosines = [similarity_map(self._token_map(image), chosen.one, center) for image in self._images]
         chosen.scale = similarity_scale(cosines, centered=center is not None)
         return chosen
 
@@ -324,7 +332,7 @@ def _sampled_tiles(features: Features) -> Iterator[NDArray[Any]]:
     """Yield the tokens of evenly spread tiles, [T, C] each, without thumbnails."""
     counts = features.column("columns").astype(np.int64) * features.column("rows")
     first = np.concatenate([[0], np.cumsum(counts)])
-    for tile in spread(int(first[-1]), PATTERN_TILES).tolist():
+    for tile in evenly_spread(int(first[-1]), PATTERN_TILES).tolist():
         position = int(np.searchsorted(first, tile, side="right")) - 1
         yield features[position].tile_tokens(tile - int(first[position]))
 

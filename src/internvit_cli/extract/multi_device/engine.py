@@ -21,7 +21,7 @@ from internvit_cli.extract.multi_device.worker import (
     serve_device,
 )
 from internvit_cli.model.accuracy import Accuracy
-from internvit_cli.runtime.workers import ending, start_process, usable_cpus
+from internvit_cli.runtime.workers import describe_exit, start_process, usable_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -184,7 +184,7 @@ def _answer(device: Device, when: str) -> Any:
         message = device.connection.recv()
     except (EOFError, OSError) as error:
         raise InternvitError(
-            f"the process of {device.name} ended {when} ({ending(device.process)})",
+            f"the process of {device.name} ended {when} ({describe_exit(device.process)})",
             "check that there is memory for one encoder a device",
         ) from error
     if isinstance(message, Failure):

@@ -19,7 +19,7 @@ from internvit_cli.extract.multi_device.worker import BeginShard, Failure, NoMor
 from internvit_cli.extract.results import Stages, Tally
 from internvit_cli.extract.writer_thread import SkippedImage
 from internvit_cli.plan.tiling import decoded_tile_count
-from internvit_cli.runtime.workers import ending
+from internvit_cli.runtime.workers import describe_exit
 from internvit_cli.storage.write.commit import WrittenImage
 
 if TYPE_CHECKING:
@@ -194,7 +194,9 @@ class ShardScheduler:
         self._devices.remove(device)
         device.is_filling = False
         device.kill()
-        self.notes.append(f"the process of {device.name} ended ({ending(device.process)}); the others did its images")
+        self.notes.append(
+            f"the process of {device.name} ended ({describe_exit(device.process)}); the others did its images"
+        )
         self._again += device.given.values()
 
     def _result(self, wall: float) -> EncodeResult:

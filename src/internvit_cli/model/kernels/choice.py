@@ -22,7 +22,7 @@ from internvit_cli.model.kernels.fp8 import (
     scaled_linear,
 )
 from internvit_cli.model.kernels.plain import best_attention, plain_kernels
-from internvit_cli.model.kernels.probes import LARGEST_DIFFERENCE, Case, Probe, difference, probes
+from internvit_cli.model.kernels.probes import LARGEST_DIFFERENCE, Probe, ProbeSizes, difference, probes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -35,7 +35,7 @@ FP8_CAPABILITY = (9, 0)
 """Hopper, whose matrix units support a scale per row."""
 
 
-def kernels_for(device: torch.device, dtype: torch.dtype, case: Case | None = None) -> Kernels:
+def kernels_for(device: torch.device, dtype: torch.dtype, case: ProbeSizes | None = None) -> Kernels:
     """Return the fastest operations that work on a device.
 
     Args:
@@ -48,7 +48,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype, case: Case | None = No
     """
     if device.type != "cuda":
         return plain_for(device, dtype)
-    with current(device), torch.inference_mode():
+    with as_current_device(device), torch.inference_mode():
         if dtype is FP8:
             check_fp8_products(device)
         if case is None:
@@ -60,10 +60,10 @@ def kernels_for(device: torch.device, dtype: torch.dtype, case: Case | None = No
         except ImportError as error:
             return plain_for(device, dtype, f"plain PyTorch (triton: {error})")
         candidates = triton_kernels(dtype, best_attention(device, base_dtype(dtype)))
-        return tried(candidates, plain_for(device, dtype), probes(case, device, dtype))
+        return replace_failing(candidates, plain_for(device, dtype), probes(case, device, dtype))
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
+def as_current_device(device: torch.device) -> AbstractContextManager[object]:
     """Make a card the current one of this thread, on which Triton starts kernels whatever their arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -115,7 +115,7 @@ def check_fp8_card(device: torch.device) -> None:
         )
 
 
-def tried(kernels: Kernels, twin: Kernels, tries: dict[str, tuple[Probe, float]]) -> Kernels:
+def replace_failing(kernels: Kernels, twin: Kernels, tries: dict[str, tuple[Probe, float]]) -> Kernels:
     """Return `kernels` with operations that fail or give other results replaced by those of `twin`.
 
     Args:

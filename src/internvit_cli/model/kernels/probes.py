@@ -37,7 +37,7 @@ Probe = Callable[[Kernels], list[Tensor]]
 
 
 @dataclass(frozen=True)
-class Case:
+class ProbeSizes:
     """The sizes with which kernels are tried, which are those of the run, so that Triton compiles each kernel once."""
 
     vision: VisionConfig
@@ -50,7 +50,7 @@ class Case:
 class _Inputs:
     """Random tensors for a case, which are always the same."""
 
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, case: ProbeSizes, device: torch.device, dtype: torch.dtype) -> None:
         self.vision, self.case, self.device = case.vision, case, device
         self.dtype = dtype
         self.base = torch.bfloat16 if dtype is FP8 else dtype
@@ -78,7 +78,7 @@ class _Inputs:
         return Fp8Linear(layer) if self.dtype is FP8 else layer
 
 
-def probes(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Probe, float]]:
+def probes(case: ProbeSizes, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Probe, float]]:
     """Return by field of `Kernels` how to run the operation, and the allowed difference.
 
     Args:

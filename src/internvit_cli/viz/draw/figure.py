@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw
 
 from internvit_cli.viz.draw.palette import short_number
-from internvit_cli.viz.draw.text import FAINT, INK, PAPER, fitted, line_height, text_width, wrapped, write
+from internvit_cli.viz.draw.text import (
+    FAINT,
+    INK,
+    PAPER,
+    line_height,
+    shortened_to_width,
+    text_width,
+    wrap_text,
+    write_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -61,10 +70,10 @@ def figure(title: str, subtitle: str, panels: Sequence[Panel]) -> Image.Image:
     widths = [max(row[column].width for row in rows if column < len(row)) for column in range(columns)]
     heights = [max(one.height for one in row) for row in rows]
     room = sum(widths) + MARGIN * (columns - 1)
-    facts = wrapped(subtitle, BODY, room)
+    facts = wrap_text(subtitle, BODY, room)
     head = line_height(TITLE) + line_height(BODY) * len(facts) + GAP
     sheet = Image.new("RGB", (room + 2 * MARGIN, MARGIN + head + sum(heights) + MARGIN * len(heights)), PAPER)
-    write(sheet, (MARGIN, MARGIN), fitted(title, TITLE, room), TITLE)
+    write_line(sheet, (MARGIN, MARGIN), shortened_to_width(title, TITLE, room), TITLE)
     _write_lines(sheet, (MARGIN, MARGIN + line_height(TITLE)), facts)
     top = MARGIN + head
     for row, height in zip(rows, heights, strict=True):
@@ -84,8 +93,8 @@ class _Placed:
     def __init__(self, panel: Panel, width: int) -> None:
         self._panel = panel
         self.width = width
-        self._title = wrapped(panel.title, HEADING, width)
-        self._captions = [line for caption in panel.captions for line in wrapped(caption, BODY, width)]
+        self._title = wrap_text(panel.title, HEADING, width)
+        self._captions = [line for caption in panel.captions for line in wrap_text(caption, BODY, width)]
         bar = BAR_HEIGHT + GAP // 2 + line_height(BODY) if panel.scale else 0
         self._above = line_height(HEADING) * len(self._title)
         self.height = self._above + panel.image.height + GAP + bar + line_height(BODY) * len(self._captions)
@@ -120,11 +129,11 @@ def _columns(panels: Sequence[_Placed]) -> int:
 def _draw_legend(sheet: Image.Image, panels: Sequence[Panel], corner: tuple[int, int], width: int, height: int) -> None:
     """Draw sentences on how to read the panels, as many as fit completely."""
     left, top = corner
-    write(sheet, corner, fitted(LEGEND, HEADING, width), HEADING)
+    write_line(sheet, corner, shortened_to_width(LEGEND, HEADING, width), HEADING)
     bottom = top + height
     top += line_height(HEADING) + GAP
     for panel in panels:
-        title, sentences = wrapped(panel.title, BODY, width), wrapped(panel.meaning, BODY, width)
+        title, sentences = wrap_text(panel.title, BODY, width), wrap_text(panel.meaning, BODY, width)
         needed = line_height(BODY) * (len(title) + len(sentences)) + GAP
         if not panel.meaning or top + needed > bottom:
             continue
@@ -139,7 +148,7 @@ def _write_lines(
     left, top = corner
     for number, line in enumerate(lines):
         ink = color or (FAINT if size == BODY else INK)
-        write(sheet, (left, top + number * line_height(size)), line, size, ink)
+        write_line(sheet, (left, top + number * line_height(size)), line, size, ink)
 
 
 def _draw_bar(sheet: Image.Image, scale: Scale, corner: tuple[int, int], width: int) -> None:
@@ -149,4 +158,4 @@ def _draw_bar(sheet: Image.Image, scale: Scale, corner: tuple[int, int], width: 
     for share in (0.0, 0.5, 1.0):
         label = short_number(scale.low + share * (scale.high - scale.low))
         shift = share * text_width(label, BODY)
-        write(sheet, (left + share * width - shift, top + BAR_HEIGHT + GAP // 2), label, BODY)
+        write_line(sheet, (left + share * width - shift, top + BAR_HEIGHT + GAP // 2), label, BODY)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from internvit_cli.viz.draw.text import FAINT, INK, PAPER, fitted, line_height, wrapped, write
+from internvit_cli.viz.draw.text import FAINT, INK, PAPER, line_height, shortened_to_width, wrap_text, write_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,14 +37,14 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class SheetRow:
     """A row of pictures that belong together."""
 
     title: str
     cells: Sequence[Cell]
 
 
-def contact_sheet(rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image:
+def contact_sheet(rows: Sequence[SheetRow], notes: Sequence[str] = ()) -> Image.Image:
     """Arrange all rows on one sheet, and wrap long ones.
 
     Args:
@@ -58,12 +58,12 @@ def contact_sheet(rows: Sequence[Row], notes: Sequence[str] = ()) -> Image.Image
         for start in range(0, max(1, len(row.cells)), across)
     ]
     room = across * CELL + (across - 1) * GAP
-    said = [part for note in notes for part in wrapped(note, BODY, room)]
+    said = [part for note in notes for part in wrap_text(note, BODY, room)]
     head = len(said) * line_height(BODY) + (GAP if said else 0)
     height = 2 * MARGIN + head + sum(line.height for line in lines)
     sheet = Image.new("RGB", (room + 2 * MARGIN, height), PAPER)
     for number, part in enumerate(said):
-        write(sheet, (MARGIN, MARGIN + number * line_height(BODY)), part, BODY, INK)
+        write_line(sheet, (MARGIN, MARGIN + number * line_height(BODY)), part, BODY, INK)
     top = MARGIN + head
     for line in lines:
         line.draw(sheet, top)
@@ -85,7 +85,7 @@ class _Line:
 
     def draw(self, sheet: Image.Image, top: int) -> None:
         """Draw the line with its upper edge at `top` pixels."""
-        write(sheet, (MARGIN, top), fitted(self._title, HEADING, sheet.width - 2 * MARGIN), HEADING)
+        write_line(sheet, (MARGIN, top), shortened_to_width(self._title, HEADING, sheet.width - 2 * MARGIN), HEADING)
         for number, (cell, picture) in enumerate(zip(self._cells, self._pictures, strict=True)):
             left = MARGIN + number * (CELL + GAP)
             at = left + (CELL - picture.width) // 2, top + self._head + self._picture_height - picture.height
@@ -96,7 +96,13 @@ class _Line:
             below = top + self._head + self._picture_height + GAP // 2
             for place, caption in enumerate(cell.captions):
                 color = FAINT if place else INK
-                write(sheet, (left, below + place * line_height(BODY)), fitted(caption, BODY, CELL), BODY, color)
+                write_line(
+                    sheet,
+                    (left, below + place * line_height(BODY)),
+                    shortened_to_width(caption, BODY, CELL),
+                    BODY,
+                    color,
+                )
 
 
 def _small(cell: Cell) -> Image.Image:
@@ -107,8 +113,8 @@ def _small(cell: Cell) -> Image.Image:
         return small
     empty = Image.new("RGB", (CELL, CELL * 3 // 4), EMPTY)
     most = (empty.height - 2 * INSET) // line_height(BODY)
-    lines = wrapped(f"picture not shown: {cell.problem}", BODY, CELL - 2 * INSET)[:most]
+    lines = wrap_text(f"picture not shown: {cell.problem}", BODY, CELL - 2 * INSET)[:most]
     top = (empty.height - len(lines) * line_height(BODY)) // 2
     for number, line in enumerate(lines):
-        write(empty, (INSET, top + number * line_height(BODY)), line, BODY, FAINT)
+        write_line(empty, (INSET, top + number * line_height(BODY)), line, BODY, FAINT)
     return empty

@@ -53,7 +53,7 @@ def line_height(size: int) -> int:
     return round(size * 1.35)
 
 
-def fitted(text: str, size: int, width: float) -> str:
+def shortened_to_width(text: str, size: int, width: float) -> str:
     """Return a text, shortened in the middle if it does not fit, because the end of a key identifies it."""
     text = drawable(text)
     if text_width(text, size) <= width:
@@ -66,7 +66,7 @@ def fitted(text: str, size: int, width: float) -> str:
     return ""
 
 
-def wrapped(text: str, size: int, width: float) -> list[str]:
+def wrap_text(text: str, size: int, width: float) -> list[str]:
     """Break a text into lines that fit, between words where possible."""
     lines = [""]
     for word in drawable(text).split(" "):
@@ -82,7 +82,7 @@ def wrapped(text: str, size: int, width: float) -> list[str]:
     return lines
 
 
-def write(image: Image.Image, place: tuple[float, float], text: str, size: int, color: Color = INK) -> None:
+def write_line(image: Image.Image, place: tuple[float, float], text: str, size: int, color: Color = INK) -> None:
     """Write one line with its upper left corner at a position."""
     draw = ImageDraw.Draw(image)
     for word, left in _set(drawable(text), size)[0]:

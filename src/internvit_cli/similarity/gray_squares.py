@@ -12,7 +12,7 @@ from PIL import Image
 
 from internvit_cli.runtime.workers import FinishedTask
 from internvit_cli.similarity.alignment import SIDE
-from internvit_cli.viz.photograph import PictureFile, in_workers, load_photograph
+from internvit_cli.viz.photograph import PictureFile, load_photograph, run_in_workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ SMOOTH_FROM = 2 * SIDE
 """Longer side to which pictures are decoded before they are resized to a square, in pixels."""
 
 
-def read_looks(
+def read_gray_squares(
     files: Iterable[PictureFile], count: int, on_progress: Callable[[int], None] = lambda _: None
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Read pictures that have not changed since they were encoded.
@@ -38,25 +38,27 @@ def read_looks(
         was changed since it was encoded, or cannot be decoded any more is not in the mask.
     """
     looks, is_there = np.zeros((count, SIDE, SIDE), np.uint8), np.zeros(count, bool)
-    for done, outcome in enumerate(in_workers("internvit_cli.similarity.looks:reader", files, count), 1):
+    for done, outcome in enumerate(
+        run_in_workers("internvit_cli.similarity.gray_squares:gray_square_reader", files, count), 1
+    ):
         if isinstance(outcome, FinishedTask) and outcome.result is not None:
             looks[outcome.task_id], is_there[outcome.task_id] = outcome.result, True
         on_progress(done)
     return looks, is_there
 
 
-def reader() -> Callable[[PictureFile], NDArray[np.uint8] | None]:
+def gray_square_reader() -> Callable[[PictureFile], NDArray[np.uint8] | None]:
     """Return the function that a worker runs."""
-    return look_of
+    return gray_square_of
 
 
-def look_of(file: PictureFile) -> NDArray[np.uint8] | None:
+def gray_square_of(file: PictureFile) -> NDArray[np.uint8] | None:
     """Return an image's picture as a gray square, [64, 64]; None if it is gone or not the one that was encoded."""
     picture = load_photograph(file, SMOOTH_FROM).picture
-    return None if picture is None else squeezed(picture)
+    return None if picture is None else to_gray_square(picture)
 
 
-def squeezed(picture: Image.Image) -> NDArray[np.uint8]:
+def to_gray_square(picture: Image.Image) -> NDArray[np.uint8]:
     """Convert a picture to gray and resize it to a square, [64, 64]."""
     small: Any = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.BOX, reducing_gap=None)
     return np.asarray(small, np.uint8)
