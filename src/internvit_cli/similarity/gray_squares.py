@@ -37,14 +37,14 @@ def read_gray_squares(
         Gray pictures resized to squares, [n, 64, 64], and a mask of those that could be read: a picture that is gone,
         was changed since it was encoded, or cannot be decoded any more is not in the mask.
     """
-    looks, is_there = np.zeros((count, SIDE, SIDE), np.uint8), np.zeros(count, bool)
+    squares, is_there = np.zeros((count, SIDE, SIDE), np.uint8), np.zeros(count, bool)
     for done, outcome in enumerate(
         run_in_workers("internvit_cli.similarity.gray_squares:gray_square_reader", files, count), 1
     ):
         if isinstance(outcome, FinishedTask) and outcome.result is not None:
-            looks[outcome.task_id], is_there[outcome.task_id] = outcome.result, True
+            squares[outcome.task_id], is_there[outcome.task_id] = outcome.result, True
         on_progress(done)
-    return looks, is_there
+    return squares, is_there
 
 
 def gray_square_reader() -> Callable[[PictureFile], NDArray[np.uint8] | None]:

@@ -59,19 +59,19 @@ def link_same(
     needed = _in_order(first, second)[:MOST_PICTURES]
     files = (PictureFile.of(vectors.image(number), folder) for number in needed.tolist())
     with observer.phase("reading pictures", "picture", len(needed)) as phase:
-        looks, is_there = read_gray_squares(files, len(needed), phase.at)
+        squares, is_there = read_gray_squares(files, len(needed), phase.at)
     place = np.full(len(vectors), -1)
     place[needed[is_there]] = np.flatnonzero(is_there)
     is_seen = (place[first] >= 0) & (place[second] >= 0)
     alone = ~is_seen & (similarities >= least_alone)
     links.add(first[alone], second[alone])
     with observer.phase("comparing pictures", "pair") as phase:
-        same, different = _compare(links, first[is_seen], second[is_seen], looks, place, phase)
+        same, different = _compare(links, first[is_seen], second[is_seen], squares, place, phase)
     return PairCounts(same, different, int((~is_seen).sum()))
 
 
 def _compare(
-    links: Links, first: NDArray[Any], second: NDArray[Any], looks: NDArray[Any], place: NDArray[Any], phase: Phase
+    links: Links, first: NDArray[Any], second: NDArray[Any], squares: NDArray[Any], place: NDArray[Any], phase: Phase
 ) -> tuple[int, int]:
     """Link pairs whose pictures, at `place` of their indices, agree; return how many agree and how many differ.
 
@@ -82,7 +82,7 @@ def _compare(
     while len(first):
         now = _each_once(first, second)
         ones, others = first[now], second[now]
-        agree = agreement(looks[place[ones]], looks[place[others]]) >= SAME
+        agree = agreement(squares[place[ones]], squares[place[others]]) >= SAME
         links.add(ones[agree], others[agree])
         same, different = same + int(agree.sum()), different + int((~agree).sum())
         for numbers in (ones, others):
