@@ -72,7 +72,7 @@ class ExportResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The flat object of `--json`."""
+        """Return the flat object of `--json`."""
         return asdict(self)
 
 
