@@ -485,7 +485,7 @@ def test_options_that_mean_nothing_are_refused():
     for wrong, error in (
         ({"tokens": "words"}, UsageError),
         ({"pool": "max"}, UsageError),
-        ({"background": "not a color"}, UsageError),
+        ({"background": "no color"}, UsageError),
         ({"min_tiles": 13}, UsageError),
         ({"device": "toaster"}, UsageError),
         ({"token": "patch"}, TypeError),

@@ -591,7 +591,7 @@ def test_search_show_and_report_take_a_layer(three: Path, tmp_path: Path) -> Non
     assert drawn.returncode == 0 and len(os.listdir(tmp_path)) == 1
     page = tmp_path / "page.html"
     assert internvit("report", three, "-o", page, "--layer", 1, "-q").returncode == 0
-    assert "Features of layer 1 are shown; stored are layers 0, 1 and 2." in page.read_text()
+    assert "Features of layer 1 are shown; the output holds layers 0, 1 and 2." in page.read_text()
     for command in (
         ("search", three, "--key", key),
         ("show", three, key, "-o", tmp_path),

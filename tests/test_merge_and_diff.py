@@ -285,7 +285,7 @@ def test_tokens_of_other_tiles_or_shapes_are_not_compared_and_that_is_said(tmp_p
     helpers.make_output(tmp_path / "e.h5", helpers.make_shard(table, token_order=TokenOrder.V1))
     found = difference(tmp_path / "a.h5", tmp_path / "b.h5")
     assert found["tokens"]["images"] == 1
-    assert "tokens of 1 image not compared: their tiles differ" in found["notes"]
+    assert "tokens of 1 image not compared, because their tiles differ" in found["notes"]
     assert "patch [tiles, 4, 6]" in difference(tmp_path / "a.h5", tmp_path / "c.h5")["notes"][0]
     assert difference(tmp_path / "a.h5", tmp_path / "d.h5")["tokens"] is None
     assert "their orders differ" in difference(tmp_path / "a.h5", tmp_path / "e.h5")["notes"][0]

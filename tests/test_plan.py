@@ -480,7 +480,7 @@ def test_colors_have_names_and_values():
     assert parse("background", "white") == (255, 255, 255)
     assert parse("background", "#ff8000") == (255, 128, 0)
     assert parse("background", "rgb(1, 2, 3)") == (1, 2, 3)
-    for text in ("rgb(999,0,0)", "", "not a color", "rgb(1,2)"):
+    for text in ("rgb(999,0,0)", "", "no color", "rgb(1,2)"):
         with pytest.raises(UnusableWordError):
             parse("background", text)
 

@@ -406,10 +406,10 @@ def test_a_table_tells_rank_similarity_and_key(stored_photos):
     [
         ((), 2, "nothing to search for"),
         (("--key", "021_exif.jpg"), 2, "has no image"),
-        (("a dog",), 2, "'a dog' is no file: search finds images that are like a picture, and InternViT reads no text"),
-        (("missing.jpg", "--key", TWINS[0][0]), 2, "'missing.jpg' is no file"),
+        (("a dog",), 2, "'a dog' is not a file: search finds images similar to a picture, because InternViT does not read text"),
+        (("missing.jpg", "--key", TWINS[0][0]), 2, "'missing.jpg' is not a file"),
         (("/",), 2, "is a folder"),
-        ((TWINS[0][0],), 2, "is no file"),
+        ((TWINS[0][0],), 2, "is not a file"),
         ((os.devnull,), 1, "no picture can be used"),
         (("--key", TWINS[0][0], "--sheet", "x.txt"), 2, "not a PNG"),
         (("--key", TWINS[0][0], "-n", "0"), 2, "--count is '0'"),
