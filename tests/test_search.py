@@ -406,7 +406,7 @@ def test_a_table_tells_rank_similarity_and_key(stored_photos):
     [
         ((), 2, "nothing to search for"),
         (("--key", "021_exif.jpg"), 2, "has no image"),
-        (("a dog",), 2, "'a dog' is not a file: search finds images similar to a picture, because InternViT does not read text"),
+        (("a dog",), 2, "'a dog' is not a file: search finds images similar to a picture"),
         (("missing.jpg", "--key", TWINS[0][0]), 2, "'missing.jpg' is not a file"),
         (("/",), 2, "is a folder"),
         ((TWINS[0][0],), 2, "is not a file"),
