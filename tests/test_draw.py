@@ -96,13 +96,13 @@ def test_a_gap_between_words_is_seen(size, words):
 def texts_of(monkeypatch) -> list[tuple[float, float, float, str]]:
     """Left, right and top of each line that is written on a figure, and its text; filled as figures are drawn."""
     written = []
-    real = figure_module.write
+    real = figure_module.write_line
 
     def spy(sheet, place, text, size, *rest):
         written.append((place[0], place[0] + text_width(text, size), place[1], text))
         real(sheet, place, text, size, *rest)
 
-    monkeypatch.setattr(figure_module, "write", spy)
+    monkeypatch.setattr(figure_module, "write_line", spy)
     return written
 
 

@@ -259,7 +259,7 @@ def test_umap_lays_images_of_one_kind_together(report_output, tmp_path):
     middles = places.reshape(3, 20, 2).mean(axis=1)
     spread = np.linalg.norm(places.reshape(3, 20, 2) - middles[:, None], axis=2).max()
     assert min(np.linalg.norm(middles[a] - middles[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > spread
-    with pytest.raises(UsageError, match="umap with 3 images"):
+    with pytest.raises(UsageError, match="3 images are too few"):
         plane.lay_out(vectors, np.arange(3), Projection.UMAP, 0)
     told, data = report(report_output, tmp_path, "--map", "umap")
     assert told["map"] == data["map"]["projection"] == "umap" and data["map"]["explained"] == []

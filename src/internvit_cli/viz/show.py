@@ -180,9 +180,7 @@ class _Drawing:
         """Draw the figure of an image."""
         options = self._options
         canvas = Canvas.of(image, photograph.picture, options.size, options.opacity)
-        facts: dict[str, Any] = {
-            "photograph": photograph.note if photograph.problem else "unchanged since it was encoded"
-        }
+        facts: dict[str, Any] = {"photograph": photograph.note if photograph.problem else "as it was encoded"}
         panels = []
         if TokenMapKind.TILES in self._maps:
             panels.append(_tiles_panel(image, canvas, photograph))
