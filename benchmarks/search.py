@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BLOCK = 20_000
 COPIES_EVERY = 50
 CLUSTER = 50
-"""Vectors that lie around one centre, on average."""
+"""Vectors that lie around one center, on average."""
 
 
 def make_output(path: Path, images: int, width: int, *, structureless: bool) -> None:
@@ -43,13 +43,13 @@ def made_up(rng: np.random.Generator, images: int, width: int, *, structureless:
     """The vectors, a block at a time."""
     mixing = (rng.standard_normal((width, width)) * np.geomspace(3, 0.1, width)[:, None]).astype(np.float32)
     common = (60 * rng.standard_normal(width)).astype(np.float32)
-    centres = rng.standard_normal((max(1, images // CLUSTER), width), np.float32)
+    centers = rng.standard_normal((max(1, images // CLUSTER), width), np.float32)
     spread = 1.0 if structureless else 0.5
     for start in range(0, images, BLOCK):
         rows = min(BLOCK, images - start)
         vectors = spread * rng.standard_normal((rows, width), np.float32)
         if not structureless:
-            vectors += centres[rng.integers(0, len(centres), rows)]
+            vectors += centers[rng.integers(0, len(centers), rows)]
         vectors = vectors @ mixing + common
         copies = np.arange(1, rows, COPIES_EVERY)
         vectors[copies] = vectors[copies - 1] + 0.05 * rng.standard_normal((len(copies), width), np.float32) @ mixing

@@ -28,7 +28,7 @@ from PIL import Image, ImageOps
 
 from internvit_cli.similarity.alignment import SAME, agreement
 from internvit_cli.similarity.duplicates import DuplicateOptions, find_duplicates
-from internvit_cli.similarity.looks import squeezed
+from internvit_cli.similarity.gray_squares import to_gray_square
 from internvit_cli.similarity.search import SearchOptions, search
 from internvit_cli.similarity.similarity_space import RAW, choose_space
 
@@ -231,7 +231,7 @@ def compare_ways(pictures: Pictures, features: dict[str, np.ndarray]) -> None:
             "tokens, best matches (of the 1,000 nearest pairs)",
             lambda ones, others: token_matches(tokens, mean, ones, others),
         )
-    looks = np.stack([squeezed(upright(path)) for path in pictures.paths])[rows]
+    looks = np.stack([to_gray_square(upright(path)) for path in pictures.paths])[rows]
     line(
         "pictures laid over each other (of the 1,000 nearest pairs)",
         lambda ones, others: agreement(looks[ones], looks[others]),

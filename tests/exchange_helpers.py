@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GRIDS = [(1, 1, 0), (2, 3, 1), (1, 1, 0), (3, 1, 1), (1, 2, 1), (1, 1, 0)]
 TRUNCATED = Skipped(Status.TRUNCATED, "OSError", "image file is truncated")
-NOT_AN_IMAGE = Skipped(Status.NOT_AN_IMAGE, "PIL.UnidentifiedImageError", "in no picture format that is read")
+NOT_AN_IMAGE = Skipped(Status.NOT_AN_IMAGE, "PIL.UnidentifiedImageError", "in no supported picture format")
 RUN = {"device": "cpu", "ended": "2026-01-01", "images": 4}
 
 

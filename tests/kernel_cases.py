@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from internvit_cli.config import OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.kernels import fp8, plain
-from internvit_cli.model.kernels.choice import plain_for, tried
+from internvit_cli.model.kernels.choice import plain_for, replace_failing
 from internvit_cli.model.kernels.interface import QuantizedRows, StorePlan
-from internvit_cli.model.kernels.probes import Case, difference, probes
+from internvit_cli.model.kernels.probes import ProbeSizes, difference, probes
 from internvit_cli.model.loading import load_vit
 
 if TYPE_CHECKING:
@@ -238,12 +238,12 @@ def every_probe_passes(setting: Setting) -> None:
 
     vision = tiny_card().vision
     for changes in ({}, {"norm": "rms_norm", "qk_norm": True}):
-        case = Case(
+        case = ProbeSizes(
             replace(vision, **changes), 4, StorePlan(4, 256, torch.float16, TokenOrder.V2, False, 65520.0, mean=True)
         )
         table = triton_kernels(setting.dtype, plain.attend_fused)
         tries = probes(case, setting.device, setting.dtype)
-        assert tried(table, plain_for(setting.device, setting.dtype), tries).name == "triton"
+        assert replace_failing(table, plain_for(setting.device, setting.dtype), tries).name == "triton"
 
 
 def whole_encoder(setting: Setting) -> None:

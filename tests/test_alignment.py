@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from internvit_cli.similarity import alignment
 from internvit_cli.similarity.alignment import SAME, SIDE, agreement
-from internvit_cli.similarity.looks import squeezed
+from internvit_cli.similarity.gray_squares import to_gray_square
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,7 @@ def scenery(seed: int, size: int = 512) -> Image.Image:
 
 
 def one_agreement(one: Image.Image, other: Image.Image) -> float:
-    both = [agreement(squeezed(a)[None], squeezed(b)[None])[0] for a, b in ((one, other), (other, one))]
+    both = [agreement(to_gray_square(a)[None], to_gray_square(b)[None])[0] for a, b in ((one, other), (other, one))]
     assert (both[0] > SAME) == (both[1] > SAME), "it does not matter which of them comes first"
     return float(min(both))
 
@@ -86,8 +86,8 @@ def test_blank_pictures_agree_when_they_are_equally_bright(one, other, is_same):
 
 
 def test_many_pairs_at_once_agree_as_each_does_alone(monkeypatch):
-    looks = np.stack([squeezed(scenery(seed)) for seed in range(12)])
-    crops = np.stack([squeezed(scenery(seed).crop((30, 10, 500, 480))) for seed in range(12)])
+    looks = np.stack([to_gray_square(scenery(seed)) for seed in range(12)])
+    crops = np.stack([to_gray_square(scenery(seed).crop((30, 10, 500, 480))) for seed in range(12)])
     partners = np.concatenate([crops[:6], crops[7:], crops[6:7]])
     monkeypatch.setattr(alignment, "PAIRS_AT_ONCE", 5)
     many = agreement(looks, partners)
@@ -109,9 +109,9 @@ def test_of_all_photographs_copies_agree_and_no_other_pair_does(photos: Path):
         with Image.open(path) as opened:
             upright = ImageOps.exif_transpose(opened).convert("RGB")
         width, height = upright.size
-        looks.append(squeezed(upright))
+        looks.append(to_gray_square(upright))
         middle = upright.crop((width // 10, height // 10, width - width // 10, height - height // 10))
-        crops.append(squeezed(middle.resize((max(1, width // 3), max(1, height // 3)))))
+        crops.append(to_gray_square(middle.resize((max(1, width // 3), max(1, height // 3)))))
         names.append(path.name)
     looks, crops = np.stack(looks), np.stack(crops)
     assert agreement(looks, crops).min() > 0.92 and agreement(crops, looks).min() > 0.92

@@ -73,7 +73,7 @@ def test_a_model_on_the_hub_is_measured_with_weights_that_are_made_up(monkeypatc
     monkeypatch.setattr(bench, "_encoder_rate", lambda encoder, options, seconds: EncoderRate("cpu", "x", 1, 2.0))
     result = internvit("bench", "--model", "300m", "--seconds", "0.1", "--layer", "0")
     assert result.returncode == 0, result.stderr
-    assert "the weights are made up" in result.stderr
+    assert "the weights are random" in result.stderr
 
 
 def test_plan_says_how_long_it_will_take(pictures: Path, tmp_path: Path) -> None:

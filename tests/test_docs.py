@@ -116,7 +116,7 @@ def test_the_readers_in_the_description_of_the_format_read(outputs: Path, monkey
 
 def test_the_page_on_sources_has_every_extension_and_everything_that_is_left_out_by_default() -> None:
     text = (ROOT / "docs" / "sources.md").read_text()
-    listed = set(re.search(r"any case of letters: `([^`]*)`", text)[1].split())  # type: ignore[index]
+    listed = set(re.search(r"in upper or lower case: `([^`]*)`", text)[1].split())  # type: ignore[index]
     assert listed == {extension.decode() for extension in EXTENSIONS}
     for pattern in DEFAULT_EXCLUDES:
         assert f"`{pattern}`" in text, pattern

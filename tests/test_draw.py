@@ -16,9 +16,9 @@ from internvit_cli.config import Graphics
 from internvit_cli.viz.draw import figure as figure_module
 from internvit_cli.viz.draw.figure import LEAST_WIDTH, MARGIN, Panel, figure
 from internvit_cli.viz.draw.palette import DIVERGING, Scale, short_number, unit_colors
-from internvit_cli.viz.draw.sheet import EMPTY, Cell, Row, contact_sheet
+from internvit_cli.viz.draw.sheet import EMPTY, Cell, SheetRow, contact_sheet
 from internvit_cli.viz.draw.terminal import CELL_WIDTH, detect, render
-from internvit_cli.viz.draw.text import FAINT, PAPER, drawable, fitted, text_width, wrapped, write
+from internvit_cli.viz.draw.text import FAINT, PAPER, drawable, shortened_to_width, text_width, wrap_text, write_line
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
 
@@ -59,7 +59,7 @@ def test_labels_are_short_and_right_to_three_digits(value):
 @given(st.text(max_size=80), st.integers(0, 400))
 def test_text_is_cut_to_fit_and_drawn_in_letters_that_the_font_has(text, width):
     assert (drawable(text).isascii() and drawable(text).isprintable()) or not text
-    cut = fitted(text, 13, width)
+    cut = shortened_to_width(text, 13, width)
     assert text_width(cut, 13) <= width or not cut
     if text_width(text, 13) <= width:
         assert cut == drawable(text)
@@ -67,12 +67,14 @@ def test_text_is_cut_to_fit_and_drawn_in_letters_that_the_font_has(text, width):
 
 def test_a_long_key_keeps_its_end():
     key = "folder/" * 30 + "the-picture.jpg"
-    assert fitted(key, 13, 300).startswith("folder") and fitted(key, 13, 300).endswith("picture.jpg")
+    assert shortened_to_width(key, 13, 300).startswith("folder") and shortened_to_width(key, 13, 300).endswith(
+        "picture.jpg"
+    )
 
 
 @given(st.text(max_size=300), st.integers(30, 400))
 def test_wrapped_text_fits_and_loses_nothing(text, width):
-    lines = wrapped(text, 13, width)
+    lines = wrap_text(text, 13, width)
     assert all(text_width(line, 13) <= width for line in lines)
     assert "".join(lines).replace(" ", "") == drawable(text).replace(" ", "")
 
@@ -82,7 +84,7 @@ def test_wrapped_text_fits_and_loses_nothing(text, width):
 def test_a_gap_between_words_is_seen(size, words):
     """Wider than any gap between the letters of a word."""
     paper = Image.new("RGB", (400, 60), PAPER)
-    write(paper, (10, 10), " ".join(words), size)
+    write_line(paper, (10, 10), " ".join(words), size)
     inked = (np.asarray(paper.convert("L")) < 200).any(axis=0)
     columns = np.flatnonzero(inked)
     assert np.diff(columns).max() >= size // 4 + 1
@@ -94,13 +96,13 @@ def test_a_gap_between_words_is_seen(size, words):
 def texts_of(monkeypatch) -> list[tuple[float, float, float, str]]:
     """Left, right and top of each line that is written on a figure, and its text; filled as figures are drawn."""
     written = []
-    real = figure_module.write
+    real = figure_module.write_line
 
     def spy(sheet, place, text, size, *rest):
         written.append((place[0], place[0] + text_width(text, size), place[1], text))
         real(sheet, place, text, size, *rest)
 
-    monkeypatch.setattr(figure_module, "write", spy)
+    monkeypatch.setattr(figure_module, "write_line", spy)
     return written
 
 
@@ -139,7 +141,7 @@ def test_five_panels_are_laid_out_for_their_shape(shape, rows):
 def test_a_sheet_says_why_a_picture_is_missing_within_its_place():
     reason = "it changed since it was encoded, " * 20
     cells = [Cell(PHOTO, ("a",)), Cell(None, ("b",), problem=reason)]
-    sheet = np.asarray(contact_sheet([Row("row", cells)]))
+    sheet = np.asarray(contact_sheet([SheetRow("row", cells)]))
     rows, columns = np.nonzero((sheet == EMPTY).all(axis=2))
     place = sheet[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     assert (place == FAINT).all(axis=2).any() or (place.min(axis=(0, 1)) < EMPTY[0] - 60).all(), "it is written there"
@@ -149,7 +151,7 @@ def test_a_sheet_says_why_a_picture_is_missing_within_its_place():
 
 @pytest.mark.parametrize("cells", [1, 6])
 def test_notes_stand_above_the_rows_of_a_sheet_which_stay_as_they_are(cells):
-    rows = [Row("row", [Cell(PHOTO, ("a",))] * cells)]
+    rows = [SheetRow("row", [Cell(PHOTO, ("a",))] * cells)]
     plain, noted = (np.asarray(contact_sheet(rows, notes)) for notes in ((), ("a sentence of some length " * 5, "b")))
     added = len(noted) - len(plain)
     assert added > 0 and (noted[:added] != PAPER).any()

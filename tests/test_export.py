@@ -323,7 +323,7 @@ def test_a_series_of_tars_holds_each_sample_once_and_its_list_comes_last(tmp_pat
     whole = tmp_path / "a.tar"
     ok("export", tmp_path / "a.h5", whole)
     assert samples_of(*(tmp_path / shard["url"] for shard in listed)) == samples_of(whole)
-    assert "is there already" in fails(2, "export", tmp_path / "a.h5", tmp_path / "s.tar", "--shard-size", "1GB")
+    assert "exists already" in fails(2, "export", tmp_path / "a.h5", tmp_path / "s.tar", "--shard-size", "1GB")
     ok("export", tmp_path / "a.h5", tmp_path / "s.tar", "--shard-size", "1GB", "--overwrite")
     assert [name for name in names_in(tmp_path) if name.startswith("s")] == ["s-000000.tar", "s.json"]
 
@@ -370,14 +370,14 @@ def test_a_csv_file_has_every_key_and_reason_and_says_that_features_are_not_in_i
         b"z.jpg",
     )
     written = make(tmp_path / "a.h5", exchange.mixed_shard(keys))
-    assert "features are not in a .csv" in ok("export", tmp_path / "a.h5", tmp_path / "a.csv").stderr
+    assert "a .csv does not hold features" in ok("export", tmp_path / "a.h5", tmp_path / "a.csv").stderr
     with (tmp_path / "a.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = [bytes.fromhex(row["key_hex"]) or row["key"].removeprefix("./").encode() for row in rows]
     assert tuple(names) == keys
     assert not any(cell.startswith(("=", "+", "@", "-")) for row in rows for cell in row.values())
     assert [row["status"] for row in rows] == ["done", "done", "not_an_image", "done", "truncated", "done"]
-    assert rows[2]["reason"] == "PIL.UnidentifiedImageError: in no picture format that is read"
+    assert rows[2]["reason"] == "PIL.UnidentifiedImageError: in no supported picture format"
     assert rows[1]["digest"] == written[1].digest.hex()
     assert (rows[1]["columns"], rows[1]["rows"], rows[1]["thumbnail"], rows[1]["tiles"]) == ("2", "3", "1", "7")
 
@@ -422,7 +422,7 @@ def test_what_is_there_is_replaced_only_when_asked_for_and_complete(
     helpers.make_output(tmp_path / "b.h5", one)
     ok("export", tmp_path / "a.h5", tmp_path / target)
     names = names_in(tmp_path)
-    assert "is there already" in fails(2, "export", tmp_path / "b.h5", tmp_path / target)
+    assert "exists already" in fails(2, "export", tmp_path / "b.h5", tmp_path / target)
     with monkeypatch.context() as patch:
         patch.setattr("internvit_cli.export.export.read_blocks", lambda *_, **__: iter(["no block"]))
         with pytest.raises((AttributeError, TypeError)):
@@ -449,8 +449,8 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     before = names_in(tmp_path)
     for code, arguments, said in [
-        (2, ["a.h5", "a.h5"], "is what is read"),
-        (2, ["a.h5", "link.h5", "--overwrite"], "is what is read"),
+        (2, ["a.h5", "a.h5"], "is the output that is read"),
+        (2, ["a.h5", "link.h5", "--overwrite"], "is the output that is read"),
         (2, ["folder", "folder/new.h5"], "lies inside"),
         (2, ["folder/shard-00000.h5", "folder", "--overwrite"], "lies inside"),
         (2, ["a.h5", "full", "--overwrite"], "mine.txt"),
@@ -460,7 +460,7 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         (2, ["a.h5", "x.npz"], "no .npz files"),
         (2, ["a.h5", "x.h5.partial"], "unfinished"),
         (2, ["a.h5", "x.h5", "--widen"], "--widen"),
-        (2, ["a.h5", "new.h5"], "is there already"),
+        (2, ["a.h5", "new.h5"], "exists already"),
         (1, ["a.h5", "foreign.h5", "--overwrite"], "not an internvit feature file"),
         (1, ["a.h5", "nowhere/x.h5"], "does not exist"),
         (1, ["missing.h5", "x.h5"], "is not there"),
@@ -671,7 +671,7 @@ def test_files_beside_a_result_that_would_be_replaced_are_refused_before_it_is_t
     (tmp_path / beside).write_text("precious")
     before = names_in(tmp_path)
     command = ["export", tmp_path / "a.h5", tmp_path / arguments[0], *arguments[1:]]
-    assert f"{beside} is there already" in fails(2, *command)
+    assert f"{beside} exists already" in fails(2, *command)
     assert (tmp_path / beside).read_text() == "precious"
     assert names_in(tmp_path) == before
     ok(*command, "--overwrite")

@@ -326,7 +326,7 @@ def test_when_not_one_picture_can_be_used_the_exit_code_is_1(tmp_path: Path) -> 
     (tmp_path / "a.jpg").write_text("no picture")
     result = extract(tmp_path, "-o", tmp_path / "f.h5", "--json")
     assert result.returncode == 1
-    assert summary_of(result)["error"] == "not one image could be used"
+    assert summary_of(result)["error"] == "no image could be used"
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ NO_PICTURES = {
     "a URL": (lambda: "https://example.org/a.jpg", "a URL"),
     "a data URL": (lambda: "data:image/png;base64,AAAA", "a URL"),
     "bytes that were made a str": (lambda: "\x89PNG\0\0", "a path with a NUL"),
-    "half of a character": (lambda: "a\ud800.jpg", "a path with a character that no file name has"),
+    "half of a character": (lambda: "a\ud800.jpg", "a path with a character that file names cannot have"),
     "text": (lambda: io.StringIO("abc"), "opened as text"),
     "a file opened as text": (lambda: Path(__file__).open(), "opened as text"),  # noqa: SIM115
     "a file for writing": (lambda: Path(os.devnull).open("wb"), "cannot be read"),  # noqa: SIM115
@@ -317,7 +317,7 @@ def test_features_are_no_picture_and_are_not_read_to_say_so(small, stored):
 
 def test_one_picture_is_no_stream(folder, small):
     for one in (str(folder / "grey.png"), b"abc", {"path": "a.png"}, 3):
-        with pytest.raises(UsageError, match="no stream"):
+        with pytest.raises(UsageError, match="not an iterable"):
             small.stream(one)
 
 

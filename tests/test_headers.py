@@ -19,9 +19,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from internvit_cli.config import PixelRule, Preprocess, Skipped, Status, TilingRule
 from internvit_cli.plan.headers import Header, OwnDrawing, read_header, read_headers
-from internvit_cli.plan.orientation import as_turn
+from internvit_cli.plan.orientation import valid_orientation
 from internvit_cli.plan.quick_headers import QuickHeader, quick_header
-from internvit_cli.sources.files import classify, open_picture, open_regular
+from internvit_cli.sources.files import open_or_skip, open_picture, system_failure
 from internvit_cli.viz.draw.png import encode_png
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def test_devices_are_not_opened(device: str, tmp_path: Path) -> None:
 
 
 def test_an_opened_file_is_not_inherited(tmp_path: Path) -> None:
-    opened = open_regular(save(tmp_path / "a.jpg"))
+    opened = open_or_skip(save(tmp_path / "a.jpg"))
     assert not isinstance(opened, Skipped)
     assert not os.get_inheritable(opened.descriptor)
     os.close(opened.descriptor)
@@ -190,13 +190,13 @@ def test_pillow_warnings_stay_silent(tmp_path: Path) -> None:
     ],
 )
 def test_every_exception_has_a_reason(error: Exception, status: Status) -> None:
-    assert classify(error).status is status
-    assert classify(error).message
+    assert system_failure(error).status is status
+    assert system_failure(error).message
 
 
 @given(st.text())
 def test_messages_are_one_bounded_printable_line(text: str) -> None:
-    message = classify(ValueError(text)).message
+    message = system_failure(ValueError(text)).message
     assert message.isprintable()
     assert 1 <= len(message) <= 3100
 
@@ -238,7 +238,7 @@ def as_pillow_turns(image: Image.Image) -> int:
     try:
         if image.format == "PNG":
             image.load()
-        return as_turn(image.getexif().get(0x0112, 1))
+        return valid_orientation(image.getexif().get(0x0112, 1))
     except Exception:  # noqa: BLE001 - so do damaged pixels and damaged EXIF
         return -1
 

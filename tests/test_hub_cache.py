@@ -126,7 +126,7 @@ def test_a_hub_that_never_answers_is_left_after_a_while(
 
 def test_what_answers_in_the_place_of_the_hub_is_no_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, error=json.JSONDecodeError("Expecting value", "<html>", 0))
-    assert "not the hub" in refusal("some/model").message
+    assert "not from the Hugging Face hub" in refusal("some/model").message
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_download_by_commit_leaves_no_branch_and_serves_all_the_same(cache: Pa
     hf_download(cache, "some/model", stored, ref=None)
     checkpoint = opened("some/model")
     assert checkpoint.card.revision == COMMIT
-    assert "its only commit" in checkpoint.card.notes[0]
+    assert "its only cached commit" in checkpoint.card.notes[0]
 
 
 def test_a_main_whose_commit_is_not_there_gives_way_to_the_only_one_that_is(cache: Path, stored: Path) -> None:
@@ -262,7 +262,7 @@ def test_an_update_that_did_not_finish_points_to_the_older_files(cache: Path, st
 def test_a_ref_that_names_no_commit_counts_as_none(cache: Path, stored: Path, text: str) -> None:
     snapshot = hf_download(cache, "some/model", stored)
     (snapshot.parent.parent / "refs" / "main").write_text(text)
-    assert "its only commit" in opened("some/model").card.notes[0]
+    assert "its only cached commit" in opened("some/model").card.notes[0]
 
 
 def test_folders_of_a_cache_are_models(cache: Path, stored: Path, tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from internvit_cli.errors import DeviceError
 from internvit_cli.model.catalog import KNOWN_MODELS
 from internvit_cli.model.features import FeatureSpec
 from internvit_cli.model.kernels import fp8
-from internvit_cli.model.kernels.choice import check_fp8_products, kernels_for, plain_for, tried
+from internvit_cli.model.kernels.choice import check_fp8_products, kernels_for, plain_for, replace_failing
 from internvit_cli.model.kernels.interface import QuantizedRows, StorePlan, linear_part
 from internvit_cli.model.kernels.plain import attend_fused, plain_kernels
-from internvit_cli.model.kernels.probes import Case, probes
+from internvit_cli.model.kernels.probes import ProbeSizes, probes
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda:0")
@@ -123,7 +123,7 @@ def test_on_cuda_every_kernel_passes_its_check_at_the_sizes_of_the_real_models(m
         pytest.skip("no fp8 below compute capability 9.0")
     vision = model.vision
     plan = replace(PLAN, tokens=vision.grid**2 // 4, token_size=4 * vision.hidden_size)
-    assert kernels_for(CUDA, dtype, Case(vision, vision.grid, plan)).name == "triton"
+    assert kernels_for(CUDA, dtype, ProbeSizes(vision, vision.grid, plan)).name == "triton"
 
 
 @needs_cuda
@@ -139,8 +139,8 @@ def test_on_cuda_fp8_products_are_those_of_their_emulation():
     close(fp8.scaled_linear(rows, layer), fp8.emulated_linear(rows, layer), 2.0**-6)
 
 
-def case_of(**changes) -> Case:
-    return Case(replace(tiny_card().vision, **changes), 4, PLAN)
+def case_of(**changes) -> ProbeSizes:
+    return ProbeSizes(replace(tiny_card().vision, **changes), 4, PLAN)
 
 
 def test_on_a_cpu_all_is_plain_pytorch_and_nothing_is_tried():
@@ -156,7 +156,7 @@ def test_a_kernel_that_fails_or_gives_something_else_is_replaced_by_its_twin_and
         raise RuntimeError("no\ncompiler")
 
     wrong = replace(twin, name="triton", norm=broken, store=lambda values, plan: twin.store(values * 1.01, plan))
-    checked = tried(wrong, twin, tries)
+    checked = replace_failing(wrong, twin, tries)
     assert (checked.norm, checked.store) == (twin.norm, twin.store)
     assert checked.attention is wrong.attention
     assert checked.name.startswith(
@@ -171,13 +171,13 @@ def test_when_every_kernel_fails_the_whole_table_is_plain():
     twin = plain_for(CPU, torch.float32)
     tries = probes(case_of(), CPU, torch.float32)
     wrong = replace(twin, name="triton", **dict.fromkeys(tries, broken))
-    assert tried(wrong, twin, tries) == replace(twin, name="plain PyTorch (triton: OSError: no linker)")
+    assert replace_failing(wrong, twin, tries) == replace(twin, name="plain PyTorch (triton: OSError: no linker)")
 
 
 def test_a_kernel_that_gives_not_a_number_is_wrong():
     twin = plain_for(CPU, torch.float32)
     wrong = replace(twin, norm=lambda x, norm: twin.norm(x, norm) * float("nan"))
-    assert "norm: differs by inf" in tried(wrong, twin, probes(case_of(), CPU, torch.float32)).name
+    assert "norm: differs by inf" in replace_failing(wrong, twin, probes(case_of(), CPU, torch.float32)).name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, fp8.FP8], ids=str)
@@ -186,7 +186,7 @@ def test_every_operation_is_tried_and_gives_itself(dtype, changes):
     twin = plain_for(CPU, dtype)
     tries = probes(case_of(**changes), CPU, dtype)
     assert set(tries) == {name for name in twin.__dataclass_fields__ if callable(getattr(twin, name))}
-    assert tried(twin, twin, tries) is twin
+    assert replace_failing(twin, twin, tries) is twin
 
 
 def test_rows_in_fp8_are_within_a_sixteenth_and_zeros_stay_zeros():

@@ -238,10 +238,10 @@ def test_other_layers_are_another_recipe(three: Path, pictures: Path, layer: str
     ("layer", "message"),
     [
         ("-1,9", "--layer 9: tiny-random has 2 blocks"),
-        ("auto,1", "not auto, a whole number, or several with commas between"),
-        ("1,", "not auto, a whole number, or several with commas between"),
-        ("1;2", "not auto, a whole number, or several with commas between"),
-        ("", "not auto, a whole number, or several with commas between"),
+        ("auto,1", "not auto, a whole number, or several separated by commas"),
+        ("1,", "not auto, a whole number, or several separated by commas"),
+        ("1;2", "not auto, a whole number, or several separated by commas"),
+        ("", "not auto, a whole number, or several separated by commas"),
     ],
 )
 def test_layers_that_are_none_are_a_usage_error(pictures: Path, tmp_path: Path, layer: str, message: str) -> None:
@@ -347,7 +347,7 @@ def test_an_extractor_gives_the_layers_that_a_run_stores(three: Path) -> None:
             for layer in (0, 1, -1):
                 assert_same_image(ours.at_layer(layer), stored.at_layer(layer))
                 assert_same_image(again.at_layer(layer), stored.at_layer(layer))
-    with pytest.raises(UsageError, match="no layer is named"):
+    with pytest.raises(UsageError, match="names no layer"):
         Extractor("tiny-random", layer=())
 
 
@@ -359,7 +359,7 @@ def test_info_lists_the_datasets_of_every_layer(three: Path) -> None:
     datasets: Any = facts["datasets"]
     assert list(datasets)[:3] == ["pooled", "visual_tokens", "tile_pooled"] and len(datasets) == 9
     assert facts["layers"] == [0, 1, 2]
-    assert "0, 1 and 2; names without a number are of layer 2" in internvit("info", three).stdout
+    assert "0, 1 and 2; names without a number mean layer 2" in internvit("info", three).stdout
     assert datasets["visual_tokens_layer_1"] == datasets["visual_tokens"]
     assert datasets["visual_tokens"]["dtype"] == "float16" and datasets["pooled_layer_0"]["dtype"] == "float32"
 
@@ -529,7 +529,7 @@ def test_layers_that_an_export_cannot_write_are_a_usage_error(three: Path, tmp_p
     refused = internvit("export", three, tmp_path / "one.parquet", "--layer", "7")
     assert refused.returncode == 2 and "holds no layer 7" in refused.stderr
     refused = internvit("export", three, tmp_path / "one.parquet", "--layer", "auto")
-    assert refused.returncode == 2 and "not a whole number, or several with commas between" in refused.stderr
+    assert refused.returncode == 2 and "not a whole number, or several separated by commas" in refused.stderr
     assert not os.listdir(tmp_path)
 
 
@@ -591,7 +591,7 @@ def test_search_show_and_report_take_a_layer(three: Path, tmp_path: Path) -> Non
     assert drawn.returncode == 0 and len(os.listdir(tmp_path)) == 1
     page = tmp_path / "page.html"
     assert internvit("report", three, "-o", page, "--layer", 1, "-q").returncode == 0
-    assert "Features of layer 1 are shown; stored are layers 0, 1 and 2." in page.read_text()
+    assert "Features of layer 1 are shown; the output holds layers 0, 1 and 2." in page.read_text()
     for command in (
         ("search", three, "--key", key),
         ("show", three, key, "-o", tmp_path),

@@ -17,7 +17,7 @@ from internvit_cli.errors import NoImagesError
 from internvit_cli.sources import DiscoverOptions, Listing, discover
 from internvit_cli.sources.extensions import EXTENSIONS, label_of, looks_like_picture
 from internvit_cli.sources.find_images import require_images
-from internvit_cli.sources.kinds import KINDS, kind_of
+from internvit_cli.sources.kinds import KINDS, kind_by_extension
 from internvit_cli.sources.left_out import MOST_COUNTED, LeftOut
 from internvit_cli.sources.signatures import FIRST_BYTES, is_picture, kind_by_bytes
 from internvit_cli.viz.draw.png import encode_png
@@ -134,7 +134,7 @@ def test_folders_links_to_them_and_pipes_are_no_files_that_were_left_out(tmp_pat
 def test_a_pattern_counts_what_it_fits_and_does_not_take(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", "b.heic", "c.txt", "s/d.heic")
     assert find(f"{tmp_path}/*").left_out.extensions == {".heic": 2, ".txt": 1}
-    with pytest.raises(NoImagesError, match=r"no picture fits .*: 1 \.heic") as caught:
+    with pytest.raises(NoImagesError, match=r"no picture matches .*: 1 \.heic") as caught:
         find(f"{tmp_path}/*.heic")
     assert "heif-convert" in caught.value.hint
 
@@ -153,14 +153,14 @@ def test_lines_name_the_most_frequent_extensions_first() -> None:
     lines = LeftOut(counts, {"@eaDir/": 3, "._*": 1}, drawn=1).lines
     assert lines[0].startswith("3,000 .heic (HEIF pictures are not read")
     assert lines[1].startswith("12 .mov, 7 .mp4, 1 .avi (videos are not read")
-    assert lines[2] == "5 .xyz, 2 without an extension (--sniff looks at their first bytes)"
+    assert lines[2] == "5 .xyz, 2 without an extension (--sniff checks their first bytes)"
     assert lines[3] == "10 side files (9 .json, 1 .txt)"
     assert lines[4] == "1 picture that internvit drew itself"
     assert lines[5] == "4 excluded (3 by @eaDir/, 1 by ._*)"
 
 
 def test_no_extension_that_is_read_has_a_remedy() -> None:
-    assert not [extension for extension in EXTENSIONS if kind_of(extension)]
+    assert not [extension for extension in EXTENSIONS if kind_by_extension(extension)]
 
 
 def test_summary_plan_and_json_tell_of_what_was_left_out_beside_counts_that_reconcile(
@@ -225,7 +225,7 @@ def test_sniffing_takes_pictures_whatever_their_names(tmp_path: Path) -> None:
     listing = find(tmp_path, sniff=True)
     assert keys(listing) == ["a.jpg", "c.jpg?w=300", "d.HEIC", "e.txt", "f.bin", "n01440764_10026"]
     assert listing.left_out.extensions == {"no extension": 2, ".heic": 1, ".txt": 1}
-    assert "no pictures by their first bytes either" in "".join(listing.left_out.lines)
+    assert "not pictures by their first bytes either" in "".join(listing.left_out.lines)
     assert keys(find(f"{tmp_path}/*", sniff=True)) == keys(listing)
 
 
@@ -283,7 +283,7 @@ def test_the_first_bytes_of_a_picture_tell_that_it_is_one(image_format: str) -> 
         (b"PK\x03\x04\x14\0", "an archive"),
         (b"\x1f\x8b\x08\0", "an archive"),
         (bytes(257) + b"ustar\x0000", "an archive"),
-        (b"PAR1\x15\x04", "a packed data set"),
+        (b"PAR1\x15\x04", "a packed dataset"),
         (b"\x89HDF\r\n\x1a\n", "a file of features or arrays"),
         (b'<?xml version="1.0"?>\n<!-- x -->\n<svg xmlns=', "a vector drawing"),
         (b"%!PS-Adobe-3.0", "a vector drawing"),
@@ -364,7 +364,7 @@ def test_a_drawing_that_is_named_outright_is_taken_with_a_note(tmp_path: Path) -
     for source in ([tmp_path / "a.png"], [tmp_path, tmp_path / "a.png"]):
         plan = planned(*source)
         assert plan["images"] == 1 and plan["left_out"]["own_pictures"] == 0
-        assert "named outright" in plan["notes"][0]
+        assert "because the sources name them" in plan["notes"][0]
     for source in (tmp_path, f"{tmp_path}/*.png"):
         result = internvit("plan", source, *MODEL)
         assert result.returncode == 4

@@ -198,8 +198,8 @@ def test_merges_that_make_no_sense_are_usage_errors(tmp_path: Path) -> None:
     simple(tmp_path / "b.h5", [b"b.jpg"])
     both = (tmp_path / "a.h5", tmp_path / "b.h5")
     assert "features are not written" in fails(2, "merge", *both, "-o", tmp_path / "c.parquet")
-    assert "nothing to merge" in fails(2, "merge", both[0], "-o", tmp_path / "c.h5")
-    assert "is what is read" in fails(2, "merge", *both, "-o", tmp_path / "b.h5", "--overwrite")
+    assert "cannot be merged" in fails(2, "merge", both[0], "-o", tmp_path / "c.h5")
+    assert "is the output that is read" in fails(2, "merge", *both, "-o", tmp_path / "b.h5", "--overwrite")
     assert "no output" in fails(2, "merge", *both)
     assert "not one of first, last" in fails(2, "merge", *both, "-o", tmp_path / "c.h5", "--prefer", "newest")
 
@@ -224,7 +224,7 @@ def test_an_output_and_its_export_are_identical(tmp_path: Path) -> None:
     make(tmp_path / "a.h5")
     ok("export", tmp_path / "a.h5", tmp_path / "b")
     result = ok("diff", tmp_path / "a.h5", tmp_path / "b", "--threshold", "1")
-    assert "identical in all that was compared" in result.stdout
+    assert "identical in everything that was compared" in result.stdout
     found = difference(tmp_path / "a.h5", tmp_path / "b")
     assert (found["identical"], found["common"], found["equal_vectors"], found["equal_tokens"]) == (True, 4, 4, 4)
 
@@ -243,7 +243,7 @@ def test_every_kind_of_difference_is_listed_by_key(tmp_path: Path) -> None:
     assert found["pooled"]["worst"][0] == ["l.jpg", pytest.approx(-1)]
     assert not found["identical"]
     said = ok("diff", tmp_path / "a.h5", tmp_path / "b.h5").stdout
-    for line in ("only in A   a.jpg", "only in B   b.jpg", "m.jpg: vanished in A, done in B", "k.jpg: another file"):
+    for line in ("only in A   a.jpg", "only in B   b.jpg", "m.jpg: vanished in A, done in B", "k.jpg: different files"):
         assert line in said
 
 
@@ -285,10 +285,10 @@ def test_tokens_of_other_tiles_or_shapes_are_not_compared_and_that_is_said(tmp_p
     helpers.make_output(tmp_path / "e.h5", helpers.make_shard(table, token_order=TokenOrder.V1))
     found = difference(tmp_path / "a.h5", tmp_path / "b.h5")
     assert found["tokens"]["images"] == 1
-    assert "tokens of 1 image not compared: their tiles differ" in found["notes"]
+    assert "tokens of 1 image not compared, because their tiles differ" in found["notes"]
     assert "patch [tiles, 4, 6]" in difference(tmp_path / "a.h5", tmp_path / "c.h5")["notes"][0]
     assert difference(tmp_path / "a.h5", tmp_path / "d.h5")["tokens"] is None
-    assert "different orders" in difference(tmp_path / "a.h5", tmp_path / "e.h5")["notes"][0]
+    assert "their orders differ" in difference(tmp_path / "a.h5", tmp_path / "e.h5")["notes"][0]
     assert difference(tmp_path / "a.h5", tmp_path / "b.h5", "--no-tokens")["notes"] == []
 
 
@@ -301,7 +301,7 @@ def test_two_models_of_different_width_are_compared_by_their_alignment(
     helpers.make_output(tmp_path / "b.h5", helpers.make_shard(table, weights_digest="1" * 64), seed=2)
     found = difference(tmp_path / "a.h5", tmp_path / "b.h5")
     assert found["pooled"] is None
-    assert "a cosine of two is not defined" in found["notes"][0]
+    assert "their cosine is not defined" in found["notes"][0]
     one, other = plain(tmp_path / "a.h5").arrays["pooled"], plain(tmp_path / "b.h5").arrays["pooled"]
     assert found["cka"] == pytest.approx(alignment(one, other))
     assert "no cosine" in fails(1, "diff", tmp_path / "a.h5", tmp_path / "b.h5", "--threshold", "0.5")

@@ -112,7 +112,7 @@ def test_the_catalog_knows_every_published_encoders_feature_layer():
 
 
 def test_a_catalog_card_has_no_weights():
-    with pytest.raises(ModelError, match="its weights are not here") as caught:
+    with pytest.raises(ModelError, match="the weights are not available") as caught:
         Checkpoint.open(describe_model("300m", allow_catalog=True), layer=24)
     assert TINY_RANDOM in caught.value.hint
 

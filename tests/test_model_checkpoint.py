@@ -23,7 +23,7 @@ from internvit_cli.errors import ModelError, UsageError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.layouts import expected_shapes
-from internvit_cli.model.safetensors_header import parse_header, read_header
+from internvit_cli.model.safetensors_header import parse_header, read_safetensors_header
 
 CONFIG = {
     "model_type": "intern_vit_6b",
@@ -151,7 +151,7 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(directory):
 
 def test_a_tensor_that_is_there_twice_is_an_error(directory):
     rewrite(directory, weights(directory) | {"embeddings.cls_token": np.zeros((1, 1, 8), np.float32)})
-    assert "are the same one" in refusal(directory).message
+    assert "are the same tensor" in refusal(directory).message
 
 
 def test_two_towers_are_refused(directory):
@@ -187,7 +187,7 @@ def test_a_directory_without_weights_says_what_it_looked_for(directory):
 @pytest.mark.parametrize("place", ["../a.safetensors", "/etc/passwd", "sub/a.safetensors", "a.bin", 5, "", ".."])
 def test_an_index_may_not_point_outside_its_directory(directory, place):
     shard(directory, {CLS: place}, {})
-    assert "no shard beside the index" in refusal(directory).message
+    assert "not a shard beside the index" in refusal(directory).message
 
 
 def test_an_index_that_names_a_missing_shard_or_a_missing_tensor_is_an_error(directory):
@@ -250,7 +250,7 @@ def test_a_header_that_lies_is_an_error_that_names_the_tensor(tmp_path, header, 
     path = tmp_path / "x.safetensors"
     path.write_bytes(with_header(json.dumps(header).encode(), bytes(16)))
     with pytest.raises(ModelError) as caught:
-        read_header(str(path))
+        read_safetensors_header(str(path))
     assert words in caught.value.message
     assert str(path) in caught.value.message
 
@@ -265,7 +265,7 @@ def test_a_header_longer_than_the_format_allows_is_not_read(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
     with pytest.raises(ModelError, match="not a safetensors file"):
-        read_header(str(path))
+        read_safetensors_header(str(path))
 
 
 json_values = st.recursive(

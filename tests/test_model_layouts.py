@@ -281,7 +281,7 @@ def test_a_tower_without_a_config_is_described_by_its_shapes(tmp_path, layout):
 def test_heads_that_show_in_no_shape_are_not_guessed(tmp_path, family):
     tensors, _ = reference(family)
     error = refusal(write(tmp_path / "m", tensors, None))
-    assert "the number of heads shows in no shape" in error.message
+    assert "no shape gives the number of heads" in error.message
     assert '{"num_attention_heads": 16}' in error.hint
 
 
@@ -319,13 +319,13 @@ def test_heads_of_every_published_model_are_those_of_its_size(model):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_size": 96}, "of no published InternViT"),
+        ({"hidden_size": 96}, "no published InternViT has"),
         (
             {"hidden_size": 128, "norm_type": "layer_norm", "qkv_bias": True, "qk_normalization": False},
-            "of no published",
+            "no published",
         ),
-        ({"hidden_size": 128, "norm_type": "layer_norm"}, "of neither family"),
-        ({"hidden_size": 128, "qkv_bias": True}, "of neither family"),
+        ({"hidden_size": 128, "norm_type": "layer_norm"}, "fit neither family"),
+        ({"hidden_size": 128, "qkv_bias": True}, "fit neither family"),
     ],
 )
 def test_heads_that_nothing_decides_are_asked_for(tmp_path, changes, words):
@@ -336,13 +336,13 @@ def test_heads_that_nothing_decides_are_asked_for(tmp_path, changes, words):
 @pytest.mark.parametrize(
     ("name", "shape", "words"),
     [
-        ("embeddings.position_embedding", (1, 4, 8), "no square picture"),
-        ("embeddings.position_embedding", (5, 8), "no square picture"),
+        ("embeddings.position_embedding", (1, 4, 8), "not fit a square picture"),
+        ("embeddings.position_embedding", (5, 8), "not fit a square picture"),
         ("embeddings.class_embedding", (8,), "a class token"),
         ("embeddings.patch_embedding.weight", (8, 3, 16, 16), "patches"),
         ("embeddings.patch_embedding.bias", None, "'embeddings.patch_embedding.bias' is missing"),
         ("encoder.layers.0.attn.proj.bias", None, "attn.proj.bias' is missing"),
-        ("encoder.layers.3.ls1", (8,), "numbered with gaps"),
+        ("encoder.layers.3.ls1", (8,), "blocks have gaps"),
         ("encoder.layers.0.mlp.fc1.weight", (), "mlp.fc1.weight"),
         ("encoder.layers.0.mlp.fc1.weight", (0, 8), "mlp.fc1.weight"),
         ("embeddings.class_embedding", (1, 1, 0), "a class token"),
@@ -438,7 +438,7 @@ def test_another_tower_is_refused_by_its_name(tmp_path, names, words, config):
 @pytest.mark.parametrize("name", ["norm.weight", "layernorm.bias"])
 def test_a_norm_behind_the_last_block_is_refused(tmp_path, name):
     tensors = small(tmp_path / "m") | {name: np.zeros(8, np.float32)}
-    assert "a norm behind the last block" in refusal(write(tmp_path / "m", tensors, STANDALONE)).message
+    assert "a norm after the last block" in refusal(write(tmp_path / "m", tensors, STANDALONE)).message
 
 
 # -------------------------------------------------------------------------------------------------------------- values

@@ -247,7 +247,7 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
         ("vision.onnx", "ONNX", "safetensors"),
         ("flax_model.msgpack", "Flax", "safetensors"),
         ("tf_model.h5", "TensorFlow", "safetensors"),
-        ("training_args.bin", "there is no model.safetensors", "whole checkpoint"),
+        ("training_args.bin", "there is no model.safetensors", "complete checkpoint"),
     ],
 )
 @pytest.mark.parametrize("with_config", [True, False])
@@ -301,7 +301,7 @@ def test_a_git_lfs_pointer_is_named_with_the_command_that_fetches_the_file(folde
         (b"\x89HDF\r\n\x1a\n" + bytes(50), "HDF5"),
         (b"", "truncated, or not a safetensors file"),
         (b"nonsense", "truncated, or not a safetensors file"),
-        (bytes(100), "not sound JSON"),
+        (bytes(100), "not valid JSON"),
     ],
 )
 def test_other_bytes_in_the_place_of_weights_are_named(folder: Path, text: bytes, words: str) -> None:
@@ -384,13 +384,13 @@ def test_deep_or_crowded_json_is_refused_before_it_takes_memory(folder: Path) ->
     header = json.dumps({f"t{n}": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]} for n in range(310_000)})
     (folder / "config.json").write_text(json.dumps(CONFIG))
     (folder / SINGLE).write_bytes(with_header(header.encode(), bytes(4)))
-    assert "tensors, which no such file has" in refusal(folder).message
+    assert "tensors, which no valid file has" in refusal(folder).message
     header = json.dumps({"." * 3_000_000: {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}})
     (folder / SINGLE).write_bytes(with_header(header.encode(), bytes(4)))
-    assert "name of 3,000,000 characters" in refusal(folder).message
+    assert "name of a tensor has 3,000,000 characters" in refusal(folder).message
     (folder / SINGLE).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"x" * 3_000_000: "a.safetensors"}}))
-    assert "name of 3,000,000 characters" in refusal(folder).message
+    assert "name of a tensor has 3,000,000 characters" in refusal(folder).message
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory in kilobytes")

@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo, iTXt
 from internvit_cli.config import PixelRule, Preprocess, Skipped, TilingRule
 from internvit_cli.decode.direct import TiledPicture, tile_bytes, tile_file, tile_picture
 from internvit_cli.plan.headers import Header, read_header
-from internvit_cli.plan.orientation import as_turn, exif_orientation, metadata_orientation
+from internvit_cli.plan.orientation import exif_orientation, metadata_orientation, valid_orientation
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -304,7 +304,7 @@ def test_an_exif_block_is_read_as_pillow_reads_it(
     wanted = pillows_number(block)
     is_turn = isinstance(wanted, (int, float)) or hasattr(wanted, "numerator")
     expected = int(wanted) if is_turn and wanted in range(1, 9) else 1  # type: ignore[call-overload]
-    assert as_turn(exif_orientation(block)) == expected
+    assert valid_orientation(exif_orientation(block)) == expected
 
 
 @given(

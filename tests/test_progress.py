@@ -23,7 +23,16 @@ from terminal_helpers import BAR, Terminal, on_terminal, process_on_terminal
 from internvit_cli import open_features
 from internvit_cli.cli import progress as display
 from internvit_cli.cli.app import run
-from internvit_cli.cli.progress import Line, PlainDisplay, TerminalDisplay, View, clock, fit, plain_line, progress
+from internvit_cli.cli.progress import (
+    PhaseSnapshot,
+    PlainDisplay,
+    ProgressLine,
+    TerminalDisplay,
+    clock,
+    fit_line,
+    plain_line,
+    progress,
+)
 from internvit_cli.config import ComputeDtype
 from internvit_cli.errors import OutputError
 from internvit_cli.extract.pipeline import extract as extract_in_process
@@ -71,32 +80,41 @@ def test_a_phase_ends_with_its_block_whatever_ends_it() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- words
 
-ENCODING = View("encoding", "image", PhaseState(1_234, 2_900, Work("tile", 15_000, 36_000), skipped=3), 1_220.0)
+ENCODING = PhaseSnapshot(
+    "encoding", "image", PhaseState(1_234, 2_900, Work("tile", 15_000, 36_000), skipped=3), 1_220.0
+)
 
 
-def texts(line: Line) -> str:
+def texts(line: ProgressLine) -> str:
     return line.left + ("|" + "#" * line.bar + "|" if line.bar else "") + line.right
 
 
 def test_at_80_columns_the_bar_has_room_beside_images_speed_and_time_left() -> None:
-    line = fit(ENCODING, 80)
+    line = fit_line(ENCODING, 80)
     assert line.bar >= 15
     assert texts(line).endswith("|  42%  1,234/2,900  12.3 tiles/s  ETA 28:28  3 skipped")
     assert len(texts(line)) == 80
     good = dataclasses.replace(ENCODING, state=dataclasses.replace(ENCODING.state, skipped=0))
-    assert texts(fit(good, 80)).endswith("|  42%  1,234/2,900 images  12.3 tiles/s  ETA 28:28")
+    assert texts(fit_line(good, 80)).endswith("|  42%  1,234/2,900 images  12.3 tiles/s  ETA 28:28")
 
 
 def test_at_40_columns_a_bar_and_the_images_are_left() -> None:
-    line = fit(ENCODING, 40)
+    line = fit_line(ENCODING, 40)
     assert line.bar >= 10 and len(texts(line)) == 40
     assert texts(line).startswith("encoding |") and texts(line).endswith("|  42%  1,234/2,900")
 
 
 def test_a_phase_of_unknown_length_shows_what_is_done_and_for_how_long_it_has_gone_on() -> None:
-    assert texts(fit(View("reading", "image", PhaseState(1_234), 65.0), 80)) == "reading  1,234 images  1:05"
-    assert texts(fit(View("loading the model", "", PhaseState(), 3_725.4), 80)) == "loading the model  1:02:05"
-    assert fit(View("reading", "image", PhaseState(1_234), 65.0), 20) == Line("reading  1,234  1:05", "", 0)
+    assert (
+        texts(fit_line(PhaseSnapshot("reading", "image", PhaseState(1_234), 65.0), 80)) == "reading  1,234 images  1:05"
+    )
+    assert (
+        texts(fit_line(PhaseSnapshot("loading the model", "", PhaseState(), 3_725.4), 80))
+        == "loading the model  1:02:05"
+    )
+    assert fit_line(PhaseSnapshot("reading", "image", PhaseState(1_234), 65.0), 20) == ProgressLine(
+        "reading  1,234  1:05", "", 0
+    )
 
 
 @given(
@@ -120,8 +138,8 @@ def test_a_line_fits_every_width_and_its_bar_is_wide_enough_to_be_read(
     seconds: float,
 ) -> None:
     work = None if tiles is None else Work("tile", tiles[0], sum(tiles))
-    view = View(name, unit, PhaseState(done, None if more is None else done + more, work, skipped), seconds)
-    line = fit(view, width)
+    view = PhaseSnapshot(name, unit, PhaseState(done, None if more is None else done + more, work, skipped), seconds)
+    line = fit_line(view, width)
     assert (len(texts(line)) <= width and line.bar == 0) or line.bar >= display.LEAST_BAR
     assert (line.bar == 0) or len(texts(line)) == width
     assert plain_line(view).startswith(f"{name}: ")
@@ -129,21 +147,22 @@ def test_a_line_fits_every_width_and_its_bar_is_wide_enough_to_be_read(
 
 def test_a_line_of_a_log_names_what_is_counted_and_tells_a_part_from_a_whole() -> None:
     assert plain_line(ENCODING) == ("encoding: 1,234 of 2,900 images (42 %), 12.3 tiles/s, 28 min left, 3 skipped")
-    assert plain_line(View("reading headers", "image", PhaseState(0, 1), 31.0)) == (
+    assert plain_line(PhaseSnapshot("reading headers", "image", PhaseState(0, 1), 31.0)) == (
         "reading headers: 0 of 1 image (0 %), 31.0 s so far"
     )
-    assert plain_line(View("loading the model", "", PhaseState(), 60.0)) == "loading the model: 1 min so far"
-    assert plain_line(View("checking rows", BYTES, PhaseState(2 * 10**9, 8 * 10**9), 4.0)) == (
+    assert plain_line(PhaseSnapshot("loading the model", "", PhaseState(), 60.0)) == "loading the model: 1 min so far"
+    assert plain_line(PhaseSnapshot("checking rows", BYTES, PhaseState(2 * 10**9, 8 * 10**9), 4.0)) == (
         "checking rows: 2.0 GB of 8.0 GB (25 %), 500.0 MB/s, 12.0 s left"
     )
 
 
 def test_speed_and_time_left_follow_from_what_was_done_in_this_phase_alone() -> None:
     """A second shard, or a run that goes on: what was done before took no time of this phase."""
-    view = View("encoding", "image", PhaseState(60, 100, Work("tile", 600, 1_000)), 10.0, before=500)
+    view = PhaseSnapshot("encoding", "image", PhaseState(60, 100, Work("tile", 600, 1_000)), 10.0, before=500)
     assert view.rate == 10.0 and view.seconds_left == 40.0
     assert (
-        View("encoding", "image", PhaseState(50, 100, Work("tile", 500, 1_000)), 10.0, before=500).seconds_left is None
+        PhaseSnapshot("encoding", "image", PhaseState(50, 100, Work("tile", 500, 1_000)), 10.0, before=500).seconds_left
+        is None
     )
 
 
@@ -170,10 +189,10 @@ def test_work_without_a_callback_shows_a_sign_of_life_in_a_log(monkeypatch: pyte
 
 
 def test_the_innermost_phase_is_the_one_that_is_shown() -> None:
-    views: list[View] = []
+    views: list[PhaseSnapshot] = []
 
     class Looking(PlainDisplay):
-        def look(self, view: View) -> None:
+        def look(self, view: PhaseSnapshot) -> None:
             views.append(view)
 
     now = 0.0

@@ -114,7 +114,7 @@ def test_skipped_images_answer_with_their_reason(report_page):
     skipped = data_of(report_page)["skipped"]
     assert skipped["total"] == 2 and skipped["reasons"] == {"not_an_image": 1, "truncated": 1}
     rows = {row["key"]: row for row in skipped["rows"]}
-    assert rows["bad.jpg"]["reason"] == "not_an_image" and "no picture format" in rows["bad.jpg"]["message"]
+    assert rows["bad.jpg"]["reason"] == "not_an_image" and "no supported picture format" in rows["bad.jpg"]["message"]
     assert rows["cut.png"]["reason"] == "truncated" and rows["cut.png"]["message"]
     assert not set(rows) & set(data_of(report_page)["images"]["keys"])
 
@@ -253,13 +253,13 @@ def test_umap_that_is_not_installed_is_said_before_any_work(report_output, tmp_p
 @pytest.mark.sweep
 def test_umap_lays_images_of_one_kind_together(report_output, tmp_path):
     pytest.importorskip("umap", reason="umap-learn is not installed (extra [umap])")
-    centres = 5 * np.eye(3, 30, dtype=np.float32)
-    vectors = np.repeat(centres, 20, axis=0) + 0.1 * np.random.default_rng(0).standard_normal((60, 30), np.float32)
+    centers = 5 * np.eye(3, 30, dtype=np.float32)
+    vectors = np.repeat(centers, 20, axis=0) + 0.1 * np.random.default_rng(0).standard_normal((60, 30), np.float32)
     places = plane.lay_out(vectors, np.arange(60), Projection.UMAP, 0).places
     middles = places.reshape(3, 20, 2).mean(axis=1)
     spread = np.linalg.norm(places.reshape(3, 20, 2) - middles[:, None], axis=2).max()
     assert min(np.linalg.norm(middles[a] - middles[b]) for a, b in ((0, 1), (0, 2), (1, 2))) > spread
-    with pytest.raises(UsageError, match="umap with 3 images"):
+    with pytest.raises(UsageError, match="3 images are too few"):
         plane.lay_out(vectors, np.arange(3), Projection.UMAP, 0)
     told, data = report(report_output, tmp_path, "--map", "umap")
     assert told["map"] == data["map"]["projection"] == "umap" and data["map"]["explained"] == []
@@ -296,7 +296,7 @@ def test_pictures_that_are_gone_or_changed_have_no_thumbnail_and_say_why(report_
     assert "No such file" in problems[names[0]] and "changed since" in problems[names[1]]
     assert "not a regular file" in problems[names[2]]
     plain = internvit("report", tmp_path / "feats.h5", "-o", tmp_path / "page.html")
-    assert f"note: no thumbnail of {names[0]}" in plain.stderr and plain.returncode == 0
+    assert f"note: no thumbnail for {names[0]}" in plain.stderr and plain.returncode == 0
     without = [entry for entry in data["token_maps"]["maps"] if not entry["photograph"]]
     assert len(without) == 3 and all(entry["problem"] and entry["map"] for entry in without)
 

@@ -111,7 +111,7 @@ def test_few_images_are_compared_raw_and_it_is_said_why(tmp_path, count):
 def test_images_that_are_all_alike_are_compared_raw_and_it_is_said_why(tmp_path, noise):
     vectors = anisotropic(1, 48)[0] * (1 + noise * np.random.default_rng(0).standard_normal((200, 48)))
     space = choose_space(vectors_of(write_vectors(tmp_path / "feats.h5", vectors)))
-    assert space.name == "raw" and "nearly alike" in space.words
+    assert space.name == "raw" and "nearly the same" in space.words
 
 
 def test_the_common_part_does_not_decide_the_space(tmp_path):
@@ -279,7 +279,7 @@ def test_an_index_that_names_vectors_which_are_not_there_is_an_error_with_a_hint
     facts = json.loads(Path(f"{base}.json").read_text())
     facts["bytes"]["usearch"] = os.path.getsize(f"{base}.usearch")
     Path(f"{base}.json").write_text(json.dumps(facts))
-    with pytest.raises(OutputError, match="names vectors that are not there") as caught:
+    with pytest.raises(OutputError, match="names vectors that do not exist") as caught:
         search(options)
     assert caught.value.hint
 
@@ -406,11 +406,11 @@ def test_a_table_tells_rank_similarity_and_key(stored_photos):
     [
         ((), 2, "nothing to search for"),
         (("--key", "021_exif.jpg"), 2, "has no image"),
-        (("a dog",), 2, "'a dog' is no file: search finds images that are like a picture, and InternViT reads no text"),
-        (("missing.jpg", "--key", TWINS[0][0]), 2, "'missing.jpg' is no file"),
+        (("a dog",), 2, "'a dog' is not a file: search finds images similar to a picture"),
+        (("missing.jpg", "--key", TWINS[0][0]), 2, "'missing.jpg' is not a file"),
         (("/",), 2, "is a folder"),
-        ((TWINS[0][0],), 2, "is no file"),
-        ((os.devnull,), 1, "not one picture"),
+        ((TWINS[0][0],), 2, "is not a file"),
+        ((os.devnull,), 1, "no picture can be used"),
         (("--key", TWINS[0][0], "--sheet", "x.txt"), 2, "not a PNG"),
         (("--key", TWINS[0][0], "-n", "0"), 2, "--count is '0'"),
     ],
@@ -653,7 +653,7 @@ def test_no_more_pictures_are_read_than_allowed_those_of_the_nearest_pairs_first
 def test_an_image_is_compared_with_a_few_that_differ_and_no_more(monkeypatch):
     """Of a long burst each is near each; only so many comparisons are made, however the pairs come."""
     monkeypatch.setattr(
-        same_pictures, "read_looks", lambda _, count, __: (np.zeros((count, 64, 64)), np.ones(count, bool))
+        same_pictures, "read_gray_squares", lambda _, count, __: (np.zeros((count, 64, 64)), np.ones(count, bool))
     )
     compared = []
 
@@ -710,7 +710,7 @@ def test_equal_vectors_pass_any_threshold(tmp_path):
 def test_identical_files_alone_are_told_without_a_word_on_similarity(stored_copies):
     result = internvit("duplicates", stored_copies, "--bytes-only")
     assert result.returncode == 0
-    assert result.stdout.splitlines()[-1] == "75 images: 11 groups of identical files; 11 images to spare"
+    assert result.stdout.splitlines()[-1] == "75 images: 11 groups of identical files; 11 redundant images"
     assert "cosine" not in result.stdout + result.stderr and "similar" not in result.stdout + result.stderr
     told = json.loads(internvit("duplicates", stored_copies, "--bytes-only", "--json").stdout)
     assert (told["threshold"], told["space"], told["pictures"], told["similar"]) == (None, None, None, [])
@@ -718,7 +718,7 @@ def test_identical_files_alone_are_told_without_a_word_on_similarity(stored_copi
 
 def test_one_image_is_counted_as_one(tmp_path):
     path = write_vectors(tmp_path / "feats.h5", anisotropic(1, 12))
-    assert "1 image: 0 groups of identical files; 0 images to spare" in internvit("duplicates", path).stdout
+    assert "1 image: 0 groups of identical files; 0 redundant images" in internvit("duplicates", path).stdout
     assert "1 image compared" in internvit("search", path, "--key", "0000.jpg").stderr
 
 

@@ -153,7 +153,7 @@ NONSENSE = {
     "max-pixels": ("-1", "a whole number of at least 1"),
     "decode-timeout": ("nan", "a number from 0.1 to 86,400"),
     "tokens": ("visal", "one of visual, patch, projected, none"),
-    "layer": ("last", "auto, a whole number, or several with commas between"),
+    "layer": ("last", "auto, a whole number, or several separated by commas"),
     "batch-size": ("0", "auto or a number of tiles from 1 to 65,536"),
     "shard-size": ("hh", "a size"),
     "worker-memory": ("1k", "a size of at least 512MiB"),

@@ -22,7 +22,7 @@ from internvit_cli.errors import UsageError
 from internvit_cli.plan.tiling import clip_size, covered_box
 from internvit_cli.runtime.workers import WorkerSpec
 from internvit_cli.viz import maps, photograph
-from internvit_cli.viz.maps import TokenMap, components, fit, similarity, similarity_scale, tile_pattern
+from internvit_cli.viz.maps import TokenMap, components, fit_maps, similarity_map, similarity_scale, tile_pattern
 from internvit_cli.viz.panels import GONE, Canvas, mark_outliers
 from internvit_cli.viz.photograph import PictureFile, load_photograph
 from internvit_cli.viz.show import ShowOptions, file_name, show, token_at
@@ -87,7 +87,7 @@ def test_equal_tokens_have_equal_colors_in_all_images():
     one, other = random_map(6, 8, 30), random_map(4, 4, 30, seed=1)
     other[0, 0] = one[2, 3]
     images = [TokenMap.of(one), TokenMap.of(other)]
-    fitted = fit(images, 2)
+    fitted = fit_maps(images, 2)
     assert np.array_equal(fitted.colors(images[0])[2, 3], fitted.colors(images[1])[0, 0])
     assert np.array_equal(fitted.colors(TokenMap.of(7 * one)), fitted.colors(images[0])), "length is another map"
 
@@ -97,7 +97,7 @@ def test_the_sample_that_components_are_fitted_to_is_bounded(monkeypatch):
     sizes = []
     real = maps.components
     monkeypatch.setattr(maps, "components", lambda data, *rest: sizes.append(len(data)) or real(data, *rest))
-    fit((TokenMap.of(random_map(20, 20, 30, seed=seed)) for seed in range(4)), 4)
+    fit_maps((TokenMap.of(random_map(20, 20, 30, seed=seed)) for seed in range(4)), 4)
     assert sizes == [200]
 
 
@@ -107,7 +107,7 @@ def test_the_foreground_is_what_does_not_fill_the_border():
         tokens = np.zeros((16, 24, 10), np.float32)
         tokens[...], tokens[5:12, 8:15] = [sign, *[0] * 9], [-sign, *[0] * 9]
         tokens += 0.2 * random_map(16, 24, 10)
-        fitted = fit([TokenMap.of(tokens)], 1, foreground=True)
+        fitted = fit_maps([TokenMap.of(tokens)], 1, foreground=True)
         mask = fitted.mask(TokenMap.of(tokens))
         expected = np.zeros((16, 24), bool)
         expected[5:12, 8:15] = True
@@ -117,7 +117,7 @@ def test_the_foreground_is_what_does_not_fill_the_border():
 def test_lengths_far_from_the_others_are_outliers_and_do_not_stretch_the_colors():
     tokens = random_map(20, 20, 50)
     tokens[3, 4] *= 40
-    fitted = fit([TokenMap.of(tokens)], 1)
+    fitted = fit_maps([TokenMap.of(tokens)], 1)
     lengths = TokenMap.of(tokens).lengths
     assert np.argwhere(lengths > fitted.outlier).tolist() == [[3, 4]]
     assert fitted.lengths.high < 12
@@ -126,10 +126,10 @@ def test_lengths_far_from_the_others_are_outliers_and_do_not_stretch_the_colors(
 def test_similarity_is_the_cosine_with_and_without_the_mean():
     tokens = random_map(5, 6, 8) + 3
     image, one = TokenMap.of(tokens), tokens[2, 3]
-    plain = similarity(image, image.directions[2, 3], None)
+    plain = similarity_map(image, image.directions[2, 3], None)
     expected = tokens @ one / np.linalg.norm(tokens, axis=-1) / np.linalg.norm(one)
     assert np.allclose(plain, expected, atol=1e-6) and plain[2, 3] == pytest.approx(1)
-    centered = similarity(image, image.directions[2, 3], image.directions.mean(axis=(0, 1)))
+    centered = similarity_map(image, image.directions[2, 3], image.directions.mean(axis=(0, 1)))
     assert centered[2, 3] == pytest.approx(1) and centered.min() < 0 < plain.min()
     scale = similarity_scale([centered], centered=True)
     assert scale.low == -scale.high
@@ -181,7 +181,7 @@ def test_a_map_lies_exactly_over_its_picture(stored):
     colors[5, 40] = 255
     picture = np.asarray(canvas.overlay(colors))
     rows, columns = np.nonzero(picture[..., 0])
-    x, y = canvas.centre((32, 48), 5, 40)
+    x, y = canvas.center((32, 48), 5, 40)
     assert abs(rows.mean() + 0.5 - y) <= 1 and abs(columns.mean() + 0.5 - x) <= 1
     assert len(rows) == pytest.approx(canvas.photograph.width * canvas.photograph.height / 32 / 48, rel=0.2)
     marked = canvas.photograph.copy()
@@ -374,7 +374,7 @@ def test_json_is_one_object_with_the_figures_facts(stored, tmp_path):
         ((PHOTO, "--point", "a,b"), 2, "not X,Y"),
         ((PHOTO, "--map", "similarity"), 2, "--point"),
         ((PHOTO, "--map", "sideways"), 2, "sideways"),
-        ((PHOTO, "--terminal"), 2, "no terminal"),
+        ((PHOTO, "--terminal"), 2, "not a terminal"),
         ((PHOTO, "--terminal", "--json"), 2, "choose one"),
         ((PHOTO, "-o", "/proc/nowhere"), 2, "lies in /proc"),
         ((PHOTO, "-o", "x" * 300), 1, "cannot write"),

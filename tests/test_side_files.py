@@ -366,4 +366,4 @@ def test_an_export_over_another_complains_of_the_output_and_not_of_what_lies_bes
     for line in (["export", tmp_path / "a.h5"], ["merge", tmp_path / "a.h5", tmp_path / "b.h5", "-o"]):
         result = internvit(*line, tmp_path / "both.h5")
         assert result.returncode == 2
-        assert f"error: {tmp_path}/both.h5 is there already" in result.stderr
+        assert f"error: {tmp_path}/both.h5 exists already" in result.stderr

@@ -530,7 +530,7 @@ def test_an_output_without_a_name_is_a_usage_error_and_never_the_root(
 ) -> None:
     extra = ["--key", "a"] if command == "search" else []
     assert run([command, "", *extra]) == 2
-    assert "without a name" in capsys.readouterr().err
+    assert "the name of the output is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["h5 folder", "npy folder"])

@@ -296,14 +296,14 @@ def test_quotes_around_a_line_are_no_part_of_it_unless_a_file_is_named_so(tmp_pa
         ("1\tin/a.jpg\n", "a table", "cut -f2 LIST"),
         ("in/a.jpg 0\nin/b.jpg 1\n", "a table", "cut -d' ' -f1 LIST"),
         ('{"id": 1, "image": "in/a.jpg"}\n', "a table", "jq -r .image LIST"),
-        ("x,y\nz,1\n", "like a table", "the paths alone"),
-        ('{"id": 1, "image": "nowhere.jpg"}\n', "like JSON", "the paths alone"),
-        ("[\n  1\n]\n", "like JSON", "the paths alone"),
+        ("x,y\nz,1\n", "like a table", "only the paths"),
+        ('{"id": 1, "image": "nowhere.jpg"}\n', "like JSON", "only the paths"),
+        ("[\n  1\n]\n", "like JSON", "only the paths"),
         ("https://x.y/a.jpg\nhttps://x.y/b.jpg\n", "URLs", "download"),
         ("gone.jpg\nmy own picture.jpg\n", "names no file", "--root"),
         ("file:///x/b.jpg\n", "URLs", "sed 's|^file://||' LIST"),
-        ("~/a.jpg\n~/b.jpg\n", "~ means a folder only in shells", "write that folder out"),
-        ("C:\\x\\a.jpg\n", "paths of Windows", "write / instead"),
+        ("~/a.jpg\n~/b.jpg\n", "only a shell expands ~", "write the full path"),
+        ("C:\\x\\a.jpg\n", "Windows paths", "write / instead"),
     ],
 )
 def test_a_list_that_names_no_file_that_is_there_says_what_it_seems_to_be(
@@ -315,7 +315,7 @@ def test_a_list_that_names_no_file_that_is_there_says_what_it_seems_to_be(
     for listing in (find(files_from="list"), find("-", stdin=text.encode())):
         assert listing.is_missing
         (missing,) = listing.missing_lists
-        assert what in missing.message and "names no file that is there" in missing.message
+        assert what in missing.message and "names no file that exists" in missing.message
     assert hint.replace("LIST", "list") in find(files_from="list").missing_lists[0].hint
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -327,7 +327,7 @@ def test_a_list_of_nothing_is_told_from_folders_without_pictures(tmp_path: Path)
     (tmp_path / "list").write_text("\n\n")
     with pytest.raises(NoImagesError, match=r"the list .*/list is empty") as caught:
         require_images(find(files_from=str(tmp_path / "list")))
-    assert "one a line" in caught.value.hint
+    assert "one per line" in caught.value.hint
     with pytest.raises(NoImagesError, match="the list on standard input is empty"):
         require_images(find("-", stdin=b""))
     touch(tmp_path, "in/a.jpg")
@@ -397,7 +397,7 @@ def test_a_run_over_a_list_of_missing_files_makes_nothing_and_says_why(
         ("gs://bucket", "gcloud storage"),
         ("hf://datasets/a/b", "hf download"),
         ("azure://x/y", "copy"),
-        ("file:///tmp/a.jpg", "path alone"),
+        ("file:///tmp/a.jpg", "only the path"),
         ("HTTPS://A.B", "download"),
     ],
 )
@@ -423,8 +423,8 @@ def test_what_exists_wins_over_its_meaning_as_a_url(tmp_path: Path, monkeypatch:
         ("a.tgz", b"", "an archive", "unpack"),
         ("imgs", b"\x1f\x8b\x08", "an archive", "unpack"),
         ("a.jpg.zip", b"PK\x03\x04", "an archive", "unpack"),
-        ("a.parquet", b"PAR1\x15", "a packed data set", "to files"),
-        ("a.tfrecord", b"x", "a packed data set", "to files"),
+        ("a.parquet", b"PAR1\x15", "a packed dataset", "to files"),
+        ("a.tfrecord", b"x", "a packed dataset", "to files"),
         ("a.csv", b"path,label\n", "a table", "--files-from"),
         ("a.TSV", b"path\tlabel\n", "a table", "--files-from"),
         ("a.jsonl", b"{}", "a table", "--files-from"),

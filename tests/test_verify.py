@@ -35,7 +35,7 @@ from internvit_cli.storage.output import Output
 from internvit_cli.storage.write.commit import ShardWriter, create_shard
 from internvit_cli.verify.checks import verify
 from internvit_cli.verify.result import Finding, VerifyOptions, VerifyResult
-from internvit_cli.verify.tolerance import Tolerance, compare
+from internvit_cli.verify.tolerance import Tolerance, compare_values
 
 FORMATS = {"feats.h5": Format.H5, "feats": Format.NPY, "shards": Format.H5}
 KINDS = list(FORMATS)
@@ -484,8 +484,8 @@ def test_changed_and_missing_pictures_are_noted_and_touched_ones_are_not(
     assert check(path, pictures=False).pictures is None
     result = internvit("verify", path)
     assert result.returncode == 0
-    assert "3 as they were, 2 changed, 1 missing" in result.stdout
-    assert f"{first.relative_to(folder)}: its picture is missing" in result.stdout
+    assert "3 unchanged, 2 changed, 1 missing" in result.stdout
+    assert f"{first.relative_to(folder)}: the picture is missing" in result.stdout
 
 
 def test_every_flipped_bit_of_a_digest_is_found_while_its_picture_is_there(copied: Path) -> None:
@@ -585,7 +585,7 @@ def test_the_sample_follows_the_seed_and_only_pictures_that_are_as_they_were_cou
     assert check(path, re_extract=2, seed=9).comparisons[0].images == 2
     shutil.rmtree(folder)
     finding = one_finding(path, re_extract=2)
-    assert finding.check == "re-extract" and "no picture is as it was" in finding.problem
+    assert finding.check == "re-extract" and "no picture is unchanged" in finding.problem
 
 
 def test_missing_and_other_weights_are_said_plainly(extracted: Path, copied: Path) -> None:
@@ -606,17 +606,17 @@ def test_the_official_shuffle_and_ours_agree_in_both_orders() -> None:
 
 def test_differences_are_told_apart() -> None:
     stored = np.array([[[1.0, 0.0], [0.0, 2.0]]], np.float32)
-    assert compare(stored, stored, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0 - 1e-12))
-    turned = compare(stored, stored[:, ::-1], StoreDtype.FLOAT32)
+    assert compare_values(stored, stored, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0 - 1e-12))
+    turned = compare_values(stored, stored[:, ::-1], StoreDtype.FLOAT32)
     assert (turned.bit_equal, turned.largest, turned.relative, turned.cosine) == (0, 2.0, 1.0, 0.0)
     for odd in (np.nan, np.inf):
-        assert not compare(stored, np.full_like(stored, odd), StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
-        assert not compare(np.full_like(stored, odd), stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
+        assert not compare_values(stored, np.full_like(stored, odd), StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
+        assert not compare_values(np.full_like(stored, odd), stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, -1.0))
     zeros = np.zeros_like(stored)
-    assert compare(zeros, zeros, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0))
-    assert not compare(zeros, stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, 0.5))
+    assert compare_values(zeros, zeros, StoreDtype.FLOAT32).is_within(Tolerance(0.0, 1.0))
+    assert not compare_values(zeros, stored, StoreDtype.FLOAT32).is_within(Tolerance(1.0, 0.5))
     bits = np.array([[0x3F80, 0x4000]], np.uint16)
-    assert compare(bits, np.array([[1.0, 2.0]], np.float32), StoreDtype.BFLOAT16).largest == 0.0
+    assert compare_values(bits, np.array([[1.0, 2.0]], np.float32), StoreDtype.BFLOAT16).largest == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -635,9 +635,9 @@ def test_the_command_says_what_was_checked_and_ends_with_the_verdict(copied: Pat
     assert result.returncode == 0
     lines = result.stdout.splitlines()
     assert lines[0] == "images      6: 6 done"
-    assert lines[1].startswith("rows        6 read and held against their CRCs: ") and lines[1].endswith("GB/s")
-    assert lines[2].startswith("pictures    6 as they were, 0 changed, 0 missing")
-    assert lines[-1] == f"{copied / 'feats.h5'}: all is right"
+    assert lines[1].startswith("rows        6 read and compared with their CRCs: ") and lines[1].endswith("GB/s")
+    assert lines[2].startswith("pictures    6 unchanged, 0 changed, 0 missing")
+    assert lines[-1] == f"{copied / 'feats.h5'}: everything is right"
     assert internvit("verify", copied / "feats.h5", "-q").stdout == ""
 
 
@@ -678,7 +678,7 @@ def test_no_key_can_steer_a_terminal(tmp_path: Path) -> None:
     [
         (["nowhere.h5"], 1, "nowhere.h5 is not there"),
         (["text.txt"], 1, "not a feature file"),
-        (["feats.h5", "--reference"], 2, "--reference without --re-extract"),
+        (["feats.h5", "--reference"], 2, "--reference needs --re-extract"),
         (["feats.h5", "--re-extract", "-1"], 2, "--re-extract"),
         ([], 2, "OUT"),
     ],
@@ -732,7 +732,7 @@ def test_nothing_but_re_extract_loads_torch(extracted: Path) -> None:
         command = [sys.executable, "-c", code, "verify", str(extracted / name)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-    assert "all is right" in result.stdout
+    assert "everything is right" in result.stdout
 
 
 def test_progress_on_a_terminal_is_a_bar(extracted: Path) -> None:

@@ -1,13 +1,13 @@
-"""internvit: folders of pictures in, InternViT features on disk.
+"""Turn folders of pictures into InternViT features on disk, and read them.
 
-Read what `internvit extract` wrote, without torch:
+Reading what `internvit extract` wrote does not need torch:
 
 >>> from internvit_cli import open_features
 >>> features = open_features("feats.h5")
 >>> features["street.jpg"].visual_tokens.shape  # [tiles, 256, 4 * hidden_size]
 (13, 256, 256)
 
-Train on it (`FeatureDataset`, `collate_padded`, `collate_nested`), or encode pictures in memory (`Extractor`).
+`FeatureDataset`, `collate_padded` and `collate_nested` serve training, and `Extractor` encodes pictures in memory.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Look up public names when they are first used: `internvit --help` needs neither numpy nor package metadata."""
+    """Import public names when they are first used, so that `internvit --help` does not load numpy."""
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
         try:
             return version("internvit-cli")
-        except PackageNotFoundError:  # run from a checkout that is not installed
+        except PackageNotFoundError:  # a checkout that is not installed
             return "0.0.0"
     for module, names in _MODULES.items():
         if name in names:

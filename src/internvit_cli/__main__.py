@@ -1,4 +1,4 @@
-"""`python -m internvit_cli` and the `internvit` command."""
+"""Run `python -m internvit_cli` and the `internvit` command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 
 def main() -> None:
     """Run the command line of this process."""
-    # Before the imports, which take a tenth of a second: a Ctrl-C is no traceback. The command line has its own ways.
+    # Set before the imports, which take a tenth of a second, so that Ctrl-C prints no traceback during them.
     signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
     from internvit_cli.cli.app import main as run_command_line
 

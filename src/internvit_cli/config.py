@@ -1,4 +1,4 @@
-"""The words of the project as types: choices, small frozen records, and the recipe that decides every stored value."""
+"""Define the choices, small frozen records, and the recipe that decides every stored value."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 AnyEnum = TypeVar("AnyEnum", bound=Enum)
 
 PATCH_SIZE = 14
-"""Side of the ViT's square patch, pixels."""
+"""Side of the ViT's square patches, in pixels."""
 
 NUMERICS_VERSION = 2
-"""Raised whenever a change of ours may change a stored value; part of the recipe.
+"""Part of the recipe, and increased whenever a change of the code may change a stored value.
 
-Not raised for which metadata says that a picture is turned: the turn of each image is stored beside it, and a row goes
-on meaning the picture that was turned so.
+The rules for reading a picture's orientation are an exception: the orientation of each image is stored beside its row,
+so the row stays correct.
 """
 
 DEFAULT_RESCALE_FACTOR = 1 / 255
-"""What bytes are multiplied by before they are normalized, unless the checkpoint says otherwise."""
+"""Factor for pixel values before they are normalized, unless the checkpoint has another one."""
 
 DEFAULT_MODEL = "OpenGVLab/InternViT-300M-448px-V2_5"
 DEFAULT_MAX_PIXELS = 178_956_970
@@ -38,14 +38,14 @@ DEFAULT_WORKER_MEMORY = 4 << 30
 """Bytes per decode process."""
 
 MOST_GREY = 65_535
-"""The most that 16 bits hold."""
+"""The largest value of 16 bits."""
 
 DRAWN_BY = ("Software", "internvit")
-"""The text in front of the pixels of every PNG that this program draws: such a picture is none of its sources'."""
+"""The text chunk that marks PNGs drawn by this program, which are not taken as sources."""
 
 
 class Choice(str, Enum):
-    """A word among several, which prints as itself."""
+    """Base of string enums whose members print as their values."""
 
     def __str__(self) -> str:
         return str(self.value)
@@ -59,19 +59,19 @@ DTYPE_ALIASES = {
     "single": "float32",
     "float": "float32",
 }
-"""Other names of types; what is stored always has the name that numpy and PyTorch use."""
+"""Short names of types; stored names are always those of numpy and PyTorch."""
 
 EARLIER_NAMES = {"likeness": "similarity"}
-"""Words that earlier versions took, and that scripts may still hold."""
+"""Values that earlier versions accepted, and that scripts may still use."""
 
 
 def member_named(kind: type[AnyEnum], word: object) -> AnyEnum | None:
-    """The member of a choice that a word means, whatever its case, or a type of PyTorch; None when there is none."""
+    """Return the member of a choice for a word in any case, or for a PyTorch dtype; None if there is none."""
     return names_of(kind).get(str(word.value if isinstance(word, Enum) else word).lower().removeprefix("torch."))
 
 
 def names_of(kind: type[AnyEnum]) -> dict[str, AnyEnum]:
-    """The members of a choice by their words, other names of types, and words of earlier versions."""
+    """Return the members of a choice by value, short name of a type, and value of earlier versions."""
     members = {str(member.value).lower(): member for member in kind}
     others = DTYPE_ALIASES | EARLIER_NAMES
     return members | {alias: members[name] for alias, name in others.items() if name in members}
@@ -92,7 +92,7 @@ class Tokens(Choice):
 
     @property
     def scales_dataset(self) -> str:
-        """The dataset that holds their scales where the stored type has them, such as `visual_scales`."""
+        """The dataset that holds the scales of these tokens for a scaled type, such as `visual_scales`."""
         return f"{self.value}_scales"
 
 
@@ -108,7 +108,7 @@ class TokenOrder(Choice):
     """The order of a tile's visual tokens."""
 
     V1 = "v1"
-    """Column by column, as older checkpoints were trained."""
+    """Column by column, in which older checkpoints were trained."""
     V2 = "v2"
     """Row by row."""
 
@@ -137,12 +137,12 @@ class StoreDtype(Choice):
 
     @property
     def is_scaled(self) -> bool:
-        """Whether every token has a float32 scale beside it: its values are what is stored times that."""
+        """Whether every token has a float32 scale, by which its stored numbers are multiplied."""
         return self in (StoreDtype.INT8, StoreDtype.FP8)
 
 
 class Format(Choice):
-    """How a shard lies on disk."""
+    """The file format of shards."""
 
     H5 = "h5"
     NPY = "npy"
@@ -156,7 +156,7 @@ class ComputeDtype(Choice):
     FLOAT16 = "float16"
     FLOAT32 = "float32"
     FP8 = "fp8"
-    """Linear layers in e4m3 with a scale for every row, all else in bfloat16."""
+    """Linear layers in e4m3 with a scale per row, everything else in bfloat16."""
 
 
 class OnOverflow(Choice):
@@ -171,16 +171,16 @@ class Truncated(Choice):
 
     SKIP = "skip"
     ACCEPT = "accept"
-    """Take what is there, as Pillow's LOAD_TRUNCATED_IMAGES does; what lacks is gray or black."""
+    """Use what exists, as Pillow's LOAD_TRUNCATED_IMAGES does; the missing part is gray or black."""
 
 
 class GreyRange(Choice):
-    """Which values of wide gray pictures are white, when it is no number."""
+    """How the value that becomes white in gray pictures of more than 8 bits is found."""
 
     FULL = "full"
     """65535: all 16 bits."""
     AUTO = "auto"
-    """The most that the smallest of 8, 10, 12, 14 and 16 bits hold that the picture fits in."""
+    """The largest value of the smallest number of bits (8, 10, 12, 14 or 16) that holds the picture."""
 
 
 class TokenMapKind(Choice):
@@ -194,7 +194,7 @@ class TokenMapKind(Choice):
 
 
 class Graphics(Choice):
-    """How a terminal takes pictures."""
+    """The protocol by which a terminal draws pictures."""
 
     KITTY = "kitty"
     ITERM2 = "iterm2"
@@ -234,7 +234,7 @@ class Status(IntEnum):
 
     @property
     def word(self) -> str:
-        """The reason in the words of the reports, such as `not_an_image`."""
+        """The name that reports use, such as `not_an_image`."""
         return self.name.lower()
 
     def __repr__(self) -> str:
@@ -244,24 +244,24 @@ class Status(IntEnum):
         return self.word
 
     def __format__(self, spec: str) -> str:
-        return format(int(self), spec) if spec else str(self)  # what IntEnum does here differs between versions
+        return format(int(self), spec) if spec else str(self)  # IntEnum formats differently between versions
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """An input that could not be used: a value, never an exception that crosses a module."""
+    """An input that could not be used; returned as a value instead of raised, so that a run goes on."""
 
     status: Status
     exception: str
-    """Class of the cause, such as `PIL.UnidentifiedImageError`; empty when there was none."""
+    """Class of the exception behind it, such as `PIL.UnidentifiedImageError`; empty if there was none."""
     message: str
     pixels: int | None = None
-    """What `--max-pixels` would have to be, of a picture that has too many; None of others."""
+    """The `--max-pixels` that a picture with too many pixels needs; None for other reasons."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The options of a run that make it skip pictures which a run with higher ones takes."""
+    """The limits of a run, which skips pictures that a run with higher limits would take."""
 
     max_pixels: int = DEFAULT_MAX_PIXELS
     decode_timeout: float = DEFAULT_DECODE_TIMEOUT
@@ -270,10 +270,10 @@ class Limits:
     """Bytes per decode process."""
 
     def exceeded(self, skipped: Skipped) -> tuple[str, float] | None:
-        """Return which of these limits a picture was skipped for; None when it was none of them.
+        """Return the limit for which a picture was skipped; None if it was skipped for another reason.
 
         Returns:
-            The name of the limit, and the value that it must be above for the picture to be worth another try.
+            The name of the limit, and the value that it has to exceed for another try to make sense.
         """
         if skipped.pixels is not None:
             return "max_pixels", skipped.pixels - 1
@@ -286,28 +286,28 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class TilingRule:
-    """The arithmetic from a picture's size to its tiles."""
+    """The parameters that turn a picture's size into a grid of tiles."""
 
     tile_size: int = 448
-    """Side of a tile, pixels."""
+    """Side of a tile, in pixels."""
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
-    """Append the whole picture as one more tile when the grid has more than one."""
+    """Append the whole picture as one more tile if the grid has more than one."""
     preprocess: Preprocess = Preprocess.TILES
 
 
 @dataclass(frozen=True, slots=True)
 class PixelRule:
-    """All that decides the uint8 pixels of a picture's tiles."""
+    """Everything that decides the uint8 pixels of a picture's tiles."""
 
     tiling: TilingRule = TilingRule()
     exif: bool = True
     """Turn the picture upright as its EXIF orientation says."""
     background: tuple[int, int, int] | None = None
-    """Compose transparency over this RGB color first; None drops alpha as the official code does."""
+    """Compose transparent pictures over this RGB color; None drops alpha as the official code does."""
     global_view_only: bool = False
-    """Produce just the global view: all that pooled features of the whole picture need."""
+    """Produce only the view of the whole picture, which is all that pooled features need."""
     max_pixels: int = DEFAULT_MAX_PIXELS
     truncated: Truncated = Truncated.SKIP
     grey_range: GreyRange | int = GreyRange.FULL
@@ -315,28 +315,28 @@ class PixelRule:
 
 
 class RecipeError(ValueError):
-    """A text is no recipe; the message completes the sentence "the recipe of FILE ..."."""
+    """A text is not a recipe; the message completes the sentence "the recipe of FILE ..."."""
 
 
 class UnknownRecipeError(RecipeError):
-    """A recipe has a field or a value that this version does not know: a newer version wrote it."""
+    """A recipe has a field or a value that this version does not know, because a newer version wrote it."""
 
 
 def later_field(default: Any) -> Any:
     """Declare a field that recipes of earlier files do not have.
 
-    It is left out of the text while it has its default, so those files keep their digest.
+    A field with its default is left out of the text, so that earlier files keep their digest.
     """
     return field(default=default, metadata={"omit_default": True})
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides a stored value, and nothing else: the key of resume."""
+    """Everything that decides a stored value, and nothing else; an output continues only with an equal recipe."""
 
     weights_digest: str
     layer: int
-    """Number of transformer blocks that run before features are taken; of several layers, the deepest."""
+    """Number of transformer blocks before features are taken; the deepest of several layers."""
     tile_size: int
     min_tiles: int
     max_tiles: int
@@ -356,19 +356,19 @@ class Recipe:
     on_overflow: OnOverflow
     numerics_version: int = NUMERICS_VERSION
     rescale_factor: float = later_field(DEFAULT_RESCALE_FACTOR)
-    """What bytes are multiplied by before `mean` is taken away; 1 where the checkpoint does not rescale."""
+    """Factor for pixel values before `mean` is subtracted; 1 if the checkpoint does not rescale."""
     earlier_layers: tuple[int, ...] = later_field(())
-    """Layers before `layer` that are stored too, ascending; each is a number of blocks."""
-    truncated: Truncated = later_field(Truncated.SKIP)  # noqa: RUF009 -- it declares a field
-    grey_range: GreyRange | int = later_field(GreyRange.FULL)  # noqa: RUF009 -- it declares a field
+    """Layers before `layer` that are stored too, in ascending order; each is a number of blocks."""
+    truncated: Truncated = later_field(Truncated.SKIP)  # noqa: RUF009 - declares a field
+    grey_range: GreyRange | int = later_field(GreyRange.FULL)  # noqa: RUF009 - declares a field
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """All stored layers, ascending."""
+        """All stored layers, in ascending order."""
         return (*self.earlier_layers, self.layer)
 
     def to_json(self) -> str:
-        """Return the canonical text that is stored and hashed."""
+        """Return the canonical JSON text that is stored and hashed."""
         values = asdict(self)
         for known in fields(self):
             if known.metadata.get("omit_default") and values[known.name] == known.default:
@@ -380,7 +380,7 @@ class Recipe:
         """Parse the recipe of a stored file.
 
         Raises:
-            RecipeError: the text is not a recipe, or one of a newer version.
+            RecipeError: The text is not a recipe, or a newer version wrote it.
         """
         try:
             stored: Any = json.loads(text)
@@ -399,11 +399,11 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the canonical text, 64 hex digits."""
+        """The SHA-256 of the canonical text, as 64 hex digits."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def differences(self, other: Recipe) -> list[str]:
-        """Names of the fields in which two recipes differ, in declaration order."""
+        """Return the names of the fields in which two recipes differ, in declaration order."""
         return [known.name for known in fields(self) if getattr(self, known.name) != getattr(other, known.name)]
 
 
@@ -427,7 +427,7 @@ def _truth(value: Any) -> bool:
 
 
 def _count(value: Any) -> int:
-    """A whole number that is small enough to be one of tiles, pixels or layers."""
+    """Check a whole number that is small enough for tiles, pixels or layers."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError
     if not 0 <= value < 1 << 31:
@@ -491,4 +491,4 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "StoreDtype": StoreDtype,
     "OnOverflow": OnOverflow,
 }
-"""How the stored value of a field is read and checked, by the field's type."""
+"""Functions that check and convert the stored value of a field, by the type of the field."""

@@ -1,4 +1,4 @@
-"""Errors that end a run: each has one line that says what, one that says what to do, and an exit code."""
+"""Define the errors that end a run: each has a message, a hint that says what to do, and an exit code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What the shell sees; fixed for ever, and listed in the README."""
+    """Exit codes of the command; they never change, and the README lists them."""
 
     DONE = 0
     CANNOT_RUN = 1
@@ -28,7 +28,7 @@ RESTORE_OR_OVERWRITE = f"{RESTORE}, or start anew with --overwrite"
 
 
 class InternvitError(Exception):
-    """A run cannot start or go on. `message` names the thing, `hint` the way out."""
+    """Base of all errors: `message` says what is wrong, and `hint` what to do about it."""
 
     exit_code = ExitCode.CANNOT_RUN
 
@@ -39,25 +39,25 @@ class InternvitError(Exception):
 
 
 class UsageError(InternvitError):
-    """Options that contradict each other or name nothing that exists."""
+    """An option is invalid, contradicts another one, or names something that does not exist."""
 
     exit_code = ExitCode.USAGE
 
 
 class ModelError(InternvitError):
-    """A checkpoint that cannot be had, read or trusted."""
+    """A checkpoint cannot be found, read or trusted."""
 
 
 class DeviceError(InternvitError):
-    """A device that was asked for and is not there, or that ran out of memory."""
+    """A requested device does not exist or ran out of memory."""
 
 
 class OutputError(InternvitError):
-    """An output that cannot be written, or a file that is not a sound feature file."""
+    """An output cannot be written, or a file is not a valid feature file."""
 
 
 class ClosedError(InternvitError, ValueError):
-    """Something that was closed is used; a ValueError too, as for files."""
+    """A closed object is used; also a ValueError, as for files."""
 
 
 class StoppedError(InternvitError):
@@ -89,26 +89,26 @@ class LockedError(InternvitError):
 
 
 ENOTSUPP = 524
-"""The kernel's own "not supported", which some network filesystems let out; `errno` has no name for it."""
+"""An error number that some network filesystems return from the kernel; `errno` has no name for it."""
 KERNEL_WORDS = {
     ENOTSUPP: "Operation not supported (ENOTSUPP)",
     526: "The file server failed (ESERVERFAULT)",
     528: "The file server is busy (EJUKEBOX)",
 }
-"""For what gets out of the kernel with network filesystems, the C library has only "Unknown error"."""
+"""Texts for error numbers of network filesystems, for which the C library has only "Unknown error"."""
 
 
 def system_words(error: OSError) -> str:
-    """What the system says of a failure, without a path."""
+    """Return the system's text for an error, without the path."""
     return KERNEL_WORDS.get(error.errno or 0) or error.strerror or one_line(str(error)) or "no message"
 
 
 def one_line(text: str | bytes, limit: int | None = 300) -> str:
-    """Text from outside (a path, another library's message) as one bounded line without control characters.
+    """Return a text from outside as one line of limited length without control characters.
 
     Args:
-        text: bytes are read as UTF-8; what is not UTF-8 is shown as escapes.
-        limit: characters kept before escaping; None for all.
+        text: A path, or a message of another library; bytes that are not UTF-8 are shown as escapes.
+        limit: Number of characters kept before escaping; None for all.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")

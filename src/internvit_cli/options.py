@@ -1,4 +1,4 @@
-"""Everything that the command line can say about an extraction, grouped by who needs it."""
+"""Define the options of an extraction, grouped by the stage that needs them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ModelOptions:
     name: str = DEFAULT_MODEL
     revision: str | None = None
     layers: tuple[int, ...] | None = None
-    """Indices into hidden_states; None is the checkpoint's own choice."""
+    """Indices into hidden_states; None means the checkpoint's own choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class PictureOptions:
     """How pictures become tiles."""
 
     tile_size: int | None = None
-    """Pixels; None is the checkpoint's own."""
+    """Side of a tile in pixels; None means the checkpoint's own."""
     min_tiles: int = 1
     max_tiles: int = 12
     thumbnail: bool = True
@@ -67,9 +67,9 @@ class StoreOptions:
 
     output: str
     format: Format | None = None
-    """Of a folder's shards; None is .npy."""
+    """Format of a folder's shards; None means .npy."""
     shard_bytes: int | None = None
-    """Of a folder's shards at most; None is `DEFAULT_SHARD_BYTES`."""
+    """Largest size of a folder's shards; None means `DEFAULT_SHARD_BYTES`."""
     tokens: Tokens = Tokens.VISUAL
     pool: Pool = Pool.MEAN
     tile_pooled: bool = False
@@ -79,40 +79,40 @@ class StoreOptions:
     prune: bool = False
     """Drop the rows of pictures that were deleted."""
     yes: bool = False
-    """Also when that is more than half of all rows."""
+    """Drop rows even if they are more than half of all rows."""
     retry_skipped: bool = False
     relocations: tuple[tuple[bytes, bytes], ...] = ()
-    """Trees that moved: old and new absolute path."""
+    """Folders that moved, as old and new absolute paths."""
     lock: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How the work is done; none of it changes a stored value, but for the compute type."""
+    """How the work is done; only the compute type changes stored values."""
 
     devices: tuple[str, ...] = ("auto",)
-    """Several share the work; `all` is every card."""
+    """Devices that share the work; `all` means every GPU."""
     dtype: ComputeDtype = ComputeDtype.AUTO
     batch_tiles: int | None = None
     """Tiles per batch; None leaves it to the encoder."""
     measure_batch: bool = False
     """Where `batch_tiles` is None, take what is fastest; it may differ from run to run."""
     workers: int | None = None
-    """Decode processes; None chooses."""
+    """Number of decode processes; None derives it from the number of cores."""
     threads: int | None = None
-    """Encoder threads on a CPU; None is one a core."""
+    """Encoder threads on a CPU; None means one per core."""
     compile: bool = False
-    """CUDA only: torch.compile instead of our kernels."""
+    """Use torch.compile instead of internvit's own kernels, on CUDA only."""
     decode_timeout: float = DEFAULT_DECODE_TIMEOUT
-    """Seconds an image."""
+    """Seconds per image."""
     worker_memory: int = DEFAULT_WORKER_MEMORY
-    """Bytes a decode worker may use."""
+    """Bytes of memory per decode process."""
     strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractOptions:
-    """One extraction."""
+    """All options of an extraction."""
 
     sources: tuple[str, ...]
     store: StoreOptions
@@ -123,36 +123,36 @@ class ExtractOptions:
 
     @property
     def limits(self) -> Limits:
-        """What the pictures of this run must stay within."""
+        """The limits that pictures of this run have to respect."""
         return Limits(self.pictures.max_pixels, self.run.decode_timeout, self.run.worker_memory)
 
     @property
     def has_sources(self) -> bool:
-        """Whether any pictures are named."""
+        """Whether any sources are named."""
         return bool(self.sources) or self.discover.files_from is not None
 
 
 def color_named(text: str) -> tuple[int, int, int] | None:
-    """Red, green and blue of a color's name or hexadecimal value; None when it is none."""
+    """Return red, green and blue of a color's name or hexadecimal value; None if it is not a color."""
     from PIL import ImageColor
 
     try:
         red, green, blue, *_ = ImageColor.getrgb(text)
     except ValueError:
         return None
-    # Pillow takes rgb(999, 0, 0) for a color.
+    # Pillow accepts rgb(999, 0, 0) as a color.
     return (red, green, blue) if all(0 <= part <= 255 for part in (red, green, blue)) else None
 
 
 def named_path(path: str | os.PathLike[str]) -> str:
-    """A path as a user names it, without slashes at its end.
+    """Return a path given by a user without trailing slashes.
 
     Raises:
-        UsageError: it is empty, as a variable of a script is that was never set, or no path.
+        UsageError: The path is empty, such as from a script's variable that was never set, or not a path.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise UsageError(f"the path of features is {described(path)}", "give a str or os.PathLike")
     path = os.fsdecode(path)
     if not path:
-        raise UsageError("an output without a name", "is the variable that should hold it set?")
+        raise UsageError("the name of the output is empty", "check that the variable that should hold it is set")
     return path.rstrip("/") or "/"

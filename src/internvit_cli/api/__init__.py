@@ -1,1 +1,1 @@
-"""Encoding and training from Python."""
+"""Encode pictures and train on features from Python."""

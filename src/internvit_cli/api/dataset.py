@@ -1,4 +1,4 @@
-"""Stored features for PyTorch's DataLoader, image by image or tile by tile, and how samples become batches.
+"""Provide stored features to PyTorch's DataLoader by image or by tile, and collate samples into batches.
 
 >>> from torch.utils.data import DataLoader
 >>> from internvit_cli import FeatureDataset, collate_padded
@@ -41,14 +41,14 @@ class FeatureDataset(Dataset[Sample]):
     A sample by image is a dict of
 
     - `key`: str; `grid`: (columns, rows); `has_thumbnail`: bool
-    - `tokens`: [tiles, T, C] in the stored type (bfloat16 too), where tokens are stored
+    - `tokens`: [tiles, T, C] in the stored type (bfloat16 too), if tokens are stored
     - `pooled`: [d] float32
-    - `tile_pooled`: [tiles, d] float32, where stored
+    - `tile_pooled`: [tiles, d] float32, if stored
 
-    and by tile of `key`, `tile` (its number in the image), `is_thumbnail`, `tokens` [T, C], `tile_pooled` [d].
+    A sample by tile has `key`, `tile` (its index in the image), `is_thumbnail`, `tokens` [T, C] and `tile_pooled` [d].
 
-    Only paths and positions are pickled: each spawned worker opens the file itself when it reads its first sample, and
-    refuses one that was replaced in between. Nothing stays open between reads, so forked workers share nothing.
+    Only paths and positions are pickled: each spawned worker opens the file when it reads its first sample, and refuses
+    a file that was replaced in the meantime. Nothing stays open between reads, so forked workers share nothing.
 
     >>> tiles = FeatureDataset("feats.h5", by="tile")
     >>> len(tiles), tiles[0]["key"], tiles[0]["tokens"].shape
@@ -67,16 +67,16 @@ class FeatureDataset(Dataset[Sample]):
         """Open features.
 
         Args:
-            features: a feature file or folder, its path, or a view such as `features[:1000]`.
-            by: what a sample is.
-            skip: leave out images without features; otherwise reading one raises SkippedImageError.
-            arrays: which of `tokens`, `pooled` and `tile_pooled` a sample has; None is all that are stored.
-            layer: which of several stored layers they are of, as `Features.at_layer` takes it; None is that of
-                `features`, by default the deepest.
+            features: A feature file or folder, its path, or a view such as `features[:1000]`.
+            by: Whether a sample is an image or a tile.
+            skip: Whether to leave out images without features; otherwise reading one raises SkippedImageError.
+            arrays: Which of `tokens`, `pooled` and `tile_pooled` a sample has; None means all that are stored.
+            layer: The stored layer of the arrays, as for `Features.at_layer`; None means that of `features`, by default
+                the deepest.
 
         Raises:
-            OutputError: there is nothing there, or it is damaged.
-            UsageError: an array or a layer that is not stored, or samples of tiles without anything stored of tiles.
+            OutputError: There is no output, or it is damaged.
+            UsageError: An array or a layer is not stored, or samples are tiles but nothing is stored per tile.
         """
         if by not in {"image", "tile"}:
             raise UsageError(f"by={by!r}", "a sample is an 'image' or a 'tile'")
@@ -91,13 +91,13 @@ class FeatureDataset(Dataset[Sample]):
         self._arrays = _arrays(opened, arrays, by_tile=self._by_tile)
         counts = self._features.column("columns").astype(np.int64) * self._features.column("rows")
         counts += self._features.column("thumbnail")
-        # An image without tiles has one sample all the same, which raises: what is missing shows.
+        # An image without tiles has one sample too, which raises an error, so that the missing image is noticed.
         counts[self._features.column("status") != Status.DONE] = 1
         self._first_tile: NDArray[Any] = np.concatenate([[0], np.cumsum(counts)])
 
     @property
     def features(self) -> Features:
-        """The images, opened in this process when they are first asked for."""
+        """The images, which are opened in this process on first use."""
         if self._features is None:
             opened = open_features(self._path, self._layer)
             if _identity(opened) != self._identity:
@@ -113,14 +113,14 @@ class FeatureDataset(Dataset[Sample]):
         return int(self._first_tile[-1]) if self._by_tile else len(self._first_tile) - 1
 
     def __getitem__(self, number: int) -> Sample:
-        """One sample.
+        """Return one sample.
 
         Raises:
-            IndexError: there is none with that number.
-            SkippedImageError: the image has no features.
+            IndexError: There is no such sample.
+            SkippedImageError: The image has no features.
         """
         if not -len(self) <= number < len(self):
-            raise IndexError(f"there are {len(self)} samples, and none with number {number}")
+            raise IndexError(f"there is no sample {number} among {len(self)}")
         number %= len(self)
         if not self._by_tile:
             return self._image_sample(self.features[number])
@@ -141,15 +141,15 @@ class FeatureDataset(Dataset[Sample]):
 
 
 def collate_padded(samples: Sequence[Sample]) -> Sample:
-    """Samples of B images as one batch, tiles padded with zeros to those of the image that has most.
+    """Collate samples of B images into a batch, with tiles padded with zeros to the largest number of tiles.
 
     Args:
-        samples: of `FeatureDataset(by="image")`; samples of tiles are stacked.
+        samples: Samples of `FeatureDataset(by="image")`; samples of tiles are stacked.
 
     Returns:
-        `tokens` [B, tiles, T, C], `tile_pooled` [B, tiles, d], `pooled` [B, d]; `mask` [B, tiles] bool, True where
-        there is a tile; other entries as lists. For the tokens as one sequence: `tokens.flatten(1, 2)` is
-        [B, tiles * T, C], and `mask.repeat_interleave(T, 1)` goes with it.
+        `tokens` [B, tiles, T, C], `tile_pooled` [B, tiles, d], `pooled` [B, d]; `mask` [B, tiles] bool, True for tiles
+        that exist; other entries as lists. As one sequence, the tokens are `tokens.flatten(1, 2)`, [B, tiles * T, C],
+        with the mask `mask.repeat_interleave(T, 1)`.
 
     >>> dataset = FeatureDataset("feats.h5")
     >>> batch = collate_padded([dataset[2], dataset[3]])
@@ -169,11 +169,11 @@ def collate_padded(samples: Sequence[Sample]) -> Sample:
 
 
 def collate_nested(samples: Sequence[Sample], *, as_list: bool = False) -> Sample:
-    """Samples of B images as one batch without padding.
+    """Collate samples of B images into a batch without padding.
 
     Args:
-        samples: of `FeatureDataset(by="image")`; samples of tiles are stacked.
-        as_list: a list of tensors instead of a nested one, which not every operation takes.
+        samples: Samples of `FeatureDataset(by="image")`; samples of tiles are stacked.
+        as_list: Whether to return lists of tensors instead of nested tensors, which some operations do not support.
 
     Returns:
         `tokens` nested [B, tiles*, T, C] (layout `torch.jagged`), `tile_pooled` nested [B, tiles*, d], `pooled`
@@ -201,7 +201,7 @@ def _columns(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def _tile_counts(samples: Sequence[Sample]) -> list[int] | None:
-    """Tiles of each image; None when the samples are tiles, or have nothing of tiles."""
+    """Return the number of tiles of each image; None if the samples are tiles, or have nothing per tile."""
     names = [name for name in (TOKENS, TILE_POOLED) if name in samples[0]]
     if "tile" in samples[0] or not names:
         return None
@@ -209,14 +209,14 @@ def _tile_counts(samples: Sequence[Sample]) -> list[int] | None:
 
 
 def _arrays(features: Features, wanted: Sequence[str] | None, *, by_tile: bool) -> tuple[str, ...]:
-    """The arrays of a sample."""
+    """Return the names of the arrays of a sample."""
     stored = {TOKENS if name in TOKEN_DATASETS else name for name in features.stored}
     possible = [name for name in (TOKENS, POOLED, TILE_POOLED) if name in stored and not (by_tile and name == POOLED)]
     for name in wanted or ():
         if name not in possible:
             raise UsageError(f"{features.path} has no {name} of {'tiles' if by_tile else 'images'}", _choices(possible))
     if by_tile and not possible:
-        raise UsageError(f"{features.path} holds nothing of single tiles", "extract with --tokens or --tile-pooled")
+        raise UsageError(f"{features.path} holds nothing per tile", "extract with --tokens or --tile-pooled")
     return tuple(possible if wanted is None else wanted)
 
 
@@ -225,5 +225,5 @@ def _choices(possible: Sequence[str]) -> str:
 
 
 def _identity(features: Features) -> list[tuple[int, ...]]:
-    """What tells the files from later ones of the same names."""
+    """Return the identity of the files, which differs from that of later files with the same names."""
     return [identity for shard in features.shards for identity in shard.identity]

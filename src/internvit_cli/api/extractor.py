@@ -1,4 +1,4 @@
-"""Features of pictures in memory: the values that `internvit extract` stores, without a file in between.
+"""Compute features of pictures in memory, with the values that `internvit extract` stores.
 
 >>> from internvit_cli import Extractor
 >>> with Extractor("tiny-random", device="cpu", dtype="float32") as extractor:
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.image import ImageFeatures
 
 BATCHES_IN_FLIGHT = 2
-"""One that the device works on and one that waits, so that the device never does."""
+"""Batches in flight: one on the device and one that waits, so that the device is never idle."""
 
 
 class Extractor:
     """A model that is ready to encode pictures; use it in a `with` block, or close it.
 
-    What comes back is what `open_features` would read after an extraction with the same options: on a CPU bit for
-    bit, since no value there depends on which pictures are encoded together.
+    The features are those that `open_features` reads after an extraction with the same options. On a CPU they are equal
+    bit for bit, because no value depends on which pictures are encoded together.
 
-    Pictures are decoded in this process, one at a time: a picture that makes a decoder crash or hang takes the process
-    along. For folders of pictures from anywhere there is `internvit extract`. One thread at a time may use it.
+    Pictures are decoded in this process, one at a time, so a picture that makes a decoder crash or hang affects the
+    whole process. Use `internvit extract` for untrusted pictures. Only one thread at a time may use an extractor.
 
     Example:
         >>> from PIL import Image
@@ -70,13 +70,13 @@ class Extractor:
         """Load a model.
 
         Args:
-            model: hub id, alias (`300m`, `6b`), directory, or `tiny-random`.
-            **options: as `ExtractorOptions` lists them, such as `tokens="patch"`, `device="cuda"`.
+            model: A hub id, an alias (`300m`, `6b`), a directory, or `tiny-random`.
+            **options: The options of `ExtractorOptions`, such as `tokens="patch"` or `device="cuda"`.
 
         Raises:
-            ModelError: the model cannot be had.
-            DeviceError: the device is not there.
-            UsageError: options that mean nothing or contradict each other.
+            ModelError: The model is not available.
+            DeviceError: The device does not exist.
+            UsageError: Options are invalid or contradict each other.
         """
         wanted = extract_options(model, options)
         in_use = ModelInUse(wanted, None)
@@ -94,17 +94,17 @@ class Extractor:
         device: str = "auto",
         observer: Observer = SILENT,
     ) -> Self:
-        """An extractor that goes on where a feature file left off: its recipe, its weights.
+        """Return an extractor with the recipe and the weights of a feature file.
 
         Args:
-            features: a feature file or folder, or its path.
-            tokens: other tokens than the file's; `none` encodes little more than what the pooled vector needs.
-            model: where the weights are, when not where the file says.
+            features: A feature file or folder, or its path.
+            tokens: Other tokens than those of the file; `none` encodes little more than the pooled vector needs.
+            model: Where the weights are, if they are not where the file says.
             device: auto, cpu, cuda, cuda:N or mps.
-            observer: told how the loading goes.
+            observer: Receives the progress of loading.
 
         Raises:
-            ModelError: the weights cannot be had, or are not those of the file.
+            ModelError: The weights are not available, or are not those of the file.
 
         >>> features = open_features("feats.h5")
         >>> with Extractor.like(features, tokens="none", device="cpu") as extractor:
@@ -126,9 +126,9 @@ class Extractor:
     def _start(self, checkpoint: Checkpoint, recipe: Recipe, how: EncoderOptions, max_pixels: int) -> None:
         encoder = _load(checkpoint, how)
         self._encoder: Encoder | None = encoder
-        """None once it was closed."""
+        """The encoder; None after `close`."""
         self.recipe = replace(recipe, compute_dtype=encoder.info.dtype)
-        """What decides its values; that of a feature file made with the same options is equal."""
+        """The recipe, which equals that of a feature file made with the same options."""
         self.device_name = encoder.info.device_name
         self._model_layers = checkpoint.card.vision.num_layers
         self._rule = pixel_rule(recipe, max_pixels)
@@ -141,33 +141,33 @@ class Extractor:
         """Encode one picture, or many, whose tiles share batches.
 
         Args:
-            images: one picture or an iterable of them. A picture is a path (str or os.PathLike), the bytes of a file
+            images: One picture or an iterable of them. A picture is a path (str or os.PathLike), the bytes of a file
                 (bytes, bytearray, memoryview), a file opened in binary mode (BytesIO too), a dict with "bytes" or
-                "path" as Hugging Face's datasets keep pictures, a Pillow image in any mode, or a uint8 array
+                "path" as Hugging Face's datasets store pictures, a Pillow image in any mode, or a uint8 array
                 [height, width] or [height, width, 1 to 4 channels].
 
         Returns:
-            For each picture, in order, its features. One that cannot be used is there too, with a status other than
-            done and its reason; asking it for features raises SkippedImageError.
+            The features of each picture, in order. A picture that cannot be used has a status other than done and a
+            reason; reading its features raises SkippedImageError.
 
         Raises:
-            UsageError: something that is no picture.
-            ClosedError: the extractor was closed.
-            DeviceError: the device ran out of memory.
+            UsageError: Something is not a picture.
+            ClosedError: The extractor was closed.
+            DeviceError: The device ran out of memory.
         """
         if is_picture(images):
             return next(self.stream([cast("Picture", images)]))
         return list(self.stream(cast("Iterable[Picture]", images)))
 
     def stream(self, images: Iterable[Picture]) -> Iterator[ImageFeatures]:
-        """Encode pictures as they come, a few ahead of what is taken; memory does not grow with their number.
+        """Encode pictures one by one, reading a few ahead; memory does not grow with their number.
 
         Args:
-            images: as for a call.
+            images: An iterable of pictures, as for a call.
 
         Raises:
-            UsageError: something that is no picture, when its turn comes.
-            ClosedError: the extractor was closed.
+            UsageError: Something is not a picture, raised when its turn comes.
+            ClosedError: The extractor was closed.
 
         >>> with Extractor("tiny-random", tokens="none", device="cpu") as extractor:
         ...     for image in extractor.stream(["imgs/lund.jpg", "missing.jpg"]):
@@ -177,7 +177,9 @@ class Extractor:
         """
         self._open_encoder()
         if is_picture(images):
-            raise UsageError("one picture is no stream of them", f"give an iterable of pictures; {ACCEPTED}")
+            raise UsageError(
+                "a single picture is not an iterable of pictures", f"give an iterable of pictures; {ACCEPTED}"
+            )
         return self._stream(images)
 
     def _stream(self, images: Iterable[Picture]) -> Iterator[ImageFeatures]:
@@ -195,14 +197,14 @@ class Extractor:
             yield self._finish(waiting.popleft())
 
     def close(self) -> None:
-        """Give up threads and memory; closing again does nothing."""
+        """Release threads and memory; closing again does nothing."""
         encoder, self._encoder = self._encoder, None
         if encoder is not None:
             encoder.close()
 
     def _open_encoder(self) -> Encoder:
         if self._encoder is None:
-            raise ClosedError("the Extractor was closed", "make a new one, or encode inside its `with` block")
+            raise ClosedError("the Extractor was closed", "create a new one, or encode inside its `with` block")
         return self._encoder
 
     def __enter__(self) -> Self:
@@ -220,7 +222,7 @@ class Extractor:
         return f"<{closed}Extractor in {dtype} on {self.device_name}, {tokens} tokens>"
 
     def _finish(self, pending: _Pending) -> ImageFeatures:
-        """The features of a picture whose tiles are encoded."""
+        """Return the features of a picture whose tiles are encoded."""
         if isinstance(pending.tiled, Skipped):
             return skipped_image(pending.named, self.recipe, pending.tiled)
         worst = max(int(part.fits.max()) for part in pending.parts)
@@ -233,21 +235,21 @@ class Extractor:
 
 @dataclass(slots=True)
 class _Pending:
-    """A picture on its way through the encoder."""
+    """A picture that is being encoded."""
 
     named: ImageName
     tiled: TiledPicture | Skipped
     parts: list[TileFeatures] = field(default_factory=list)
-    """Features of its tiles, in order."""
+    """The features of its tiles, in order."""
 
     @property
     def is_encoded(self) -> bool:
-        """Whether all its features are there."""
+        """Whether all tiles are encoded."""
         return isinstance(self.tiled, Skipped) or sum(map(len, self.parts)) == len(self.tiled.tiles)
 
 
 class _Flow:
-    """Batches across pictures, two in flight."""
+    """Fills batches across pictures, with two in flight."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
@@ -255,14 +257,14 @@ class _Flow:
         self._in_flight: deque[tuple[PendingBatch, list[tuple[_Pending, NDArray[Any]]]]] = deque()
 
     def take(self, pending: _Pending) -> None:
-        """Send a picture's tiles off, batch by batch as they become full."""
+        """Add a picture's tiles, and submit batches that are full."""
         for tile in () if isinstance(pending.tiled, Skipped) else pending.tiled.tiles:
             self._batch.append((pending, tile))
             if len(self._batch) == self._encoder.info.batch_tiles:
                 self._submit()
 
     def finish(self) -> None:
-        """Send off what is left, and wait for all of it."""
+        """Submit the remaining tiles, and wait for all batches."""
         if self._batch:
             self._submit()
         while self._in_flight:
@@ -275,7 +277,7 @@ class _Flow:
         self._in_flight.append((self._encoder.submit([tile for _, tile in batch]), batch))
 
     def _fetch(self) -> None:
-        """Give the oldest batch's features to their pictures, the tiles of one picture as one block."""
+        """Assign the features of the oldest batch to their pictures, one block per picture."""
         encoded, batch = self._in_flight.popleft()
         features = encoded.result()
         start = 0
@@ -294,4 +296,4 @@ def _load(checkpoint: Checkpoint, how: EncoderOptions) -> Encoder:
     try:
         return Encoder.load(checkpoint, how)
     finally:
-        torch.set_num_threads(threads)  # a program of its own keeps the setting of its own
+        torch.set_num_threads(threads)  # keep the caller's setting

@@ -1,4 +1,4 @@
-"""What a program may give for a picture, each kind as it becomes tiles, and a refusal of all else by its name."""
+"""Convert every accepted form of a picture into tiles, and refuse everything else with a clear error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from internvit_cli.api.in_memory import ImageName, absolute
 from internvit_cli.decode.direct import TiledPicture, tile_bytes, tile_file, tile_picture
 from internvit_cli.errors import UsageError, one_line
 from internvit_cli.runtime.words import described
-from internvit_cli.sources.files import classify
+from internvit_cli.sources.files import system_failure
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Picture: TypeAlias = (
     str | os.PathLike[Any] | bytes | bytearray | memoryview | BinaryIO | Mapping[str, Any] | Image.Image | NDArray[Any]
 )
-"""One picture, in any of the forms that `ACCEPTED` lists."""
+"""A picture in any of the forms that `ACCEPTED` lists."""
 
 ACCEPTED = (
     "a picture is a path (str or os.PathLike), the bytes of a file (bytes, bytearray, memoryview), a file opened in "
@@ -41,26 +41,26 @@ _MOST_CHANNELS = 4
 
 
 def is_picture(given: Picture | Iterable[Picture]) -> bool:
-    """Whether what was given is to be one picture, rather than many; what is neither counts as one."""
+    """Return whether an argument is a single picture; something that is neither one nor many counts as one."""
     if isinstance(given, (str, os.PathLike, *_ENCODED, Mapping, Image.Image)) or hasattr(given, "read"):
         return True
     dimensions = getattr(given, "ndim", None)
     if isinstance(given, np.ndarray) and given.dtype.kind in "biufc":
         return given.ndim < 4
-    # Arrays and tensors of other libraries: their rows are no pictures.
+    # Arrays and tensors of other libraries, whose rows are not pictures.
     return dimensions in {0, 2, 3} or not hasattr(given, "__iter__")
 
 
 def tile_given(number: int, given: Any, rule: PixelRule) -> tuple[ImageName, TiledPicture | Skipped]:
-    """Cut a picture into tiles, or say why there are none; one thread of a process at a time.
+    """Cut a picture into tiles, or return why that fails; only one thread of a process may do so at a time.
 
     Args:
-        number: of the picture among those that were given; what has no name of its own is called so.
-        given: see `ACCEPTED`. A file is read from its beginning where it can be sought, and stays open.
-        rule: all that decides the pixels.
+        number: The index of the picture among those given, which is its key if it has no name.
+        given: The picture, see `ACCEPTED`. A seekable file is read from its beginning, and stays open.
+        rule: Everything that decides the pixels.
 
     Raises:
-        UsageError: it is no picture.
+        UsageError: The argument is not a picture.
     """
     if isinstance(given, (str, os.PathLike)):
         return _of_path(number, given, rule)
@@ -80,11 +80,13 @@ def tile_given(number: int, given: Any, rule: PixelRule) -> tuple[ImageName, Til
 def _of_path(number: int, path: str | os.PathLike[Any], rule: PixelRule) -> tuple[ImageName, TiledPicture | Skipped]:
     name = str(os.fsdecode(path))  # numpy's strings are str too
     if "\0" in name:
-        raise _refused(number, "a path with a NUL in it", "give the bytes of a file as bytes, not as str")
+        raise _refused(number, "a path with a NUL character", "give the bytes of a file as bytes, not as str")
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
-        raise _refused(number, "a path with a character that no file name has", "give what os.fsdecode made") from None
+        raise _refused(
+            number, "a path with a character that file names cannot have", "give the result of os.fsdecode"
+        ) from None
     if _URL.match(name) and not os.path.exists(name):
         hint = "decode it with base64.b64decode" if name.startswith("data:") else "download it"
         raise _refused(number, f"a URL ({one_line(name, 60)})", f"{hint}, and give the bytes")
@@ -93,7 +95,7 @@ def _of_path(number: int, path: str | os.PathLike[Any], rule: PixelRule) -> tupl
 
 
 def _of_mapping(number: int, given: Mapping[Any, Any], rule: PixelRule) -> tuple[ImageName, TiledPicture | Skipped]:
-    """As datasets keep pictures: the bytes of a file and its name, or the path of a file."""
+    """Tile a picture from a dataset: the bytes of a file and its name, or the path of a file."""
     data, path = given.get("bytes"), given.get("path")
     if path is not None and not isinstance(path, (str, os.PathLike)):
         raise _refused(number, f'a dict whose "path" is {described(path)}')
@@ -120,14 +122,14 @@ def _of_file(number: int, file: Any, rule: PixelRule) -> tuple[ImageName, TiledP
     except io.UnsupportedOperation as error:
         raise _refused(number, f"a file that cannot be read ({error})", 'open it with mode "rb"') from None
     except Exception as error:  # noqa: BLE001 -- files of archives and of networks raise nearly anything.
-        return named, classify(error)
+        return named, system_failure(error)
     if not isinstance(data, _ENCODED):
         raise _refused(number, f"a file whose read() returns {described(data)}", 'open it with mode "rb"')
     return named, tile_bytes(data, rule)
 
 
 def _named_as_file(number: int, file: Any) -> ImageName:
-    """The name that a file was opened by, and its path if that is still where the file is."""
+    """Return the name by which a file was opened, and its path if the file is still there."""
     name = getattr(file, "name", None)
     if not isinstance(name, (str, bytes)) or not name:
         return ImageName(str(number), None)
@@ -151,7 +153,7 @@ def _is_closed(image: Image.Image) -> bool:
         image.im  # noqa: B018
     except ValueError:
         return True
-    except AssertionError:  # it is open, and not loaded
+    except AssertionError:  # it is open, but not loaded
         pass
     return False
 

@@ -1,4 +1,4 @@
-"""The options of an `Extractor`: those of `internvit extract` that decide values or speed, by the same names."""
+"""Define the options of an `Extractor`, which have the names that they have in `internvit extract`."""
 
 from __future__ import annotations
 
@@ -33,48 +33,48 @@ if TYPE_CHECKING:
 
 
 class ExtractorOptions(TypedDict, total=False):
-    """Keyword arguments of `Extractor`; what is left out is as in `internvit extract`."""
+    """Keyword arguments of `Extractor`, with the defaults of `internvit extract`."""
 
     revision: str | None
-    """Branch, tag or commit on the hub."""
+    """A branch, tag or commit on the hub."""
     layer: int | Sequence[int] | None
-    """Index into hidden_states, or several of them; None is the checkpoint's own choice."""
+    """An index into hidden_states, or several; None means the checkpoint's own choice."""
     tile_size: int | None
-    """Side of a tile, pixels; None is the model's own."""
+    """The side of a tile in pixels; None means that of the model."""
     min_tiles: int
     max_tiles: int
     thumbnail: bool
-    """Add the whole picture as a last tile."""
+    """Whether to add the whole picture as a last tile."""
     preprocess: Preprocess | str
     """tiles, squash or clip."""
     exif: bool
-    """Turn pictures upright by their EXIF."""
+    """Whether to turn pictures upright by their EXIF orientation."""
     background: tuple[int, int, int] | str | None
-    """RGB, or a color's name: compose transparency over it first."""
+    """A color (RGB or a name) over which transparent pictures are composed; None drops alpha."""
     max_pixels: int
-    """Pictures with more are skipped."""
+    """Pictures with more pixels are skipped."""
     truncated: Truncated | str
-    """Pictures that lack their end: skip or accept."""
+    """What to do with pictures that lack their end: skip or accept."""
     grey_range: GreyRange | int | str
-    """What becomes white in gray pictures of 16 bits: full (65535), auto (what fits), or a value from 1 to 65535."""
+    """The value that becomes white in gray pictures of 16 bits: full (65535), auto, or a value from 1 to 65535."""
     tokens: Tokens | str
     """visual, patch, projected or none."""
     pool: Pool | str
     """mean, cls or cls+mean."""
     tile_pooled: bool
-    """A vector of every tile too."""
+    """Whether to compute a vector per tile too."""
     store_dtype: StoreDtype | str
-    """Type of tokens: float16, float32 or bfloat16."""
+    """The type of tokens: float16, float32 or bfloat16."""
     on_overflow: OnOverflow | str
     """skip or clamp."""
     device: str
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: ComputeDtype | str
-    """Type the encoder computes in: auto, bfloat16, float16 or float32."""
+    """The compute type: auto, bfloat16, float16 or float32."""
     batch_tiles: int | None
-    """Tiles in a batch; None chooses."""
+    """Tiles per batch; None chooses the number."""
     threads: int | None
-    """Encoder threads on a CPU; None is one a core."""
+    """Encoder threads on a CPU; None means one per core."""
 
 
 AT_LEAST_1 = {"tile_size", "min_tiles", "max_tiles", "max_pixels", "batch_tiles", "threads"}
@@ -90,14 +90,16 @@ CHOICES: Mapping[str, type[Enum]] = {
 
 
 def extract_options(model: str | os.PathLike[str], options: Mapping[str, Any]) -> ExtractOptions:
-    """What an extraction with these keyword arguments would be asked for.
+    """Return the options of an extraction for keyword arguments of an `Extractor`.
 
     Raises:
-        TypeError: an option that there is not.
-        UsageError: a value that there is not, of another type or out of range, or options that contradict each other.
+        TypeError: There is no such option.
+        UsageError: A value is invalid, has another type or is out of range, or options contradict each other.
     """
     if unknown := [name for name in options if name not in ExtractorOptions.__annotations__]:
-        raise TypeError(f"an Extractor has no option {unknown[0]!r}; {', '.join(ExtractorOptions.__annotations__)}")
+        raise TypeError(
+            f"an Extractor has no option {unknown[0]!r}; it has {', '.join(ExtractorOptions.__annotations__)}"
+        )
     hints = get_type_hints(ExtractorOptions)
     values = {name: _value(name, value, hints[name]) for name, value in options.items()}
     if "layer" in values:
@@ -119,10 +121,10 @@ def extract_options(model: str | os.PathLike[str], options: Mapping[str, Any]) -
 
 
 def model_name(model: str | os.PathLike[str]) -> str:
-    """The name or path of a model as text.
+    """Return the name or path of a model as text.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: The model is neither a name nor a path.
     """
     if not isinstance(model, (str, os.PathLike)):
         raise UsageError(f"model is {described(model)}", "give a hub id, an alias, or the path of a directory")
@@ -133,7 +135,7 @@ def _value(name: str, value: Any, hint: Any) -> Any:
     if name in CHOICES:
         return choice(name, CHOICES[name], value)
     if not _fits(value, hint):
-        raise UsageError(f"{name}={one_line(repr(value), 60)} is of the wrong type", f"{name} takes {_named(hint)}")
+        raise UsageError(f"{name}={one_line(repr(value), 60)} has the wrong type", f"{name} takes {_named(hint)}")
     if name == "grey_range":
         return _grey_range(value)
     if name == "background" and value is not None:
@@ -146,7 +148,7 @@ def _value(name: str, value: Any, hint: Any) -> Any:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an option's type; numpy's integers are ints, and bools are not."""
+    """Return whether a value has an option's type; numpy's integers count as int, bools do not."""
     kind = get_origin(hint) or hint
     if kind in {Union, UnionType}:
         return any(_fits(value, one) for one in get_args(hint))
@@ -163,7 +165,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _named(hint: Any) -> str:
-    """A type in words, such as `int or None`."""
+    """Return a type in words, such as `int or None`."""
     if get_origin(hint) in {Union, UnionType}:
         return " or ".join(_named(one) for one in get_args(hint))
     if hint is NoneType:
@@ -176,12 +178,12 @@ def _color(value: str | Sequence[int]) -> tuple[int, int, int]:
         color = color_named(value)
         if color is None:
             raise UsageError(
-                f"background={value!r} is no color", "give a name or a value, such as 'white' or '#ffffff'"
+                f"background={value!r} is not a color", "give a name or a value, such as 'white' or '#ffffff'"
             )
         return color
     red, green, blue = (int(part) for part in value)
     if not all(0 <= part <= 255 for part in (red, green, blue)):
-        raise UsageError(f"background={value!r} is no color", "red, green and blue are 0 to 255")
+        raise UsageError(f"background={value!r} is not a color", "red, green and blue are numbers from 0 to 255")
     return red, green, blue
 
 
@@ -189,15 +191,15 @@ def _grey_range(value: GreyRange | int | str) -> GreyRange | int:
     if isinstance(value, str):
         return choice("grey_range", GreyRange, value)
     if not 1 <= value <= MOST_GREY:
-        raise UsageError(f"grey_range={value!r} is no value of 16 bits", f"give 1 to {MOST_GREY}, full or auto")
+        raise UsageError(f"grey_range={value!r} is not a 16-bit value", f"give 1 to {MOST_GREY}, full or auto")
     return int(value)
 
 
 def choice(name: str, kind: type[AnyEnum], value: AnyEnum | str) -> AnyEnum:
-    """One of a few named values.
+    """Return a member of a choice by its value.
 
     Raises:
-        UsageError: another; the hint names the nearest.
+        UsageError: There is no such value; the hint names the most similar one.
     """
     found = member_named(kind, value)
     if found is None:

@@ -1,1 +1,1 @@
-"""The command line: a thin shell around pipeline and reader, and the only place that prints or exits."""
+"""The command line: a thin shell around the other packages, and the only one that prints or exits."""

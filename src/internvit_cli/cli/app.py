@@ -1,4 +1,4 @@
-"""The `internvit` command: its subcommands, and the one place where errors become lines and exit codes."""
+"""Define the `internvit` command and its subcommands, and turn errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from internvit_cli.cli import (
     show,
     verify,
 )
-from internvit_cli.cli.command import ROOT_OPTIONS, TYPERS_OWN, USAGE_ERROR, Call, Group, add_command
-from internvit_cli.cli.console import fail, one_line, open_missing_streams, print_json, take_lost_output
+from internvit_cli.cli.command import ROOT_OPTIONS, TYPERS_OWN, USAGE_ERROR, CommandCall, Group, add_command
+from internvit_cli.cli.console import fail, open_missing_streams, print_json, printable_line, take_lost_output
 from internvit_cli.cli.declarations import as_typer_function
 from internvit_cli.cli.settings import is_on
-from internvit_cli.cli.signals import end_on_interrupt, ignore_stop_signals
+from internvit_cli.cli.signals import end_on_interrupt, ignore_signals_at_end
 from internvit_cli.errors import ExitCode, InternvitError, NoSpaceError, UsageError
 
 app = typer.Typer(
@@ -60,7 +60,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "models": models.models_command,
     "doctor": doctor.doctor_command,
 }
-"""In the order of `internvit --help`."""
+"""All commands, in the order of `internvit --help`."""
 _ANY_EXTRACTION = ("output", "files_from", "model", "max_tiles", "tokens", "store_dtype")
 ESSENTIAL = {
     "extract": (
@@ -103,37 +103,37 @@ ESSENTIAL = {
         "quiet",
     ),
 }
-"""The options that the short help of a command lists, for commands that have more than it shows."""
+"""Options that the short help of a command lists, for commands with more options than fit there."""
 REQUIRED = {"extract": ("sources", "output"), "plan": ("sources",), "merge": ("output",), "show": ("keys",)}
-"""What must be given though it has a default: the command itself says what to give."""
+"""Parameters that are required although they have a default; the command's own error says what to give."""
 for _name, _command in COMMANDS.items():
     add_command(app, _name, _command, essential=ESSENTIAL.get(_name, ()), required=REQUIRED.get(_name, ()))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command line and exit with its code."""
+    """Run a command line and exit the process with its exit code."""
     open_missing_streams()
     end_on_interrupt()
     if sys.platform == "win32":
         sys.exit(fail(InternvitError("Windows is not supported", "use Linux, or WSL")))
     code = run(sys.argv[1:] if arguments is None else arguments) if _has_working_directory() else ExitCode.CANNOT_RUN
-    ignore_stop_signals()
+    ignore_signals_at_end()
     sys.exit(code)
 
 
 def _has_working_directory() -> bool:
-    """Whether there is one; torch ends a process without, and no relative path means anything."""
+    """Return whether the working directory exists; without it torch aborts and relative paths mean nothing."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        error = InternvitError("the working directory has been removed", "change to a folder that is there")
+        error = InternvitError("the working directory has been removed", "change to a folder that exists")
         fail(error, as_json="--json" in sys.argv)
         return False
     return True
 
 
 def run(arguments: list[str]) -> int:
-    """Run a command line; returns the exit code. A result that could not be written is an error at the end."""
+    """Run a command line and return its exit code; a result that could not be written counts as an error."""
     code = _run(arguments)
     lost = take_lost_output()
     if lost is None:
@@ -143,7 +143,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    call = Call(as_json="--json" in arguments or is_on("json", {}), debug="--debug" in arguments)
+    call = CommandCall(as_json="--json" in arguments or is_on("json", {}), debug="--debug" in arguments)
     try:
         return app(arguments, prog_name="internvit", standalone_mode=False, obj=call) or ExitCode.DONE
     except InternvitError as error:
@@ -164,13 +164,13 @@ def _run(arguments: list[str]) -> int:
 
 
 def _of_the_system(error: Exception) -> InternvitError | None:
-    """What the operating system would not give, as an error of ours; None for a bug."""
+    """Return a failure of the operating system as an `InternvitError`; None if the error is a bug."""
     if isinstance(error, OSError):
-        where = "" if error.filename is None else f"{one_line(os.fsdecode(error.filename))}: "
+        where = "" if error.filename is None else f"{printable_line(os.fsdecode(error.filename))}: "
         kind = NoSpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InternvitError
-        return kind(f"{where}{error.strerror or error}", "a command's --debug shows where")
+        return kind(f"{where}{error.strerror or error}", "run the command with --debug to see where")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "CPUAllocator" in str(error)):
-        text = str(error).splitlines() or ["no more is to be had"]
+        text = str(error).splitlines() or ["the system has no more"]
         return InternvitError(
             f"not enough memory: {text[0]}", "lower --batch-size, --workers, --tile-size or --max-tiles"
         )

@@ -1,4 +1,4 @@
-"""The options that `extract` and `plan` share, and how their words become `ExtractOptions`."""
+"""Declare the options that `extract`, `plan` and `bench` share, and build `ExtractOptions` from them."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ MODEL, PICTURES, STORE, RUN, SOURCES = "Model", "Pictures", "What is stored", "H
 LEAST_WORKER_MEMORY = 512 << 20
 MOST_DEVICES = 64
 MOST_TILES = 65536
-"""Of a batch."""
+"""Largest accepted batch size, in tiles."""
 MEASURED = 0
 """The batch of `--batch-size auto`."""
 
 
 def relocation(word: str) -> tuple[bytes, bytes]:
-    """Old and new absolute path of a tree that moved."""
+    """Parse OLD=NEW into the old and the new absolute path of a folder that moved."""
     old, _, new = word.partition("=")
     if not old or not new:
         raise UnusableWordError("OLD=NEW", "give both folders, such as --relocate /mnt/a=/mnt/b")
@@ -58,7 +58,7 @@ def relocation(word: str) -> tuple[bytes, bytes]:
 
 
 def device_list(word: str) -> tuple[str, ...]:
-    """Names of devices; numbers are CUDA devices."""
+    """Parse a list of devices into their names; plain numbers mean CUDA devices."""
     names = tuple(f"cuda:{name}" if name.isascii() and name.isdigit() else name for name in word.split(","))
     if len(names) > MOST_DEVICES or not all(names) or ("all" in names and len(names) > 1):
         raise UnusableWordError("a list of devices", "give all, or a list such as 0,1 or cpu,cpu")
@@ -68,7 +68,7 @@ def device_list(word: str) -> tuple[str, ...]:
 
 
 def color(word: str) -> tuple[int, int, int]:
-    """Red, green and blue."""
+    """Parse a color into red, green and blue, 0 to 255 each."""
     found = color_named(word)
     if found is None:
         raise UnusableWordError("a color", "give a name or a value, such as white or '#ffffff'")
@@ -76,7 +76,7 @@ def color(word: str) -> tuple[int, int, int]:
 
 
 def grey_range_named(word: str) -> GreyRange | int:
-    """The value of wide gray pictures that is white, or how it is found."""
+    """Parse --grey-range: the value that becomes white, or the rule that finds it."""
     if (found := member_named(GreyRange, word)) is not None:
         return found
     most: int = number(word, int, f"{' or '.join(GreyRange)} or a number", 1, MOST_GREY)
@@ -430,10 +430,10 @@ def build_options(
         bool, typer.Option("--strict", help="Stop at the first picture that cannot be used.", rich_help_panel=RUN)
     ] = False,
 ) -> ExtractOptions:
-    """Turn the words of a command line into options.
+    """Build the options of an extraction from the values of the command line.
 
     Raises:
-        UsageError: a word that means nothing, or options that contradict each other.
+        UsageError: A value is invalid, or options contradict each other.
     """
     return ExtractOptions(
         sources=tuple(sources or ()),
@@ -492,13 +492,13 @@ def build_options(
 
 
 def require_sources(options: ExtractOptions) -> None:
-    """Refuse a command line that names no pictures."""
+    """Raise a `UsageError` if the command line names no sources."""
     if not options.has_sources:
         raise UsageError("no sources given", "name a folder of pictures, such as: internvit extract ./imgs -o feats.h5")
 
 
 def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Give a command the options of `build_options` beside its own; it is called with what they make."""
+    """Add the options of `build_options` to a command, which receives the `ExtractOptions` built from them."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     shared = list(inspect.signature(build_options, eval_str=True).parameters.values())
 
@@ -514,22 +514,22 @@ def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def shard_bytes_for(shard_size: int | None, *, has_shards: bool) -> int | None:
-    """The value of `--shard-size` that concerns an output.
+    """Return the value of `--shard-size` that applies to an output.
 
-    What a variable or a file says to all commands is passed over where there are no shards; what was typed is left for
-    the command to refuse.
+    If the output has no shards, a value from a variable or a file is ignored, because it may be meant for another
+    command; a value from the command line is kept, so that the command can refuse it.
     """
     return shard_size if has_shards or is_on_command_line("shard_size") else None
 
 
 def chosen_devices(device: str | None, devices: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names of the devices that --device and --devices ask for.
+    """Return the names of the devices that --device or --devices selects.
 
     Raises:
-        UsageError: both do.
+        UsageError: Both options are given.
     """
     if devices is None:
         return (device or AUTO,)
     if device is not None:
-        raise UsageError("--device and --devices contradict each other", "give --devices alone")
+        raise UsageError("--device and --devices contradict each other", "give only --devices")
     return devices

@@ -1,4 +1,4 @@
-"""`internvit bench`: what this machine does, stage by stage, and what a run over given pictures would come to."""
+"""`internvit bench`: measure each stage on this machine, and predict how long a run would take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def batch_list(word: str) -> tuple[int, ...]:
-    """Numbers of tiles."""
+    """Parse a list of batch sizes, in tiles."""
     parts = word.split(",")
     if not all(part.isascii() and part.isdigit() and 1 <= int(part[:9]) <= MOST_TILES for part in parts):
         raise UnusableWordError("a list of numbers of tiles", "give a list such as 1,8,64")
@@ -30,7 +30,7 @@ def batch_list(word: str) -> tuple[int, ...]:
 
 
 def dtype_list(word: str) -> tuple[ComputeDtype, ...]:
-    """Types to compute in."""
+    """Parse a list of compute types."""
     return tuple(member(ComputeDtype, name) for name in word.split(","))
 
 
@@ -62,10 +62,10 @@ def bench_command(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Measure encoder, decoding and disk, and predict a run.
+    """Measure encoder, decoding and disk, and predict a run's duration.
 
-    The command takes the options of extract, and keeps nothing. Without SOURCES it measures the encoder and the disk
-    alone; the disk is that of -o, or of the working directory.
+    The command takes the options of extract, and leaves no files. Without SOURCES it measures only the encoder and the
+    disk. The disk is that of -o, or of the working directory.
 
     Example: internvit bench ./imgs -o /data/feats.h5
     """
@@ -85,7 +85,7 @@ def bench_command(
 
 
 def print_benchmark(benchmark: Benchmark) -> None:
-    """A table for a person."""
+    """Print the measurements as a table."""
     print_line(f"model    {benchmark.model}")
     print_line(f"cores    {benchmark.cpus}")
     print_line("encoder  type       batch    tiles/s   device")

@@ -1,4 +1,4 @@
-"""Typer's commands with our own values, errors and help: Typer splits the command line, completes it and dispatches."""
+"""Adapt Typer's commands: Typer splits and completes the command line, the values, errors and help are our own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from internvit_cli.cli.console import one_line, print_line, print_text, say
+from internvit_cli.cli.console import print_line, print_text, printable_line, say
 from internvit_cli.cli.declarations import REGISTERED, Command, Parameter, as_typer_function, parameters_of
 from internvit_cli.cli.help import command_help, root_help
 from internvit_cli.cli.settings import OWN, Settings, is_on, print_settings, resolve, unknown_variables
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
-"""Typer's base of all complaints about the command line; where it lives differs between versions."""
+"""Base class of Typer's usage errors; the module that defines it differs between versions."""
 EXIT_CODES = {
     ExitCode.DONE: "everything is done, or there is nothing new to do",
-    ExitCode.CANNOT_RUN: "cannot run, or something is wrong; extract: no image could be used",
+    ExitCode.CANNOT_RUN: "the command cannot run, or something is wrong; for extract, no image could be used",
     ExitCode.USAGE: "the command line, a variable or a configuration file is wrong",
     ExitCode.SKIPPED: "finished, with skipped images (extract --allow-skipped makes that a 0)",
-    ExitCode.NO_IMAGES: "no images found",
+    ExitCode.NO_IMAGES: "no images were found",
     ExitCode.OTHER_RECIPE: "the output exists with another recipe or another root",
-    ExitCode.NO_SPACE: "not enough disk space",
+    ExitCode.NO_SPACE: "there is not enough disk space",
     ExitCode.LOCKED: "another run holds the output; try again later",
-    ExitCode.SIGHUP: "stopped by SIGHUP, such as by a terminal that was closed; the same command continues",
+    ExitCode.SIGHUP: "stopped by SIGHUP, for example because the terminal was closed; the same command continues",
     ExitCode.SIGINT: "stopped by SIGINT; the same command continues",
     ExitCode.SIGUSR1: "stopped by SIGUSR1; the same command continues",
     ExitCode.SIGTERM: "stopped by SIGTERM; the same command continues",
@@ -37,8 +37,8 @@ EXIT_CODES = {
 
 
 @dataclass(slots=True)
-class Call:
-    """What is known of a call when it fails."""
+class CommandCall:
+    """What is known about the command line when it fails."""
 
     as_json: bool = False
     debug: bool = False
@@ -52,14 +52,14 @@ def add_command(
     essential: tuple[str, ...] = (),
     required: tuple[str, ...] = (),
 ) -> None:
-    """Make a function a command of the program.
+    """Register a function as a command of the program.
 
     Args:
-        app: the program.
-        name: of the command.
-        run: does it, and returns the exit code; its signature declares what the command takes.
-        essential: names of the options that the short help lists, for a command that has many.
-        required: names of parameters that must be given though they have a default.
+        app: The program.
+        name: Name of the command.
+        run: Runs the command and returns the exit code; its signature declares the parameters.
+        essential: Names of the options that the short help lists; empty for all.
+        required: Names of parameters that are required although they have a default.
     """
     command = Command(name, run, tuple(parameters_of(run)), essential, required)
     REGISTERED[name] = command
@@ -74,25 +74,25 @@ def add_command(
 
 
 class _Command(TyperCommand):
-    """A command as Typer sees it."""
+    """A Typer command that resolves values from all places and prints our own help."""
 
     declared: Command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Split the command line, and find all values.
+        """Split the command line, and resolve the values of all parameters.
 
         Raises:
-            UsageError: the command line, a variable or the file means nothing.
+            UsageError: The command line, a variable or the configuration file is invalid.
         """
-        if ctx.resilient_parsing:  # a shell asks for completions
+        if ctx.resilient_parsing:  # the shell asks for completions
             return list(super().parse_args(ctx, args))
         typed, rest = split(self, ctx, args, (*self.declared.parameters, *OWN))
         if typed.get("help_") or typed.get("help_all"):
             print_text(command_help(self.declared, everything=bool(typed.get("help_all"))))
             raise typer.Exit
         if rest:
-            raise UsageError(f"one argument too many: {one_line(rest[0])}", self.declared.usage(ctx.command_path))
-        call: Call = ctx.ensure_object(Call)
+            raise UsageError(f"one argument too many: {printable_line(rest[0])}", self.declared.usage(ctx.command_path))
+        call: CommandCall = ctx.ensure_object(CommandCall)
         call.as_json, call.debug = is_on("json", typed), is_on("debug", typed)
         for note in unknown_variables():
             say(f"note: {note}")
@@ -109,7 +109,7 @@ class _Command(TyperCommand):
         """Run the command.
 
         Raises:
-            InternvitError: it cannot; the hint tells where options come from that it complains of.
+            InternvitError: The command fails. The hint says where the values that the message names come from.
         """
         settings: Settings = ctx.obj
         try:
@@ -130,7 +130,7 @@ def root_options(
     ] = False,
     help_: Annotated[bool, typer.Option("-h", "--help", help="Show this help.")] = False,
 ) -> None:
-    """Options of the program itself."""
+    """Declare the options of the program itself."""
 
 
 ROOT_OPTIONS = tuple(parameters_of(root_options))
@@ -139,13 +139,13 @@ TYPERS_OWN = ("install_completion", "show_completion")
 
 
 class Group(TyperGroup):
-    """The program as Typer sees it."""
+    """A Typer group that prints our own help and errors."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Split the command line into options of the program, the command, and what is for the command.
+        """Split the command line into options of the program, the command, and the arguments of the command.
 
         Raises:
-            UsageError: an option that the program has not.
+            UsageError: The program has no such option.
         """
         if ctx.resilient_parsing:
             return list(super().parse_args(ctx, args))
@@ -164,16 +164,16 @@ class Group(TyperGroup):
         return rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that is named.
+        """Run the named command.
 
         Raises:
-            UsageError: there is none of that name; the hint names the nearest.
+            UsageError: There is no command of that name; the hint names the most similar one.
         """
         name, *rest = ctx.args
         command: Any = self.commands.get(name)
         if command is None:
             hint = did_you_mean(name, self.commands) or "internvit --help lists the commands"
-            raise UsageError(f"internvit has no command {one_line(name)}", hint)
+            raise UsageError(f"internvit has no command {printable_line(name)}", hint)
         with command.make_context(name, rest, parent=ctx) as own:
             return command.invoke(own)
 
@@ -181,10 +181,10 @@ class Group(TyperGroup):
 def split(
     command: Any, ctx: Any, args: Sequence[str], parameters: Iterable[Parameter]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What a command line gives each parameter (a word, a list of words, true or false), and what is left of it.
+    """Return the text, texts or flag given for each parameter, and the arguments that are left over.
 
     Raises:
-        UsageError: an option that there is not, or one without its value.
+        UsageError: An option is unknown, or lacks its value.
     """
     by_name = {parameter.name: parameter for parameter in parameters}
     try:
@@ -199,7 +199,7 @@ def split(
 
 
 def _in_our_words(error: Any, path: str, parameters: Iterable[Parameter]) -> UsageError:
-    """Typer's complaint about an option as one of ours."""
+    """Convert Typer's usage error into a `UsageError` with our own message and hint."""
     spelled = str(getattr(error, "option_name", "") or "")
     names = {name: one for one in parameters for name in (*one.spellings, one.negative) if name}
     where_to_look = f"{path} --help lists the options"
@@ -207,7 +207,9 @@ def _in_our_words(error: Any, path: str, parameters: Iterable[Parameter]) -> Usa
         return UsageError(str(error.format_message()), where_to_look)
     option = names.get(spelled)
     if option is None:
-        return UsageError(f"{path} has no option {one_line(spelled)}", did_you_mean(spelled, names) or where_to_look)
+        return UsageError(
+            f"{path} has no option {printable_line(spelled)}", did_you_mean(spelled, names) or where_to_look
+        )
     if option.is_flag:
         alone = f"{option.long} or {option.negative}" if option.negative else f"{spelled} alone"
         return UsageError(f"{spelled} takes no value", f"give {alone}")

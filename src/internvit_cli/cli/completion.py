@@ -1,4 +1,4 @@
-"""What the shell proposes for an argument, beside options and their words, which Typer knows."""
+"""Complete keys in the shell; Typer completes options and choices."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import shlex
 import typer
 
 MOST_IMAGES = 100_000
-"""More keys take too long to read between two keystrokes."""
+"""Outputs with more keys are not completed, because reading them takes too long."""
 
 
 def complete_keys(context: typer.Context, incomplete: str) -> list[str]:
-    """Keys of the output that was named before, those that a shell takes as they are; none where it cannot be read."""
+    """Return matching keys of the output on the command line that need no quotes; none if it cannot be read."""
     from internvit_cli.errors import InternvitError
     from internvit_cli.storage.read.places import find_places
 

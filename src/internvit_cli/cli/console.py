@@ -1,4 +1,4 @@
-"""Lines for people and programs: messages on stderr, results on stdout."""
+"""Write messages to stderr and results to stdout."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from internvit_cli.errors import InternvitError
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 _make_way: Callable[[], AbstractContextManager[None]] = nullcontext
-"""What clears the line that is drawn at the bottom of a terminal while a line is written above it."""
+"""Clears the progress line at the bottom of the terminal while another line is written above it."""
 _lost: OSError | None = None
-"""Why a result did not reach standard output though somebody waits for it."""
+"""Why a result could not be written to standard output, although its reader still exists."""
 
 
 def fail(error: InternvitError, *, as_json: bool = False) -> int:
-    """Print an error and what to do about it; returns its exit code."""
+    """Print an error with its hint, and return its exit code."""
     say(f"error: {error.message}")
     if error.hint:
         say(f"hint: {error.hint}")
@@ -34,70 +34,71 @@ def fail(error: InternvitError, *, as_json: bool = False) -> int:
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr."""
-    _write(sys.stderr, one_line(line))
+    """Print a message for people to stderr."""
+    _write(sys.stderr, printable_line(line))
 
 
 def print_line(line: str = "") -> None:
-    """One line of a result, on stdout."""
-    _write(sys.stdout, one_line(line))
+    """Print one line of a result to stdout."""
+    _write(sys.stdout, printable_line(line))
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on one line, ASCII only, on stdout."""
+    """Print a JSON object on one line to stdout, in ASCII."""
     _write(sys.stdout, json.dumps(value, ensure_ascii=True))
 
 
 def print_text(text: str) -> None:
-    """Lines that are laid out already, on stdout."""
+    """Print lines that already have their layout to stdout."""
     _write(sys.stdout, text.rstrip("\n"))
 
 
 def write_raw(text: str) -> None:
-    """Text of our own making, escapes and all, on stdout."""
+    """Write text of our own, including escape sequences, to stdout without a newline."""
     _write(sys.stdout, text, end="")
 
 
 def write_names(text: str) -> bool:
-    """Text with names of files, on stdout as the bytes that they are; returns whether anybody still reads."""
+    """Write text with file names as their bytes to stdout; return whether anybody still reads it."""
     buffer = getattr(sys.stdout, "buffer", None)
-    if buffer is None:  # a stream of text alone
+    if buffer is None:  # a stream that takes only text
         return _write(sys.stdout, text, end="")
     with _make_way():
         return _attempt(sys.stdout, lambda: (buffer.write(os.fsencode(text)), buffer.flush()))
 
 
 def write_progress(text: str) -> None:
-    """Text that is the line which makes way for others, on stderr."""
+    """Write the text of the progress line to stderr."""
     stream = sys.stderr
     _attempt(stream, lambda: (stream.write(text), stream.flush()))
 
 
 def take_lost_output() -> InternvitError | None:
-    """Return the error of results that could not be written since the last call; None when all reached its reader."""
+    """Return the error of results that could not be written since the last call; None if all were written."""
     global _lost
     lost, _lost = _lost, None
     if lost is None:
         return None
     return InternvitError(
-        f"cannot write to standard output: {lost.strerror}", "all else is done: run the command again for it"
+        f"cannot write to standard output: {lost.strerror}",
+        "everything else is done; run the command again to get the result",
     )
 
 
 def make_way_with(make_way: Callable[[], AbstractContextManager[None]]) -> None:
-    """Have every line be written inside such a block; `nullcontext` when nothing is in the way any more."""
+    """Write every line inside the given context, which clears the progress line; `nullcontext` ends that."""
     global _make_way  # noqa: PLW0603 - there is one terminal
     _make_way = make_way
 
 
 def _write(stream: TextIO, line: str, end: str = "\n") -> bool:
-    """Write a line above the one that is drawn; returns whether anybody still reads."""
+    """Write a line above the progress line; return whether anybody still reads it."""
     with _make_way():
         return _attempt(stream, lambda: (stream.write(line + end), stream.flush()))
 
 
 def _attempt(stream: TextIO, write: Callable[[], object]) -> bool:
-    """Write; what cannot be written is dropped, like all that follows, and the work goes on."""
+    """Try to write; after a failure everything that follows is dropped too, and the work goes on."""
     global _lost  # noqa: PLW0603
     try:
         write()
@@ -110,7 +111,7 @@ def _attempt(stream: TextIO, write: Callable[[], object]) -> bool:
 
 
 def _is_nobody_reading(stream: TextIO, error: OSError) -> bool:
-    """Whether the reader of a pipe has ended, or the terminal is gone; an I/O error of a file is neither."""
+    """Return whether the pipe has no reader or the terminal is gone; a full disk is another matter."""
     if error.errno == errno.EIO:
         return stat.S_ISCHR(os.fstat(stream.fileno()).st_mode)
     return error.errno == errno.EPIPE
@@ -123,14 +124,14 @@ def _drop(stream: TextIO) -> None:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether lines can be drawn over each other there."""
+    """Return whether the stream is a terminal on which a line can be redrawn."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def open_missing_streams() -> None:
-    """Open what the caller closed: a data file must not get the descriptor of a stream that something prints to.
+    """Open standard streams that the caller closed, so that no data file gets the descriptor of a stream.
 
-    What a stream's encoding lacks is written as escapes.
+    Characters that the encoding of a stream lacks are written as escapes.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
@@ -140,13 +141,13 @@ def open_missing_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def one_line(text: str) -> str:
-    """The text with control characters written out, so that a file's name cannot steer a terminal."""
+def printable_line(text: str) -> str:
+    """Escape control characters, so that the name of a file cannot control the terminal."""
     return errors.one_line(text, limit=None)
 
 
 def human_bytes(count: float) -> str:
-    """A byte count in decimal units, such as `1.5 GB`."""
+    """Return a number of bytes in decimal units, such as `1.5 GB`."""
     for unit in UNITS:
         if count < 1000 or unit == UNITS[-1]:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -155,7 +156,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration, such as `2 h 5 min`."""
+    """Return a duration in words, such as `2 h 5 min`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)

@@ -1,8 +1,8 @@
-"""What a command takes: its options and arguments, as the signature of its function declares them.
+"""Describe the options and arguments of a command, as the signature of its function declares them.
 
-Parsing, settings, help, completion and docs/cli.md all read these records, so that they agree and depend on no version
-of Typer. A declaration is Typer's own: `Annotated[int, typer.Option("-n", "--count", min=1, help="...")] = 10`. These
-fields of it count: names, help, metavar, min, max, parser, show_default (a text in place of the default's value),
+Parsing, settings, help, completion and docs/cli.md all read these records, so that they agree and do not depend on the
+version of Typer. A declaration is Typer's own: `Annotated[int, typer.Option("-n", "--count", min=1, help="...")] = 10`.
+These fields are used: names, help, metavar, min, max, parser, show_default (a text in place of the default's value),
 rich_help_panel (the group in the help) and autocompletion.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 OPTIONS = "Options"
-"""The group of options that name none."""
+"""The group of options that declare no group."""
 METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X"}
 
 
@@ -28,44 +28,44 @@ class Parameter:
     """One option or argument of a command."""
 
     name: str
-    """Keyword of the command's function, such as `max_tiles`."""
+    """The keyword of the command's function, such as `max_tiles`."""
     kind: type
-    """Of one value: bool, int, float, str, an Enum, or whatever `parser` returns."""
+    """The type of one value: bool, int, float, str, an Enum, or what `parser` returns."""
     is_list: bool
     default: Any
-    """`inspect.Parameter.empty` for an argument that must be given."""
+    """`inspect.Parameter.empty` if the argument is required."""
     spellings: tuple[str, ...] = ()
-    """On the command line, such as `-o` and `--output`; empty for an argument."""
+    """The spellings on the command line, such as `-o` and `--output`; empty for an argument."""
     negative: str = ""
-    """What turns a flag off, such as `--no-thumbnail`."""
+    """The option that turns a flag off, such as `--no-thumbnail`."""
     metavar: str = ""
     help: str = ""
     group: str = OPTIONS
     least: float | None = None
     most: float | None = None
     shown_default: str = ""
-    """What stands for the default where its value would say little, such as `4GiB`."""
+    """The text shown instead of the default, such as `4GiB`."""
     parser: Callable[[str], Any] | None = None
     complete: Callable[..., Any] | None = None
 
     @property
     def has_default(self) -> bool:
-        """Whether it may be left out."""
+        """Whether the parameter may be left out."""
         return self.default is not inspect.Parameter.empty
 
     @property
     def is_argument(self) -> bool:
-        """Whether it goes by its place."""
+        """Whether the parameter is positional."""
         return not self.spellings
 
     @property
     def is_flag(self) -> bool:
-        """Whether it takes no value."""
+        """Whether the option takes no value."""
         return self.kind is bool
 
     @property
     def long(self) -> str:
-        """The spelling that messages use, such as `--max-tiles`; of an argument its metavar."""
+        """The spelling that messages use, such as `--max-tiles`; the metavar of an argument."""
         return next((name for name in self.spellings if name.startswith("--")), self.metavar)
 
     @property
@@ -75,12 +75,12 @@ class Parameter:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The words that it takes, where they are few."""
+        """The values of an Enum; empty for other types."""
         return tuple(str(member.value) for member in self.kind) if issubclass(self.kind, Enum) else ()
 
     @property
     def default_text(self) -> str:
-        """The default as one would write it; empty where there is none, or where it is what no flag means."""
+        """The default as a user would type it; empty if there is none, or if the flag is off by default."""
         if self.shown_default:
             return self.shown_default
         if not self.has_default or self.is_list or self.default in (None, ""):
@@ -94,15 +94,15 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: its function, and what it takes."""
+    """A command: its function and its parameters."""
 
     name: str
     run: Callable[..., int]
     parameters: tuple[Parameter, ...]
     essential: tuple[str, ...] = ()
-    """Names of the options that the short help lists; empty for all."""
+    """Names of the options that the short help lists; empty for all options."""
     required: tuple[str, ...] = ()
-    """Names of parameters that must be given though the signature has a default: the command says how."""
+    """Names of parameters that are required although the signature has a default."""
     by_key: dict[str, Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,25 +110,25 @@ class Command:
 
     @property
     def arguments(self) -> list[Parameter]:
-        """What goes by its place."""
+        """The positional parameters."""
         return [parameter for parameter in self.parameters if parameter.is_argument]
 
     @property
     def options(self) -> list[Parameter]:
-        """What goes by its name."""
+        """The parameters that are options."""
         return [parameter for parameter in self.parameters if not parameter.is_argument]
 
     @property
     def description(self) -> str:
-        """What the command does: its docstring."""
+        """The description of the command, which is its docstring."""
         return inspect.cleandoc(self.run.__doc__ or "")
 
     def is_required(self, parameter: Parameter) -> bool:
-        """Whether it must be given."""
+        """Return whether a parameter has to be given."""
         return not parameter.has_default or parameter.name in self.required
 
     def usage(self, path: str) -> str:
-        """How it is called, such as `internvit extract [OPTIONS] SOURCES... -o OUT`."""
+        """Return the usage line, such as `internvit extract [OPTIONS] SOURCES... -o OUT`."""
         words = [path, "[OPTIONS]"]
         words += [p.metavar if self.is_required(p) else f"[{p.metavar}]" for p in self.arguments]
         words += [f"{option.spellings[0]} {option.metavar}" for option in self.options if self.is_required(option)]
@@ -136,11 +136,11 @@ class Command:
 
 
 REGISTERED: dict[str, Command] = {}
-"""All commands by name: one configuration file and one environment serve them all."""
+"""All commands by name; they share one configuration file and one environment."""
 
 
 def parameters_of(function: Callable[..., Any]) -> list[Parameter]:
-    """The parameters that a function's signature declares, in order."""
+    """Return the parameters that the signature of a function declares, in order."""
     return [_parameter(parameter) for parameter in inspect.signature(function, eval_str=True).parameters.values()]
 
 
@@ -171,7 +171,7 @@ def _parameter(parameter: inspect.Parameter) -> Parameter:
 
 
 def _spellings(name: str, info: Any, *, is_flag: bool) -> tuple[tuple[str, ...], str]:
-    """The names of an option, and the one that turns it off."""
+    """Return the names of an option, and the name that turns it off (empty if there is none)."""
     if isinstance(info, typer.models.ArgumentInfo):
         return (), ""
     declared = [part for part in (info.default, *(info.param_decls or ())) if isinstance(part, str)]
@@ -192,7 +192,7 @@ def _metavar(name: str, info: Any, kind: type, *, is_list: bool) -> str:
 
 
 def as_typer_function(name: str, parameters: Iterable[Parameter], summary: str) -> Callable[..., None]:
-    """A function from whose signature Typer makes a command that takes words alone; it is never called."""
+    """Return a function whose signature declares a command with text values to Typer; it is never called."""
 
     def command(**_: Any) -> None:
         raise AssertionError
@@ -209,7 +209,7 @@ def as_typer_function(name: str, parameters: Iterable[Parameter], summary: str) 
 
 
 def _in_words(parameter: Parameter) -> Any:
-    """The annotation of a parameter whose values are words, or true and false for a flag."""
+    """Return the annotation of a parameter with text values, or of a flag."""
     kind: Any = bool if parameter.is_flag else list[str] if parameter.is_list else str
     complete = parameter.complete
     if complete is None and parameter.choices:

@@ -1,4 +1,4 @@
-"""`internvit diff`: how far two outputs are apart."""
+"""`internvit diff`: print how two outputs differ."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from internvit_cli.runtime.words import counted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from internvit_cli.export.compare import DiffResult, Spread
+    from internvit_cli.export.compare import CosineStatistics, DiffResult
 
 KEYS_SHOWN = 10
-"""Keys that are listed of each kind; --json has them all."""
+"""How many keys of each kind are listed; --json lists all of them."""
 
 
 def diff_command(
@@ -38,7 +38,7 @@ def diff_command(
     """Compare two outputs.
 
     The command compares recipes, keys, statuses, pictures, and the features of each image by their cosine. For two
-    models whose vectors differ in width it gives the alignment of the two sets (linear CKA) instead.
+    models whose vectors differ in width, it gives the alignment of the two sets (linear CKA) instead.
 
     Example: internvit diff bfloat16.h5 fp8.h5 --threshold 0.999
     """
@@ -57,8 +57,8 @@ def diff_command(
 
 def _below(found: DiffResult) -> InternvitError:
     if found.pooled is None:
-        return InternvitError("there is no cosine to hold against --threshold", "the notes say why")
-    return InternvitError(f"a cosine is below {found.threshold:.9g}", "the images are listed, the worst first")
+        return InternvitError("there is no cosine to compare with --threshold", "the notes say why")
+    return InternvitError(f"a cosine is below {found.threshold:.9g}", "the images are listed above, the worst first")
 
 
 def _print(found: DiffResult) -> None:
@@ -67,7 +67,7 @@ def _print(found: DiffResult) -> None:
     _print_keys("only in A", found.only_one)
     _print_keys("only in B", found.only_other)
     _print_keys("status", [f"{key}: {mine} in A, {its} in B" for key, (mine, its) in found.statuses.items()])
-    _print_keys("picture", [f"{key}: another file" for key in found.pictures])
+    _print_keys("picture", [f"{key}: different files" for key in found.pictures])
     _print_common(found)
     for name, spread in (("vectors", found.pooled), ("tokens", found.tokens)):
         if spread is not None:
@@ -77,7 +77,7 @@ def _print(found: DiffResult) -> None:
     for note in found.notes:
         say(f"note: {note}")
     if found.is_identical:
-        print_line(f"{found.one} and {found.other} are identical in all that was compared")
+        print_line(f"{found.one} and {found.other} are identical in everything that was compared")
 
 
 def _print_common(found: DiffResult) -> None:
@@ -93,7 +93,7 @@ def _print_keys(what: str, keys: Sequence[str]) -> None:
         print_line(f"{what:<11} {len(keys) - KEYS_SHOWN:,} more (--json lists them)")
 
 
-def _print_spread(name: str, spread: Spread, token_mean: float | None) -> None:
+def _print_spread(name: str, spread: CosineStatistics, token_mean: float | None) -> None:
     shares = ", ".join(f"{share} {value:.6f}" for share, value in spread.percentiles.items())
     what = "cosine" if token_mean is None else "lowest cosine of an image's tokens"
     print_line(f"{name:<11} {what}: lowest {spread.lowest:.6f}, mean {spread.mean:.6f}, {shares}")

@@ -1,4 +1,4 @@
-"""`internvit doctor`: whether this machine is fit for a run."""
+"""`internvit doctor`: print whether this machine is ready for a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def doctor_command(
 ) -> int:
     """Check whether this machine is ready for a run.
 
-    The command tries versions, memory, worker processes, the model, devices, and the disk of the output with its locks.
-    It exits with 1 if something will not work, and says what to do.
+    The command checks versions, memory, worker processes, the model, the devices, and the disk and locks of the output.
+    If something will not work, it says what to do and exits with 1.
     """
     from internvit_cli.commands.doctor import CheckState, examine
 

@@ -1,4 +1,4 @@
-"""`internvit duplicates`: what there is more than once."""
+"""`internvit duplicates`: print groups of identical files and of similar images."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _print(found: Duplicates) -> None:
     groups = [f"{counted(len(found.identical), 'group')} of identical files"]
     if found.comparison is not None:
         groups.append(f"{counted(len(found.similar), 'group')} of similar images")
-    print_line(f"{counted(found.images, 'image')}: {', '.join(groups)}; {counted(found.redundant, 'image')} to spare")
+    print_line(f"{counted(found.images, 'image')}: {', '.join(groups)}; {counted(found.redundant, 'redundant image')}")
     if found.comparison is not None:
         print_line(_how(found.comparison))
     for note in found.notes:
@@ -93,14 +93,14 @@ def _print(found: Duplicates) -> None:
 
 
 def _how(comparison: ComparisonMethod) -> str:
-    """One line on how similar images were told."""
+    """Return one line that says how similar images were found."""
     by = f"compared by {comparison.space.words}, {comparison.how}"
     pictures = comparison.pictures
     if pictures is None:
-        return f"{by}: {comparison.threshold:g} and more is similar, and no picture was looked at"
+        return f"{by}: {comparison.threshold:g} and more counts as similar; no picture was read"
     near = counted(pictures.same + pictures.different, "near pair")
-    told = f"{by}; pictures of {near} laid over each other, {pictures.same:,} of them agree"
+    told = f"{by}; pictures of {near} were compared, {pictures.same:,} of them show the same"
     if pictures.unseen:
         unseen = counted(pictures.unseen, "pair")
-        told += f"; {unseen} without both pictures, similar from a cosine of {comparison.threshold:g}"
+        told += f"; {unseen} lacked a picture, and count as similar from a cosine of {comparison.threshold:g}"
     return told

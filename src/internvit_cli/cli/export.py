@@ -1,4 +1,4 @@
-"""`internvit export`: features in other files and formats."""
+"""`internvit export`: write features to other files and formats."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def export_command(
 ) -> int:
     """Write features to another file or format.
 
-    Every row is checked against its CRC on the way. An .h5 file or a folder of .npy shards holds everything that OUT
-    does, and extract can continue it. NEW appears only when it is complete.
+    Every row is checked against its CRC. An .h5 file or a folder of .npy shards holds everything that OUT holds, and
+    extract can continue it. NEW appears only when it is complete.
 
     Example: internvit export feats.h5 feats.parquet
     """
@@ -109,16 +109,16 @@ def export_command(
     write = WriteOptions(new, target, shard_bytes, overwrite=overwrite, lock=not no_lock, widen=widen)
     keys = tuple(read_keys(keys_from, null_separated=null)) if keys_from is not None else ()
     if keys_from is not None and not keys:
-        raise UsageError(f"--keys-from {one_line(keys_from)}: it names no image", "write one key a line")
+        raise UsageError(f"--keys-from {one_line(keys_from)}: the list names no image", "write one key per line")
     options = ExportOptions(found_output(path), write, tuple(key or ()), keys, tokens=not no_tokens, layers=layer)
     return run_stoppable(lambda stop, observer: export(options, stop, observer), as_json=json, quiet=quiet)
 
 
 def read_keys(path: str, *, null_separated: bool) -> list[str]:
-    """The keys of a list, one a line or ended by NUL; of lines a mark of UTF-8 in front is no part.
+    """Return the keys of a list, separated by newlines or NUL; a UTF-8 byte order mark before lines is dropped.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: The file cannot be read.
     """
     from internvit_cli.sources.discover import STANDARD_INPUT
     from internvit_cli.sources.lists import read_list
@@ -134,7 +134,7 @@ def read_keys(path: str, *, null_separated: bool) -> list[str]:
 
 
 def run_stoppable(work: Callable[[StopRequest, Observer], ExportResult], *, as_json: bool, quiet: bool) -> int:
-    """Do it, and print what was made; a signal ends it and leaves nothing. Returns the exit code."""
+    """Run an export, print its result and return the exit code; a signal stops it and removes what it wrote."""
     with stop_on_signals() as stop:
         try:
             with progress(quiet=quiet) as observer:
@@ -162,6 +162,6 @@ def _print(written: ExportResult) -> None:
         f"{human_bytes(rate)}/s"
     )
     if written.pending:
-        say(f"note: {counted(written.pending, 'image')} left out: not encoded yet")
+        say(f"note: {counted(written.pending, 'image')} left out, because they are not encoded yet")
     for note in written.notes:
         say(f"note: {note}")

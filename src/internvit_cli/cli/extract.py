@@ -1,4 +1,4 @@
-"""`internvit extract`: the main job."""
+"""`internvit extract`: encode pictures into features."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class AllowedSkips(NamedTuple):
-    """How many skipped images are no failure."""
+    """How many images may be skipped before the exit code says so."""
 
     value: float
     is_percentage: bool
 
     def of(self, images: int) -> int:
-        """The number, of so many images found."""
+        """Return the number of allowed skips for a number of images found."""
         return int(images * self.value / 100) if self.is_percentage else int(self.value)
 
 
@@ -37,13 +37,13 @@ NONE_ALLOWED = AllowedSkips(0, is_percentage=False)
 
 
 def allowed_skips(word: str) -> AllowedSkips:
-    """A number of images such as `10`, or a percentage such as `1%`."""
+    """Parse a number of images such as `10`, or a percentage such as `1%`."""
     digits = word.removesuffix("%")
     try:
         value = float(digits) if word.endswith("%") else int(digits)
     except ValueError:
         value = -1
-    if not 0 <= value <= (100 if word.endswith("%") else sys.maxsize):  # nan is neither
+    if not 0 <= value <= (100 if word.endswith("%") else sys.maxsize):  # nan fails both comparisons
         raise UnusableWordError("a number or a percentage", "give a value such as 10 or 1%")
     return AllowedSkips(value, word.endswith("%"))
 
@@ -94,9 +94,9 @@ def extract_command(
 
 
 def _report(summary: Summary, allowed: AllowedSkips, *, as_json: bool, quiet: bool) -> int:
-    """Print the outcome; returns the exit code."""
+    """Print the outcome and return the exit code."""
     code = summary.exit_code(allowed.of(summary.counts.found))
-    useless = InternvitError("not one image could be used", f"see {summary.skipped_path} for the reasons")
+    useless = InternvitError("no image could be used", f"see {summary.skipped_path} for the reasons")
     error = useless if code == ExitCode.CANNOT_RUN else None
     if as_json:
         print_json(summary.to_json() | {"exit_code": int(code), "error": error.message if error else None})
@@ -106,7 +106,7 @@ def _report(summary: Summary, allowed: AllowedSkips, *, as_json: bool, quiet: bo
 
 
 def print_summary(summary: Summary) -> None:
-    """The run in a few lines: every image accounted for, and where the time went."""
+    """Print a run in a few lines: the status of every image, and where the time went."""
     counts, stages = summary.counts, summary.stages
     print_line(
         f"{summary.output}: {counted(counts.found, 'image')} found = "

@@ -1,6 +1,6 @@
-"""Helps in plain text: of a command the options that matter, or all of them, within the width of the terminal.
+"""Format the help of commands as plain text: the essential options or all of them, as wide as the terminal.
 
-Words are never broken, so that what is shown can be copied and searched.
+Words are never broken, so that they can be copied and searched.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from internvit_cli.errors import ExitCode
 
 MOST_OPTIONS = 15
-"""Of its own that a command's short help lists."""
+"""How many options of its own the short help of a command lists."""
 WIDEST = 100
-"""Columns: longer lines are hard to read."""
+"""Largest line length, in columns; longer lines are hard to read."""
 WIDEST_NAMES = 26
-"""Columns for the names of options; a longer one has its text below it."""
+"""Columns for the names of options; the text of a longer name goes below it."""
 LEAST_TEXT = 44
-"""Columns that texts beside names have; in a narrower terminal they stand below the names."""
+"""Smallest number of columns for texts beside names; in a narrower terminal, texts go below the names."""
 BELOW = 8
-"""Columns by which texts below names are indented."""
+"""Indentation of texts below names, in columns."""
 NO_BREAK = "\N{NO-BREAK SPACE}"
 LONGEST_WHOLE = 36
-"""Characters of a remark in brackets that is kept on one line."""
+"""Remarks in brackets of up to this many characters are kept on one line."""
 ARGUMENTS, GENERAL = "Arguments", "General options"
 WITH_NAME, WITHOUT = "  ", "      "
-"""Before names: those without a short one are aligned with those that have one."""
+"""Indentation that aligns options without a short name with those that have one."""
 
 
 def command_help(command: Command, *, everything: bool) -> str:
-    """The help of one command."""
+    """Return the help of one command, with all options or with the essential ones."""
     path = f"internvit {command.name}"
     summary, _, rest = command.description.partition("\n\n")
     is_short = bool(command.essential) and not everything
@@ -57,7 +57,7 @@ def command_help(command: Command, *, everything: bool) -> str:
 def root_help(
     summary: str, commands: Mapping[str, Command], options: Sequence[Parameter], codes: Mapping[ExitCode, str]
 ) -> str:
-    """The help of the program: its commands in a line each."""
+    """Return the help of the program, with one line per command."""
     width = max(map(len, commands)) + 4
     lines = [
         f"  {name:<{width - 2}}{command.description.partition(chr(10) * 2)[0]}" for name, command in commands.items()
@@ -88,7 +88,7 @@ def _by_group(options: Iterable[Parameter]) -> dict[str, list[Parameter]]:
 
 
 def _sections(command: Command, every: Sequence[Parameter], groups: Mapping[str, Sequence[Parameter]]) -> Iterator[str]:
-    """A heading and its rows for each group; all groups have the same column of names."""
+    """Yield a heading and its rows for each group; all groups align their texts in the same column."""
     width = _name_width(every)
     for group, members in groups.items():
         if members:
@@ -100,7 +100,7 @@ def _rows(command: Command | None, parameters: Sequence[Parameter], width: int |
     is_beside = columns() - width >= LEAST_TEXT
     for parameter in parameters:
         name = _name(parameter)
-        lines = wrapped(_text(command, parameter), columns() - (width if is_beside else BELOW))
+        lines = wrap_lines(_text(command, parameter), columns() - (width if is_beside else BELOW))
         if is_beside and len(name) + 2 <= width:
             yield _bold(name) + " " * (width - len(name)) + lines.pop(0)
         else:
@@ -121,12 +121,12 @@ def _name(parameter: Parameter) -> str:
 
 
 def _name_width(parameters: Sequence[Parameter]) -> int:
-    """Columns of the names and the space behind them."""
+    """Return the columns of the longest name and the space after it."""
     return max((len(_name(p)) for p in parameters if len(_name(p)) <= WIDEST_NAMES), default=0) + 2
 
 
 def _text(command: Command | None, parameter: Parameter) -> str:
-    """What a parameter does, its words, its default."""
+    """Return the help of a parameter, followed by its choices and its default."""
     facts: list[str] = []
     if parameter.choices:
         facts.append(", ".join(parameter.choices))
@@ -140,7 +140,7 @@ def _text(command: Command | None, parameter: Parameter) -> str:
 
 
 def _whole(text: str) -> str:
-    """The text, kept on one line where it is short."""
+    """Return a short text with spaces that are not wrapped."""
     return text.replace(" ", NO_BREAK) if len(text) <= LONGEST_WHOLE else text
 
 
@@ -148,15 +148,15 @@ def _whole(text: str) -> str:
 
 
 def columns() -> int:
-    """Return the width that text is laid out for."""
+    """Return the line length for this terminal, in columns."""
     return max(20, min(WIDEST, shutil.get_terminal_size().columns))
 
 
 def _paragraph(text: str) -> list[str]:
-    """A paragraph as lines; one whose lines are indented stays as it is."""
+    """Return a paragraph as wrapped lines; an indented paragraph is not changed."""
     if text.startswith(" "):
         return text.splitlines()
-    return wrapped(" ".join(text.split()), columns())
+    return wrap_lines(" ".join(text.split()), columns())
 
 
 def _hanging(lines: Iterable[str], indent: int) -> Iterator[str]:
@@ -166,8 +166,8 @@ def _hanging(lines: Iterable[str], indent: int) -> Iterator[str]:
         )
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    """Return the lines of a text; a word that is wider than that has a line of its own."""
+def wrap_lines(text: str, width: int) -> list[str]:
+    """Return the lines of a text; a word wider than `width` gets a line of its own."""
     lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
     return [line.replace(NO_BREAK, " ") for line in lines] or [""]
 
@@ -177,7 +177,7 @@ def _heading(text: str) -> str:
 
 
 def _bold(text: str) -> str:
-    """The text, bold on a terminal that takes it."""
+    """Return the text, in bold on a terminal that supports it."""
     indent = text[: len(text) - len(text.lstrip())]
     return f"{indent}\033[1m{text.lstrip()}\033[0m" if _is_colored() else text
 

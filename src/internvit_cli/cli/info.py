@@ -1,4 +1,4 @@
-"""`internvit info`: what a feature file holds."""
+"""`internvit info`: print what a feature file or folder holds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from internvit_cli.cli.console import human_bytes, one_line, print_json, print_text
-from internvit_cli.cli.help import columns, wrapped
+from internvit_cli.cli.console import human_bytes, print_json, print_text, printable_line
+from internvit_cli.cli.help import columns, wrap_lines
 from internvit_cli.cli.ls import print_images
 from internvit_cli.cli.unfinished import CONTINUE, found_output
 from internvit_cli.runtime.words import counted, listed
 
 WIDER_THAN_ALL = 10_000
-"""Columns: the lines are broken before they are laid out, which rich would do within words."""
+"""Columns of a value; lines are wrapped here because rich would break words."""
 
 
 def info_command(
@@ -26,8 +26,8 @@ def info_command(
 ) -> int:
     """Show what a feature file or folder holds.
 
-    That is the model, the recipe, images by status, shapes, bytes and the last run. To list and filter keys there is
-    internvit ls.
+    The command shows the model, the recipe, the images by status, shapes, bytes and the last run. Use internvit ls to
+    list and filter keys.
 
     Example: internvit info feats.h5
     """
@@ -60,7 +60,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
         "weights": facts["recipe"]["weights_digest"],
     }
     if len(facts["layers"]) > 1:
-        rows["layers"] = f"{listed(facts['layers'])}; names without a number are of layer {facts['layers'][-1]}"
+        rows["layers"] = f"{listed(facts['layers'])}; names without a number mean layer {facts['layers'][-1]}"
     for name, dataset in facts["datasets"].items():
         rows[name] = f"{dataset['shape']} {dataset['dtype']}"
     for name, figures in facts["accuracy"].items():
@@ -72,23 +72,23 @@ def _print_tables(facts: dict[str, Any]) -> None:
 
 
 def _laid_out(rows: dict[str, str]) -> str:
-    """Names and values in two columns within the width of the terminal; no word is broken, so digests can be copied."""
+    """Format names and values in two columns for the terminal; words stay whole, so digests can be copied."""
     from rich.console import Console
     from rich.table import Table
 
     text = io.StringIO()
-    is_terminal = sys.stdout.isatty() or None  # else as FORCE_COLOR says
+    is_terminal = sys.stdout.isatty() or None  # None lets FORCE_COLOR decide
     console = Console(
         file=text, force_terminal=is_terminal, width=WIDER_THAN_ALL, highlight=False, markup=False, emoji=False
     )
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(style="bold")
     for name, value in rows.items():
-        table.add_row(name, "\n".join(wrapped(one_line(value), columns() - max(map(len, rows)) - 2)))
+        table.add_row(name, "\n".join(wrap_lines(printable_line(value), columns() - max(map(len, rows)) - 2)))
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _short(value: object) -> str:
-    """A figure with as many digits as say something."""
+    """Return a number with as many digits as are meaningful."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)

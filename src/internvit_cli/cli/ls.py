@@ -1,4 +1,4 @@
-"""`internvit ls`: the keys of an output."""
+"""`internvit ls`: list the keys of an output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from internvit_cli.cli.completion import complete_keys
-from internvit_cli.cli.console import fail, one_line, write_names, write_raw
+from internvit_cli.cli.console import fail, printable_line, write_names, write_raw
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Status
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from internvit_cli.commands.ls import ListedImage
 
 AT_ONCE = 1000
-"""Images that are written together."""
+"""Number of images that are written together."""
 STATUSES = {
     "done": frozenset({Status.DONE}),
     "pending": frozenset({Status.PENDING}),
@@ -33,7 +33,7 @@ STATUSES = {
 
 
 def statuses(word: str) -> frozenset[Status]:
-    """What became of images: done, pending, skipped or a reason, or several with commas between them."""
+    """Parse one or more statuses separated by commas: done, pending, skipped, or a reason."""
     names = word.split(",")
     for name in names:
         if name not in STATUSES:
@@ -69,9 +69,9 @@ def ls_command(
 ) -> int:
     """List the keys of an output.
 
-    In a pattern, * stands for any characters but a slash, ? for one of them, [a-z] for one of those in brackets, and
-    [!a-z] for any other; ** as a whole part stands for any number of folders, or at the end for all that is in them. A
-    key with such characters means itself. Images of an unfinished run are listed too.
+    In a pattern, * matches any characters except a slash, ? matches one of them, [a-z] one character of the range, and
+    [!a-z] one that is not in it. Between slashes, ** matches any number of folders; at the end, it matches everything
+    in them. If a key itself contains such characters, it is matched literally. Unfinished outputs can be listed too.
 
     Example: internvit ls feats.h5 '2024/**' --status skipped
     """
@@ -87,7 +87,7 @@ def ls_command(
 
 
 def print_images(listing: Iterable[ListedImage], *, long: bool, null: bool = False) -> None:
-    """One line for each image, until nobody reads any more."""
+    """Print one line per image, until nobody reads any more."""
     end = "\0" if null else "\n"
     for images in _chunks(listing):
         if not write_names("".join(_line(image, long=long) + end for image in images)):
@@ -96,14 +96,14 @@ def print_images(listing: Iterable[ListedImage], *, long: bool, null: bool = Fal
 
 def _line(image: ListedImage, *, long: bool) -> str:
     key = os.fsdecode(image.key)
-    key = one_line(key) if sys.stdout.isatty() else key  # a program gets the bytes of the name
+    key = printable_line(key) if sys.stdout.isatty() else key  # a program gets the bytes of the name
     if not long:
         return key
     return f"{image.status.word:<13} {f'{image.columns}x{image.rows}':>7} {image.tiles:>4}  {key}"
 
 
 def _write_json(path: str, listing: Iterable[ListedImage]) -> int:
-    """One object, written while the images are read; what goes wrong meanwhile stands at its end."""
+    """Write one JSON object while the images are read, with an error at its end if reading fails."""
     count, code = 0, ExitCode.DONE
     problem: dict[str, str | None] = {"error": None}
     write_raw(f'{{"path": {json_module.dumps(path)}, "images": [')
@@ -121,7 +121,7 @@ def _write_json(path: str, listing: Iterable[ListedImage]) -> int:
 
 
 def _chunks(images: Iterable[ListedImage]) -> Iterator[list[ListedImage]]:
-    """Lists of images; when reading fails, those that were read come first."""
+    """Yield lists of images; if reading fails, the images read so far are yielded first."""
     chunk: list[ListedImage] = []
     try:
         for image in images:

@@ -1,4 +1,4 @@
-"""`internvit merge`: several outputs as one."""
+"""`internvit merge`: combine several outputs into one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def merge_command(
         str | None,
         typer.Option(
             metavar="first|last",
-            help="Take the row of the first or the last output where two have different pictures by one key.",
+            help="Take the row of the first or the last output if two outputs have different pictures with one key.",
             parser=one_of("first", "last"),
         ),
     ] = None,
@@ -56,10 +56,11 @@ def merge_command(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Combine outputs of one recipe into one.
+    """Combine several outputs with the same recipe into one.
 
-    Every row is checked against its CRC on the way. A key that several outputs have is written once: a done row wins
-    over a skipped one, then the last. Two different pictures with one key are an error unless --prefer chooses.
+    Every row is checked against its CRC. A key that several outputs have is written once: a done row wins over a
+    skipped one, and of several done rows the last one wins. Two different pictures with one key are an error unless
+    --prefer chooses.
 
     Example: internvit merge monday.h5 tuesday.h5 -o week.h5
     """

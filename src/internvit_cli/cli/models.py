@@ -1,4 +1,4 @@
-"""`internvit models`: the encoders that are known by name."""
+"""`internvit models`: list the models that are known by name."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def models_command(
 ) -> int:
     """List the models that are known by name.
 
-    The table gives the size of the download, what a tile takes on disk, and whether a run would find the model in the
-    hub cache. Any other InternViT, or model with an InternViT in it, works too: by its hub id, or as a folder.
+    The table gives the size of the download, the bytes per tile on disk, and whether a run would find the model in the
+    hub cache. Any other InternViT, or model that contains one, works too; give its hub id or its folder.
     """
     from internvit_cli.model.known import known_models
 
@@ -34,7 +34,7 @@ def models_command(
 
 
 def _print_table(models: list[KnownModelFacts]) -> None:
-    """One line a model, within 80 columns; the hub ids begin with the publisher's name, which stands once."""
+    """Print one line per model in 80 columns; the publisher, which begins every hub id, is printed once below."""
     print_line(f"{'name':<26}{'short':<9}{'download':>9}{'tokens/tile':>13}{'bytes/tile':>11}  cached")
     for model in models:
         _, _, name = model.name.rpartition("/")
@@ -49,10 +49,10 @@ def _print_table(models: list[KnownModelFacts]) -> None:
 
 
 def publisher_of(models: list[KnownModelFacts]) -> str:
-    """Who published the models on the hub."""
+    """Return the publisher of the models on the hub."""
     return ", ".join(sorted({model.name.partition("/")[0] for model in models if "/" in model.name}))
 
 
 def licenses_of(models: list[KnownModelFacts]) -> list[str]:
-    """Licenses of the published models."""
+    """Return the licenses of the published models."""
     return sorted({model.license for model in models if "/" in model.name})

@@ -1,4 +1,4 @@
-"""The option that says where the pictures of an output are now."""
+"""Declare `--pictures`, which says where the pictures of an output are now."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from internvit_cli.cli.values import UnusableWordError
 
 
 def folder(word: str) -> str:
-    """Return the name of a folder that is there."""
+    """Parse the name of a folder that exists."""
     if not os.path.isdir(word):
-        raise UnusableWordError("a folder", "name the folder in which each picture lies under its key")
+        raise UnusableWordError("a folder", "name the folder that holds each picture under its key")
     return word
 
 
@@ -23,7 +23,7 @@ PicturesFolder = Annotated[
         "--pictures",
         metavar="DIR",
         help="Look for the picture of each key in DIR. A picture is shown only if its SHA-256 is the stored one.",
-        show_default="where each was when it was encoded",
+        show_default="where each picture was when it was encoded",
         parser=folder,
     ),
 ]

@@ -1,4 +1,4 @@
-"""`internvit plan`: what an extraction would do."""
+"""`internvit plan`: print what a run of extract would do."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def plan_command(
 ) -> int:
     """Show what a run of extract would do, without encoding.
 
-    Images, tiles and exact bytes follow from the headers of the pictures. The command takes the options of extract;
-    without -o it plans one HDF5 file in the working directory.
+    The command counts images, tiles and exact bytes from the headers of the pictures. It takes the options of extract.
+    Without -o it plans one HDF5 file in the working directory.
 
     Example: internvit plan ./imgs --max-tiles 6
     """
@@ -44,7 +44,7 @@ def plan_command(
 
 
 def show_plan(options: ExtractOptions, *, with_bench: bool = False, as_json: bool, quiet: bool) -> int:
-    """Print the plan of an extraction, maybe with its expected duration; returns the exit code."""
+    """Print the plan of an extraction, optionally with its expected duration, and return the exit code."""
     from internvit_cli.commands.plan import summarize_plan, survey
 
     require_sources(options)
@@ -68,7 +68,7 @@ def show_plan(options: ExtractOptions, *, with_bench: bool = False, as_json: boo
 
 
 def with_output(options: ExtractOptions) -> ExtractOptions:
-    """The options, with an output to plan for where none was named: a folder where the size of shards was."""
+    """Return the options with an output to plan for; if none is named, a folder if a shard size was given."""
     if options.store.output:
         return options
     output = "feats.h5" if options.store.shard_bytes is None else "feats/"
@@ -76,7 +76,7 @@ def with_output(options: ExtractOptions) -> ExtractOptions:
 
 
 def print_expected(expected: Prediction) -> None:
-    """How long a run would take."""
+    """Print how long a run would take."""
     print_line(
         f"time     about {human_seconds(expected.seconds)}: {expected.images_per_second:,.1f} images/s, "
         f"{expected.tiles_per_second:,.1f} tiles/s"
@@ -85,14 +85,14 @@ def print_expected(expected: Prediction) -> None:
 
 
 def print_plan(planned: PlanSummary) -> None:
-    """The plan for a person, with the tile histogram drawn."""
+    """Print a plan, with a histogram of the tiles per image."""
     skipped = f" + {planned.skipped:,} skipped" if planned.skipped else ""
     print_line(f"images   {planned.images:,} found = {planned.images - planned.skipped:,} to encode{skipped}")
     for reason, count in sorted(planned.reasons.items()):
         print_line(f"         {count:,} {reason}")
     for line in planned.left_out.lines:
         print_line(f"left out {line}")
-    print_line(f"tiles    {planned.tiles:,}, thumbnails included")
+    print_line(f"tiles    {planned.tiles:,}, including thumbnails")
     most = max(planned.histogram.values(), default=1)
     for tiles, images in planned.histogram.items():
         bar = "#" * max(1, round(BAR_WIDTH * images / most))

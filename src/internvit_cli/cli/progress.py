@@ -1,7 +1,7 @@
-"""How far a command is, on stderr: one line that is drawn anew on a terminal, a plain line every 30 seconds elsewhere.
+"""Show progress on stderr: one line that is redrawn on a terminal, or a plain line every 30 seconds elsewhere.
 
-The core reports phases (`observer`); a thread here looks at the innermost one now and then, so that work without a
-callback shows a sign of life too, and reporting costs the core next to nothing.
+The other packages report phases (`observer`). A thread here reads the innermost phase at intervals, so that work
+without a callback shows a sign of life too, and reporting costs next to nothing.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from internvit_cli.runtime.observer import BYTES, SILENT, Observer, Phase, Phase
 from internvit_cli.runtime.words import counted, counted_of
 
 PLAIN_SECONDS = 30.0
-"""Between two lines where there is no terminal."""
+"""Seconds between two lines if there is no terminal."""
 DRAWN_SECONDS = 0.2
-"""Between two drawings on a terminal."""
+"""Seconds between two redraws on a terminal."""
 GOOD_BAR = 15
-"""Columns: figures give way to a narrower bar."""
+"""Columns of the bar below which other figures are left out."""
 LEAST_BAR = 10
-"""Columns: a narrower bar tells nothing, and gives way to the figures."""
+"""Smallest useful bar, in columns; a narrower one is left out."""
 UNKNOWN_WIDTH = 80
-"""Columns of a terminal that does not tell its size."""
+"""Columns assumed for a terminal that does not report its size."""
 LEAST_SECONDS = 1.0
-"""Before that, a speed is chance."""
+"""Seconds after which a speed means something."""
 
 
 @contextmanager
 def progress(*, quiet: bool) -> Iterator[Observer]:
-    """Show the phases of a command for as long as the block lasts, and nothing when quiet."""
+    """Show the phases of a command while the block runs; show nothing if `quiet`."""
     if quiet:
         yield SILENT
         return
@@ -46,24 +46,24 @@ def progress(*, quiet: bool) -> Iterator[Observer]:
         yield display
 
 
-# --------------------------------------------------------------------------------------------------------- in words
+# ------------------------------------------------------------------------------------------------------ formatting
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A phase at the moment of a look at it."""
+class PhaseSnapshot:
+    """A snapshot of a phase."""
 
     name: str
     unit: str
     state: PhaseState
     seconds: float
-    """How long it has been going on."""
+    """Seconds since the phase began."""
     before: int = 0
-    """Of the finer measure: what was done before it began."""
+    """Work of the finer measure that was done before the phase began."""
 
     @property
     def percent(self) -> int | None:
-        """Of what there is to do, 100 only when all is done; None when the total is unknown."""
+        """The percentage done, 100 only when everything is done; None if the total is unknown."""
         state = self.state
         if state.total is None:
             return None
@@ -71,14 +71,14 @@ class View:
 
     @property
     def rate(self) -> float | None:
-        """Of the finer measure, or of bytes, a second; None where there is none, or no telling yet."""
+        """Units of the finer measure, or bytes, per second; None if there is none, or if it is too early to tell."""
         work = self.state.work
         done = work.done - self.before if work is not None else self.state.done if self.unit == BYTES else 0
         return done / self.seconds if done > 0 and self.seconds >= LEAST_SECONDS else None
 
     @property
     def seconds_left(self) -> float | None:
-        """At the speed until now; None when nobody can tell."""
+        """The seconds left at the current average speed; None if unknown."""
         state = self.state
         done, total = (state.work.done, state.work.total) if state.work is not None else (state.done, state.total)
         if total is None or not self.before < done <= total or self.seconds < LEAST_SECONDS:
@@ -86,8 +86,8 @@ class View:
         return self.seconds * (total - done) / (done - self.before)
 
 
-def plain_line(view: View) -> str:
-    """Return a phase as a line of a log, such as `encoding: 3 of 9 images (33 %), 1.5 tiles/s, 12.0 s left`."""
+def plain_line(view: PhaseSnapshot) -> str:
+    """Format a phase as a line of a log, such as `encoding: 3 of 9 images (33 %), 1.5 tiles/s, 12.0 s left`."""
     state, rate, left = view.state, view.rate, view.seconds_left
     parts = []
     if view.unit:
@@ -100,33 +100,33 @@ def plain_line(view: View) -> str:
     return f"{view.name}: " + ", ".join(parts)
 
 
-def _amount(view: View) -> str:
+def _amount(view: PhaseSnapshot) -> str:
     done, total = view.state.done, view.state.total
     if view.unit == BYTES:
         return human_bytes(done) if total is None else f"{human_bytes(done)} of {human_bytes(total)}"
     return counted(done, view.unit) if total is None else counted_of(done, total, view.unit)
 
 
-def _speed(view: View, rate: float) -> str:
+def _speed(view: PhaseSnapshot, rate: float) -> str:
     return f"{human_bytes(rate)}/s" if view.state.work is None else f"{rate:4,.1f} {view.state.work.unit}s/s"
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """One line of a terminal; between its two parts there is a bar, if there is room for one."""
+class ProgressLine:
+    """A line for a terminal, with a bar between its two parts if there is room."""
 
     left: str
     right: str
     bar: int
-    """Columns of the bar; 0 for none."""
+    """Columns of the bar; 0 for no bar."""
 
 
-def fit(view: View, width: int) -> Line:
-    """Return a phase as a line of at most `width` columns.
+def fit_line(view: PhaseSnapshot, width: int) -> ProgressLine:
+    """Format a phase as a line of at most `width` columns.
 
-    What gives way on a narrow terminal, until the bar is wide enough to be read: the unit, skipped images, the speed,
-    the time left; then the bar, and the name. Without a total there is no bar, and the time so far stands in the place
-    of the time left.
+    On a narrow terminal these parts are left out, in this order, until the bar is wide enough: the unit, skipped
+    images, the speed, the time left, then the bar, and the name. Without a total there is no bar, and the elapsed time
+    replaces the time left.
     """
     unit, short = _fraction(view, with_unit=True), _fraction(view, with_unit=False)
     speed = "" if view.rate is None else _speed(view, view.rate)
@@ -155,20 +155,20 @@ def fit(view: View, width: int) -> Line:
         right = "  ".join(filter(None, columns))
         bar = width - len(view.name) - len(right) - len(" || ")
         if bar >= wanted:
-            return Line(f"{view.name} ", f" {right}", bar)
+            return ProgressLine(f"{view.name} ", f" {right}", bar)
     return _first_that_fits(
         width, (view.name, percent.strip(), short), (view.name, percent.strip()), (percent.strip(),)
     )
 
 
-def _first_that_fits(width: int, *candidates: tuple[str, ...]) -> Line:
-    """The first of some rows of columns that is not too wide, or else as much of the last as there is room for."""
+def _first_that_fits(width: int, *candidates: tuple[str, ...]) -> ProgressLine:
+    """Return the first candidate that is not too wide, or as much of the last one as fits."""
     texts = ["  ".join(filter(None, columns)) for columns in candidates]
-    return Line(next((text for text in texts if len(text) <= width), texts[-1][:width]), "", 0)
+    return ProgressLine(next((text for text in texts if len(text) <= width), texts[-1][:width]), "", 0)
 
 
-def _fraction(view: View, *, with_unit: bool) -> str:
-    """What is done, of what; such as `1,234/2,900 images` or `1.2/3.4 GB`."""
+def _fraction(view: PhaseSnapshot, *, with_unit: bool) -> str:
+    """Format what is done and the total, such as `1,234/2,900 images` or `1.2/3.4 GB`."""
     done, total = view.state.done, view.state.total
     if not view.unit:
         return ""
@@ -177,11 +177,13 @@ def _fraction(view: View, *, with_unit: bool) -> str:
     if total is None:
         return counted(done, view.unit) if with_unit else f"{done:,}"
     of = f"{total:,}"
-    return f"{done:>{len(of)},}/{counted(total, view.unit) if with_unit else of}"  # padded: the bar keeps its place
+    return (
+        f"{done:>{len(of)},}/{counted(total, view.unit) if with_unit else of}"  # padded, so that the bar does not move
+    )
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as a clock shows it, such as `0:07` or `2:05:10`."""
+    """Format a duration like a clock, such as `0:07` or `2:05:10`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -191,37 +193,37 @@ def clock(seconds: float) -> str:
 
 
 class Display(Observer):
-    """Looks at the innermost phase now and then, in a thread of its own. Use it as a context, which ends the thread."""
+    """An observer whose thread shows the innermost phase at intervals; a context manager that ends the thread."""
 
     def __init__(self, every: float, now: Callable[[], float] = time.monotonic) -> None:
         self._every = every
         self._now = now
         self._open: list[tuple[Phase, float]] = []
-        """Phases with the moments when they began, the innermost one last."""
+        """The running phases with their start times, the innermost one last."""
         self._lock = threading.RLock()
         self._is_closed = threading.Event()
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
 
     @abstractmethod
-    def look(self, view: View) -> None:
-        """Show a phase as it is at the moment."""
+    def look(self, view: PhaseSnapshot) -> None:
+        """Show a snapshot of a phase."""
 
     def began(self, phase: Phase) -> None:
-        """Go into it."""
+        """Make the phase the innermost one."""
         with self._lock:
             self._open.append((phase, self._now()))
 
     def ended(self, phase: Phase) -> None:
-        """Go back to the phase outside, if there is one."""
+        """Return to the enclosing phase, if there is one."""
         with self._lock:
             self._open = [(one, since) for one, since in self._open if one is not phase]
 
     def look_now(self) -> None:
-        """Show the innermost phase that has anything to do, if there is any."""
+        """Show the innermost phase that has work to do, if there is one."""
         with self._lock:
             for phase, since in reversed(self._open):
                 if phase.state.total != 0:
-                    self.look(View(phase.name, phase.unit, phase.state, self._now() - since, phase.before))
+                    self.look(PhaseSnapshot(phase.name, phase.unit, phase.state, self._now() - since, phase.before))
                     return
 
     def _tick(self) -> None:
@@ -238,52 +240,52 @@ class Display(Observer):
 
 
 class PlainDisplay(Display):
-    """A line every 30 seconds, as logs and cron mails want it."""
+    """Prints a line every 30 seconds, for logs and cron mails."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__(PLAIN_SECONDS, now)
 
     def note(self, text: str) -> None:
-        """Print it."""
+        """Print a note."""
         say(text)
 
-    def look(self, view: View) -> None:
-        """Print a line about it."""
+    def look(self, view: PhaseSnapshot) -> None:
+        """Print a line about the phase."""
         say(plain_line(view))
 
 
 class TerminalDisplay(Display):
-    """One line at the bottom of a terminal, gone at the end. Each phase is drawn at least when it begins and ends."""
+    """Draws one line at the bottom of a terminal, at least when a phase begins and ends, and removes it at the end."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         super().__init__(DRAWN_SECONDS, now)
         self._bar: Any = None
 
     def note(self, text: str) -> None:
-        """Print it above the line."""
+        """Print a note above the line."""
         say(text)
 
     def began(self, phase: Phase) -> None:
-        """Draw it."""
+        """Draw the new phase."""
         super().began(phase)
         self.look_now()
 
     def ended(self, phase: Phase) -> None:
-        """Draw how it ended, then the phase outside, or nothing."""
+        """Draw the end of the phase, then the enclosing phase or nothing."""
         self.look_now()
         super().ended(phase)
         self._clear()
         self.look_now()
 
-    def look(self, view: View) -> None:
-        """Draw its line over the one that is there."""
+    def look(self, view: PhaseSnapshot) -> None:
+        """Draw the phase over the current line."""
         width = terminal_width()
-        line = fit(view, width)
+        line = fit_line(view, width)
         drawn = f"{_escaped(line.left)}|{{bar}}|{_escaped(line.right)}" if line.bar else _escaped(line.left)
         if self._bar is None:
             self._bar = _line_of_tqdm()
         bar = self._bar
-        # Of a phase without a total there is nothing to draw but words; tqdm draws a bar of 0 as an empty one.
+        # A phase without a total is drawn as text only, because tqdm draws a bar of 0 as an empty bar.
         bar.n, bar.total, bar.ncols, bar.bar_format = view.state.done, view.state.total or None, width, drawn
         bar.refresh()
 
@@ -299,7 +301,7 @@ class TerminalDisplay(Display):
 
     @contextmanager
     def _above(self) -> Iterator[None]:
-        """Leave the place of the line to another one, which scrolls up, and draw it anew below."""
+        """Clear the line so that another one can be printed in its place, and redraw it below."""
         with self._lock:
             self._clear()
             yield
@@ -312,20 +314,20 @@ class TerminalDisplay(Display):
 
 
 def terminal_width() -> int:
-    """Columns of the terminal behind stderr, as far as it tells."""
+    """Return the columns of the terminal behind stderr, or a default if it does not report them."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or UNKNOWN_WIDTH
-    except (OSError, ValueError):  # it is gone
+    except (OSError, ValueError):  # the terminal is gone
         return UNKNOWN_WIDTH
 
 
 def _escaped(text: str) -> str:
-    """Text that str.format leaves as it is."""
+    """Escape a text for str.format."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
 def _line_of_tqdm() -> Any:
-    """What draws a line over the last one: tqdm, without its threads and its locks between processes."""
+    """Return a tqdm bar that redraws a line, without tqdm's threads and its locks between processes."""
     from tqdm import tqdm
 
     class Line(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
@@ -336,15 +338,15 @@ def _line_of_tqdm() -> Any:
 
 
 class _Stderr:
-    """Stderr for tqdm: what cannot be written is dropped, and the work goes on."""
+    """Stderr for tqdm, which ignores write errors so that the work goes on."""
 
     @property
     def encoding(self) -> str:
-        """Tells which characters a bar can be made of."""
+        """The encoding, from which tqdm chooses the characters of the bar."""
         return getattr(sys.stderr, "encoding", None) or "ascii"
 
     def write(self, text: str) -> None:
         write_progress(text)
 
     def flush(self) -> None:
-        """Nothing: each write is flushed."""
+        """Do nothing, because each write is flushed."""

@@ -1,4 +1,4 @@
-"""`internvit report`: an output as one page."""
+"""`internvit report`: write an output as one HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from internvit_cli.report.build import Report
 
 MOST_MISSING = 5
-"""Pictures without a thumbnail that are named; the page and --json tell of all."""
+"""How many pictures without a thumbnail are named; the page and --json name all of them."""
 
 
 def report_command(
@@ -99,8 +99,8 @@ def _say_notes(report: Report) -> None:
     for note in report.notes:
         say(f"note: {note}")
     for key, problem in list(report.missing.items())[:MOST_MISSING]:
-        say(f"note: no thumbnail of {one_line(key)}: {problem}")
+        say(f"note: no thumbnail for {one_line(key)}: {problem}")
     if len(report.missing) > MOST_MISSING:
-        say(f"note: {counted(len(report.missing), 'image')} without a thumbnail in all")
+        say(f"note: {counted(len(report.missing), 'image')} without a thumbnail in total")
     if report.missing and not report.thumbnails:
         say("note: if the pictures have moved, --pictures DIR says where they are")

@@ -1,4 +1,4 @@
-"""`internvit search`: the images most like a picture."""
+"""`internvit search`: list the images that are most similar to a picture."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def search_command(
             autocompletion=complete_keys,
         ),
     ] = None,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, max=100_000, help="Find N images for each.")] = 10,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=100_000, help="Find N images for each query.")] = 10,
     raw: Annotated[bool, typer.Option("--raw", help="Compare vectors as they are stored.")] = False,
     index: Annotated[
         bool, typer.Option("--index", help="Use an approximate index beside OUT, and build it if there is none.")
@@ -64,9 +64,9 @@ def search_command(
 ) -> int:
     """Find the images of an output that are most similar to a picture.
 
-    Pictures are encoded as those of OUT were, with the same weights; --key searches for an image of OUT itself. The
-    similarity is a cosine of pooled vectors in the space that suits OUT, which the last line names: balanced (0 is as
-    similar as any two images of OUT), or raw for a few images or images that are nearly the same.
+    Pictures are encoded with the recipe and the weights of OUT; --key searches for an image of OUT itself. The
+    similarity is a cosine of pooled vectors. The last line names the space in which it is computed: balanced (0 is as
+    similar as any two images of OUT), or raw if OUT holds only a few images, or images that are nearly the same.
 
     Example: internvit search feats.h5 holiday.jpg --sheet found.png
     """
@@ -93,7 +93,7 @@ def search_command(
             save_png(search_sheet(found, pictures_in, observer), sheet)
     code = found.exit_code
     error = (
-        InternvitError("not one picture can be used", "the reasons are listed with the pictures")
+        InternvitError("no picture can be used", "the reasons are listed with the pictures")
         if code == ExitCode.CANNOT_RUN
         else None
     )

@@ -1,6 +1,7 @@
-"""Where the values of options come from: command line > INTERNVIT_... variable > --config FILE > default.
+"""Resolve the values of options: command line > INTERNVIT_... variable > --config FILE > default.
 
-A file is TOML; its keys are the options' names without the dashes in front. Tables hold what is for one command only:
+The configuration file is TOML. Its keys are the names of options without the leading dashes. A table is for one
+command:
 
     model = "/data/InternViT-300M-448px-V2_5"
     max-tiles = 6
@@ -8,8 +9,8 @@ A file is TOML; its keys are the options' names without the dashes in front. Tab
     [extract]
     output = "/data/feats"
 
-Every value keeps the place that it came from, so that an error names what has to be corrected: an option, a variable,
-or a line of a file.
+Every value is kept with the place that it came from, so that an error names what to correct: an option, a variable, or
+a line of the file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from internvit_cli.cli.console import one_line
+from internvit_cli.cli.console import printable_line
 from internvit_cli.cli.declarations import REGISTERED, Command, Parameter, parameters_of
 from internvit_cli.cli.values import TRUE, UnusableWordError, value_of
 from internvit_cli.errors import InternvitError, UsageError
@@ -41,17 +42,17 @@ CONFIG = f"{PREFIX}CONFIG"
 MANUAL = "see docs/cli.md"
 COMMAND_LINE = "command line"
 TELLING = 4
-"""Characters of a value that is no accident in a message."""
+"""Shortest value that counts as named in a message; shorter ones match by accident."""
 
 
 class GivenValue(NamedTuple):
-    """What somebody gave for a parameter, and where."""
+    """The text given for a parameter, and where it was given."""
 
     words: bool | str | list[str]
     place: str
-    """As a message begins: `--max-tiles`, `variable INTERNVIT_MAX_TILES`, `c.toml, line 3: max-tiles`."""
+    """The place as a message begins: `--max-tiles`, `variable INTERNVIT_MAX_TILES`, `c.toml, line 3: max-tiles`."""
     origin: str
-    """As --print-config tells it: `command line`, `INTERNVIT_MAX_TILES`, `c.toml, line 3`."""
+    """The place as --print-config prints it: `command line`, `INTERNVIT_MAX_TILES`, `c.toml, line 3`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +61,13 @@ class Settings:
 
     command: Command
     given: Mapping[str, GivenValue]
-    """By parameter, what does not have its default."""
+    """The given values by parameter, without defaults."""
     values: Mapping[str, Any]
-    """By parameter, all of them."""
+    """All values by parameter."""
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let `is_on_command_line` speak of these settings, for as long as the command runs."""
+        """Let `is_on_command_line` use these settings while the command runs."""
         before = _in_use.set(self)
         try:
             yield
@@ -74,7 +75,7 @@ class Settings:
             _in_use.reset(before)
 
     def explain(self, error: InternvitError) -> None:
-        """Let the hint of an error tell which options or values that it names were not typed, and where they stand."""
+        """Extend the hint of an error by the places of the options it names that were not typed."""
         for option in self.command.options:
             given = self.given.get(option.name)
             if given is None or given.origin == COMMAND_LINE:
@@ -84,14 +85,14 @@ class Settings:
                 names.append(given.words)
             named = next((name for name in names if re.search(rf"{re.escape(name)}(?![\w-])", error.message)), None)
             if named is not None:
-                error.hint = f"{error.hint}; {one_line(named)} is from {given.origin}".removeprefix("; ")
+                error.hint = f"{error.hint}; {printable_line(named)} is from {given.origin}".removeprefix("; ")
 
 
 _in_use: ContextVar[Settings | None] = ContextVar("settings", default=None)
 
 
 def is_on_command_line(parameter: str) -> bool:
-    """Whether a parameter of the command that runs was typed: a variable or a file may speak to other commands too."""
+    """Return whether a parameter was typed; a variable or a file may be meant for other commands too."""
     settings = _in_use.get()
     given = settings.given.get(parameter) if settings is not None else None
     return settings is None or (given is not None and given.origin == COMMAND_LINE)
@@ -103,31 +104,32 @@ def own_options(
         typer.Option(metavar="FILE", help="Take options from a TOML file."),
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print all options with the place each comes from, and do nothing.")
+        bool,
+        typer.Option("--print-config", help="Print the values of all options and where each comes from, and exit."),
     ] = False,
     help_: Annotated[bool, typer.Option("-h", "--help", help="Show this help.")] = False,
     help_all: Annotated[bool, typer.Option("--help-all", help="Show the help with all options.")] = False,
 ) -> None:
-    """Options that every command has; none of them but --config has a variable, and none stands in a file."""
+    """Declare the options of every command; only --config has a variable, and none has a key in a file."""
 
 
 OWN = tuple(parameters_of(own_options))
 
 
 def variable_of(key: str) -> str:
-    """The environment variable of an option, such as INTERNVIT_MAX_TILES."""
+    """Return the environment variable of an option, such as INTERNVIT_MAX_TILES."""
     return PREFIX + key.upper().replace("-", "_")
 
 
 def resolve(command: Command, typed: Mapping[str, Any]) -> Settings:
-    """The values of a command's parameters from all places.
+    """Resolve the values of a command's parameters from all places.
 
     Args:
-        command: whose parameters are wanted.
-        typed: what the command line holds, by parameter; None where it says nothing.
+        command: The command whose parameters are resolved.
+        typed: The values from the command line by parameter; None for those not given.
 
     Raises:
-        UsageError: a value that means nothing; the message names its place.
+        UsageError: A value is invalid; the message names its place.
     """
     given = _given(command, typed)
     values = {}
@@ -142,21 +144,23 @@ def resolve(command: Command, typed: Mapping[str, Any]) -> Settings:
 
 
 def is_on(key: str, typed: Mapping[str, Any]) -> bool:
-    """Whether a flag is given on the command line or by its variable, whatever is wrong with all others."""
+    """Return whether a flag is given on the command line or by its variable, even if other values are invalid."""
     return bool(typed.get(key)) or os.environ.get(variable_of(key), "").lower() in TRUE
 
 
 def unknown_variables() -> Iterator[str]:
-    """A sentence on each variable that begins like ours and sets nothing."""
+    """Yield a note for each variable that begins with INTERNVIT_ and belongs to no option."""
     known = {variable_of(key) for command in REGISTERED.values() for key in command.by_key} | {CONFIG}
     for name in sorted(os.environ):
         if name.startswith(PREFIX) and name not in known:
             guess = did_you_mean(name, known)
-            yield f"the variable {one_line(name)} sets nothing: no option has that name" + (guess and f"; {guess}")
+            yield f"the variable {printable_line(name)} sets nothing: no option has that name" + (
+                guess and f"; {guess}"
+            )
 
 
 def print_settings(settings: Settings) -> Iterator[str]:
-    """All options as a file of their own, each with where its value comes from."""
+    """Yield the lines of a configuration file with all options, each with the place of its value."""
     command = settings.command
     yield f"# options of internvit {command.name}; command line > {PREFIX}... > --config FILE > default"
     for option in sorted(command.options, key=lambda option: option.key):
@@ -170,11 +174,11 @@ def print_settings(settings: Settings) -> Iterator[str]:
             yield f"{option.key} = {_as_toml(option.default if plain else option.default_text)}  # default"
 
 
-# --------------------------------------------------------------------------------------------------- from all places
+# -------------------------------------------------------------------------------------------- resolving one value
 
 
 def _given(command: Command, typed: Mapping[str, Any]) -> dict[str, GivenValue]:
-    """By parameter, what is given at the first place that has it."""
+    """Return for each parameter the value from the first place that has one."""
     given: dict[str, GivenValue] = {}
     path, place = _config_path(typed)
     if path is not None:
@@ -188,10 +192,10 @@ def _given(command: Command, typed: Mapping[str, Any]) -> dict[str, GivenValue]:
 
 
 def _value(parameter: Parameter, given: GivenValue) -> Any:
-    """The value that is given.
+    """Parse a given value.
 
     Raises:
-        UsageError: the words mean nothing.
+        UsageError: The text is not a value of the parameter.
     """
     words = given.words
     if isinstance(words, bool):
@@ -203,7 +207,7 @@ def _value(parameter: Parameter, given: GivenValue) -> Any:
         return value_of(parameter, word := words)
     except UnusableWordError as error:
         hint = error.hint or f"{parameter.long}: {parameter.help}"
-        raise UsageError(f"{given.place} is {one_line(word)!r}, not {error.expected}", hint) from None
+        raise UsageError(f"{given.place} is {printable_line(word)!r}, not {error.expected}", hint) from None
 
 
 def _from_environment(command: Command) -> dict[str, GivenValue]:
@@ -218,30 +222,31 @@ def _from_environment(command: Command) -> dict[str, GivenValue]:
 
 
 def _split(text: str, place: str) -> list[str]:
-    """The words of a variable for an option that may be repeated, as a shell separates them."""
+    """Split the variable of an option that may be repeated into its values, as a shell does."""
     try:
         return shlex.split(text)
     except ValueError as error:
         raise UsageError(
-            f"{place} is {one_line(text)!r}: {error}", "separate values by spaces, and quote spaces"
+            f"{place} is {printable_line(text)!r}: {error}",
+            "separate values by spaces, and put values with spaces in quotes",
         ) from None
 
 
-# -------------------------------------------------------------------------------------------------------- from a file
+# ------------------------------------------------------------------------------------------ reading the TOML file
 
 
 def _config_path(typed: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The file that is named, and what names it."""
+    """Return the configuration file (None if there is none), and the option or variable that names it."""
     if typed.get("config") is not None:
         return typed["config"], "--config"
     return os.environ.get(CONFIG) or None, CONFIG
 
 
 def _from_file(command: Command, path: str, named_by: str) -> dict[str, GivenValue]:
-    """What a file says for one command; its own table wins over what stands before the tables.
+    """Read the values for one command; its table takes precedence over keys before the first table.
 
     Raises:
-        UsageError: a key that no command has, or a value of another kind than its option's.
+        UsageError: No command has a key, or a value has another type than its option.
     """
     config = read_config(path, named_by)
     lines = LineNumbers(path)
@@ -256,16 +261,18 @@ def _from_file(command: Command, path: str, named_by: str) -> dict[str, GivenVal
 
 
 def _entries(config: Mapping[str, Any], lines: LineNumbers) -> Iterator[tuple[str, str, Any]]:
-    """Table, option and value of all that a file sets, tables last.
+    """Yield the table, the option and the value of each entry, tables last.
 
     Raises:
-        UsageError: a key that no command has.
+        UsageError: No command has a key.
     """
     tables = {name: values for name, values in config.items() if isinstance(values, dict)}
     for name, values in (("", config), *tables.items()):
         spelled = [key.replace("_", "-") for key in values]
         if twice := [key for key in values if "_" in key and spelled.count(key.replace("_", "-")) > 1]:
-            raise UsageError(f"{lines.place(name, twice[0])}: {one_line(twice[0])} is set twice", "keep one spelling")
+            raise UsageError(
+                f"{lines.place(name, twice[0])}: {printable_line(twice[0])} is set twice", "keep one spelling"
+            )
     all_keys = {key for command in REGISTERED.values() for key in command.by_key}
     for key, value in config.items():
         if key not in tables:
@@ -277,20 +284,20 @@ def _entries(config: Mapping[str, Any], lines: LineNumbers) -> Iterator[tuple[st
 
 
 def _known(key: str, known: set[str], table: str, lines: LineNumbers, what: str = "option") -> str:
-    """The key with its dashes."""
+    """Return a known key spelled with dashes; raise a `UsageError` for an unknown one."""
     spelled = key.replace("_", "-") if what == "option" else key
     if spelled not in known:
         of = f" of internvit {table}" if table else ""
         hint = did_you_mean(spelled, known) or "keys are the names of options, such as max-tiles"
-        raise UsageError(f"{lines.place(table, key)}: {one_line(key)} is no {what}{of}", hint)
+        raise UsageError(f"{lines.place(table, key)}: {printable_line(key)} is no {what}{of}", hint)
     return spelled
 
 
 def _words(option: Parameter, value: Any, place: str) -> bool | str | list[str]:
-    """A value of a file as the command line would have it.
+    """Convert a value of the file into what the command line would give.
 
     Raises:
-        UsageError: the command line could not say it: true for a number, a list for a single word.
+        UsageError: The option cannot have such a value: true for a number, or a list for a single value.
     """
     if isinstance(value, list) != option.is_list:
         wanted = "a list" if option.is_list else "a single value"
@@ -310,10 +317,10 @@ def _is_word(value: Any) -> bool:
 
 
 def read_config(path: str, named_by: str = "--config") -> dict[str, Any]:
-    """The values of a TOML file.
+    """Read the values of a TOML file.
 
     Raises:
-        UsageError: it cannot be read, or is not TOML.
+        UsageError: The file cannot be read, or is not TOML.
     """
     tomllib = _toml()
     try:
@@ -321,9 +328,11 @@ def read_config(path: str, named_by: str = "--config") -> dict[str, Any]:
             values: dict[str, Any] = tomllib.load(file)
             return values
     except OSError as error:
-        raise UsageError(f"{named_by} {one_line(path)}: {error.strerror}", "check the path") from error
+        raise UsageError(f"{named_by} {printable_line(path)}: {error.strerror}", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{named_by} {one_line(path)}: not TOML: {one_line(str(error))}", MANUAL) from error
+        raise UsageError(
+            f"{named_by} {printable_line(path)}: not TOML: {printable_line(str(error))}", MANUAL
+        ) from error
 
 
 def _toml() -> Any:
@@ -335,19 +344,19 @@ def _toml() -> Any:
 
 
 class LineNumbers:
-    """On which line of a file a key stands; read when it is first asked for."""
+    """The line numbers of the keys of a file, which is read when the first one is needed."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._found: dict[tuple[str, ...], int] | None = None
 
     def place(self, table: str, key: str) -> str:
-        """The file and the line, such as `c.toml, line 3`; the file alone where the line cannot be told."""
+        """Return the file and the line, such as `c.toml, line 3`, or only the file if the line is unknown."""
         if self._found is None:
             self._found = self._read()
         names = [(*filter(None, [table]), spelling) for spelling in (key, key.replace("-", "_"))]
         line = next((self._found[name] for name in names if name in self._found), None)
-        return one_line(self._path) + (f", line {line}" if line else "")
+        return printable_line(self._path) + (f", line {line}" if line else "")
 
     def _read(self) -> dict[tuple[str, ...], int]:
         try:
@@ -358,7 +367,7 @@ class LineNumbers:
 
 
 def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
-    """The line on which each key and table of TOML begins: its statements are parsed one by one, below their header."""
+    """Return the line of each key and table of a TOML text by parsing its statements one by one."""
     toml = _toml()
     found: dict[tuple[str, ...], int] = {}
     header, pending, start = "", "", 1
@@ -368,7 +377,7 @@ def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
         try:
             values = toml.loads(header + pending)
         except toml.TOMLDecodeError:
-            continue  # an array or a text that goes on
+            continue  # the next line continues an array or a text
         if line.lstrip().startswith("[") and start == number:
             header = pending
         for name, value in values.items():
@@ -380,11 +389,11 @@ def _lines_of_keys(text: str) -> dict[tuple[str, ...], int]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- to a file
+# ------------------------------------------------------------------------------------------ writing the TOML file
 
 
 def _as_given(option: Parameter, given: GivenValue) -> Any:
-    """What was given as a value of TOML: numbers and flags as such."""
+    """Return a given value as a value of TOML, with numbers and flags unquoted."""
     words = given.words
     if not isinstance(words, str):
         return words
@@ -394,12 +403,12 @@ def _as_given(option: Parameter, given: GivenValue) -> Any:
 
 
 def _as_toml(value: Any) -> str:
-    """A value as TOML: of its basic strings JSON's are a part."""
+    """Format a value as TOML; every JSON string is a basic string of TOML."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_as_toml, value)) + "]"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     try:
         return json.dumps(value, ensure_ascii=True)
-    except TypeError:  # a date
+    except TypeError:  # a TOML date
         return str(value)

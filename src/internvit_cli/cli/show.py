@@ -1,4 +1,4 @@
-"""`internvit show`: pictures of tokens."""
+"""`internvit show`: draw the tokens of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from internvit_cli.cli.completion import complete_keys
-from internvit_cli.cli.console import one_line, print_json, print_line, say, write_raw
+from internvit_cli.cli.console import print_json, print_line, printable_line, say, write_raw
 from internvit_cli.cli.pictures import PicturesFolder
 from internvit_cli.cli.progress import progress
 from internvit_cli.cli.stored_layer import StoredLayer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def pixel(word: str) -> tuple[float, float]:
-    """X and y, such as `320,240`."""
+    """Parse a pixel, x and y, such as `320,240`."""
     try:
         x, y = (float(part) for part in word.split(","))
     except ValueError:
@@ -75,7 +75,7 @@ def show_command(
         Optional[Graphics],  # noqa: UP045
         typer.Option(
             metavar="PROTOCOL",
-            help="Draw for --terminal in this way, even if standard output is no terminal.",
+            help="Draw for --terminal in this way, even if standard output is not a terminal.",
             show_default="detected",
         ),
     ] = None,
@@ -87,9 +87,9 @@ def show_command(
 ) -> int:
     """Draw the tokens of images over their photographs.
 
-    Each image becomes a PNG with its tiles, the principal components of its tokens as colors, the lengths of its
-    tokens, and with --point the similarity to one of them. Components and color scales are fitted to all named images
-    together, so that they can be compared.
+    Each image becomes a PNG that shows its tiles, the principal components of its tokens as colors, the lengths of the
+    tokens, and with --point their similarity to one of them. Components and color scales are fitted to all named images
+    together, so that colors can be compared.
 
     Example: internvit show feats.h5 cat.jpg dog.jpg --point 320,240
     """
@@ -129,7 +129,7 @@ def show_command(
             images.append({"key": shown.key, "files": written, "notes": list(shown.notes)} | shown.facts)
     code = ExitCode.SKIPPED if figures.skipped else ExitCode.DONE
     for key in figures.skipped:
-        say(f"note: {one_line(key)} has no features and is not drawn")
+        say(f"note: {printable_line(key)} has no features and is not drawn")
     if json:
         facts = {"path": path, "images": images, "skipped": list(figures.skipped), "notes": list(figures.notes)}
         print_json(facts | {"exit_code": int(code), "error": None})
@@ -137,7 +137,7 @@ def show_command(
 
 
 def _write(shown: FigureResult, folder: str, *, separate: bool) -> list[str]:
-    """Write the figure, or each of its maps; returns the files' names."""
+    """Write the figure, or one file per map, and return the names of the files."""
     from internvit_cli.viz.draw.figure import figure
     from internvit_cli.viz.show import file_name, save_png
 
@@ -151,10 +151,10 @@ def _write(shown: FigureResult, folder: str, *, separate: bool) -> list[str]:
 
 
 def _chosen_graphics(named: Graphics | None) -> Graphics:
-    """How to draw in this terminal.
+    """Return the way to draw in this terminal.
 
     Raises:
-        UsageError: there is none, and no way to draw was named outright.
+        UsageError: Standard output is not a terminal, and no way to draw was named.
     """
     from internvit_cli.viz.draw.terminal import detect
 
@@ -162,13 +162,13 @@ def _chosen_graphics(named: Graphics | None) -> Graphics:
         return named
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         raise UsageError(
-            "--terminal: standard output is no terminal", "name a way to draw all the same, such as --graphics blocks"
+            "--terminal: standard output is not a terminal", "to draw anyway, name a way, such as --graphics blocks"
         )
     return detect(os.environ)
 
 
 def _draw(shown: FigureResult, graphics: Graphics) -> None:
-    """The whole figure, or where letters would not be legible, map after map with its title."""
+    """Draw the whole figure, or one map after the other if letters would not be legible."""
     from internvit_cli.viz.draw.terminal import render
 
     columns, pixels = _terminal_width()
@@ -182,7 +182,7 @@ def _draw(shown: FigureResult, graphics: Graphics) -> None:
 
 
 def _terminal_width() -> tuple[int, int]:
-    """Characters and pixels across; 0 pixels where the terminal does not tell."""
+    """Return the width in characters and in pixels; 0 pixels if the terminal does not report them."""
     import fcntl
     import shutil
     import struct
@@ -191,6 +191,6 @@ def _terminal_width() -> tuple[int, int]:
     columns = shutil.get_terminal_size().columns
     try:
         size = fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8))
-    except OSError:  # not a terminal, or not even a file
+    except OSError:  # not a terminal, or no file descriptor
         return columns, 0
     return columns, int(struct.unpack("HHHH", size)[2])

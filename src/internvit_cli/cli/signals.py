@@ -1,4 +1,4 @@
-"""What signals do to a command, from its first line to its last."""
+"""Handle signals while a command runs."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 def exit_code_of(number: int) -> int:
-    """Return the exit code of a command that a signal has ended."""
+    """Return the exit code of a command that a signal ended."""
     return 128 + number
 
 
 def end_on_interrupt() -> None:
-    """Let a Ctrl-C end the process at once and without a traceback, where there is no work to save."""
+    """Make Ctrl-C end the process at once and without a traceback, for phases without work to save."""
     signal.signal(signal.SIGINT, _end)
 
 
 def _end(_number: int, _frame: Any) -> None:
     if os.isatty(2):
         with suppress(OSError):
-            os.write(2, b"\n")  # the prompt does not follow a half-drawn line
+            os.write(2, b"\n")  # so that the prompt does not follow a half-drawn line
     os._exit(ExitCode.SIGINT)
 
 
 @contextmanager
 def compiled_code_may_take_long() -> Iterator[None]:
-    """Let a Ctrl-C end the process inside compiled code too, which a handler in Python has to wait for."""
+    """Make Ctrl-C end the process inside compiled code too, where a Python handler would have to wait."""
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
@@ -41,19 +41,19 @@ def compiled_code_may_take_long() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def ignore_stop_signals() -> None:
-    """Keep signals from what all is done and said for; the interpreter takes a moment to end."""
+def ignore_signals_at_end() -> None:
+    """Ignore signals once the result is complete, because the interpreter takes some time to exit."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Let the first signal end the work after the batch in flight, and the second end it at once.
+    """Make the first signal end the work after the batch in flight, and the second end it at once.
 
-    A terminal that closes sends SIGHUP once from the kernel and again from the shell, and a service manager sends it
-    after SIGTERM: none of these is somebody who cannot wait, so a SIGHUP never ends the work at once. Under nohup it is
-    ignored from the start, and stays so.
+    A SIGHUP never ends the work at once: when a terminal closes, the kernel and the shell both send it, and a service
+    manager sends it after SIGTERM, so a second one does not mean that somebody is impatient. Under nohup it is ignored
+    from the start, and stays ignored.
     """
     stop = StopRequest()
     handler = _StopHandler(stop)
@@ -67,12 +67,12 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 class _StopHandler:
-    """Turns signals into a request to stop."""
+    """Signal handler that requests a stop."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
         self._is_last_warning = False
-        """Whether the next signal but SIGHUP ends the process."""
+        """Whether the next signal other than SIGHUP ends the process."""
 
     def __call__(self, number: int, _frame: Any) -> None:
         if number != signal.SIGHUP:
@@ -82,8 +82,8 @@ class _StopHandler:
         if self._stop.signal:
             return
         if self._stop.is_working:
-            # print() is not for signal handlers: it may be what was interrupted. Whoever reads stderr may have got the
-            # same signal: `2>&1 | tee log` ends with a Ctrl-C.
+            # A signal handler must not call print(), which may be what was interrupted. The reader of stderr may have
+            # received the same signal: Ctrl-C also ends the tee of `2>&1 | tee log`.
             with suppress(OSError):
                 os.write(2, b"\nstopping after the batch in flight; a second signal stops at once\n")
         self._stop.request(number)

@@ -1,4 +1,4 @@
-"""`--layer` of the commands that read an output: one of several layers that it holds."""
+"""Declare `--layer` of the commands that read an output, which selects one of its layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands that read an output say while a run has not finished it."""
+"""Note that the output that a command reads is unfinished."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CONTINUE = "the same internvit extract command finishes it"
 
 
 def found_output(path: str) -> str:
-    """The output that a user names to have it read, or what there is of it yet; a note tells what is not finished."""
+    """Return the output to read for a given path, or its unfinished form, and print a note if it is unfinished."""
     if partial := unfinished_path(path):
         say(f"note: {path} is unfinished, and {partial} is read instead; {CONTINUE}")
         return partial

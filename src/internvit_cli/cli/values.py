@@ -1,4 +1,4 @@
-"""From words to values. A word that means nothing says what was expected; where it came from, `settings` adds."""
+"""Parse the values of options. An error says what was expected; `settings` adds where the value came from."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASC
 MOST_BYTES = 1 << 63
 AUTO = "auto"
 LONGEST_NUMBER = 40
-"""Characters: Python takes its time over numbers of thousands of digits."""
+"""Longest number that is parsed, in characters; Python is slow on thousands of digits."""
 
 
 class UnusableWordError(ValueError):
-    """A word that is no value of its option."""
+    """A text is not a value of its option."""
 
     def __init__(self, expected: str, hint: str = "") -> None:
-        """Say what is wrong with it.
+        """Describe what was expected.
 
         Args:
-            expected: completes "X is 'abc', not ...", such as "a whole number from 1 to 12".
-            hint: what to give instead, when that is not said yet.
+            expected: Completes "X is 'abc', not ...", such as "a whole number from 1 to 12".
+            hint: What to give instead, if `expected` does not say it.
         """
         super().__init__(expected)
         self.expected = expected
@@ -40,10 +40,10 @@ class UnusableWordError(ValueError):
 
 
 def value_of(parameter: Parameter, word: str) -> Any:
-    """The value that a word stands for.
+    """Parse the value of a parameter.
 
     Raises:
-        UnusableWordError: none.
+        UnusableWordError: The text is not a value of the parameter.
     """
     if parameter.parser is not None:
         return parameter.parser(word)
@@ -59,14 +59,14 @@ def value_of(parameter: Parameter, word: str) -> Any:
 
 
 def flag(word: str) -> bool:
-    """What a flag's variable says."""
+    """Parse the value of a flag's variable."""
     if word.lower() in TRUE + FALSE:
         return word.lower() in TRUE
     raise UnusableWordError("true or false")
 
 
 def member(kind: type[AnyEnum], word: str) -> AnyEnum:
-    """One of a few named values."""
+    """Parse a member of an Enum by its name."""
     found = member_named(kind, word)
     if found is None:
         words = [str(one.value) for one in kind]
@@ -75,7 +75,7 @@ def member(kind: type[AnyEnum], word: str) -> AnyEnum:
 
 
 def number(word: str, kind: type, name: str, least: float | None = None, most: float | None = None) -> Any:
-    """A number within its limits."""
+    """Parse a number between `least` and `most`."""
     try:
         value = kind(word) if len(word) <= LONGEST_NUMBER and word.isascii() else math.nan
     except ValueError:
@@ -88,24 +88,24 @@ def number(word: str, kind: type, name: str, least: float | None = None, most: f
 
 
 def limits(least: float | None, most: float | None) -> str:
-    """The limits of a number in words, with a space in front; empty where there are none."""
+    """Return the limits of a number in words, after a space; empty if there are none."""
     if most is not None:
         return f" from {least:,} to {most:,}"
     return f" of at least {least:,}" if least is not None else ""
 
 
-def layers(word: str, expected: str = "a whole number, or several with commas between") -> tuple[int, ...]:
-    """Indices into hidden_states, such as `-4,-1`."""
+def layers(word: str, expected: str = "a whole number, or several separated by commas") -> tuple[int, ...]:
+    """Parse indices into hidden_states, such as `-4,-1`."""
     return tuple(number(part.strip(), int, expected) for part in word.split(","))
 
 
 def layers_or_auto(word: str) -> tuple[int, ...] | None:
-    """The same; None for `auto`."""
-    return None if word == AUTO else layers(word, "auto, a whole number, or several with commas between")
+    """Parse indices into hidden_states; return None for `auto`."""
+    return None if word == AUTO else layers(word, "auto, a whole number, or several separated by commas")
 
 
 def one_of(*words: str) -> Callable[[str], str]:
-    """A parser of a word that is one of a few."""
+    """Return a parser that accepts one of the given words."""
 
     def parse(word: str) -> str:
         if word not in words:
@@ -116,7 +116,7 @@ def one_of(*words: str) -> Callable[[str], str]:
 
 
 def size(least: int) -> Callable[[str], int]:
-    """A parser of sizes such as `4GiB`, `500M` or `1000000`, in bytes; units are powers of 1024."""
+    """Return a parser of sizes in bytes, such as `4GiB`, `500M` or `1000000`; units are powers of 1024."""
 
     def parse(word: str) -> int:
         match = SIZE.fullmatch(word.strip()) if len(word) <= LONGEST_NUMBER else None

@@ -1,4 +1,4 @@
-"""`internvit verify`: whether a feature file still is what was committed."""
+"""`internvit verify`: check whether an output still holds what was committed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from internvit_cli.verify.result import Finding, PictureCheck, ReencodeComparison, VerifyResult
 
 KEYS_SHOWN = 10
-"""Changed or missing pictures that are listed by name; --json has them all."""
+"""How many changed or missing pictures are named; --json names all of them."""
 
 
 def verify_command(
@@ -25,7 +25,7 @@ def verify_command(
         int, typer.Option(min=0, metavar="N", help="Encode N images again, chosen at random, and compare.")
     ] = 0,
     reference: Annotated[
-        bool, typer.Option("--reference", help="Encode those with the model of transformers too, in float32.")
+        bool, typer.Option("--reference", help="Encode the same images with the model of transformers too, in float32.")
     ] = False,
     model: Annotated[
         str | None,
@@ -47,20 +47,20 @@ def verify_command(
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Read with N threads.", show_default="one per core")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the verdict as one JSON object.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Print only what is wrong.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
     """Check that an output still holds what was committed.
 
-    The command checks counts, recipe, the CRC of every row, and the digests of the pictures that still exist. It writes
-    nothing, lists what is wrong, and exits with 1 if there is anything. With --re-extract it encodes a sample again,
-    which needs the pictures and the weights.
+    The command checks counts, the recipe, the CRC of every row, and the digests of the pictures that still exist. It
+    writes nothing. If something is wrong, it lists all findings and exits with 1. With --re-extract it encodes a sample
+    again, which needs the pictures and the weights.
 
     Example: internvit verify feats.h5 --re-extract 10
     """
     if reference and not re_extract:
-        raise UsageError("--reference without --re-extract", "say how many images: --re-extract 10")
+        raise UsageError("--reference needs --re-extract", "say how many images to encode, such as --re-extract 10")
     from internvit_cli.verify.checks import verify
     from internvit_cli.verify.result import VerifyOptions
 
@@ -75,51 +75,51 @@ def verify_command(
         threads=threads,
     )
     with progress(quiet=quiet) as observer:
-        verdict = verify(options, observer)
-    code = int(verdict.exit_code)
+        result = verify(options, observer)
+    code = int(result.exit_code)
     if json:
-        print_json(verdict.to_json() | {"exit_code": code, "error": _summary(verdict) if code else None})
+        print_json(result.to_json() | {"exit_code": code, "error": _summary(result) if code else None})
     else:
-        print_verdict(verdict, quiet=quiet)
+        print_result(result, quiet=quiet)
     return code
 
 
-def print_verdict(verdict: VerifyResult, *, quiet: bool = False) -> None:
-    """What was checked, what is wrong, and the verdict in one line."""
-    if not quiet and verdict.shards:
-        _print_checks(verdict)
-    for finding in verdict.findings:
+def print_result(result: VerifyResult, *, quiet: bool = False) -> None:
+    """Print what was checked, what is wrong, and the result in one line."""
+    if not quiet and result.shards:
+        _print_checks(result)
+    for finding in result.findings:
         print_line(f"wrong: {_words(finding)}")
-    if not quiet or verdict.findings:
-        print_line(f"{verdict.path}: {_summary(verdict)}")
+    if not quiet or result.findings:
+        print_line(f"{result.path}: {_summary(result)}")
 
 
-def _print_checks(verdict: VerifyResult) -> None:
-    images = ", ".join(f"{count:,} {word}" for word, count in verdict.images.items())
-    shards = "" if verdict.shards == 1 else f" in {counted(verdict.shards, 'shard')}"
+def _print_checks(result: VerifyResult) -> None:
+    images = ", ".join(f"{count:,} {word}" for word, count in result.images.items())
+    shards = "" if result.shards == 1 else f" in {counted(result.shards, 'shard')}"
     print_line(
-        f"images      {sum(verdict.images.values()):,}{shards}: {images}" if images else f"images      none{shards}"
+        f"images      {sum(result.images.values()):,}{shards}: {images}" if images else f"images      none{shards}"
     )
     print_line(
-        f"rows        {verdict.rows:,} read and held against their CRCs: {human_bytes(verdict.bytes)} "
-        f"in {human_seconds(verdict.seconds)}, {verdict.rate / 1e9:.2f} GB/s"
+        f"rows        {result.rows:,} read and compared with their CRCs: {human_bytes(result.bytes)} "
+        f"in {human_seconds(result.seconds)}, {result.rate / 1e9:.2f} GB/s"
     )
-    if verdict.pictures is not None:
-        _print_pictures(verdict.pictures)
-    for comparison in verdict.comparisons:
+    if result.pictures is not None:
+        _print_pictures(result.pictures)
+    for comparison in result.comparisons:
         _print_comparison(comparison)
-    for note in verdict.notes:
+    for note in result.notes:
         print_line(f"note: {note}")
 
 
 def _print_pictures(pictures: PictureCheck) -> None:
     print_line(
-        f"pictures    {pictures.unchanged:,} as they were, {len(pictures.changed):,} changed, "
+        f"pictures    {pictures.unchanged:,} unchanged, {len(pictures.changed):,} changed, "
         f"{len(pictures.missing):,} missing; {human_bytes(pictures.bytes)} read in {human_seconds(pictures.seconds)}"
     )
     for word, keys in (("changed", pictures.changed), ("missing", pictures.missing)):
         for key in keys[:KEYS_SHOWN]:
-            print_line(f"note: {key}: its picture is {word}; its row stays what it was")
+            print_line(f"note: {key}: the picture is {word}; the row is not affected")
         if len(keys) > KEYS_SHOWN:
             print_line(f"note: {counted(len(keys) - KEYS_SHOWN, 'more picture')} {word} (--json lists them)")
 
@@ -127,9 +127,9 @@ def _print_pictures(pictures: PictureCheck) -> None:
 def _print_comparison(comparison: ReencodeComparison) -> None:
     print_line(f"{comparison.check:<11} {counted(comparison.images, 'image')} with {comparison.encoder}")
     equal = (
-        "every value bit-equal"
+        "every value is equal bit for bit"
         if comparison.bit_equal == comparison.images
-        else f"{comparison.bit_equal:,} bit-equal, largest difference {comparison.difference:.3g}"
+        else f"{comparison.bit_equal:,} equal bit for bit, largest difference {comparison.difference:.3g}"
     )
     print_line(
         f"            {equal}; {comparison.relative:.2g} of the largest value (limit {comparison.relative_limit:.2g}), "
@@ -143,6 +143,6 @@ def _words(finding: Finding) -> str:
     return finding.problem if finding.path in finding.problem else f"{finding.path}: {finding.problem}"
 
 
-def _summary(verdict: VerifyResult) -> str:
-    count = len(verdict.findings)
-    return f"{count:,} {'thing is' if count == 1 else 'things are'} wrong" if count else "all is right"
+def _summary(result: VerifyResult) -> str:
+    count = len(result.findings)
+    return f"{count:,} {'thing is' if count == 1 else 'things are'} wrong" if count else "everything is right"

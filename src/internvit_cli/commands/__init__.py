@@ -1,1 +1,1 @@
-"""What the smaller commands compute: plan, info, ls, bench, doctor."""
+"""Compute the results of the smaller commands: plan, info, ls, bench and doctor."""

@@ -1,4 +1,4 @@
-"""`internvit bench`: what each stage does on this machine alone, and what that makes of a run over given pictures."""
+"""Measure each stage on its own, and predict a run over given pictures, for `internvit bench`."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
     from internvit_cli.options import ExtractOptions
 
 SAMPLE_IMAGES = 512
-"""At most so many pictures of a folder are decoded, evenly spread over its keys."""
+"""Largest number of pictures that are decoded, evenly spread over the keys."""
 WRITE_BYTES = 2_000_000_000
-"""At most so much is written, and no more than an eighth of what is free."""
+"""Largest number of bytes that are written, and at most an eighth of the free space."""
 BATCHES_IN_FLIGHT = 2
 LOCAL_ORIGINS = ("directory", "memory")
 DEFAULT_BATCHES = (1, 8, 64)
-"""Tiles a batch that are tried on a card; on a CPU tiles are encoded one by one, whatever the batch."""
+"""Tiles per batch that are tried on a card; on a CPU, tiles are encoded one by one, so the batch does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """What to measure, and for how long."""
+    """The options of a benchmark."""
 
     seconds: float = 3.0
-    """Of each measurement; one batch or one image is finished in any case."""
+    """Seconds per measurement; at least one batch or one image is finished."""
     batches: tuple[int, ...] | None = None
-    """Tiles a batch; empty is the one that `extract` would use, None has others beside it on a card."""
+    """Tiles per batch; empty means the value of `extract`, None adds others on a card."""
     dtypes: tuple[ComputeDtype, ...] = (ComputeDtype.AUTO,)
 
 
 @dataclass(frozen=True, slots=True)
 class EncoderRate:
-    """What one device encodes."""
+    """The speed of the encoder on one device."""
 
     device: str
     dtype: str
@@ -65,31 +65,31 @@ class EncoderRate:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRate:
-    """What the decode workers do when nothing else runs."""
+    """The speed of the decode workers when nothing else runs."""
 
     images: int
-    """Decoded for the figure."""
+    """The number of images that were decoded."""
     workers: int
     images_per_second: float
-    """All workers together."""
+    """The speed of all workers together."""
     megapixels_per_second: float
     seconds_per_image: float
-    """Of one worker."""
+    """The speed of one worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a run over the given pictures would come to."""
+    """The prediction for a run over the given pictures."""
 
     images: int
     images_per_second: float
     tiles_per_second: float
     seconds: float
-    """For all images, without starting up."""
+    """Seconds for all images, without the start."""
     limit: str
-    """The stage that decides: encoder, decode or write."""
+    """The slowest stage: encoder, decode or write."""
     sentence: str
-    """The same for a person, with what to change."""
+    """A sentence on the slowest stage and what to change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,24 +99,24 @@ class Benchmark:
     model: str
     cpus: int
     encoder: tuple[EncoderRate, ...]
-    """The one that `extract` would use comes first."""
+    """The rates of the encoder, first with the batch that `extract` would use."""
     decode: DecodeRate | None
-    """None without pictures."""
+    """The speed of decoding; None without pictures."""
     write_bytes_per_second: float
-    """To the output's disk, with the space set aside and synced as `extract` does."""
+    """The speed of writing to the output's disk, with space reserved and synced as in `extract`."""
     prediction: Prediction | None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The flat object of `--json`."""
+        """Return the flat object of `--json`."""
         return asdict(self)
 
 
 def run_benchmark(options: ExtractOptions, survey: Survey, how: BenchOptions, observer: Observer = SILENT) -> Benchmark:
-    """Measure every stage on its own, and predict.
+    """Measure every stage on its own, and predict a run.
 
     Raises:
-        InternvitError: the model, a device or the output's disk cannot be had.
+        InternvitError: The model, a device or the output's disk cannot be used.
     """
     devices = find_devices(options.run.devices)
     with observer.phase("measuring the encoder"):
@@ -142,9 +142,9 @@ def run_benchmark(options: ExtractOptions, survey: Survey, how: BenchOptions, ob
 
 def _notes(survey: Survey, devices: int) -> Iterator[str]:
     if survey.card.origin not in LOCAL_ORIGINS:
-        yield "the weights are made up: speed does not depend on them, and nothing was fetched"
+        yield "the weights are random, because speed does not depend on them; nothing was fetched"
     if devices > 1:
-        yield f"the first of {devices} devices was measured; the others are taken to be like it"
+        yield f"only the first of {devices} devices was measured; the others are assumed to be equally fast"
 
 
 # ------------------------------------------------------------------------------------------------------- the encoder
@@ -163,14 +163,14 @@ def _encoder_rates(options: ExtractOptions, survey: Survey, how: BenchOptions, d
 
 
 def _weights(survey: Survey) -> Checkpoint:
-    """Those of a folder; of a model on the hub made-up ones, for speed does not depend on them."""
+    """Return the weights of a folder, or random ones for a model on the hub, because speed does not depend on them."""
     is_projected = survey.recipe.tokens is Tokens.PROJECTED
     open_checkpoint = Checkpoint.open if survey.card.origin in LOCAL_ORIGINS else stand_in_checkpoint
     return open_checkpoint(survey.card, layer=survey.recipe.layer, projector=is_projected)
 
 
 def _batches(options: ExtractOptions, how: BenchOptions, device: str) -> Sequence[int | None]:
-    """The batch that `extract` would use, then others; on a CPU the others make no difference."""
+    """Return the batch that `extract` would use, then others on a card."""
     own = options.run.batch_tiles
     if how.batches:
         return how.batches
@@ -182,7 +182,7 @@ def _encoder_rate(encoder: Encoder, options: EncoderOptions, seconds: float) -> 
     side = options.tile_size
     random = np.random.default_rng(0)
     tiles = list(random.integers(0, 256, (encoder.info.batch_tiles, side, side, 3), np.uint8))
-    encoder.submit(tiles).result()  # what is done once only: kernels, buffers
+    encoder.submit(tiles).result()  # work that is done only once: kernels, buffers
     started, finished = time.perf_counter(), 0
     pending = [encoder.submit(tiles)]
     while pending:
@@ -200,7 +200,7 @@ def _encoder_rate(encoder: Encoder, options: EncoderOptions, seconds: float) -> 
 
 
 def _sample(survey: Survey) -> list[DecodeJob]:
-    """Pictures spread evenly over the plan."""
+    """Return jobs for pictures that are spread evenly over the plan."""
     table, sources = survey.table, survey.listing.sources
     rows = np.flatnonzero(table.status == Status.PENDING)
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_IMAGES)).astype(np.int64))]
@@ -222,7 +222,7 @@ def _decode_rate(
     )
     decoder = Decoder(decode_options(engine, Workload(len(jobs), most)))
     try:
-        list(_release(decoder.run(jobs[: len(decoder.pids)])))  # the workers are up
+        list(_release(decoder.run(jobs[: len(decoder.pids)])))  # wait until the workers are ready
         before, started = decoder.busy_seconds, time.perf_counter()
         done = list(_release(decoder.run(_repeated(jobs, started + how.seconds))))
         seconds, busy = time.perf_counter() - started, decoder.busy_seconds - before
@@ -234,7 +234,7 @@ def _decode_rate(
 
 
 def _repeated(jobs: list[DecodeJob], deadline: float) -> Iterator[DecodeJob]:
-    """The jobs, over and over until time is up, numbered anew."""
+    """Yield the jobs repeatedly until the deadline, with new numbers."""
     for number in count():
         yield jobs[number % len(jobs)]._replace(row=number)
         if time.perf_counter() >= deadline:
@@ -242,7 +242,7 @@ def _repeated(jobs: list[DecodeJob], deadline: float) -> Iterator[DecodeJob]:
 
 
 def _release(images: Any) -> Iterator[int]:
-    """Rows of decoded images, their slots given back at once."""
+    """Yield the rows of decoded images, and release their slots at once."""
     for image in images:
         if isinstance(image, DecodedImage):
             image.release()
@@ -253,7 +253,7 @@ def _release(images: Any) -> Iterator[int]:
 
 
 def _write_rate(output: str, seconds: float) -> float:
-    """Bytes a second of positioned writes beside the output, synced as checkpoints are."""
+    """Return the bytes per second of positioned writes beside the output, synced like checkpoints."""
     folder = os.path.dirname(os.path.abspath(output))
     size = min(WRITE_BYTES, free_bytes(folder) // 8)
     block = np.random.default_rng(0).bytes(4 << 20)
@@ -275,9 +275,9 @@ def _write_rate(output: str, seconds: float) -> float:
 
 
 def predict(survey: Survey, encoder: EncoderRate, decode: DecodeRate, write: float, devices: int) -> Prediction:
-    """What the stages make of a run in which they work at the same time.
+    """Predict a run in which the stages work at the same time.
 
-    On a card they do, and the slowest decides. On a CPU encoder and workers share the cores, and their times add up.
+    On a card, the slowest stage decides. On a CPU, the encoder and the workers share the cores, so their times add up.
     """
     images = max(1, int((survey.table.status == Status.PENDING).sum()))
     tiles = survey.decoded_tiles / images
@@ -286,7 +286,7 @@ def predict(survey: Survey, encoder: EncoderRate, decode: DecodeRate, write: flo
     writing = survey.feature_bytes / images / write if write else 0.0
     times = {"encoder": encoding, "decode": decoding, "write": writing}
     if encoder.device.startswith("cpu"):
-        # Measured alone, the encoder had all cores.
+        # The encoder had all cores when it was measured alone.
         encoding *= devices
         shared = encoding + decode.seconds_per_image / usable_cpus()
         times |= {"encoder": encoding}
@@ -306,7 +306,7 @@ def predict(survey: Survey, encoder: EncoderRate, decode: DecodeRate, write: flo
 
 
 ADVICE = {
-    "encoder": "The encoder is the limit: a faster device, more of them (--devices), or fewer tiles help.",
-    "decode": "Decoding is the limit: take more --workers, or more cores.",
-    "write": "Writing is the limit: take a faster disk, or store less (--tokens none, --max-tiles).",
+    "encoder": "The encoder is the limit: use a faster device, more devices (--devices), or fewer tiles.",
+    "decode": "Decoding is the limit: use more --workers, or more cores.",
+    "write": "Writing is the limit: use a faster disk, or store less (--tokens none, --max-tiles).",
 }

@@ -1,4 +1,4 @@
-"""`internvit doctor`: what a run would meet on this machine, tried out one by one, each with what to do about it."""
+"""Check everything that a run needs on this machine, with hints, for `internvit doctor`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ PACKAGES = (
     "tqdm",
 )
 PICTURE_FORMATS = {"jpg": "JPEG", "webp": "WebP", "avif": "AVIF", "jpg_2000": "JPEG 2000", "libtiff": "TIFF"}
-SHM = "/dev/shm"  # noqa: S108 - only looked at
+SHM = "/dev/shm"  # noqa: S108 - only inspected
 FEW_OPEN_FILES = 256
 LITTLE_MEMORY = 4_000_000_000
 LITTLE_DISK = 1_000_000_000
@@ -51,18 +51,18 @@ TRIED_BYTES = 1 << 20
 
 
 class CheckState(Enum):
-    """How a check came out."""
+    """The result of a check."""
 
     OK = "ok"
     NOTE = "note"
-    """It will work, but a user may want to know."""
+    """A run will work, but the user may want to know."""
     BAD = "bad"
-    """It will not work."""
+    """A run will not work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """A check with its result and a hint."""
 
     name: str
     state: CheckState
@@ -70,7 +70,7 @@ class Check:
     hint: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the check as plain values."""
         return asdict(self) | {"state": self.state.value}
 
 
@@ -78,8 +78,8 @@ def examine(output: str, model: str = DEFAULT_MODEL) -> Iterator[Check]:
     """Yield all checks, the quick ones first.
 
     Args:
-        output: where features would go; its folder is tried out and left as it was.
-        model: the --model of the run.
+        output: The output of the run; its folder is tested and left unchanged.
+        model: The --model of the run.
     """
     yield _versions()
     yield _processor()
@@ -138,7 +138,9 @@ def _pictures() -> Check:
 
     missing = [name for feature, name in PICTURE_FORMATS.items() if not features.check(feature)]
     if missing:
-        return Check("pictures", CheckState.NOTE, f"Pillow reads no {', '.join(missing)}", "such pictures are skipped")
+        return Check(
+            "pictures", CheckState.NOTE, f"Pillow cannot read {', '.join(missing)}", "such pictures are skipped"
+        )
     return Check("pictures", CheckState.OK, f"Pillow reads {', '.join(PICTURE_FORMATS.values())} and others")
 
 
@@ -171,7 +173,12 @@ def _workers() -> Check:
     except InternvitError as error:
         return Check("workers", CheckState.BAD, error.message, error.hint)
     if not (outcomes and isinstance(outcomes[0], FinishedTask)):
-        return Check("workers", CheckState.BAD, "a worker process gave no answer", "is the machine out of memory?")
+        return Check(
+            "workers",
+            CheckState.BAD,
+            "a worker process did not answer",
+            "check that the machine has enough free memory",
+        )
     return Check("workers", CheckState.OK, "a worker process started and answered")
 
 
@@ -180,12 +187,12 @@ def _hub() -> Iterator[Check]:
 
     folder = constants.HF_HUB_CACHE
     offline = ", offline mode is on" if constants.HF_HUB_OFFLINE else ""
-    token = "a token is set" if get_token() else "no token is set"  # the token itself is nobody's business
+    token = "a token is set" if get_token() else "no token is set"  # the token itself is never shown
     yield Check("hub cache", CheckState.OK, f"{folder}, {free_bytes(folder) / 1e9:.1f} GB free; {token}{offline}")
 
 
 def _model(name: str) -> Check:
-    """Check that a run would have the model: at hand, or on a hub that answers."""
+    """Check that a run would find the model, locally or on a hub that answers."""
     try:
         named = parse_model_name(name)
         try:
@@ -201,7 +208,7 @@ def _model(name: str) -> Check:
 
 
 def _on_hub(named: ModelName, unavailable: HubUnavailableError) -> Check:
-    """Check a model that the cache does not hold."""
+    """Check a model that is not in the cache."""
     if is_offline() or named.repo is None:
         return Check("model", CheckState.BAD, unavailable.message, unavailable.hint)
     try:
@@ -233,20 +240,20 @@ def _folder(output: str) -> Iterator[Check]:
     with file:
         yield _try("writing", "written and synced", lambda: _write(file.name))
         yield _try("names", "new names survive a power cut", lambda: unsynced_folder(folder))
-        yield _try("reserving", "space can be set aside", lambda: _reserve(file.name))
+        yield _try("reserving", "space can be reserved", lambda: _reserve(file.name))
         yield _try("locking", "locks work", lambda: _lock(file.fileno()))
 
 
 HINTS = {
-    "names": "features are safe all the same; choose another folder to have their names so too",
-    "reserving": "a run goes on without; see to it that the disk has room until it ends",
-    "locking": "run with --no-lock, and see to it that only one run writes an output",
+    "names": "features are safe anyway; choose another folder if their names have to be safe too",
+    "reserving": "a run works without it; make sure that the disk has enough space until it ends",
+    "locking": "run with --no-lock, and make sure that only one run writes an output",
 }
-"""Of what a run can do without."""
+"""Hints for features that a run can do without."""
 
 
 def _try(name: str, found: str, action: Callable[[], str]) -> Check:
-    """Do something to a file or its folder; `action` returns what is amiss though a run is possible."""
+    """Try an action on a file or its folder; it returns what does not work although a run is possible."""
     try:
         words = action()
     except OSError as error:
@@ -265,7 +272,7 @@ def _write(path: str) -> str:
 
 def _reserve(path: str) -> str:
     os.truncate(path, TRIED_BYTES)
-    return "" if reserve(path) else "the filesystem sets no space aside"
+    return "" if reserve(path) else "the filesystem cannot reserve space"
 
 
 def _lock(descriptor: int) -> str:
@@ -277,7 +284,7 @@ def _lock(descriptor: int) -> str:
 
 
 def _filesystem(folder: str) -> str:
-    """Type of the filesystem that a folder is on, from the longest mount point above it."""
+    """Return the type of a folder's filesystem, from the longest mount point above it."""
     best, kind = "", "a filesystem of unknown type"
     with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -304,14 +311,16 @@ def _devices() -> Iterator[Check]:
     else:
         hint = "install a CUDA build of torch to use a card" if _has_nvidia() else ""
         state = CheckState.NOTE if hint else CheckState.OK
-        yield Check("devices", state, f"{build}; the CPU alone, with {facts.cpu}", hint)
+        yield Check("devices", state, f"{build}; only the CPU, with {facts.cpu}", hint)
     for number, card in enumerate(facts.cards):
         types = ["float32", *(["bfloat16"] if card.has_bfloat16 else []), *(["fp8"] if card.has_fp8 else [])]
         found = f"{card.name}, {card.memory / 2**30:.0f} GiB, {card.free / 2**30:.0f} free, {', '.join(types)}"
         state = CheckState.OK if card.has_bfloat16 else CheckState.NOTE
         yield Check(f"cuda:{number}", state, found, "" if card.has_bfloat16 else "too old for bfloat16: slow")
     if facts.cards and not facts.triton:
-        yield Check("triton", CheckState.NOTE, "not installed", "pip install triton: without it the encoder is slower")
+        yield Check(
+            "triton", CheckState.NOTE, "not installed", "run pip install triton; without it the encoder is slower"
+        )
 
 
 def _has_nvidia() -> bool:

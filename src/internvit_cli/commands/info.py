@@ -1,4 +1,4 @@
-"""What a feature file or folder holds, as plain values."""
+"""Describe what a feature file or folder holds, as plain values."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What is told of one shard."""
+class _ShardFacts:
+    """The facts about a shard."""
 
     place: ShardPlace
     attributes: dict[str, Any]
     status: NDArray[Any]
-    """Of the rows that count, [n] uint8."""
+    """The statuses of the rows that count, [n] uint8."""
     tiles: int
-    """Of all rows."""
+    """The number of tiles of all rows."""
 
 
 def describe_output(path: str) -> dict[str, Any]:
-    """Facts for `info`: model, recipe, images by status, tiles, datasets with shapes and types, bytes, log of runs.
+    """Return facts for `info`: model, recipe, images by status, tiles, shapes and types of datasets, bytes, runs.
 
-    Keys are read only where some rows count no more. So damage to a key or a picture's size is for `verify` to find.
+    Keys are read only if some rows do not count any more, so damage to a key or a picture's size is left to `verify`.
 
     Raises:
-        OutputError: there is nothing there, or it is damaged.
+        OutputError: There is no output, or it is damaged.
     """
     looks = [_look_at(place) for place in find_places(named_path(path))]
     places = [look.place for look in looks]
@@ -71,7 +71,7 @@ def describe_output(path: str) -> dict[str, Any]:
 
 
 def _unfinished(path: str, places: list[ShardPlace]) -> str | None:
-    """What a run has begun to fill at an output and has not finished; None where there is nothing of the kind."""
+    """Return the path of the unfinished part of an output; None if there is none."""
     filled = [place.path for place in places if place.path.endswith(PARTIAL)]
     in_folder = [os.path.join(path, name) for name in unfinished_shards(path)]
     beside = [partial] if os.path.exists(partial := named_path(path) + PARTIAL) else []
@@ -86,12 +86,12 @@ def _accuracy(attributes: dict[str, Any], path: str) -> dict[str, dict[str, Any]
     return {name: figures for name, figures in found.items() if isinstance(figures, dict)}
 
 
-def _look_at(place: ShardPlace) -> _Look:
+def _look_at(place: ShardPlace) -> _ShardFacts:
     entry = place.entry
-    if entry is not None and entry.superseded:  # only the keys tell which rows count
+    if entry is not None and entry.superseded:  # only keys determine which rows count
         found = place.load()
         table, rows = found.stored.table, found.live_rows
-        return _Look(place, found.stored.attributes, table.status[rows], int(table.tile_counts[rows].sum()))
+        return _ShardFacts(place, found.stored.attributes, table.status[rows], int(table.tile_counts[rows].sum()))
     outline = place.backend.outline(place.path)
     if entry is not None and outline.images != entry.images:
         raise OutputError(
@@ -99,11 +99,11 @@ def _look_at(place: ShardPlace) -> _Look:
             RESTORE_OR_OVERWRITE,
         )
     tiles = outline.tiles if outline.tiles is not None else entry.tiles if entry is not None else 0
-    return _Look(place, outline.attributes, outline.status, tiles)
+    return _ShardFacts(place, outline.attributes, outline.status, tiles)
 
 
 def _datasets(places: list[ShardPlace], store_dtype: StoreDtype) -> dict[str, Any]:
-    """Shapes over all shards together, and types as a reader gets them."""
+    """Return the shapes over all shards together, and the types that a reader gets."""
     found: dict[str, Any] = {}
     for place in places:
         extents = place.backend.extents(place.path)

@@ -1,4 +1,4 @@
-"""The images of an output with what became of them, shard by shard: `internvit ls`."""
+"""List the images of an output with their statuses, shard by shard, for `internvit ls`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class ListedImage(NamedTuple):
-    """One image of an output."""
+    """An image of an output."""
 
     key: bytes
     status: Status
     columns: int
-    """Of its grid of tiles; 0 where the header could not be read."""
+    """The columns of its grid; 0 if the header could not be read."""
     rows: int
     tiles: int
-    """With the thumbnail."""
+    """The number of tiles, including the thumbnail."""
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `--json`."""
+        """Return the object of `--json`."""
         return self._asdict() | {"key": os.fsdecode(self.key), "status": self.status.word}
 
 
@@ -42,18 +42,18 @@ class ListOptions:
 
     path: str
     words: Sequence[str] = ()
-    """Keys and patterns; none for all."""
+    """Keys and patterns; empty for all images."""
     statuses: frozenset[Status] = frozenset(Status)
 
 
 class ImageListing:
-    """The images of an output that fit, in the order in which they are stored; one shard at a time is in memory."""
+    """The matching images of an output in the order in which they are stored, with one shard in memory at a time."""
 
     def __init__(self, options: ListOptions) -> None:
         """Find the shards.
 
         Raises:
-            OutputError: there are none.
+            OutputError: There are none.
         """
         self._path = named_path(options.path)
         self._statuses = np.array(sorted(options.statuses), np.uint8)
@@ -66,13 +66,13 @@ class ImageListing:
         """List the images.
 
         Raises:
-            OutputError: a shard is damaged.
-            UnknownKeyError: a word that means no image; all others are listed before.
+            OutputError: A shard is damaged.
+            UnknownKeyError: A word matches no image; all other images were listed before.
         """
         wanted = self._wanted()
         finished = [place for place in self._places if not place.is_unfinished]
         unfinished = [place.load() for place in self._places if place.is_unfinished]
-        if finished and unfinished:  # a run with --overwrite may fill one of another recipe
+        if finished and unfinished:  # a run with --overwrite may be filling one with another recipe
             recipe = _recipe_of(self._load(finished[-1]))
             unfinished = [shard for shard in unfinished if _recipe_of(shard) == recipe]
         filling = {key for shard in unfinished for key in shard.stored.table.keys} if finished else set()
@@ -81,7 +81,7 @@ class ImageListing:
             superseded = shard.superseded_keys
             yield from self._fitting(shard, superseded, wanted)
             filling -= set(shard.stored.table.keys) - superseded
-        for shard in unfinished:  # what readers get of a key is the finished row
+        for shard in unfinished:  # readers use the finished row of a key
             keys = shard.stored.table.keys
             yield from self._fitting(shard, set(keys) - filling if finished else set(), wanted)
         if self._unmatched:
@@ -95,7 +95,7 @@ class ImageListing:
         return self._loaded[1]
 
     def _wanted(self) -> _Wanted:
-        """The words, those that are keys as keys."""
+        """Return the words, separated into keys and patterns."""
         keys = {os.fsencode(word): word for word in self._words}
         patterns = {key for key, word in keys.items() if is_pattern(word)}
         for place in self._places if patterns else ():
@@ -109,7 +109,7 @@ class ImageListing:
         table = shard.stored.table
         has_status = np.isin(table.status, self._statuses)
         tiles = table.tile_counts
-        # A word is known by any image that it means, whatever became of that.
+        # A word counts as known if it matches any image, whatever its status.
         for row in range(len(table)) if self._words else np.flatnonzero(has_status).tolist():
             key = table.keys[row]
             if key in hidden or not (self._is_wanted(key, wanted) and has_status[row]):
@@ -118,7 +118,7 @@ class ImageListing:
             yield ListedImage(key, Status(status), columns, rows, int(tiles[row]))
 
     def _is_wanted(self, key: bytes, wanted: _Wanted) -> bool:
-        """Whether a word means a key; the word is ticked off."""
+        """Return whether a word matches a key, and mark the word as known."""
         if not self._words:
             return True
         text = os.fsdecode(key)
@@ -133,7 +133,7 @@ def _recipe_of(shard: FinishedShard) -> object:
 
 
 class _Wanted(NamedTuple):
-    """What words mean."""
+    """The keys and patterns that are wanted."""
 
     keys: dict[bytes, str]
     patterns: list[tuple[str, Callable[[str], object]]]

@@ -1,4 +1,4 @@
-"""What PyTorch sees of this machine, for `internvit doctor`."""
+"""Report what PyTorch detects on this machine, for `internvit doctor`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from internvit_cli.extract.results import package_version
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """One CUDA device."""
+class CudaCard:
+    """A CUDA device."""
 
     name: str
     memory: int
@@ -21,12 +21,12 @@ class Card:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether it computes in bfloat16 by itself."""
+        """Whether the card supports bfloat16 natively."""
         return self.capability >= (8, 0)
 
     @property
     def has_fp8(self) -> bool:
-        """Whether it is a Hopper or later."""
+        """Whether the card is a Hopper or later."""
         return self.capability >= (9, 0)
 
 
@@ -36,20 +36,20 @@ class TorchFacts:
 
     version: str
     cuda: str
-    """Version of CUDA that it was built with; empty for a build without."""
-    cards: tuple[Card, ...]
+    """The version of CUDA of the build; empty if it has none."""
+    cards: tuple[CudaCard, ...]
     has_apple_gpu: bool
     triton: str
-    """Version; empty when it is not installed."""
+    """The version of Triton; empty if it is not installed."""
     cpu: str
-    """The processor's instructions that PyTorch uses, such as AVX512."""
+    """The instruction set of the processor that PyTorch uses, such as AVX512."""
     problem: str = ""
-    """Why CUDA is of no use although this build has it."""
+    """Why CUDA does not work although this build has it; empty if it works."""
 
 
 def torch_facts() -> TorchFacts:
-    """Look at PyTorch; a driver that does not work is a problem, not an error."""
-    cards: list[Card] = []
+    """Return the facts about PyTorch; a broken driver is reported as a problem instead of an error."""
+    cards: list[CudaCard] = []
     problem = ""
     cuda = torch.version.cuda or ""
     if cuda:
@@ -69,7 +69,7 @@ def torch_facts() -> TorchFacts:
     )
 
 
-def _card(number: int) -> Card:
+def _card(number: int) -> CudaCard:
     properties = torch.cuda.get_device_properties(number)
     free, total = torch.cuda.mem_get_info(number)
-    return Card(properties.name, total, free, (properties.major, properties.minor))
+    return CudaCard(properties.name, total, free, (properties.major, properties.minor))

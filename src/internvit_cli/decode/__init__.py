@@ -1,1 +1,1 @@
-"""From files to uint8 tiles, or to the reason why not; nothing here imports torch."""
+"""Decode files into uint8 tiles, or return the reason why they cannot be; nothing here imports torch."""

@@ -1,4 +1,4 @@
-"""Pictures in, tiles out, in processes that may die: a crash or a hang costs one image, never the run."""
+"""Decode pictures into tiles in worker processes, so that a crash or a hang costs one image and not the run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from internvit_cli.sources.interface import Source
 
 PIXELS_IN_FLIGHT = 256_000_000
-"""Source pixels that the workers of a run may have in hand together: decoded pictures are what memory goes to."""
+"""Source pixels that all workers may hold together, because decoded pictures take most of the memory."""
 SPARE_SLOTS = 4
-"""Slots beyond those being filled, so that workers go on while the encoder takes tiles."""
+"""Slots beyond those being filled, so that workers can continue while the encoder uses tiles."""
 SLOT_POLL_SECONDS = 0.02
 
 
@@ -36,36 +36,36 @@ class DecodeJob(NamedTuple):
     row: int
     path: bytes
     header: Header
-    """As planned; the file must still be that one."""
+    """The header from planning; a file that differs now is skipped."""
     grid: Grid
 
 
 def decode_jobs(table: ImageTable, rows: NDArray[Any], sources: Sequence[Source]) -> Iterator[DecodeJob]:
-    """Yield what there is to decode of some images of a table.
+    """Yield the jobs for some images of a table.
 
     Args:
-        table: of the shard.
-        rows: of the images, [k] int64.
-        sources: what its `source` column counts.
+        table: The table of the shard.
+        rows: The rows of the images, [k] int64.
+        sources: The sources to which the `source` column refers.
     """
     for row in rows.tolist():
         yield decode_job(table, row, sources[int(table.source[row])].path(table.keys[row]))
 
 
 def decode_job(table: ImageTable, row: int, path: bytes) -> DecodeJob:
-    """Return what there is to decode of one image of a table, whose file is at `path`."""
+    """Return the job for one image of a table, whose file is at `path`."""
     header = Header(*(int(getattr(table, name)[row]) for name in Header._fields))
     return DecodeJob(row, path, header, Grid(int(table.columns[row]), int(table.rows[row])))
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """One image's tiles, uint8 [tiles, S, S, 3], in shared memory until `release` is called."""
+    """The tiles of an image, uint8 [tiles, S, S, 3], in shared memory until `release` is called."""
 
     row: int
     tiles: NDArray[Any]
     digest: bytes
-    """SHA-256 of the file."""
+    """The SHA-256 of the file."""
     release: Callable[[], None]
 
 
@@ -76,7 +76,7 @@ class FailedImage:
     row: int
     skipped: Skipped
     tiles: int
-    """Tiles that it would have had."""
+    """The number of tiles that the image would have had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +85,26 @@ class DecodeOptions:
 
     rule: PixelRule
     tiles: int
-    """Most tiles that one image of this run has."""
+    """The largest number of tiles of an image of this run."""
     workers: int
     timeout_seconds: float
     memory_bytes: int
     pixels_in_flight: int = PIXELS_IN_FLIGHT
-    """Source pixels that all workers together may have in hand; a larger picture is decoded alone."""
+    """Source pixels that all workers may hold together; a larger picture is decoded alone."""
 
 
-class _Waiting:
-    """Jobs that are not begun, looked at one ahead."""
+class _JobQueue:
+    """The jobs that have not begun, with a lookahead of one."""
 
     def __init__(self, jobs: Iterable[DecodeJob | None]) -> None:
         self._jobs = iter(jobs)
         self._first: DecodeJob | None = None
         self.is_empty = False
-        """Whether there will never be another."""
+        """Whether there will be no further jobs."""
 
     @property
     def first(self) -> DecodeJob | None:
-        """The next job; None when there is none at the moment."""
+        """Return the next job without taking it; None if there is none at the moment."""
         if self._first is None and not self.is_empty:
             try:
                 self._first = next(self._jobs)
@@ -113,19 +113,19 @@ class _Waiting:
         return self._first
 
     def take(self) -> DecodeJob:
-        """The next job, which is there."""
+        """Take the next job, which has to exist."""
         job, self._first = self._first, None
         assert job is not None
         return job
 
 
 class Decoder:
-    """A pool of decode workers and the shared memory that their tiles come in."""
+    """A pool of decode workers, and the shared memory for their tiles."""
 
     def __init__(self, options: DecodeOptions) -> None:
         shape = SlotShape(options.workers * 2 + SPARE_SLOTS, options.tiles, options.rule.tiling.tile_size)
         self._slots = Slots.allocate(shape)
-        # deque's append and popleft are atomic: slots are freed by the thread that takes the tiles.
+        # A deque, whose append and popleft are atomic, because another thread frees the slots.
         self._free = deque(range(shape.slots))
         spec = WorkerSpec(
             "internvit_cli.decode.decoder:tile_decoder",
@@ -139,7 +139,7 @@ class Decoder:
         self._given: dict[int, tuple[DecodeJob, int, bool]] = {}
         self.tile_size, self.tiles = shape.tile_size, shape.tiles
         self.busy_seconds = 0.0
-        """Time that workers spent on pictures, all workers added."""
+        """Seconds that all workers together spent on pictures."""
 
     @property
     def pids(self) -> list[int]:
@@ -149,12 +149,12 @@ class Decoder:
     def run(
         self, jobs: Iterable[DecodeJob | None], stopped: Callable[[], bool] = lambda: False
     ) -> Iterator[DecodedImage | FailedImage]:
-        """Decode all jobs; results come in the order in which they are ready.
+        """Decode all jobs, and yield the results in the order in which they are ready.
 
-        A None among the jobs says that there is none at the moment. A job whose worker died is tried once more, alone.
-        After `stopped` turns true nothing more is started or returned.
+        A None among the jobs means that there is none at the moment. A job whose worker died is tried once more, alone.
+        After `stopped` returns true, nothing more is started or yielded.
         """
-        waiting = _Waiting(jobs)
+        waiting = _JobQueue(jobs)
         retries: deque[DecodeJob] = deque()
         while not stopped():
             while (job := waiting.first) is not None and self._has_room(job):
@@ -164,7 +164,7 @@ class Decoder:
             if not self._given:
                 if waiting.is_empty and not retries:
                     return
-                time.sleep(SLOT_POLL_SECONDS)  # every slot is full and with the encoder, or there is no job yet
+                time.sleep(SLOT_POLL_SECONDS)  # the encoder holds every slot, or there is no job yet
             for outcome in self._pool.wait(0.5 if waiting.is_empty else SLOT_POLL_SECONDS):
                 if stopped():
                     return
@@ -176,7 +176,7 @@ class Decoder:
                 yield self._result(job, slot, outcome)
 
     def close(self) -> None:
-        """End the workers, whatever they are doing, and give the shared memory back."""
+        """End the workers at once, and release the shared memory."""
         self._pool.close()
         self._slots.close()
 
@@ -208,7 +208,7 @@ class Decoder:
 
 
 def tile_decoder(rule: PixelRule, shape: SlotShape, descriptor: int) -> Callable[[Any], DecodedPicture | Skipped]:
-    """What a decode worker runs: a function from (path, header, grid, slot) to the number of tiles in that slot."""
+    """Return the function that a decode worker runs: it decodes (path, header, grid, slot) into that slot."""
     keep_freed_memory()
     slots = Slots(shape, descriptor)
 

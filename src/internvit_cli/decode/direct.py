@@ -1,7 +1,6 @@
-"""Pictures that are at hand, one after another, decoded in this process: for those who hold pictures, not folders.
+"""Decode single pictures in this process, for callers that hold pictures instead of folders.
 
-The pixels are those of `decode/pictures`. What it does for a folder's sake is left out: no process of its own that a
-hostile picture could take along.
+The pixels are those of `decode/pictures`. There are no worker processes, so a hostile picture can crash the caller.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped
 from internvit_cli.decode.pictures import DecodedPicture, _fill, decode_tiles, upright_rgb
-from internvit_cli.plan.headers import loaded_size, read_header, unusable_size, upright_size
+from internvit_cli.plan.headers import loaded_size, read_header, size_problem, upright_size
 from internvit_cli.plan.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail
-from internvit_cli.sources.files import any_size, classify, pillow_failure, pillow_settings
+from internvit_cli.sources.files import pillow_failure, pillow_settings, system_failure, without_pixel_limit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,25 +27,25 @@ NO_DIGEST = bytes(32)
 
 @dataclass(frozen=True, slots=True)
 class TiledPicture:
-    """A picture as tiles, with what a feature file says of it."""
+    """A picture as tiles, with the facts that a feature file stores."""
 
     width: int
-    """After orientation, pixels."""
+    """The width in pixels, after orientation."""
     height: int
     orientation: int
-    """EXIF's number of the turn that was applied."""
+    """The EXIF orientation that was applied."""
     grid: Grid
     has_thumbnail: bool
     tiles: NDArray[Any]
-    """uint8 [n, S, S, 3], row by row, the thumbnail last."""
+    """The tiles, uint8 [n, S, S, 3], row by row, with the thumbnail last."""
     digest: bytes
-    """SHA-256 of the file, 32 bytes; zeros for a picture that never was one."""
+    """The SHA-256 of the file, 32 bytes; zeros for a picture without a file."""
     file_size: int = 0
-    """Bytes of the file."""
+    """The size of the file in bytes."""
 
 
 def tile_file(path: bytes, rule: PixelRule) -> TiledPicture | Skipped:
-    """Decode a file into tiles, or say why there are none; one thread of a process at a time."""
+    """Decode a file into tiles, or return why that fails; only one thread of a process may do so at a time."""
     header = read_header(path, rule)
     if isinstance(header, Skipped):
         return header
@@ -60,10 +59,9 @@ def tile_file(path: bytes, rule: PixelRule) -> TiledPicture | Skipped:
 
 
 def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> TiledPicture | Skipped:
-    """Decode the bytes of a file into tiles, or say why there are none; one thread of a process at a time.
+    """Decode the bytes of a file into tiles, or return why that fails; only one thread at a time may do so.
 
-    They are decoded as a file, so neither limits nor orientation, pixels or digest can differ from those of a file on
-    disk that holds them.
+    The bytes are decoded as a file, so limits, orientation, pixels and digest are those of a file on disk.
     """
     try:
         file, path = _empty_file()
@@ -72,40 +70,40 @@ def tile_bytes(data: bytes | bytearray | memoryview, rule: PixelRule) -> TiledPi
             file.flush()
             return tile_file(path, rule)
     except OSError as error:  # no room for a copy
-        return classify(error)
+        return system_failure(error)
 
 
 def _empty_file() -> tuple[IO[bytes], bytes]:
-    """A file that vanishes when it is closed, in memory where the system has such files; and its path."""
+    """Return a file that vanishes when it is closed, in memory if the system supports that, and its path."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("picture")
         path = b"/proc/self/fd/%d" % descriptor
         if os.path.exists(path):
             return os.fdopen(descriptor, "wb"), path
         os.close(descriptor)
-    file = tempfile.NamedTemporaryFile()  # noqa: SIM115 -- the caller closes it
+    file = tempfile.NamedTemporaryFile()  # noqa: SIM115 - the caller closes it
     return cast("IO[bytes]", file), os.fsencode(file.name)
 
 
 def tile_picture(image: Image.Image, rule: PixelRule) -> TiledPicture | Skipped:
-    """Cut a picture in memory into tiles, or say why that can't be done; one thread of a process at a time.
+    """Cut a picture in memory into tiles, or return why that fails; only one thread at a time may do so.
 
     Args:
-        image: in any mode; what its EXIF says counts as in a file. Of several frames the one at hand is taken.
-        rule: all that decides the pixels.
+        image: A picture in any mode, with EXIF as in a file. Of several frames, the current one is used.
+        rule: Everything that decides the pixels.
     """
-    if unusable := unusable_size(*upright_size(image, rule)[:2], rule):
-        return unusable
+    if problem := size_problem(*upright_size(image, rule)[:2], rule):
+        return problem
     try:
         with pillow_settings(rule):
             image.load()
-            # Again, for a PNG may hold an orientation behind its pixels.
+            # Read again, because a PNG may have an orientation after its pixels.
             size = loaded_size(image, rule)
-            if unusable := unusable_size(*size[:2], rule):
-                return unusable
+            if problem := size_problem(*size[:2], rule):
+                return problem
             grid = choose_grid(*size[:2], rule.tiling)
             tiles = _room(grid, rule)
-            with any_size():
+            with without_pixel_limit():
                 _fill(upright_rgb(image, size[2], rule), grid, rule, tiles)
     except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
         return pillow_failure(error, rule.max_pixels)

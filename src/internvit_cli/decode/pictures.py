@@ -1,4 +1,4 @@
-"""From a file's bytes to uint8 tiles: the pixels that InternViT was trained on, on every version of Pillow.
+"""Decode a file into uint8 tiles with the pixels that InternViT was trained on, on every version of Pillow.
 
 Source: `load_image` and `dynamic_preprocess` in OpenGVLab/InternVL, README and internvl_chat/internvl/train/dataset.py.
 """
@@ -17,7 +17,7 @@ from internvit_cli.config import MOST_GREY, GreyRange, PixelRule, Preprocess, Sk
 from internvit_cli.plan.png_chunks import despite_texts
 from internvit_cli.plan.table import modified_ns
 from internvit_cli.plan.tiling import clip_size, has_thumbnail
-from internvit_cli.sources.files import any_size, open_picture, pillow_settings, readable_formats
+from internvit_cli.sources.files import open_picture, pillow_settings, readable_formats, without_pixel_limit
 
 if TYPE_CHECKING:
     import os
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from internvit_cli.sources.files import OpenPicture
 
 _IN_MEMORY = 64 << 20
-"""Files up to so many bytes are read at once; larger ones are hashed in blocks, then decoded from the file."""
+"""Files of up to this many bytes are read at once; larger ones are hashed in blocks, then decoded from the file."""
 _BLOCK = 1 << 20
 _BLOCK_ROWS = 256
-"""Rows of wide pixels scaled at a time, so that the intermediate numbers stay small."""
+"""Rows of pixels that are scaled at once, to limit the memory of intermediate values."""
 
 _GREY_RANGES = tuple((1 << bits) - 1 for bits in (8, 10, 12, 14, 16))
-"""The most that each depth of gray holds that cameras and scanners write into 16 bits."""
+"""The largest values of the bit depths that cameras and scanners store in 16 bits."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,33 +47,33 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What sets a picture upright, by EXIF orientation."""
+"""The operation that turns a picture upright, by EXIF orientation."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedPicture:
-    """A picture whose tiles are in their place."""
+    """The result of decoding a picture, whose tiles are in the output array."""
 
     tiles: int
     digest: bytes
-    """SHA-256 of the file, 32 bytes."""
+    """The SHA-256 of the file, 32 bytes."""
 
 
 def decode_tiles(
     path: bytes, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]
 ) -> DecodedPicture | Skipped:
-    """Decode one file into tiles, row by row, the thumbnail last; one thread of a process at a time.
+    """Decode a file into tiles, row by row, with the thumbnail last; only one thread of a process may do so at a time.
 
     Args:
-        path: the file; links are followed.
-        header: what planning read of it; anything else now is a reason to skip it.
-        grid: what `choose_grid` made of the header's size.
-        rule: all that decides the pixels.
+        path: The file; links are followed.
+        header: The header from planning; a file that differs now is skipped.
+        grid: The result of `choose_grid` for the size in the header.
+        rule: Everything that decides the pixels.
         out: uint8 [n, side, side, 3], n at least `decoded_tile_count(grid, rule)`; its first tiles are filled.
 
     Returns:
-        The number of tiles and the digest of the very bytes they came from, or why there are none. After a failure
-        `out` may hold part of the picture.
+        The number of tiles, and the digest of exactly the bytes that they come from; or the reason why the picture
+        cannot be decoded, after which `out` may hold part of it.
     """
     picture = open_picture(path)
     if isinstance(picture, Skipped):
@@ -85,7 +85,7 @@ def decode_tiles(
             outcome = _decode(picture, header, grid, rule, out)
         except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
             outcome = picture.failure(error, rule.max_pixels)
-        # Looked at after a failure too: a file that was being written is changed, not damaged.
+        # Checked after a failure too: a file that was being written is changed, not damaged.
         return _changed() if _differs(picture.status_now(), header) else outcome
 
 
@@ -107,9 +107,9 @@ def _decode(
             if not _may_be_planned_size(image, header):
                 return _size_mismatch(image, header)
             image.load()
-            if not _is_planned_size(image, header):  # Some formats learn their size while decoding.
+            if not _is_planned_size(image, header):  # some formats know their size only after decoding
                 return _size_mismatch(image, header)
-            with any_size():
+            with without_pixel_limit():
                 return _fill(upright_rgb(image, header.orientation, rule), grid, rule, out)
 
     outcome = despite_texts(tiles_of, stream)
@@ -117,7 +117,7 @@ def _decode(
 
 
 def digested(file: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
-    """Return the SHA-256 of an open file of `size` bytes, 32 bytes, and a stream of the same bytes from their start."""
+    """Return the SHA-256 of an open file of `size` bytes, and a stream of the same bytes from the start."""
     if size <= _IN_MEMORY:
         data = file.read(size + 1)  # one more, so that a file that grew has another digest
         return hashlib.sha256(data).digest(), io.BytesIO(data)
@@ -129,7 +129,7 @@ def digested(file: BinaryIO, size: int) -> tuple[bytes, BinaryIO]:
 
 
 def _may_be_planned_size(image: Image.Image, header: Header) -> bool:
-    """The same before a picture is loaded: a TIFF may be turned by Pillow while it is."""
+    """Return whether a picture may have the planned size once it is loaded; Pillow may turn a TIFF then."""
     return _is_planned_size(image, header) or (image.format == "TIFF" and image.size == header[1::-1])
 
 
@@ -146,21 +146,21 @@ def _size_mismatch(image: Image.Image, header: Header) -> Skipped:
 
 
 def upright_rgb(image: Image.Image, orientation: int, rule: PixelRule) -> Image.Image:
-    """Return a loaded picture as the tiles are cut from it: RGB, turned upright.
+    """Return a loaded picture in RGB and turned upright, from which tiles are cut.
 
     Args:
-        image: in any mode.
-        orientation: EXIF's number of the turn to apply.
-        rule: whether transparency is composed over a color, and which gray is white.
+        image: A picture in any mode.
+        orientation: The EXIF orientation to apply.
+        rule: How transparency and gray pictures of more than 8 bits are converted.
     """
     picture = _rgb(image, rule)
     return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
 
 
 def _rgb(image: Image.Image, rule: PixelRule) -> Image.Image:
-    """The picture's first frame in RGB; wide greys scaled, transparency composed when a background is given."""
+    """Convert the current frame to RGB, scale wide gray values, and compose transparency over a given background."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return _wide_grey(image, rule.grey_range)
+        return _wide_gray(image, rule.grey_range)
     if rule.background is not None and image.has_transparency_data:
         rgba = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, rule.background)
@@ -169,8 +169,8 @@ def _rgb(image: Image.Image, rule: PixelRule) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _wide_grey(image: Image.Image, grey_range: GreyRange | int) -> Image.Image:
-    """16-bit, 32-bit and float greys as RGB, which Pillow's own convert would clip at 255."""
+def _wide_gray(image: Image.Image, grey_range: GreyRange | int) -> Image.Image:
+    """Convert 16-bit, 32-bit and float gray pictures to RGB; Pillow's own conversion would clip them at 255."""
     values = np.asarray(image)
     scale = _float_scale(values) if values.dtype.kind == "f" else _integer_scale(values, grey_range)
     grey = np.empty(values.shape, np.uint8)
@@ -210,7 +210,7 @@ def _float_scale(values: NDArray[Any]) -> Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def _fill(picture: Image.Image, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> int:
-    """Write the tiles of an RGB picture; returns how many."""
+    """Write the tiles of an RGB picture, and return their number."""
     side = rule.tiling.tile_size
     if rule.tiling.preprocess is Preprocess.CLIP:
         out[0] = np.asarray(_clip_view(picture, side))
@@ -222,7 +222,7 @@ def _fill(picture: Image.Image, grid: Grid, rule: PixelRule, out: NDArray[np.uin
     count = 0
     for top in range(0, grid.rows * side, side):
         for left in range(0, grid.columns * side, side):
-            # Tile by tile, since Pillow exports small pictures several times as fast as one large.
+            # Tile by tile, because Pillow exports small pictures several times as fast as a large one.
             out[count] = np.asarray(whole.crop((left, top, left + side, top + side)))
             count += 1
     if has_thumbnail(grid, rule.tiling.thumbnail):
@@ -232,7 +232,7 @@ def _fill(picture: Image.Image, grid: Grid, rule: PixelRule, out: NDArray[np.uin
 
 
 def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Bicubic, the horizontal pass first, as up to Pillow 12 and in training; Pillow 13 may turn the order round."""
+    """Resize with the bicubic filter, horizontally first, as in training; Pillow 13 may change the order."""
     if picture.width != width:
         picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
     if picture.height != height:
@@ -241,10 +241,10 @@ def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _clip_view(picture: Image.Image, side: int) -> Image.Image:
-    """CLIPImageProcessor's one view: the shorter edge to `side`, then the square in the middle."""
+    """Return CLIPImageProcessor's view: resize the shorter edge to `side`, then crop the central square."""
     width, height = clip_size(*picture.size, side)
     left, top = (width - side) // 2, (height - side) // 2
     picture = _resize(picture, width, picture.height)
-    # The vertical pass keeps columns apart, so those outside the square need none.
+    # The vertical pass does not mix columns, so it can leave out those outside the square.
     picture = _resize(picture.crop((left, 0, left + side, picture.height)), side, height)
     return picture.crop((0, top, side, top + side))

@@ -1,7 +1,7 @@
-"""Shared memory through which tiles come from the decode workers, without a copy.
+"""Provide the shared memory in which decode workers pass tiles to the parent without a copy.
 
-The segment is an anonymous memory file, passed by descriptor and allocated up front: a small /dev/shm cannot break it
-in the middle of a run, and nothing is left behind when a process is killed.
+The segment is an anonymous memory file that is passed by descriptor and allocated up front, so that a small /dev/shm
+cannot break a run, and nothing is left behind when a process is killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotShape:
-    """Size of the segment: `slots` times `tiles` tiles of `tile_size` pixels a side, RGB uint8."""
+    """The size of the segment: `slots` times `tiles` RGB tiles of `tile_size` x `tile_size` pixels, uint8."""
 
     slots: int
     tiles: int
@@ -30,12 +30,12 @@ class SlotShape:
 
     @property
     def nbytes(self) -> int:
-        """Size of the segment in bytes."""
+        """The size of the segment in bytes."""
         return self.slots * self.tiles * self.tile_size * self.tile_size * 3
 
 
 class Slots:
-    """One image's tiles a slot, uint8 [slots, tiles, S, S, 3]."""
+    """Slots that each hold the tiles of one image, uint8 [slots, tiles, S, S, 3]."""
 
     def __init__(self, shape: SlotShape, descriptor: int) -> None:
         self.shape = shape
@@ -46,10 +46,10 @@ class Slots:
 
     @classmethod
     def allocate(cls, shape: SlotShape) -> Slots:
-        """A new segment with every page reserved.
+        """Create a segment with every page reserved.
 
         Raises:
-            InternvitError: there is not enough memory for it.
+            InternvitError: There is not enough memory.
         """
         descriptor = _anonymous_file()
         try:
@@ -65,11 +65,11 @@ class Slots:
         return cls(shape, descriptor)
 
     def tiles(self, slot: int, count: int) -> NDArray[Any]:
-        """The first `count` tiles of a slot, a view of shared memory, uint8 [count, S, S, 3]."""
+        """Return the first `count` tiles of a slot as a view of shared memory, uint8 [count, S, S, 3]."""
         return self._tiles[slot, :count]
 
     def close(self) -> None:
-        """Give the descriptor back; the memory goes when its last view does."""
+        """Close the descriptor; the memory is freed with its last view."""
         os.close(self.descriptor)
 
 

@@ -18,7 +18,7 @@ from internvit_cli.errors import DeviceError
 from internvit_cli.model.accuracy import ComputeError, StoreError
 from internvit_cli.model.features import FeatureModel, FeatureSpec
 from internvit_cli.model.kernels import plain
-from internvit_cli.model.kernels.choice import current
+from internvit_cli.model.kernels.choice import as_current_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ def measure_computing(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequen
         DeviceError: a reference does not fit the device's memory.
         ModelError: the weights can't be read again.
     """
-    with current(model.device):
+    with as_current_device(model.device):
         measured = _hidden(model, tiles)
         bfloat16 = _worst(measured, _reference(checkpoint, model, torch.bfloat16, tiles))
         float32 = _worst(measured, _reference(checkpoint, model, torch.float32, tiles))
@@ -64,7 +64,7 @@ def measure_storing(model: FeatureModel, tiles: Sequence[np.ndarray]) -> StoreEr
     """
     if model.plan is None:
         return None
-    with current(model.device), torch.inference_mode():
+    with as_current_device(model.device), torch.inference_mode():
         batches = [
             [_stored_and_given(model, model.plan, hidden) for hidden in model.hidden(batch)]
             for batch in _batches(model, tiles)

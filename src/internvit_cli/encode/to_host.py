@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures
-from internvit_cli.model.features import FeatureSpec, verdicts
+from internvit_cli.model.features import FeatureSpec, check_tiles
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ def on_host(layers: Sequence[LayerTensors], spec: FeatureSpec) -> TileFeatures:
         for layer in layers
     )
     # The verdicts are ordered: one layer that cannot be stored is enough.
-    fits = [verdicts(layer.extremes.numpy(), layer.pooled.numpy(), spec) for layer in layers]
+    fits = [check_tiles(layer.extremes.numpy(), layer.pooled.numpy(), spec) for layer in layers]
     return TileFeatures(found, np.maximum.reduce(fits), sum(int(layer.clamped.sum()) for layer in layers))
 
 

@@ -1,1 +1,1 @@
-"""Features in other formats, merged, and compared."""
+"""Export features to other formats, merge outputs, and compare them."""

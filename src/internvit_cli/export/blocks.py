@@ -1,4 +1,4 @@
-"""Rows on their way into another file: read block by block, each image held to its CRC before it is handed on."""
+"""Read rows block by block, and check the CRC of each image before its rows are passed on."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
     from internvit_cli.storage.format.layout import DatasetSpec
 
 BLOCK_BYTES = 8 << 20
-"""Bytes read at a time; an image with more is a block of its own."""
+"""Bytes per block; a larger image is a block of its own."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What some datasets are, in the order of an image's CRC."""
+class RowSpecs:
+    """Specifications of some datasets, in the order of an image's CRC."""
 
     datasets: tuple[DatasetSpec, ...]
-    """The lengths say nothing."""
+    """The datasets; their lengths do not matter."""
 
     @cached_property
     def specs(self) -> dict[str, DatasetSpec]:
-        """Each dataset's row, by name."""
+        """The specifications by name of the dataset."""
         return {spec.name: spec for spec in self.datasets}
 
     def is_per_tile(self, name: str) -> bool:
-        """Whether a dataset has a row a tile, not a row an image."""
+        """Return whether a dataset has one row per tile instead of one per image."""
         return feature_name(name).is_per_tile
 
     def image_bytes(self, tiles: NDArray[Any]) -> NDArray[Any]:
-        """Bytes of images with so many tiles, [n] int64."""
+        """Return the bytes of images with the given numbers of tiles, [n] int64."""
         per_image = sum(spec.row_bytes for name, spec in self.specs.items() if not self.is_per_tile(name))
         per_tile = sum(spec.row_bytes for name, spec in self.specs.items() if self.is_per_tile(name))
         sizes: NDArray[Any] = per_image + tiles.astype(np.int64) * per_tile
@@ -53,42 +53,42 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class RowBlock:
-    """Consecutive images of a selection: all done, with their rows, or all skipped, without."""
+    """Consecutive images of a selection: all done, with their rows, or all skipped, without rows."""
 
     first: int
-    """The position of the first one in the selection."""
+    """The position of the first image in the selection."""
     is_done: bool
     tiles: NDArray[Any]
-    """Tiles of image i are tile rows tiles[i]:tiles[i + 1] of this block, [k + 1] int64."""
+    """Offsets, [k + 1] int64; image i has the tile rows tiles[i]:tiles[i + 1] of this block."""
     arrays: Mapping[str, NDArray[Any]]
-    """By dataset, as stored: [k, ...] with a row an image, [tiles, ...] with a row a tile."""
-    rows: Rows
+    """Stored rows by dataset: [k, ...] with one row per image, [tiles, ...] with one row per tile."""
+    rows: RowSpecs
 
     def __len__(self) -> int:
         return len(self.tiles) - 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its rows."""
+        """The size of the rows in bytes."""
         return sum(array.nbytes for array in self.arrays.values())
 
     def take(self, start: int, stop: int) -> RowBlock:
-        """Its images from `start` up to `stop`."""
+        """Return the images from `start` up to `stop`."""
         arrays = {name: self._cut(name, start, stop) for name in self.arrays}
         tiles = self.tiles[start : stop + 1]
         return RowBlock(self.first + start, self.is_done, tiles - tiles[0], arrays, self.rows)
 
-    def only(self, rows: Rows) -> RowBlock:
-        """The same images with some of the datasets."""
+    def only(self, rows: RowSpecs) -> RowBlock:
+        """Return the same images with only the given datasets."""
         return replace(self, arrays={name: self.arrays[name] for name in rows.specs}, rows=rows)
 
     def image(self, number: int) -> dict[str, NDArray[Any]]:
-        """The rows of one image by dataset: [...] of those with a row an image, [tiles, ...] of the others."""
+        """Return the rows of an image by dataset: [...] with one row per image, [tiles, ...] with one row per tile."""
         cut = {name: self._cut(name, number, number + 1) for name in self.arrays}
         return {name: rows if self.rows.is_per_tile(name) else rows[0] for name, rows in cut.items()}
 
     def checksum(self, number: int) -> int:
-        """CRC-32 over one image's rows."""
+        """Return the CRC-32 of an image's rows."""
         checksum = 0
         for name in self.arrays:
             checksum = crc32(self._cut(name, number, number + 1).data, checksum)
@@ -100,8 +100,8 @@ class RowBlock:
         return self.arrays[name][start:stop]
 
 
-class _Span(NamedTuple):
-    """Positions whose rows lie one after another in one shard."""
+class _RowSpan(NamedTuple):
+    """Positions whose rows are contiguous in one shard."""
 
     start: int
     stop: int
@@ -110,17 +110,17 @@ class _Span(NamedTuple):
 def read_blocks(
     selection: RowSelection, *, is_index: bool = False, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[RowBlock]:
-    """All images in order, the next block read while one is in hand: some blocks of memory, whatever there is.
+    """Yield all images in order, reading one block ahead, in memory of a few blocks.
 
     Args:
-        selection: what to read.
-        is_index: hand on images without their rows, which are not read.
-        block_bytes: of rows read at a time.
+        selection: The images to read.
+        is_index: Whether to yield images without reading their rows.
+        block_bytes: Bytes of rows per block.
 
     Raises:
-        OutputError: an image's rows are not what was committed; the message names it.
+        OutputError: The rows of an image are not what was committed; the message names the image.
     """
-    rows = Rows(selection.shape.row_datasets(1, 1))
+    rows = RowSpecs(selection.shape.row_datasets(1, 1))
     spans = _spans(selection, rows, block_bytes)
     if is_index:
         yield from (RowBlock(start, False, _tiles(selection, start, stop), {}, rows) for start, stop in spans)
@@ -136,7 +136,7 @@ def read_blocks(
             yield waiting.result()
 
 
-def _spans(selection: RowSelection, rows: Rows, block_bytes: int) -> Iterator[_Span]:
+def _spans(selection: RowSelection, rows: RowSpecs, block_bytes: int) -> Iterator[_RowSpan]:
     same_run = (np.diff(selection.shard_of) == 0) & (np.diff(selection.row_of) == 1)
     same_run &= np.diff(selection.is_done.astype(np.int8)) == 0
     edges = [0, *(np.flatnonzero(~same_run) + 1).tolist(), len(selection)]
@@ -145,11 +145,11 @@ def _spans(selection: RowSelection, rows: Rows, block_bytes: int) -> Iterator[_S
         first = start
         while first < stop:
             last = max(first + 1, int(np.searchsorted(total, total[first] + block_bytes, "right")) - 1)
-            yield _Span(first, min(last, stop))
+            yield _RowSpan(first, min(last, stop))
             first = min(last, stop)
 
 
-def _read(selection: RowSelection, rows: Rows, span: _Span) -> RowBlock:
+def _read(selection: RowSelection, rows: RowSpecs, span: _RowSpan) -> RowBlock:
     tiles = _tiles(selection, span.start, span.stop)
     if not selection.is_done[span.start]:
         return RowBlock(span.start, False, tiles, {}, rows)
@@ -164,11 +164,11 @@ def _read(selection: RowSelection, rows: Rows, span: _Span) -> RowBlock:
     }
     block = RowBlock(span.start, True, tiles, arrays, rows)
     _check(selection, block, shard.path)
-    return block if selection.is_whole else block.only(Rows(selection.written_datasets()))
+    return block if selection.is_whole else block.only(RowSpecs(selection.written_datasets()))
 
 
 def _tiles(selection: RowSelection, start: int, stop: int) -> NDArray[Any]:
-    """Where each image's tiles begin among those of consecutive ones, [k + 1] int64."""
+    """Return the offsets of the tiles of consecutive images, [k + 1] int64."""
     offsets = selection.table.tile_offset[start : stop + 1].astype(np.int64)
     starts: NDArray[Any] = offsets - offsets[0]
     return starts
@@ -181,5 +181,5 @@ def _check(selection: RowSelection, block: RowBlock, path: str) -> None:
             raise OutputError(
                 f"{path} is damaged: the rows of {os.fsdecode(selection.table.keys[position])!r} are not what was "
                 "committed",
-                f"internvit verify {path} lists all such rows; restore the file, or extract it anew",
+                f"internvit verify {path} lists all such rows; restore the file, or extract it again",
             )

@@ -1,4 +1,4 @@
-"""How like vectors are: cosines one by one, and the alignment of two sets that need not have the same width."""
+"""Compare vectors: cosines of pairs, and the alignment of two sets of vectors, also of different width."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LEAST_FOR_ALIGNMENT = 3
-"""Images; the alignment of two is always 1."""
+"""Smallest number of images; the alignment of two images is always 1."""
 
 
 def cosines(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
-    """Cosines of pairs of vectors, computed in float64.
+    """Return the cosines of pairs of vectors, computed in float64.
 
     Args:
         one: [n, d].
         other: [n, d].
 
     Returns:
-        [n] float64: exactly 1 for equal vectors, two zero vectors among them; 0 where one of two is zero.
+        [n] float64: exactly 1 for equal vectors, including two zero vectors; 0 if only one of them is zero.
     """
     first, second = one.astype(np.float64), other.astype(np.float64)
     product = np.einsum("nd,nd->n", first, second)
@@ -34,13 +34,13 @@ def cosines(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
 
 
 class LinearCka:
-    """Linear centered kernel alignment of two sets of vectors, added up block by block in float64.
+    """Linear centered kernel alignment of two sets of vectors, accumulated block by block in float64.
 
-    1 where one set is the other turned and scaled, near 0 where they have nothing in common.
+    It is 1 if one set is the other rotated and scaled, and near 0 if they have nothing in common.
     """
 
     def __init__(self, width: int, other_width: int) -> None:
-        """`width` and `other_width` are the lengths of the vectors; memory grows with their squares."""
+        """Start without vectors; memory grows with the squares of `width` and `other_width`, the lengths of vectors."""
         self._sums = np.zeros(width), np.zeros(other_width)
         self._own = np.zeros((width, width)), np.zeros((other_width, other_width))
         self._cross = np.zeros((width, other_width))
@@ -48,10 +48,10 @@ class LinearCka:
         self._count = 0
 
     def add(self, one: NDArray[Any], other: NDArray[Any]) -> None:
-        """Take pairs of vectors, [k, d] and [k, e]."""
+        """Add pairs of vectors, [k, d] and [k, e]."""
         both = one.astype(np.float64), other.astype(np.float64)
         if self._shifts is None:
-            # Vectors share a large part; sums of squares that hold it would drown what is left.
+            # Vectors share a large part, which would dominate the sums of squares.
             self._shifts = both[0].mean(axis=0), both[1].mean(axis=0)
         first, second = both[0] - self._shifts[0], both[1] - self._shifts[1]
         for side, vectors in enumerate((first, second)):
@@ -62,7 +62,7 @@ class LinearCka:
 
     @property
     def alignment(self) -> float | None:
-        """0 to 1; None for too few pairs, or for vectors that are all the same."""
+        """Return the alignment, 0 to 1; None for too few pairs, or if all vectors are the same."""
         if self._count < LEAST_FOR_ALIGNMENT:
             return None
         means = self._sums[0] / self._count, self._sums[1] / self._count

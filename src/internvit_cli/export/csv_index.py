@@ -1,4 +1,4 @@
-"""The index as a .csv file: one line an image, RFC 4180, without features."""
+"""Write the index as a .csv file (RFC 4180), with one line per image and without features."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.export.facts import NUMBERS, as_utf8, image_facts, is_utf8
-from internvit_cli.export.writer import OneFile, UnpublishedResult
+from internvit_cli.export.writer import SequentialFile, UnpublishedResult
 from internvit_cli.storage.durable import disk_errors
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 FIELDS = ("key", "key_hex", "status", "reason", *NUMBERS, "tiles", "digest", "crc32", "path")
 """The columns; `key_hex` has the bytes of a key that is not UTF-8, and is empty for all others."""
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the beginning of a formula."""
+"""Characters with which a spreadsheet begins a formula."""
 
 
 def as_line(facts: dict[str, Any]) -> bytes:
-    """One line of the file; no cell of text begins a formula."""
+    """Return one line of the file, in which no text begins a formula."""
     key = facts["key"]
     values = facts | {
         "key": harmless(as_utf8(key), "./"),
@@ -36,7 +36,7 @@ def as_line(facts: dict[str, Any]) -> bytes:
 
 
 def harmless(text: str, prefix: str) -> str:
-    """Text that no spreadsheet runs: `=1.jpg` is the file `./=1.jpg`."""
+    """Return text that no spreadsheet runs as a formula: `=1.jpg` becomes `./=1.jpg`."""
     return prefix + text if text.startswith(FORMULA) else text
 
 
@@ -46,32 +46,32 @@ class CsvWriter:
     def __init__(self, selection: RowSelection, destination: Destination) -> None:
         self._selection = selection
         self._destination = destination
-        self._file = OneFile(destination)
+        self._file = SequentialFile(destination)
         self._out: Any = None
 
     def needed_bytes(self) -> int:
-        """It hardly matters."""
+        """Return 0, because the file is small."""
         return 0
 
     def begin(self) -> None:
-        """Make the file with its first line."""
+        """Create the file with its first line."""
         self._out = self._file.create(self._destination.name)
         self._write(",".join(FIELDS).encode() + b"\r\n")
 
     def add(self, block: RowBlock) -> None:
-        """Add lines."""
+        """Write one line per image."""
         for position in range(block.first, block.first + len(block)):
             self._write(as_line(image_facts(self._selection, position)))
 
     def finish(self) -> UnpublishedResult:
-        """Sync it."""
+        """Sync the file."""
         self._file.sync()
         return UnpublishedResult(
-            [self._destination.name], notes=["features are not in a .csv, only what is known of the images"]
+            [self._destination.name], notes=["a .csv does not hold features, only the facts about images"]
         )
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         self._file.close()
 
     def _write(self, line: bytes) -> None:

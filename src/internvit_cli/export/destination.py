@@ -1,4 +1,4 @@
-"""Where a result appears: made whole in a folder beside, then renamed, so that its name never stands for a part."""
+"""Create a result in a folder beside its place and rename it when it is complete, so that no partial result appears."""
 
 from __future__ import annotations
 
@@ -20,32 +20,34 @@ from internvit_cli.storage.output_names import PARTIAL, SINGLE_FILE_SUFFIXES, su
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from internvit_cli.export.targets import Place
+    from internvit_cli.export.targets import ResultPlace
 
 STAGING = ".exporting"
-"""What the name of the folder ends in that holds a result while it is made."""
+"""Suffix of the folder that holds an unfinished result."""
 MARKER = "internvit" + STAGING
-"""The empty file by which that folder is known as ours; no result may have such a name."""
+"""The empty file that marks that folder as internvit's; no result may have this name."""
 REPLACED = "replaced"
 RENAME_EXCHANGE = 2
 AT_FDCWD = -100
 
 
 class Destination:
-    """One result's place. Under `open` it belongs to this process, and has a folder to work in."""
+    """The place of a result. Within `open` it belongs to this process, and has a working folder."""
 
-    def __init__(self, place: Place, sources: Sequence[str], *, overwrite: bool = False, lock: bool = True) -> None:
-        """Refuse places that cannot or must not be written; nothing is touched yet.
+    def __init__(
+        self, place: ResultPlace, sources: Sequence[str], *, overwrite: bool = False, lock: bool = True
+    ) -> None:
+        """Refuse places that cannot or must not be written, without touching anything.
 
         Args:
-            place: what is to appear.
-            sources: the outputs that are read.
-            overwrite: replace what is there, if it is of the same kind.
-            lock: hold a lock against other runs.
+            place: The result to create.
+            sources: The outputs that are read.
+            overwrite: Whether to replace an existing result of the same kind.
+            lock: Whether to hold a lock against other runs.
 
         Raises:
-            UsageError: something is there already, or the place overlaps a source.
-            OutputError: there is no such folder, or what is there is none of ours.
+            UsageError: Something exists already, or the place overlaps a source.
+            OutputError: The parent folder does not exist, or an existing file is not from internvit.
         """
         is_alias = os.path.islink(place.path) or os.path.basename(place.path) in (".", "..")
         self.path = os.path.realpath(place.path) if is_alias else os.path.abspath(place.path)
@@ -61,44 +63,45 @@ class Destination:
 
     @property
     def name(self) -> str:
-        """The result's own name."""
+        """The name of the result without its folder."""
         return os.path.basename(self.path)
 
     def staged(self, name: str) -> str:
-        """Where a file of the result is made."""
+        """Return the path at which a file of the result is created."""
         return os.path.join(self.folder, name)
 
     def final(self, name: str) -> str:
-        """Where it will be."""
+        """Return the final path of a file of the result."""
         return os.path.join(os.path.dirname(self.path), name)
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the place, with an empty folder to work in, which goes in the end, however that comes.
+        """Hold the place, with an empty working folder that is removed at the end in any case.
 
         Raises:
-            LockedError: another run holds it.
-            UsageError: something else has the folder's name.
+            LockedError: Another run holds the place.
+            UsageError: Something else has the name of the working folder.
         """
         with exclusive(self.path, enabled=self._lock):
             self._check_present()
-            self._remove_folder()  # what a run that was killed left
+            self._remove_folder()  # left by a run that was killed
             with disk_errors(self.folder):
                 os.mkdir(self.folder)
                 create(self.staged(MARKER)).close()
-            sync_path(self.folder)  # before there is anything else in it
+            sync_path(self.folder)  # before it holds anything else
             try:
                 yield
             finally:
                 self._remove_folder()
 
     def publish(self, names: Sequence[str], obsolete: Sequence[str] = (), withdrawn: Sequence[str] = ()) -> None:
-        """Give the finished and synced files their names, one after another.
+        """Rename the finished and synced files to their final names, one after the other.
 
         Args:
-            names: of what was made.
-            obsolete: paths that belonged to what is replaced.
-            withdrawn: paths that speak for what is replaced, and must not for anything else: they go first.
+            names: Names of the files.
+            obsolete: Paths of the replaced result that are removed afterwards.
+            withdrawn: Paths that describe the replaced result, and are removed first because they must describe no
+                other.
         """
         for path in withdrawn:
             self._remove_durably(path)
@@ -111,19 +114,19 @@ class Destination:
             self._remove_durably(path)
 
     def refuse_present(self, path: str) -> None:
-        """Refuse a file that is there, unless it may be replaced.
+        """Refuse an existing file unless it may be replaced.
 
         Raises:
-            UsageError: it is there.
+            UsageError: The file exists.
         """
         if os.path.lexists(path) and not self._overwrite:
-            raise UsageError(f"{path} is there already", "choose another name, or replace it with --overwrite")
+            raise UsageError(f"{path} exists already", "choose another name, or replace it with --overwrite")
 
     def refuse_beside(self, path: str) -> None:
-        """Refuse what has the name of another file that belongs to the result, unless it may be replaced.
+        """Refuse an existing file with the name of another file of the result, unless it may be replaced.
 
         Raises:
-            UsageError: it is there, or is a folder.
+            UsageError: The file exists, or is a folder.
         """
         self.refuse_present(path)
         if os.path.isdir(path) and not os.path.islink(path):
@@ -139,7 +142,7 @@ class Destination:
     def _check_overlap(self, source: str) -> None:
         read, written = (os.path.realpath(path) for path in (source.rstrip("/") or "/", self.path))
         if read == written or _is_same(read, written):
-            raise UsageError(f"{self.path} is what is read", "choose another name")
+            raise UsageError(f"{self.path} is the output that is read", "choose another name")
         for inner, outer in ((written, read), (read, written)):
             if inner.startswith(outer + os.sep):
                 raise UsageError(f"{inner} lies inside {outer}", "choose a name outside")
@@ -152,7 +155,7 @@ class Destination:
             self.refuse_beside(path)
 
     def _check_result(self) -> None:
-        if os.path.islink(self.path):  # though what a link leads to is what is written
+        if os.path.islink(self.path):  # results are written to the target of a link
             raise UsageError(f"{self.path} is a link that leads back to itself", "choose another name")
         mode = os.stat(self.path).st_mode
         if self.is_folder:
@@ -176,7 +179,7 @@ class Destination:
             self.refuse_present(self.path)
 
     def _refuse_foreign(self) -> None:
-        """Never replace another program's HDF5 file; a damaged one of ours may go."""
+        """Refuse to replace the HDF5 file of another program; a damaged feature file may be replaced."""
         if suffix_of(self.path) not in SINGLE_FILE_SUFFIXES:
             return
         try:
@@ -187,7 +190,7 @@ class Destination:
             return
 
     def _refuse_foreign_folder(self) -> None:
-        """Never remove another's folder. An empty one may be ours: it was made just before a crash."""
+        """Refuse a working folder of another program; an empty one may be left from a crash."""
         if not os.path.lexists(self.folder):
             return
         if os.path.isdir(self.folder) and not os.path.islink(self.folder):
@@ -199,7 +202,7 @@ class Destination:
         )
 
     def _remove_folder(self) -> None:
-        """Remove the folder to work in, the marker last: what a crash leaves of it stays known as ours."""
+        """Remove the working folder with the marker last, so that it is recognized after a crash."""
         if not os.path.isdir(self.folder):
             return
         for name in os.listdir(self.folder):
@@ -215,7 +218,7 @@ class Destination:
             sync_path(os.path.dirname(path))
 
     def _exchange(self, name: str) -> None:
-        """Put a folder in the place of another, in one step where the system has one."""
+        """Replace a folder by another one, in one step if the system supports that."""
         staged, final = self.staged(name), self.final(name)
         if not _exchange_names(staged, final):
             with disk_errors(final):
@@ -225,12 +228,12 @@ class Destination:
 
 
 def _is_same(one: str, other: str) -> bool:
-    """Whether two paths lead to one file."""
+    """Return whether two paths lead to the same file."""
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _exchange_names(one: str, other: str) -> bool:
-    """Swap two names in one step; False where the system or the filesystem cannot."""
+    """Swap two names in one step; return False if the system or the filesystem does not support that."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False

@@ -1,4 +1,4 @@
-"""`internvit export`: an output in another format, streamed, each row held to its CRC on the way."""
+"""Write an output in another format and check the CRC of each image, for `internvit export`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from internvit_cli.config import Tokens
 from internvit_cli.errors import StoppedError, UsageError
 from internvit_cli.export.blocks import read_blocks
 from internvit_cli.export.destination import Destination
-from internvit_cli.export.selection import RowSelection, select_all
-from internvit_cli.export.targets import Place, Target, choose_target
+from internvit_cli.export.selection import RowSelection, select_all_rows
+from internvit_cli.export.targets import ResultPlace, Target, choose_target
 from internvit_cli.plan.table import count_statuses
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.signals import Interruption
@@ -25,38 +25,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class WriteOptions:
-    """Where a result goes, and how it is written."""
+    """The place of a result, and how it is written."""
 
     path: str
     target: Target | None = None
-    """None goes by the name."""
+    """The format; None means that the name decides."""
     shard_bytes: int | None = None
-    """Of a folder, or of a series of tars; other files are one, as with `extract`."""
+    """Largest size of the shards of a folder or of a series of tars; other results are a single file."""
     overwrite: bool = False
     lock: bool = True
     widen: bool = False
-    """Store float32 where the target has no bfloat16, instead of its bits."""
+    """Whether to store float32 instead of the bits of bfloat16 if the target has no bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What to export, and where to."""
+    """The options of an export."""
 
     source: str
     write: WriteOptions
     words: tuple[str, ...] = ()
-    """Only the images that these keys and patterns mean."""
+    """Keys and patterns of the images to export."""
     keys: tuple[str, ...] = ()
-    """And those with these keys, whatever is in them; neither words nor keys: all."""
+    """Literal keys of further images; without `words` and `keys`, all images are exported."""
     tokens: bool = True
-    """Write tokens; otherwise vectors only."""
+    """Whether to write tokens; otherwise only vectors are written."""
     layers: tuple[int, ...] | None = None
-    """Which of several stored layers to write, as `Features.at_layer` takes them; None is all."""
+    """The layers to write, as for `Features.at_layer`; None means all."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What was made."""
+    """The result of an export."""
 
     sources: tuple[str, ...]
     output: str
@@ -64,7 +64,7 @@ class ExportResult:
     images: dict[str, int]
     """By status."""
     pending: int
-    """Images that were left out, for they are not encoded yet."""
+    """The number of images that were left out because they are not encoded yet."""
     tiles: int
     bytes: int
     files: int
@@ -72,7 +72,7 @@ class ExportResult:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The flat object of `--json`."""
+        """Return the flat object of `--json`."""
         return asdict(self)
 
 
@@ -80,21 +80,21 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
     """Write an output in another format.
 
     Args:
-        options: what, and where to.
-        stop: a signal ends the work at once; only publishing is not interrupted.
-        observer: told how it goes.
+        options: What to export, and where to.
+        stop: A signal ends the work at once; only publishing is not interrupted.
+        observer: Receives progress.
 
     Raises:
-        StoppedError: a signal came; nothing has the result's name.
-        UsageError: options mean nothing for the target, or a layer is not stored.
-        InternvitError: the output is damaged, or the result cannot be written; nothing has its name.
+        StoppedError: A signal stopped the export, and no result exists.
+        UsageError: Options do not apply to the target, or a layer is not stored.
+        InternvitError: The output is damaged, or the result cannot be written; no result exists.
     """
     place = choose_target(options.write.path, options.write.target)
     check_options(place, options.write)
     destination = Destination(place, [options.source], overwrite=options.write.overwrite, lock=options.write.lock)
     try:
         with observer.phase("reading the output"):
-            selection = select_all(options.source)
+            selection = select_all_rows(options.source)
         if options.words or options.keys:
             selection = selection.take(selection.positions_of(options.words, options.keys, options.source))
         if not options.tokens:
@@ -102,40 +102,42 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
         if options.layers is not None:
             selection = selection.with_layers(options.layers, options.source)
             _check_layers(selection, place)
-        return write(selection, Job(place, destination, options.write, (options.source,)), stop, observer)
+        return write_selection(
+            selection, ExportJob(place, destination, options.write, (options.source,)), stop, observer
+        )
     except Interruption:
-        raise StoppedError("stopped before all was written; nothing is left") from None
+        raise StoppedError("stopped before everything was written; nothing was kept") from None
 
 
-def _check_layers(selection: RowSelection, place: Place) -> None:
-    """Refuse a feature file without the deepest layer: its recipe and the digest of its weights are of that layer.
+def _check_layers(selection: RowSelection, place: ResultPlace) -> None:
+    """Refuse a feature file without the deepest layer, to which its recipe and the digest of its weights belong.
 
     Raises:
-        UsageError: that is asked for.
+        UsageError: The deepest layer is left out.
     """
     if place.target.is_feature_file and not selection.keeps_deepest:
         deepest = selection.recipe.layer
         raise UsageError(
             f"--layer: {place.path} would be a feature file without layer {deepest}, the deepest",
-            f"add {deepest} to --layer, name a .parquet, .safetensors or .tar file, or extract with this --layer alone",
+            f"add {deepest} to --layer, name a .parquet, .safetensors or .tar file, or extract with only this --layer",
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A result that is to be made."""
+class ExportJob:
+    """A result to create: its destination and options."""
 
-    place: Place
+    place: ResultPlace
     destination: Destination
     options: WriteOptions
     sources: tuple[str, ...]
 
 
-def check_options(place: Place, options: WriteOptions) -> None:
-    """Refuse options that mean nothing for a target.
+def check_options(place: ResultPlace, options: WriteOptions) -> None:
+    """Refuse options that do not apply to a target.
 
     Raises:
-        UsageError: one does.
+        UsageError: An option does not apply.
     """
     if options.shard_bytes is not None and not (place.is_folder or place.target is Target.TAR):
         raise UsageError(
@@ -143,16 +145,16 @@ def check_options(place: Place, options: WriteOptions) -> None:
         )
     if options.widen and place.target not in (Target.PARQUET, Target.TAR):
         raise UsageError(
-            f"--widen: {place.target.value} holds bfloat16 as it is, or no tokens", "leave it out, or choose another"
+            f"--widen: {place.target.value} stores bfloat16 unchanged, or no tokens", "leave it out, or choose another"
         )
 
 
-def write(selection: RowSelection, job: Job, stop: StopRequest, observer: Observer) -> ExportResult:
+def write_selection(selection: RowSelection, job: ExportJob, stop: StopRequest, observer: Observer) -> ExportResult:
     """Stream a selection to its destination, and publish it.
 
     Raises:
-        NoSpaceError: it does not fit; nothing was written.
-        InternvitError: a row is damaged, or the disk failed; nothing has the result's name.
+        NoSpaceError: The result does not fit on the disk; nothing was written.
+        InternvitError: A row is damaged, or the disk failed; no result exists.
     """
     started = time.monotonic()
     with job.destination.open():
@@ -187,7 +189,7 @@ def write(selection: RowSelection, job: Job, stop: StopRequest, observer: Observ
     )
 
 
-def _stream(selection: RowSelection, writer: Writer, job: Job, observer: Observer) -> None:
+def _stream(selection: RowSelection, writer: Writer, job: ExportJob, observer: Observer) -> None:
     with observer.phase("writing", "image", len(selection)) as phase:
         writer.begin()
         for block in read_blocks(selection, is_index=job.place.target is Target.CSV):
@@ -195,8 +197,8 @@ def _stream(selection: RowSelection, writer: Writer, job: Job, observer: Observe
             phase.at(block.first + len(block))
 
 
-def open_writer(selection: RowSelection, job: Job) -> Writer:
-    """What writes a target; its module is loaded only now."""
+def open_writer(selection: RowSelection, job: ExportJob) -> Writer:
+    """Return the writer for a target, and load its module only now."""
     destination, options = job.destination, job.options
     match job.place.target:
         case Target.PARQUET:
@@ -222,7 +224,7 @@ def open_writer(selection: RowSelection, job: Job) -> Writer:
 
 
 def _size(destination: Destination, made: UnpublishedResult) -> tuple[int, int]:
-    """Bytes and number of the files that were made."""
+    """Return the total size in bytes and the number of the files."""
     paths = [destination.staged(name) for name in made.names]
     files = [
         file

@@ -1,4 +1,4 @@
-"""What is known of an image beside its features, in the words that tables, tars and indexes have for it."""
+"""Return the facts about images and datasets that tables, tars and indexes hold beside features."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
     from internvit_cli.storage.format.layout import DatasetSpec
 
 NUMBERS = tuple(COLUMN_DTYPES)
-"""Facts that are whole numbers, beside `tiles`."""
+"""Facts that are whole numbers, in addition to `tiles`."""
 BFLOAT16_NOTE = "bfloat16 tokens are stored as their bits in uint16 (--widen stores float32)"
 FP8_NOTE = "fp8 tokens are stored as their bits in uint8 (float8 e4m3), beside their scales"
 
 
 def image_facts(selection: RowSelection, position: int) -> dict[str, Any]:
-    """The facts of one image.
+    """Return the facts about an image.
 
     Returns:
-        `key` with odd bytes as lone surrogates, `status` as a word, `reason` of a skipped one, numbers, `tiles`,
-        `digest` and `crc32` as hex digits, empty where there is none, and the `path` of the picture.
+        `key` with invalid bytes as lone surrogates, `status` as a word, the `reason` of a skipped image, numbers,
+        `tiles`, `digest` and `crc32` as hex digits (empty if there are none), and the `path` of the picture.
     """
     table = selection.table
     key, status = table.keys[position], Status(int(table.status[position]))
@@ -48,33 +48,33 @@ def image_facts(selection: RowSelection, position: int) -> dict[str, Any]:
 
 
 def attributes_text(selection: RowSelection) -> str:
-    """The root attributes, recipe and sources among them, as one JSON object in ASCII."""
+    """Return the root attributes, including recipe and sources, as one JSON object in ASCII."""
     return json.dumps(selection.attributes(len(selection) - 1), sort_keys=True)
 
 
 def as_utf8(name: str) -> str:
-    r"""A name as text that UTF-8 can hold: bytes that are none are written as `\xNN`."""
+    r"""Return a name as valid text, with invalid bytes written as `\xNN`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name is UTF-8, so that its text is the name."""
+    """Return whether a name is valid UTF-8."""
     return os.fsencode(as_utf8(name)) == os.fsencode(name)
 
 
 def is_bfloat16(selection: RowSelection, name: str) -> bool:
-    """Whether a dataset holds the bits of bfloat16."""
+    """Return whether a dataset holds the bits of bfloat16."""
     return is_tokens(name) and selection.shape.store_dtype is StoreDtype.BFLOAT16
 
 
 def native_type(selection: RowSelection, name: str) -> str | None:
-    """What safetensors calls a type that numpy has not; None for all others."""
+    """Return safetensors' name for a type that numpy lacks; None for other types."""
     types = {StoreDtype.BFLOAT16: "BF16", StoreDtype.FP8: "F8_E4M3"}
     return types.get(selection.shape.store_dtype) if is_tokens(name) else None
 
 
 def bits_notes(selection: RowSelection, names: Iterable[str], *, widen: bool) -> list[str]:
-    """What to say of tokens that a target holds as bits."""
+    """Return notes on tokens that a target stores as bits."""
     if not any(map(is_tokens, names)):
         return []
     dtype = selection.shape.store_dtype
@@ -84,12 +84,12 @@ def bits_notes(selection: RowSelection, names: Iterable[str], *, widen: bool) ->
 
 
 def stored_type(selection: RowSelection, name: str, spec: DatasetSpec) -> str:
-    """What a dataset's values are: the word of the tokens' type, or numpy's name."""
+    """Return the name of a dataset's type: that of the stored tokens, or numpy's name."""
     if is_tokens(name):
         return selection.shape.store_dtype.value
     return {"<f4": "float32", "<f2": "float16"}.get(spec.dtype, spec.dtype)
 
 
 def widened(array: NDArray[Any]) -> NDArray[Any]:
-    """Bits of bfloat16 as float32, exactly."""
+    """Convert bits of bfloat16 to float32, exactly."""
     return decode_values(array, StoreDtype.BFLOAT16).astype("<f4", copy=False)

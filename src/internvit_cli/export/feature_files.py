@@ -1,4 +1,4 @@
-"""The same features as another feature file or folder, through the storage formats and the commit protocol."""
+"""Write features as another feature file or folder, with the storage formats and the commit protocol."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.config import Status
-from internvit_cli.export.blocks import Rows
+from internvit_cli.export.blocks import RowSpecs
 from internvit_cli.export.writer import UnpublishedResult
 from internvit_cli.extract.shard_plan import ShardSize
 from internvit_cli.storage.durable import disk_errors, write_all, write_file
@@ -33,17 +33,17 @@ CHECKPOINT_BYTES = 128_000_000
 
 
 @dataclass(slots=True)
-class _OpenShard:
-    """The shard that is being filled."""
+class _FillingShard:
+    """A shard that is being filled."""
 
     rows: RowWriter
     writer: ShardWriter
     shard: NewShard
     first: int
-    """Position of its first image in the selection."""
+    """The position of its first image in the selection."""
     commits: ThreadPoolExecutor
     commit: Future[int] | None = None
-    """The commit that waits for the disk while rows go on being written."""
+    """The commit that waits for the disk while further rows are written."""
 
     @property
     def stop(self) -> int:
@@ -56,15 +56,15 @@ class _OpenShard:
             write_all(self.rows.descriptors[extent.path], rows, extent.offset + position * extent.spec.row_bytes)
 
     def begin_commit(self) -> None:
-        """Commit what was written so far, once the last commit is through."""
+        """Commit what was written so far, once the previous commit is complete."""
         self.wait()
         self.commit = self.commits.submit(self.writer.commit, self.writer.take_uncommitted())
 
     def wait(self) -> None:
-        """Wait until the commit is through.
+        """Wait until the commit is complete.
 
         Raises:
-            OutputError: the disk failed.
+            OutputError: The disk failed.
         """
         commit, self.commit = self.commit, None
         if commit is not None:
@@ -87,19 +87,19 @@ class FeatureFileWriter:
         staged = destination.staged(destination.name)
         self._output = Output(os.path.join(staged, "") if destination.is_folder else staged, shard_format)
         self._shards = list(self._cut(shard_bytes))
-        self._open: _OpenShard | None = None
+        self._open: _FillingShard | None = None
         self._number = 0
 
     def needed_bytes(self) -> int:
-        """The exact size of all shards."""
+        """Return the exact size of all shards in bytes."""
         return sum(self._output.backend.planned_bytes(shard) for shard in self._shards)
 
     def begin(self) -> None:
-        """Make the folder or nothing; shards are made one by one, each with its space reserved."""
+        """Create the folder if there is one; shards are created one by one, with their space reserved."""
         self._output.prepare()
 
     def add(self, block: RowBlock) -> None:
-        """Write the rows of images that are done; skipped ones are known since the shard was made."""
+        """Write the rows of done images; skipped images were recorded when the shard was created."""
         while len(block):
             shard = self._open or self._next_shard(block.first)
             count = min(len(block), shard.stop - block.first)
@@ -110,7 +110,7 @@ class FeatureFileWriter:
             block = block.take(count, len(block))
 
     def finish(self) -> UnpublishedResult:
-        """Write the list of skipped images; the shards are published within the folder already."""
+        """Write the list of skipped images; the shards already have their names in the working folder."""
         lines = b"".join(json.dumps(entry).encode() + b"\n" for entry in self._selection.skips)
         if lines:
             write_file(self._output.skipped_path, lines)
@@ -119,8 +119,8 @@ class FeatureFileWriter:
         if not self._output.is_file:
             return UnpublishedResult([name])
         skipped = f"{name}.{SKIPPED}"
-        # A list never stands beside features that it is not of: the old one goes first, the new one comes last. Killed
-        # in between, features have no reasons; they never have those of others.
+        # A list must never describe other features, so the old list is removed first and the new one comes last. If the
+        # process is killed in between, features have no list of reasons, but never a wrong one.
         return UnpublishedResult(
             [name, skipped] if lines else [name],
             obsolete=[self._destination.final(f"{name}{PARTIAL}")],
@@ -128,7 +128,7 @@ class FeatureFileWriter:
         )
 
     def close(self) -> None:
-        """Let the files go."""
+        """Close the files."""
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -137,7 +137,7 @@ class FeatureFileWriter:
 
     def _cut(self, shard_bytes: int | None) -> list[NewShard]:
         selection, first = self._selection, 0
-        # Rows that are done turn pending: they are copied once the new shard is there.
+        # Done rows are marked as pending, and copied once the new shard exists.
         status = selection.table.status
         table = selection.table.with_status(np.where(status == Status.DONE, Status.PENDING, status).astype(np.uint8))
         tables: list[ImageTable] = [table]
@@ -150,19 +150,19 @@ class FeatureFileWriter:
             first += len(part)
         return shards
 
-    def _next_shard(self, first: int) -> _OpenShard:
+    def _next_shard(self, first: int) -> _FillingShard:
         shard = self._shards[self._number]
         partial = self._output.partial_path(self._number)
         create_shard(self._output.backend, partial, shard)
         extents = self._output.backend.extents(partial)
         writer = ShardWriter(self._output.backend, partial, shard.table)
         commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._open = _OpenShard(RowWriter(extents), writer, shard, first, commits)
+        self._open = _FillingShard(RowWriter(extents), writer, shard, first, commits)
         return self._open
 
-    def _write(self, shard: _OpenShard, block: RowBlock) -> None:
-        """Whole runs of rows at their places; digests and CRCs are those of the rows that were read."""
-        rows = Rows(self._selection.written_datasets())
+    def _write(self, shard: _FillingShard, block: RowBlock) -> None:
+        """Write contiguous rows with the digests and CRCs of the rows that were read."""
+        rows = RowSpecs(self._selection.written_datasets())
         row = block.first - shard.first
         tile = int(shard.shard.table.tile_offset[row])
         for name, array in block.arrays.items():
@@ -171,14 +171,14 @@ class FeatureFileWriter:
         for number, size in enumerate(rows.image_bytes(np.diff(block.tiles)).tolist()):
             position = block.first + number
             digest = self._selection.digests[position].tobytes()
-            # Of fewer datasets the CRC is another one; else it is the one that the rows were just held to.
+            # With fewer datasets the CRC differs; otherwise it is the one that was just checked.
             is_whole = self._selection.is_whole
             checksum = int(self._selection.checksums[position]) if is_whole else block.checksum(number)
             shard.writer.record(WrittenImage(row + number, digest, checksum, size))
         if shard.writer.uncommitted_bytes >= CHECKPOINT_BYTES:
             shard.begin_commit()
 
-    def _finish_shard(self, shard: _OpenShard) -> None:
+    def _finish_shard(self, shard: _FillingShard) -> None:
         shard.wait()
         shard.writer.checkpoint()
         for entry in self._run_log(shard):
@@ -187,8 +187,8 @@ class FeatureFileWriter:
         self._output.publish(self._number, len(shard.shard.table), shard.shard.table.tiles, {})
         self._number += 1
 
-    def _run_log(self, shard: _OpenShard) -> list[dict[str, object]]:
-        """The logs of the shards whose first row is here: each is carried over once."""
+    def _run_log(self, shard: _FillingShard) -> list[dict[str, object]]:
+        """Return the logs of the shards whose first row is in this shard, so that each log is copied once."""
         entries = []
         for number in np.unique(self._selection.shard_of[shard.first : shard.stop]).tolist():
             if int(np.flatnonzero(self._selection.shard_of == number)[0]) >= shard.first:

@@ -1,4 +1,4 @@
-"""`internvit merge`: several outputs of one recipe as one."""
+"""Combine several outputs of one recipe into one, for `internvit merge`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from internvit_cli.config import Choice, Status
 from internvit_cli.errors import OtherRecipeError, OutputError, StoppedError, UsageError, one_line
 from internvit_cli.export.destination import Destination
-from internvit_cli.export.export import ExportResult, Job, WriteOptions, check_options, write
-from internvit_cli.export.selection import RowSelection, StoredOutput, select
+from internvit_cli.export.export import ExportJob, ExportResult, WriteOptions, check_options, write_selection
+from internvit_cli.export.selection import RowSelection, StoredOutput, select_rows
 from internvit_cli.export.targets import choose_target
 from internvit_cli.extract.changes import ROW_BITS
 from internvit_cli.runtime.observer import SILENT, Observer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Prefer(Choice):
-    """Which of two rows of one key counts, where the pictures differ."""
+    """Which of two rows with one key counts if their pictures differ."""
 
     FIRST = "first"
     LAST = "last"
@@ -33,20 +33,20 @@ class Prefer(Choice):
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """What to merge, and where to."""
+    """The options of a merge."""
 
     sources: tuple[str, ...]
     write: WriteOptions
     prefer: Prefer | None = None
-    """None refuses two rows of one key whose pictures differ."""
+    """Which row counts if the pictures of a key differ; None means an error."""
 
 
 class _Row(NamedTuple):
-    """One row of one output."""
+    """A row of an output."""
 
     output: int
     place: int
-    """Shard's number among those of all outputs, and row."""
+    """The index of the shard among those of all outputs, and the row."""
     status: int
     digest: bytes
 
@@ -54,41 +54,43 @@ class _Row(NamedTuple):
 def merge(options: MergeOptions, stop: StopRequest, observer: Observer = SILENT) -> ExportResult:
     """Write the rows of several outputs as one feature file or folder.
 
-    A key that several outputs have counts once: done before skipped, and the later one where both are of the same
-    picture.
+    A key that several outputs have counts once: a done row wins over a skipped one, and the later one wins if both are
+    of the same picture.
 
     Raises:
-        OtherRecipeError: the outputs were made with different recipes; the message names the fields.
-        OutputError: two outputs have different pictures by one key; or one is damaged.
-        StoppedError: a signal came; nothing has the result's name.
+        OtherRecipeError: The outputs were made with different recipes; the message names the fields.
+        OutputError: Two outputs have different pictures with one key, or an output is damaged.
+        StoppedError: A signal stopped the merge, and no result exists.
     """
     check_features_name(options.write.path)
     place = choose_target(options.write.path, options.write.target, option="-o")
     if not place.target.is_feature_file:
         raise UsageError(f"-o {place.path}: outputs are merged into a feature file or folder", "choose another name")
     if len(options.sources) < 2:
-        raise UsageError("one output is nothing to merge", "name two or more, or use internvit export")
+        raise UsageError("a single output cannot be merged", "name two or more, or use internvit export")
     check_options(place, options.write)
     destination = Destination(place, options.sources, overwrite=options.write.overwrite, lock=options.write.lock)
     try:
         with observer.phase("reading the outputs"):
             selection, repeated = select_merged([StoredOutput.open(path) for path in options.sources], options.prefer)
-        written = write(selection, Job(place, destination, options.write, options.sources), stop, observer)
+        written = write_selection(
+            selection, ExportJob(place, destination, options.write, options.sources), stop, observer
+        )
     except Interruption:
         raise StoppedError("stopped before all was written; nothing is left") from None
     if repeated:
         written = replace(
-            written, notes=(*written.notes, f"{counted(repeated, 'image')} in more than one output, counted once")
+            written, notes=(*written.notes, f"{counted(repeated, 'image')} in more than one output, each counted once")
         )
     return written
 
 
 def select_merged(outputs: Sequence[StoredOutput], prefer: Prefer | None) -> tuple[RowSelection, int]:
-    """The rows of several outputs that count, and how many images were in more than one.
+    """Return the rows of several outputs that count, and the number of images in more than one output.
 
     Raises:
-        OtherRecipeError: they have different recipes.
-        OutputError: two have different pictures by one key, and `prefer` does not say which counts.
+        OtherRecipeError: The outputs have different recipes.
+        OutputError: Two outputs have different pictures with one key, and `prefer` is None.
     """
     for output in outputs[1:]:
         check_recipes(outputs[0], output)
@@ -103,26 +105,26 @@ def select_merged(outputs: Sequence[StoredOutput], prefer: Prefer | None) -> tup
             else:
                 chosen[key] = row
         first_shard += len(output.shards)
-    return select(outputs, [row.place for row in chosen.values()]), len(repeated)
+    return select_rows(outputs, [row.place for row in chosen.values()]), len(repeated)
 
 
 def check_recipes(one: StoredOutput, other: StoredOutput) -> None:
     """Refuse to mix two recipes.
 
     Raises:
-        OtherRecipeError: the message names each differing field with both values.
+        OtherRecipeError: The recipes differ; the message names each field with both values.
     """
     different = recipe_differences(one.recipe, other.recipe)
     if different:
         listed = "; ".join(f"{name} is {mine} in {one.path}, {its} in {other.path}" for name, (mine, its) in different)
         raise OtherRecipeError(
             f"the outputs were made with different recipes: {listed}",
-            f"internvit extract with one recipe, or internvit diff {one.path} {other.path}",
+            f"run internvit extract with one recipe, or compare them: internvit diff {one.path} {other.path}",
         )
 
 
 def recipe_differences(one: Recipe, other: Recipe) -> list[tuple[str, tuple[str, str]]]:
-    """The fields in which two recipes differ, with both values, long ones cut short."""
+    """Return the fields in which two recipes differ, with both values, shortened if they are long."""
     mine, its = asdict(one), asdict(other)
     return [(name, (_short(mine[name]), _short(its[name]))) for name in one.differences(other)]
 
@@ -140,10 +142,10 @@ def _row(output: StoredOutput, number: int, place: int, first_shard: int) -> _Ro
 
 
 def _prefer(key: bytes, first: _Row, last: _Row, outputs: Sequence[StoredOutput], prefer: Prefer | None) -> _Row:
-    """Which of two rows of a key counts."""
+    """Return which of two rows with one key counts."""
     is_done = (first.status == Status.DONE, last.status == Status.DONE)
     if is_done != (True, True):
-        # Nothing is known of a skipped picture but that it was no good.
+        # A skipped picture has no digest to compare.
         if is_done == (False, False):
             return first if prefer is Prefer.FIRST else last
         return first if is_done[0] else last
@@ -151,6 +153,6 @@ def _prefer(key: bytes, first: _Row, last: _Row, outputs: Sequence[StoredOutput]
         raise OutputError(
             f"{one_line(key)!r} is one picture in {outputs[first.output].path} and another in "
             f"{outputs[last.output].path}",
-            "say which counts: --prefer first or --prefer last",
+            "say which one counts: --prefer first or --prefer last",
         )
     return first if prefer is Prefer.FIRST else last

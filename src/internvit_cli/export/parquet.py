@@ -1,4 +1,4 @@
-"""Features as a .parquet file: one row an image, vectors as lists, rows a tile as bytes beside their shape."""
+"""Write features as a .parquet file, with one row per image, vectors as lists, and rows per tile as bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.errors import OutputError, UsageError
-from internvit_cli.export.blocks import Rows
+from internvit_cli.export.blocks import RowSpecs
 from internvit_cli.export.facts import (
     NUMBERS,
     as_utf8,
@@ -22,7 +22,7 @@ from internvit_cli.export.facts import (
     stored_type,
     widened,
 )
-from internvit_cli.export.writer import OneFile, UnpublishedResult
+from internvit_cli.export.writer import SequentialFile, UnpublishedResult
 from internvit_cli.plan.table import COLUMN_DTYPES
 from internvit_cli.storage.durable import disk_errors
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from internvit_cli.export.selection import RowSelection
 
 GROUP_BYTES = 32 << 20
-"""Bytes of features of a row group, or one larger image."""
+"""Bytes of features per row group, unless a single image is larger."""
 GROUP_ROWS = 100_000
 
 
 def import_pyarrow() -> Any:
-    """The library that writes the format.
+    """Import pyarrow, which writes the format.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: pyarrow is not installed.
     """
     try:
         import pyarrow as pa
@@ -54,27 +54,27 @@ def import_pyarrow() -> Any:
 
 
 class ParquetWriter:
-    """Writes a selection as one file."""
+    """Writes a selection as one .parquet file."""
 
     def __init__(self, selection: RowSelection, destination: Destination, *, widen: bool = False) -> None:
         self._pa = import_pyarrow()
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written_datasets())
+        self._rows = RowSpecs(selection.written_datasets())
         self._widen = widen
-        self._file = OneFile(destination)
+        self._file = SequentialFile(destination)
         self._writer: Any = None
         self._schema = self._pa.schema(self._fields(), metadata=self._metadata())
         self._waiting: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         self._waiting_bytes = 0
 
     def needed_bytes(self) -> int:
-        """About the size: features are not compressed, for their lowest bits are noise."""
+        """Return the approximate size; features are not compressed, because their lowest bits are noise."""
         size = int(self._rows.image_bytes(self._selection.table.tile_counts[self._selection.is_done]).sum())
         return size * (2 if self._widen else 1)
 
     def begin(self) -> None:
-        """Make the file."""
+        """Create the file."""
         features = list(self._rows.specs)
         facts = [name for name in self._schema.names if name not in features]
         self._writer = self._pa.parquet.ParquetWriter(
@@ -86,7 +86,7 @@ class ParquetWriter:
         )
 
     def add(self, block: RowBlock) -> None:
-        """Take rows; some at a time make a row group."""
+        """Collect rows, and write a row group when there are enough."""
         for number in range(len(block)):
             arrays = block.image(number) if block.is_done else {}
             facts = image_facts(self._selection, block.first + number)
@@ -99,7 +99,7 @@ class ParquetWriter:
                 self._write_group()
 
     def finish(self) -> UnpublishedResult:
-        """Write what waits, and the footer, and sync."""
+        """Write the remaining rows and the footer, and sync the file."""
         self._write_group()
         with disk_errors(self._destination.path):
             self._writer.close()
@@ -109,10 +109,10 @@ class ParquetWriter:
         return UnpublishedResult([self._destination.name], notes=notes)
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            with suppress(OSError, ValueError, self._pa.ArrowException):  # what cannot be written is dropped with it
+            with suppress(OSError, ValueError, self._pa.ArrowException):  # the unfinished file is discarded
                 writer.close()
         self._file.close()
 
@@ -144,7 +144,7 @@ class ParquetWriter:
         return {f"internvit.{name}": as_utf8(str(value)) for name, value in attributes.items()}
 
     def _cells(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The facts of one image as the columns have them; what a skipped one lacks is null."""
+        """Return the facts about an image for the columns; those that a skipped image lacks are null."""
         key = facts["key"]
         return facts | {
             "key": as_utf8(key),

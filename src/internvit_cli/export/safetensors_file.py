@@ -1,7 +1,7 @@
-"""Features as one .safetensors file: every dataset a tensor, bfloat16 as such, keys and reasons as bytes.
+"""Write features as one .safetensors file, with every dataset as a tensor, and keys and reasons as bytes.
 
-The header comes first and the rows go to their places behind it, so the file is written in one pass and bounded memory.
-The library reads headers of up to 100 MB: keys, of which there may be millions, are no part of it.
+The header comes first and rows are written at their places, so the file takes one pass and little memory. The
+safetensors library reads headers of up to 100 MB, so keys, of which there may be millions, are not in the header.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.export.blocks import Rows
+from internvit_cli.export.blocks import RowSpecs
 from internvit_cli.export.facts import attributes_text, native_type, stored_type
 from internvit_cli.export.writer import UnpublishedResult
 from internvit_cli.plan.table import COLUMN_DTYPES
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from internvit_cli.export.selection import RowSelection
 
 ALIGNMENT = 4096
-"""Where the first tensor begins: rows of a mapped file lie on pages."""
+"""Alignment of the first tensor, so that a mapped file is aligned to pages."""
 TYPES = {
     "<f8": "F64",
     "<f4": "F32",
@@ -42,20 +42,20 @@ TYPES = {
     "<u8": "U64",
 }
 SIGNED = {"<u2": "<i4", "<u4": "<i8", "<u8": "<i8"}
-"""Not every framework has unsigned numbers of more than a byte; these hold all values that occur."""
+"""Signed types instead of wide unsigned ones, which not every framework has; they hold all values that occur."""
 
 
 def tensor_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the first tensor, and where each one begins.
+    """Return the bytes before the first tensor, and the offset of each tensor.
 
     Args:
-        tensors: by name its safetensors type, shape and bytes; they follow each other in this order, without gaps.
-        metadata: texts.
+        tensors: safetensors type, shape and size in bytes by name; tensors are stored in this order without gaps.
+        metadata: Texts by name.
 
     Returns:
-        The header with the length in front, padded with blanks, and byte offsets in the file by name.
+        The header, beginning with its length and padded with blanks, and byte offsets in the file by name.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     position, starts = 0, {}
@@ -70,12 +70,12 @@ def tensor_header(
 
 
 class SafetensorsWriter:
-    """Writes a selection as one file."""
+    """Writes a selection as one .safetensors file."""
 
     def __init__(self, selection: RowSelection, destination: Destination) -> None:
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written_datasets())
+        self._rows = RowSpecs(selection.written_datasets())
         self._index = index_tensors(selection)
         self._path = destination.staged(destination.name)
         self._descriptor: int | None = None
@@ -84,11 +84,11 @@ class SafetensorsWriter:
         self._size = len(self._header) + sum(nbytes for _, _, nbytes in tensors.values())
 
     def needed_bytes(self) -> int:
-        """The exact size."""
+        """Return the exact size in bytes."""
         return self._size
 
     def begin(self) -> None:
-        """Make the file at full size with all but the features in it."""
+        """Create the file at full size, with everything except the features."""
         with disk_errors(self._path):
             with create(self._path) as file:
                 file.truncate(self._size)
@@ -99,7 +99,7 @@ class SafetensorsWriter:
             self._put(np.ascontiguousarray(array), self._starts[name])
 
     def add(self, block: RowBlock) -> None:
-        """Write rows at their places; the vectors of skipped images are NaN."""
+        """Write rows at their places; vectors of skipped images are NaN."""
         tile = int(self._selection.table.tile_offset[block.first])
         for name, spec in self._rows.specs.items():
             is_per_tile = self._rows.is_per_tile(name)
@@ -108,12 +108,12 @@ class SafetensorsWriter:
             elif name in block.arrays:
                 array = block.arrays[name]
             else:
-                continue  # reserved and unwritten, as in a feature file
+                continue  # reserved but not written, as in a feature file
             first = tile if is_per_tile else block.first
             self._put(array, self._starts[name] + first * spec.row_bytes)
 
     def finish(self) -> UnpublishedResult:
-        """Sync it."""
+        """Sync the file."""
         assert self._descriptor is not None
         with disk_errors(self._path):
             sync_data(self._descriptor)
@@ -121,7 +121,7 @@ class SafetensorsWriter:
         return UnpublishedResult([self._destination.name])
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -133,7 +133,7 @@ class SafetensorsWriter:
                 write_all(self._descriptor, data, offset)
 
     def _tensors(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        """Type, shape and bytes of all tensors; wide types first, so that each lies on a multiple of its size."""
+        """Return type, shape and bytes of all tensors, wide types first, so that each is aligned to its size."""
         found = {name: (TYPES[array.dtype.str], array.shape, array.nbytes) for name, array in self._index.items()}
         sizes = {name: array.dtype.itemsize for name, array in self._index.items()}
         images, tiles = len(self._selection), self._selection.table.tiles
@@ -141,7 +141,7 @@ class SafetensorsWriter:
             kind = native_type(self._selection, spec.name) or TYPES[spec.dtype]
             found[spec.name] = (kind, spec.shape, spec.nbytes)
             sizes[spec.name] = np.dtype(spec.dtype).itemsize
-        # Features come first: the header ends on a page.
+        # Features come first, because the header ends at a page boundary.
         ordered = sorted(found, key=lambda name: (-sizes[name], name in self._index))
         return {name: found[name] for name in ordered}
 
@@ -152,10 +152,10 @@ class SafetensorsWriter:
 
 
 def index_tensors(selection: RowSelection) -> dict[str, NDArray[Any]]:
-    """All that is known of the images beside their features.
+    """Return everything that is known about the images except their features.
 
     Returns:
-        By name an array [n], but for `tile_offset` and `key_offset`, [n + 1], `digest`, uint8 [n, 32], and `key_bytes`
+        Arrays [n] by name, except for `tile_offset` and `key_offset`, [n + 1], `digest`, uint8 [n, 32], and `key_bytes`
         and `skipped_jsonl`, uint8 [bytes].
     """
     table = selection.table

@@ -1,4 +1,4 @@
-"""The rows of one or more outputs that go into a new one: which they are, what is known of them, where they lie."""
+"""Select the rows of one or more outputs for a new one, with the facts about them and their places."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ ATTRIBUTE_ORDER = (
     "pooled_from",
     MODEL_LAYERS,
 )
-"""As shards are created: HDF5 gives attributes back by name, and the bytes of a file depend on their order."""
+"""The order of attributes in new shards; HDF5 returns them sorted by name, but bytes depend on their order."""
 
 
 @dataclass(frozen=True)
 class StoredOutput:
-    """The shards of one output, the unfinished one of a folder among them, and its list of skipped images."""
+    """The shards of an output, including the unfinished one of a folder, and its list of skipped images."""
 
     path: str
     found: tuple[FinishedShard, ...]
@@ -67,10 +67,10 @@ class StoredOutput:
 
     @classmethod
     def open(cls, path: str) -> StoredOutput:
-        """Read the indexes at a path that a user names.
+        """Read the indexes of the output at a path.
 
         Raises:
-            OutputError: there is nothing there, or it is damaged, or of a newer version.
+            OutputError: There is no output, or it is damaged, or a newer version wrote it.
         """
         name = named_path(path)
         output = Output(name.removesuffix(PARTIAL))
@@ -79,15 +79,15 @@ class StoredOutput:
 
     @cached_property
     def shards(self) -> list[OpenShard]:
-        """For reading, oldest first."""
+        """The shards, open for reading, oldest first."""
         return [OpenShard(shard) for shard in self.found]
 
     @property
     def recipe(self) -> Recipe:
-        """What its rows were made with.
+        """The recipe of the rows.
 
         Raises:
-            OutputError: there is none that this version understands, or its shards have several.
+            OutputError: This version does not understand the recipe, or the shards have several.
         """
         recipes = {stored_recipe(shard.attributes, shard.path) for shard in self.shards}
         if len(recipes) > 1:
@@ -96,7 +96,7 @@ class StoredOutput:
 
     @property
     def pending_keys(self) -> set[bytes]:
-        """Keys of images that were planned and are not encoded yet."""
+        """Return the keys of images that are not encoded yet."""
         return {
             shard.table.keys[row]
             for shard in self.shards
@@ -104,7 +104,7 @@ class StoredOutput:
         }
 
     def live_places(self) -> dict[bytes, int]:
-        """By key the place of its committed row that counts: the shard's number and the row as one integer."""
+        """Return the place of the committed row that counts for each key: shard index and row as one integer."""
         places: dict[bytes, int] = {}
         for number, shard in enumerate(self.shards):
             rows, keys = shard.live_rows, shard.table.keys
@@ -119,48 +119,48 @@ class RowSelection:
 
     found: tuple[FinishedShard, ...]
     shard_of: NDArray[Any]
-    """Number of each image's shard, [n] int64."""
+    """The index of each image's shard, [n] int64."""
     row_of: NDArray[Any]
-    """Number of its row there, [n] int64."""
+    """The row of each image in its shard, [n] int64."""
     table: ImageTable
-    """The images with their statuses; `source` counts `sources`."""
+    """The images with their statuses; the column `source` refers to `sources`."""
     sources: Sequence[Source]
     recipe: Recipe
     shape: FeatureShape
     skips: tuple[dict[str, Any], ...]
-    """Lines of the lists of skipped images: those of its images, and of folders that could not be read."""
+    """Lines of the lists of skipped images for these images, and for folders that could not be read."""
     pending: int
-    """Images of the outputs that are left out, for none of them has encoded them yet."""
+    """The number of images that are left out because they are not encoded in any output yet."""
     drops_tokens: bool = False
-    """Whether tokens are left out of what is written."""
+    """Whether tokens are not written."""
     kept_layers: tuple[int, ...] | None = None
-    """Stored layers that are written, ascending; None is all of them."""
+    """The stored layers that are written, ascending; None means all."""
 
     @property
     def written(self) -> FeatureShape:
-        """Sizes of what is written to a feature file."""
+        """The sizes of what is written to a feature file."""
         recipe = self.written_recipe
         return replace(self.shape, tokens=recipe.tokens, earlier_layers=recipe.earlier_layers)
 
     @property
     def written_recipe(self) -> Recipe:
-        """The recipe of what is written; the deepest layer is in it even if no rows of that layer are written."""
+        """The recipe of what is written, which has the deepest layer even if its rows are not written."""
         tokens = Tokens.NONE if self.drops_tokens else self.recipe.tokens
         earlier = tuple(layer for layer in self.recipe.earlier_layers if self._is_kept(layer))
         return replace(self.recipe, tokens=tokens, earlier_layers=earlier)
 
     @property
     def keeps_deepest(self) -> bool:
-        """Whether the deepest layer is written, without which there is no feature file."""
+        """Whether the deepest layer is written, which a feature file needs."""
         return self._is_kept(self.recipe.layer)
 
     @property
     def is_whole(self) -> bool:
-        """Whether everything that is stored of an image is written, so that its CRC stays the same."""
+        """Whether all datasets of an image are written, so that its CRC stays the same."""
         return self.keeps_deepest and self.written == self.shape
 
     def written_datasets(self, images: int = 1, tiles: int = 1) -> tuple[DatasetSpec, ...]:
-        """The datasets that are written, of so many rows, in the order in which an image's CRC goes over them."""
+        """Return the datasets that are written, with the given numbers of rows, in the order of an image's CRC."""
         specs = self.written.row_datasets(images, tiles)
         return tuple(spec for spec in specs if self.keeps_deepest or feature_name(spec.name).layer is not None)
 
@@ -168,7 +168,7 @@ class RowSelection:
         return self.kept_layers is None or layer in self.kept_layers
 
     def dataset(self, kind: str, layer: int) -> str:
-        """The dataset with the rows of a stored layer, such as `pooled_layer_21`."""
+        """Return the name of the dataset with the rows of a stored layer, such as `pooled_layer_21`."""
         return dataset_of(kind, None if layer == self.recipe.layer else layer)
 
     def __len__(self) -> int:
@@ -176,23 +176,23 @@ class RowSelection:
 
     @cached_property
     def shards(self) -> list[OpenShard]:
-        """The shards, for reading."""
+        """The shards, open for reading."""
         return [OpenShard(shard) for shard in self.found]
 
     @property
     def is_done(self) -> NDArray[Any]:
-        """Which images have features, [n] bool."""
+        """Whether each image has features, [n] bool."""
         done: NDArray[Any] = self.table.status == Status.DONE
         return done
 
     @cached_property
     def digests(self) -> NDArray[Any]:
-        """SHA-256 of every picture's file, [n, 32] uint8; zeros where there is none."""
+        """The SHA-256 of each picture's file, [n, 32] uint8; zeros if there is none."""
         return self._gathered([shard.digests for shard in self.shards])
 
     @cached_property
     def checksums(self) -> NDArray[Any]:
-        """CRC-32 of every image's rows, [n] uint32."""
+        """The CRC-32 of each image's rows, [n] uint32."""
         return self._gathered([shard.checksums for shard in self.shards])
 
     def _gathered(self, columns: list[NDArray[Any]]) -> NDArray[Any]:
@@ -203,7 +203,7 @@ class RowSelection:
         return values
 
     def attributes(self, position: int = 0) -> dict[str, Any]:
-        """The root attributes for a shard whose first image is at a position, but for `index_digest`."""
+        """Return the root attributes for a shard whose first image is at a position, without `index_digest`."""
         attributes = dict(self.shards[int(self.shard_of[position])].attributes)
         attributes.pop("index_digest", None)
         recipe = self.written_recipe
@@ -220,25 +220,25 @@ class RowSelection:
         return {name: attributes.pop(name) for name in ATTRIBUTE_ORDER if name in attributes} | attributes
 
     def _measured(self, name: str, own: str) -> str:
-        """A shard's own figures, or where it had no tile to measure, the first that another has."""
+        """Return a shard's own accuracy, or the first of another shard if it had no tile to measure."""
         others = [shard.attributes[name] for shard in self.shards if name in shard.attributes]
         return next((figures for figures in (own, *others) if is_measured(figures)), own)
 
     @cached_property
     def messages(self) -> dict[str, str]:
-        """By key of a skipped image, why it was: the exception and its message."""
+        """The exception and message of skipped images by key."""
         return {entry["key"]: _message(entry) for entry in self.skips}
 
     def positions_of(self, words: Iterable[str], keys: Iterable[str], path: str) -> NDArray[Any]:
-        """Where images stand, sorted, [k] int64.
+        """Return the positions of images, sorted, [k] int64.
 
         Args:
-            words: keys and patterns of keys.
-            keys: keys alone, whatever is in them.
-            path: the output, for messages.
+            words: Keys and patterns of keys.
+            keys: Literal keys.
+            path: The output, for messages.
 
         Raises:
-            UnknownKeyError: there is no such image; the hint names keys like it.
+            UnknownKeyError: There is no such image; the hint names similar keys.
         """
         places = {key: position for position, key in enumerate(self.table.keys)}
         found = set(find_wanted(words, self.table.keys, places.get, path))
@@ -250,18 +250,18 @@ class RowSelection:
         return np.array(sorted(found), np.int64)
 
     def without_tokens(self) -> RowSelection:
-        """The same images, of which only vectors are written."""
+        """Return the same images with only their vectors written."""
         return replace(self, drops_tokens=True)
 
     def with_layers(self, wanted: Iterable[int], path: str) -> RowSelection:
-        """The same images, of which only some of the stored layers are written.
+        """Return the same images with only some of the stored layers written.
 
         Args:
-            wanted: numbers of blocks, or negative ones, which count from the end of the model.
-            path: the output, for messages.
+            wanted: Numbers of blocks, or negative numbers, which count from the end of the model.
+            path: The output, for messages.
 
         Raises:
-            UsageError: one of them is not stored.
+            UsageError: A layer is not stored.
         """
         model_layers = self.shards[-1].model_layers
         found = {stored_layer(layer, self.recipe, model_layers, path) for layer in wanted}
@@ -269,7 +269,7 @@ class RowSelection:
         return replace(self, kept_layers=tuple(kept))
 
     def take(self, positions: NDArray[Any]) -> RowSelection:
-        """Some of its images."""
+        """Return some of the images."""
         table = self.table.take(positions)
         kept = {os.fsdecode(key) for key in table.keys}
         skips = tuple(entry for entry in self.skips if entry["key"] in kept)
@@ -277,7 +277,7 @@ class RowSelection:
 
 
 def _folder_shards(output: Output) -> list[FinishedShard]:
-    """A folder's finished shards, and after them the one that is still filled, unless it is for another recipe."""
+    """Return a folder's finished shards, followed by the unfinished one unless it has another recipe."""
     shards, unfinished = output.finished(), output.partial()
     if unfinished is None:
         return shards
@@ -285,15 +285,15 @@ def _folder_shards(output: Output) -> list[FinishedShard]:
     return [*shards, unfinished] if recipes[-1] == recipes[0] else shards
 
 
-def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> RowSelection:
-    """Some rows of one or more outputs of one recipe.
+def select_rows(outputs: Sequence[StoredOutput], places: Sequence[int]) -> RowSelection:
+    """Return some rows of one or more outputs of one recipe.
 
     Args:
-        outputs: whose shards are counted through, one output after another.
-        places: shard's number and row of each image, as `live_places` gives them.
+        outputs: The outputs, whose shards are numbered one output after the other.
+        places: Shard index and row of each image, from `live_places`.
 
     Raises:
-        OutputError: there are none, or a shard is damaged.
+        OutputError: There are no rows, or a shard is damaged.
     """
     if not places:
         raise OutputError(f"{outputs[0].path} holds no finished image yet", "let internvit extract finish first")
@@ -320,21 +320,21 @@ def select(outputs: Sequence[StoredOutput], places: Sequence[int]) -> RowSelecti
     )
 
 
-def select_all(path: str) -> RowSelection:
-    """All committed rows of an output that count.
+def select_all_rows(path: str) -> RowSelection:
+    """Return all committed rows of an output that count.
 
     Raises:
-        OutputError: there is nothing there, or it is damaged.
+        OutputError: There is no output, or it is damaged.
     """
     output = StoredOutput.open(path)
-    return select([output], list(output.live_places().values()))
+    return select_rows([output], list(output.live_places().values()))
 
 
 def stored_shape(shards: Sequence[OpenShard], recipe: Recipe) -> FeatureShape:
-    """Return the sizes of what shards of a recipe hold, from the datasets themselves.
+    """Return the sizes of features in shards of a recipe, from the datasets themselves.
 
     Raises:
-        OutputError: two shards have rows of different sizes.
+        OutputError: Two shards have rows of different sizes.
     """
     check_alike([(shard.path, shard.specs) for shard in shards])
     tokens, specs = recipe.tokens, shards[0].specs
@@ -351,7 +351,7 @@ def stored_shape(shards: Sequence[OpenShard], recipe: Recipe) -> FeatureShape:
 
 
 def _renumbered(shard: OpenShard, sources: list[Source]) -> NDArray[Any]:
-    """For each of a shard's sources its number among all, to which new ones are added, [k]."""
+    """Return the indices of a shard's sources among all sources, [k], and add new ones to those."""
     numbers = []
     for source in shard.sources:
         if source not in sources:
@@ -363,13 +363,14 @@ def _renumbered(shard: OpenShard, sources: list[Source]) -> NDArray[Any]:
 def _kept_skips(
     outputs: Sequence[StoredOutput], table: ImageTable, output_of: NDArray[Any]
 ) -> tuple[dict[str, Any], ...]:
-    """One line an image that is skipped in the table, and one on each thing that never had a row.
+    """Return one line per skipped image of the table, and one per folder that could not be read.
 
     Args:
-        outputs: whose lists are read.
-        table: the images.
-        output_of: number of the output that each image's row is of, [n] int64. Its list is the one that says why: the
-            same image may have been skipped elsewhere for another reason.
+        outputs: The outputs, whose lists are read.
+        table: The images.
+        output_of: The index of the output of each image's row, [n] int64. The reason comes from its list, because
+            another
+            output may have skipped the same image for another reason.
     """
     latest = [{os.fsencode(entry["key"]): entry for entry in output.skips} for output in outputs]
     listed = set().union(*latest)

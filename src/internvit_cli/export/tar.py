@@ -1,6 +1,6 @@
-"""Features as a tar in the manner of WebDataset: a sample an image, `00000000.json` and one .npy file a dataset.
+"""Write features as a tar for WebDataset: a sample per image, with `00000000.json` and one .npy file per dataset.
 
-Headers say nothing of who made them when: the same features give the same bytes.
+Headers contain neither users nor times, so the same features give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.errors import UsageError
-from internvit_cli.export.blocks import Rows
+from internvit_cli.export.blocks import RowSpecs
 from internvit_cli.export.facts import (
     attributes_text,
     bits_notes,
@@ -24,7 +24,7 @@ from internvit_cli.export.facts import (
     stored_type,
     widened,
 )
-from internvit_cli.export.writer import OneFile, UnpublishedResult
+from internvit_cli.export.writer import SequentialFile, UnpublishedResult
 from internvit_cli.storage.durable import disk_errors, write_file
 
 if TYPE_CHECKING:
@@ -40,41 +40,41 @@ SERIES = re.compile(r"-\d{6,}\.tar")
 
 
 def entry_header(name: str, size: int) -> bytes:
-    """What stands before a file's bytes; sizes over 8 GiB take a PAX record."""
+    """Return the header of a file; sizes over 8 GiB need a PAX record."""
     entry = tarfile.TarInfo(name)
     entry.size, entry.mode = size, 0o644
     return entry.tobuf(tarfile.PAX_FORMAT)
 
 
 def padding(size: int) -> bytes:
-    """Zeros up to the next whole block."""
+    """Return the zeros up to the next whole block."""
     return bytes(-size % BLOCK)
 
 
 def closed_size(size: int) -> int:
-    """Bytes of a tar when it ends behind so many: two empty blocks close it, and fill it up to a whole record."""
+    """Return the size of a tar that ends after `size` bytes, with two empty blocks and filled to a whole record."""
     return -(-(size + END_BYTES) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
 
 def npy_header(array: NDArray[Any]) -> bytes:
-    """What stands before an array's bytes in a .npy file."""
+    """Return the header of an array in a .npy file."""
     text = io.BytesIO()
     np.lib.format.write_array_header_1_0(text, np.lib.format.header_data_from_array_1_0(array))
     return text.getvalue()
 
 
 class TarWriter:
-    """Writes a selection as one tar, or as a series of them with a list that WebDataset reads."""
+    """Writes a selection as one tar, or as a series with a list that WebDataset reads."""
 
     def __init__(
         self, selection: RowSelection, destination: Destination, shard_bytes: int | None, *, widen: bool = False
     ) -> None:
         self._selection = selection
         self._destination = destination
-        self._rows = Rows(selection.written_datasets())
+        self._rows = RowSpecs(selection.written_datasets())
         self._most = shard_bytes
         self._widen = widen
-        self._file = OneFile(destination)
+        self._file = SequentialFile(destination)
         self._out: Any = None
         self._stem = destination.name.removesuffix(".tar")
         self._written = 0
@@ -84,7 +84,7 @@ class TarWriter:
             least = closed_size(len(self._opening))
             if self._most < least:
                 raise UsageError(
-                    f"--shard-size: {self._most:,} bytes are too few, for an empty tar takes {least:,}",
+                    f"--shard-size: {self._most:,} bytes are too few, because an empty tar takes {least:,}",
                     f"give {least:,} or more",
                 )
             self._present = self._members()
@@ -94,18 +94,18 @@ class TarWriter:
         return self._most is not None
 
     def needed_bytes(self) -> int:
-        """About the size: headers and blanks are counted at their usual size."""
+        """Return the approximate size, with headers and padding of their usual size."""
         tiles = self._selection.table.tile_counts[self._selection.is_done]
         features = int(self._rows.image_bytes(tiles).sum()) * (2 if self._widen else 1)
         files = len(self._selection) + len(tiles) * len(self._rows.specs)
         return features + 2 * BLOCK * (files + len(self._selection))
 
     def begin(self) -> None:
-        """Begin the first tar."""
+        """Create the first tar."""
         self._next()
 
     def add(self, block: RowBlock) -> None:
-        """Add samples one after another; a series goes on in another tar when one is full."""
+        """Write samples one after the other; a series continues in another tar when one is full."""
         for number in range(len(block)):
             arrays = block.image(number) if block.is_done else {}
             if self._widen:
@@ -120,7 +120,7 @@ class TarWriter:
             self._shards[-1]["nsamples"] += 1
 
     def finish(self) -> UnpublishedResult:
-        """End the last tar, and list a series in NEW.json: without it the series is not complete."""
+        """Finish the last tar, and list a series in NEW.json, without which it is not complete."""
         self._end()
         notes = bits_notes(self._selection, self._rows.specs, widen=self._widen)
         names = [shard["url"] for shard in self._shards]
@@ -130,16 +130,16 @@ class TarWriter:
         names.append(f"{self._stem}.json")
         write_file(self._destination.staged(names[-1]), json.dumps(listed, indent=1).encode() + b"\n")
         kept = {self._destination.final(name) for name in names}
-        # Without its list an old series is incomplete; with it, new tars among the old ones would pass for one series.
+        # The old list is removed first, because new tars among the old ones must not pass for one series.
         withdrawn = [path for path in self._present if path.endswith(".json")]
         return UnpublishedResult(names, [path for path in self._present if path not in kept], withdrawn, notes)
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         self._file.close()
 
     def _members(self) -> list[str]:
-        """The tars of a series, and its list, that are there under these names."""
+        """Return the existing tars of a series with these names, and its list."""
         folder = os.path.dirname(self._destination.path)
         names = [
             name
@@ -168,7 +168,7 @@ class TarWriter:
         self._file.sync()
 
     def _sample(self, position: int, arrays: dict[str, NDArray[Any]]) -> list[Any]:
-        """What an image takes, piece by piece."""
+        """Return the pieces of an image's sample."""
         name = f"{position:08d}"
         facts = image_facts(self._selection, position)
         facts["arrays"] = {

@@ -1,4 +1,4 @@
-"""What `internvit export` can write, and which of it a name stands for."""
+"""List the formats that `internvit export` writes, and choose one by the name of the result."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Target(Choice):
 
     @property
     def is_feature_file(self) -> bool:
-        """Whether `extract`, `verify` and all other commands go on with the result."""
+        """Whether `extract`, `verify` and all other commands can use the result."""
         return self in (Target.H5, Target.NPY)
 
     @property
     def shard_format(self) -> Format:
-        """The format of a feature file's shards."""
+        """The shard format of a feature file."""
         return Format(self.value)
 
 
@@ -42,20 +42,20 @@ TARGET_OF_SUFFIX = {
 FOLDER_TARGETS = (Target.H5, Target.NPY)
 
 
-class Place(NamedTuple):
-    """What is written, and where."""
+class ResultPlace(NamedTuple):
+    """The path and the format of a result."""
 
     path: str
     target: Target
     is_folder: bool
-    """A folder of shards instead of one file."""
+    """Whether the result is a folder of shards instead of one file."""
 
 
-def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> Place:
-    """What a name and `--format` stand for together, as with `extract -o`.
+def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> ResultPlace:
+    """Return the result for a name and `--format`, as for `extract -o`.
 
     Raises:
-        UsageError: they contradict each other, or no format of ours has such a name.
+        UsageError: They contradict each other, or no format has such a name.
     """
     check_place(path, option)
     has_slash = path.endswith("/")
@@ -72,6 +72,6 @@ def choose_target(path: str, wanted: Target | None, option: str = "NEW") -> Plac
         raise UsageError(f"{path} names a folder, and --format {target.value} is one file", "leave out the slash")
     if is_folder and suffix in DATA_FILE_SUFFIXES and not says_folder(path):
         folder = f"{name.removesuffix(suffix)}/" if suffix == ".npy" else f"{name}/"
-        what = ".npy shards go into a folder" if suffix == ".npy" else f"no {suffix} files are written"
+        what = ".npy shards go into a folder" if suffix == ".npy" else f"{suffix} files are not supported"
         raise UsageError(f"{path}: {what}", f"choose {', '.join(TARGET_OF_SUFFIX)}, or a folder, such as {folder}")
-    return Place(name, target, is_folder)
+    return ResultPlace(name, target, is_folder)

@@ -1,4 +1,4 @@
-"""Tokens of the images of two outputs, tile by tile: how many are equal, and how far the others are apart."""
+"""Compare the tokens of two outputs tile by tile: how many are equal, and how much the others differ."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TILES_AT_ONCE = 4
 
 @dataclass(slots=True)
 class TokenComparison:
-    """What a comparison of tokens comes to."""
+    """The result of comparing tokens."""
 
     equal: int = 0
-    """Images all of whose tokens are equal."""
+    """The number of images with equal tokens."""
     numbers: list[int] = field(default_factory=list)
-    """Which of the pairs were compared."""
+    """The indices of the pairs that were compared."""
     lowest: list[float] = field(default_factory=list)
-    """Of each of them the lowest cosine of two tokens."""
+    """The lowest cosine of tokens of each compared pair."""
     total: float = 0.0
     tokens: int = 0
 
@@ -41,26 +41,26 @@ class TokenComparison:
 
 
 class _Tokens(NamedTuple):
-    """A few tiles' tokens of one image in two outputs, each [n, C] as the numbers that they stand for."""
+    """Dequantized tokens of some tiles of an image in two outputs, [n, C] each."""
 
     one: NDArray[Any]
     other: NDArray[Any]
 
 
 def why_not_comparable(one: RowSelection, other: RowSelection) -> str:
-    """Why tokens cannot be compared, in words; empty when they can, or when one output has none."""
+    """Return why tokens cannot be compared; empty if they can, or if an output has none."""
     sizes = [(s.shape.tokens, s.shape.tokens_per_tile, s.shape.channels) for s in (one, other)]
     if Tokens.NONE in (one.shape.tokens, other.shape.tokens):
         return ""
     if sizes[0] != sizes[1]:
         return "tokens are not compared: " + " and ".join(f"{k.value} [tiles, {t}, {c}]" for k, t, c in sizes)
     if one.recipe.token_order != other.recipe.token_order:
-        return "tokens are not compared: they are stored in different orders"
+        return "tokens are not compared, because their orders differ"
     return ""
 
 
 class LayerPair(NamedTuple):
-    """A stored layer of each of two outputs."""
+    """A pair of stored layers, one of each output."""
 
     one: int
     other: int
@@ -73,14 +73,14 @@ def compare_tokens(
     layers: Sequence[LayerPair],
     on_progress: Callable[[int], None],
 ) -> TokenComparison:
-    """Compare the tokens of images; those whose tiles differ are left out.
+    """Compare the tokens of images, leaving out those whose tiles differ.
 
     Args:
-        one: an output.
-        other: another, with tokens of the same shape.
-        pairs: positions of each image in both, [k, 2].
-        layers: which layers to compare.
-        on_progress: called with the number of images compared.
+        one: An output.
+        other: Another output, with tokens of the same shape.
+        pairs: Positions of each image in both outputs, [k, 2].
+        layers: The layers to compare.
+        on_progress: Called with the number of images compared.
     """
     found = TokenComparison()
     grids = [_grids(selection, pairs[:, side]) for side, selection in enumerate((one, other))]
@@ -124,7 +124,7 @@ def _tiles(one: RowSelection, row: int, other: RowSelection, other_row: int, lay
 
 
 def _values(selection: RowSelection, position: int, layer: int, span: slice) -> NDArray[Any]:
-    """Tokens of some of an image's tiles in one layer as numbers, [n, C]."""
+    """Return the dequantized tokens of some tiles of an image in one layer, [n, C]."""
     shard = selection.shards[int(selection.shard_of[position])]
     first = int(shard.table.tile_offset[int(selection.row_of[position])])
     shape = selection.shape

@@ -1,4 +1,4 @@
-"""What every target offers, and the little that several of them share."""
+"""Define the interface of all targets, and the code that several of them share."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 class Writer(Protocol):
-    """Makes one kind of result, in the folder of its destination."""
+    """Writes one kind of result, in the working folder of its destination."""
 
     def needed_bytes(self) -> int:
-        """About how many bytes the result has, known before any work; 0 where it hardly matters."""
+        """Return the approximate size of the result in bytes, before any work; 0 if it is small."""
         ...
 
     def begin(self) -> None:
-        """Make the files."""
+        """Create the files."""
         ...
 
     def add(self, block: RowBlock) -> None:
-        """Take the images that come next."""
+        """Write the next images."""
         ...
 
     def finish(self) -> UnpublishedResult:
@@ -36,33 +36,33 @@ class Writer(Protocol):
         ...
 
     def close(self) -> None:
-        """Let the files go, finished or not; a second time does nothing."""
+        """Close the files, finished or not; calling it again does nothing."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class UnpublishedResult:
-    """A result that is complete, and not yet published."""
+    """A result that is complete but not published yet."""
 
     names: Sequence[str]
-    """In the order in which they get their names."""
+    """The names of the files, in the order in which they are renamed."""
     obsolete: Sequence[str] = ()
-    """Paths that belonged to what they replace."""
+    """Paths of the replaced result, which are removed afterwards."""
     withdrawn: Sequence[str] = ()
-    """Paths that speak for what they replace, and go before anything gets its name."""
+    """Paths that describe the replaced result, which are removed before anything is renamed."""
     notes: Sequence[str] = field(default=())
-    """What the target could not hold as it was."""
+    """Notes on what the target cannot hold unchanged."""
 
 
-class OneFile:
-    """A file that is written from front to back."""
+class SequentialFile:
+    """A file that is written sequentially."""
 
     def __init__(self, destination: Destination) -> None:
         self.destination = destination
         self._file: BinaryIO | None = None
 
     def create(self, name: str) -> BinaryIO:
-        """Begin a file of the result; an earlier one is finished."""
+        """Create a file of the result, after the previous one is finished."""
         self.sync()
         path = self.destination.staged(name)
         with disk_errors(path):
@@ -70,7 +70,7 @@ class OneFile:
         return self._file
 
     def sync(self) -> None:
-        """Have the file on the disk, and close it."""
+        """Sync the file to the disk, and close it."""
         if self._file is not None:
             with disk_errors(self._file.name):
                 self._file.flush()
@@ -79,8 +79,8 @@ class OneFile:
             self._file = None
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         if self._file is not None:
             file, self._file = self._file, None
-            with suppress(OSError):  # what cannot be written is dropped with it
+            with suppress(OSError):  # the unfinished file is discarded
                 file.close()

@@ -1,1 +1,1 @@
-"""The run of `internvit extract`: decode, encode and store, resumable at every image."""
+"""Run `internvit extract`: decode, encode and store, resumable at every image."""

@@ -1,4 +1,4 @@
-"""What an output holds already, held against what the sources hold now."""
+"""Compare what an output already holds with what the sources hold now."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ if TYPE_CHECKING:
 
 HASH_BLOCK = 1 << 20
 TOLD_EVERY = 256
-"""Images between two reports of progress: most take less time than a report."""
+"""Images between two reports of progress, because most images take less time than a report."""
 WORTH_RETRYING = frozenset({Status.UNREADABLE, Status.UNSUPPORTED})
-"""Reasons that lie in a disk or in a version of Pillow rather than in a picture."""
+"""Reasons that depend on a disk or on a version of Pillow rather than on a picture."""
 LIMITED = frozenset({Status.TOO_LARGE, Status.TIMEOUT, Status.WORKER_DIED})
-"""Reasons that lie in a limit of the run; lists of earlier versions do not say in which."""
+"""Reasons that depend on a limit of the run; lists of earlier versions do not say on which."""
 ROW_BITS = 40
-"""Of a row's number in a shard."""
+"""Bits of a row's index in a shard."""
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Entries of a listing that are not in the output as they are now, by index into the listing."""
+    """The entries of a listing that are new or changed, as indices into the listing."""
 
     new: list[int]
     changed: list[int]
-    """Also those that were skipped and are to be tried again."""
+    """Changed entries, including skipped ones that are tried again."""
     unlisted: list[bytes]
-    """Keys of rows whose picture is not in the listing."""
+    """The keys of rows whose picture is not in the listing."""
     damaged: int = 0
-    """How many of the changed ones are so because their status cannot be what was committed."""
+    """The number of changed entries whose status cannot be what was committed."""
     skipped_before: int = 0
-    """How many of the others were skipped by an earlier run."""
+    """The number of unchanged entries that an earlier run skipped."""
     worth_retrying: int = 0
-    """How many of those another try may well turn out better for."""
+    """The number of those that another try may well be able to read."""
 
     @property
     def entries(self) -> list[int]:
-        """All that has to be planned, in the listing's order."""
+        """All entries that have to be planned, in the order of the listing."""
         return sorted(self.new + self.changed)
 
 
 @dataclass(frozen=True, slots=True)
 class Relocation:
-    """A tree that moved: `--relocate OLD=NEW`, absolute paths."""
+    """A folder that moved (`--relocate OLD=NEW`), as absolute paths."""
 
     old: bytes
     new: bytes
 
     def apply(self, source: Source) -> Source:
-        """The source where it is now."""
+        """Return a source at its current place."""
         if source.root == self.old:
             return Source(self.new, source.name)
         below = self.old.rstrip(b"/") + b"/"
@@ -73,14 +73,14 @@ class Relocation:
 
 
 class StoredImages:
-    """The rows of an output by key; a later shard's row replaces an earlier one's."""
+    """The rows of an output by key; the row of the latest shard counts."""
 
     def __init__(self, shards: Sequence[FinishedShard], relocations: Sequence[Relocation] = ()) -> None:
         self.shards = shards
         self._sources = [stored_sources(shard.stored.attributes, shard.path, relocations) for shard in shards]
         self._known_digests: dict[int, Any] = {}
         self._places: dict[bytes, int] = {}
-        """A shard's number and a row in it, as one integer: of a million small tuples the memory would be felt."""
+        """Shard index and row by key, as one integer, because a million small tuples would take much memory."""
         for number, shard in enumerate(shards):
             keys = shard.stored.table.keys
             for row in shard.live_rows.tolist():
@@ -90,12 +90,12 @@ class StoredImages:
         return len(self._places)
 
     def status(self, key: bytes) -> Status | None:
-        """The status of an image; None when the output has no row for it."""
+        """Return the status of an image; None if the output has no row for it."""
         place = self._place(key)
         return None if place is None else Status(int(self._table(place).status[place[1]]))
 
     def by_shard(self, keys: Iterable[bytes]) -> dict[str, list[str]]:
-        """Return those of some keys that have rows, by the name of the shard that holds the row."""
+        """Return the given keys that have rows, by the name of their shard."""
         found: dict[str, list[str]] = {}
         for key in keys:
             place = self._places.get(key)
@@ -104,12 +104,12 @@ class StoredImages:
         return found
 
     def source(self, key: bytes) -> Source:
-        """The source that a key's row came from."""
+        """Return the source of a key's row."""
         number, row = divmod(self._places[key], 1 << ROW_BITS)
         return self._sources[number][int(self._table((number, row)).source[row])]
 
     def path(self, key: bytes) -> bytes:
-        """The file that a key's row came from."""
+        """Return the path of the file of a key's row."""
         return self.source(key).path(key)
 
     def compare(
@@ -120,16 +120,16 @@ class StoredImages:
         retry_skipped: bool = False,
         on_progress: Callable[[int], None] = lambda _: None,
     ) -> Changes:
-        """What is new or changed in a listing. Only files whose size or time differ are read.
+        """Find what is new or changed in a listing, reading only files whose size or time differs.
 
         Args:
-            listing: what the sources hold.
-            skip_log: the list of skipped images; those that exceeded a limit which admits them now are changed.
-            retry_skipped: take all images that were skipped for changed.
-            on_progress: called with the number of images looked at.
+            listing: What the sources hold.
+            skip_log: The list of skipped images; those that a raised limit admits count as changed.
+            retry_skipped: Whether all skipped images count as changed.
+            on_progress: Called with the number of images compared.
 
         Raises:
-            OtherRecipeError: a key that comes from another root than its row.
+            OtherRecipeError: A key comes from another root than its row.
         """
         new, changed, listed, damaged, skipped_before, worth_retrying = [], [], set(), 0, 0, 0
         for entry, key in enumerate(listing.keys):
@@ -156,15 +156,12 @@ class StoredImages:
         return Changes(new, changed, unlisted, damaged, skipped_before, worth_retrying)
 
     def _place(self, key: bytes) -> tuple[int, int] | None:
-        """Number of the shard that holds a key's row, and the row."""
+        """Return the index of the shard that holds a key's row, and the row; None if there is none."""
         place = self._places.get(key)
         return None if place is None else divmod(place, 1 << ROW_BITS)
 
     def _is_contradictory(self, place: tuple[int, int], is_listed: bool, is_any_listed: bool) -> bool:
-        """Whether a finished shard's status cannot be what was committed, given the list of skipped images.
-
-        A list that is lost says nothing.
-        """
+        """Return whether a status cannot be what was committed, given the list of skipped images, if there is one."""
         number, row = place
         if self.shards[number].is_partial:
             return False
@@ -197,8 +194,8 @@ class StoredImages:
         try:
             now = os.stat(path)
         except OSError:
-            return True  # its row stays what it is: whoever opens the file finds out
-        # A disk that was away for a moment is no reason to leave its pictures out for ever.
+            return True  # the row is kept; opening the file reports the problem
+        # Pictures on a disk that was temporarily missing must not stay skipped for ever.
         if table.status[row] == Status.VANISHED or now.st_size != int(table.file_size[row]):
             return False
         if modified_ns(now) == int(table.file_mtime_ns[row]):
@@ -206,12 +203,12 @@ class StoredImages:
         return bool(table.status[row] == Status.DONE) and self._has_same_bytes(path, place)
 
     def _has_same_bytes(self, path: bytes, place: tuple[int, int]) -> bool:
-        """A new time with the same bytes is no change: a copied or touched tree costs a read, not an encoding."""
+        """Return whether a file has the bytes of its row, so that a copied folder costs reads, but no encoding."""
         number, row = place
         try:
             digest = _file_digest(path)
         except OSError:
-            return False  # planning it anew gives the reason
+            return False  # planning it again gives the reason
         return bool(digest == self._digests(number)[row].tobytes())
 
     def _digests(self, number: int) -> Any:
@@ -222,10 +219,10 @@ class StoredImages:
 
 
 def prunable(stored: StoredImages, changes: Changes, listing: Listing, *, confirmed: bool) -> list[bytes]:
-    """Keys of rows whose pictures were deleted from the sources of this listing, or are excluded there now.
+    """Return the keys of rows whose pictures were deleted from the sources of a listing, or are excluded now.
 
     Raises:
-        InternvitError: it looks like a disk that is not mounted rather than like deleted pictures.
+        InternvitError: A disk seems not to be mounted, rather than pictures deleted.
     """
     if listing.unreadable_folders:
         folder = os.fsdecode(listing.unreadable_folders[0].path)
@@ -249,15 +246,15 @@ def prunable(stored: StoredImages, changes: Changes, listing: Listing, *, confir
 
 
 def _is_out(path: bytes, listing: Listing) -> bool:
-    """Whether a picture that is not in a listing is not there any more, or excluded by its patterns."""
+    """Return whether a picture that is not in a listing was deleted, or is excluded by its patterns."""
     return not os.path.lexists(path) or listing.excludes(path)
 
 
 def stored_sources(attributes: dict[str, Any], path: str, relocations: Sequence[Relocation] = ()) -> list[Source]:
-    """The sources of a shard, from its attributes, where they are now.
+    """Return the sources of a shard from its attributes, at their current places.
 
     Raises:
-        OutputError: they are damaged.
+        OutputError: The attributes are damaged.
     """
     sources = recorded_sources(attributes, path)
     for relocation in relocations:
@@ -266,10 +263,10 @@ def stored_sources(attributes: dict[str, Any], path: str, relocations: Sequence[
 
 
 def sources_to_json(sources: Sequence[Source]) -> str:
-    """Return sources as a shard stores them.
+    """Return sources as the JSON text that a shard stores.
 
     Raises:
-        UsageError: there are more than a shard can name.
+        UsageError: There are more sources than a shard can name.
     """
     text = json.dumps([{"root": os.fsdecode(source.root), "name": os.fsdecode(source.name)} for source in sources])
     if len(text) > SOURCES_BYTES:

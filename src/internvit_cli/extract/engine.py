@@ -1,4 +1,4 @@
-"""What turns pictures into features: decode workers and encoders, on one device or on several."""
+"""Define the engine that turns pictures into features: decode workers and encoders, on one or more devices."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ class EngineOptions:
 
     rule: PixelRule
     encoder: EncoderOptions
-    """Of the first device, where there are several."""
+    """Options of the encoder; with several devices, those of the first."""
     devices: tuple[str, ...]
-    """Names as `find_device` takes them; several share the work."""
+    """Names for `find_device`; several devices share the work."""
     workers: int | None
-    """Decode processes, for all devices together; None chooses."""
+    """Decode processes for all devices together; None chooses the number."""
     decode_timeout: float
-    """Seconds an image."""
+    """Seconds per image."""
     worker_memory: int
-    """Bytes a decode process may use."""
+    """Bytes of memory per decode process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What there is to decode: how many processes are worth starting, and how large their slots have to be."""
+    """The amount of work, which decides the number of processes and the size of their slots."""
 
     images: int
     most_tiles: int
-    """Decoded tiles of the largest image."""
+    """The number of decoded tiles of the largest image."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """What is missing in one shard."""
+    """The images that are missing in a shard."""
 
     workload: Workload
     images: EncodeJob
     first_tile: NDArray[Any]
-    """By row, the index of an image's first tile row."""
+    """The index of each image's first tile row, by row."""
     extents: Mapping[str, Extent]
-    """Where the shard's rows lie, by dataset, for processes that write them by themselves."""
+    """The places of the shard's rows by dataset, for processes that write rows themselves."""
 
 
 class Engine(Protocol):
@@ -72,44 +72,44 @@ class Engine(Protocol):
 
     @property
     def info(self) -> EncoderInfo:
-        """What its encoders are; with several devices, the batch is that of each."""
+        """Facts about the encoders; with several devices, the batch is that of each."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of how it went."""
+        """Notes for the user on the work so far."""
         ...
 
     @property
     def workers(self) -> int:
-        """Decode processes."""
+        """The number of decode processes."""
         ...
 
     def measure(self, jobs: Sequence[DecodeJob], workload: Workload, stop: Stop) -> Accuracy:
-        """What the coarse types in use cost, on the tiles of some pictures.
+        """Measure the accuracy of low-precision types on the tiles of some pictures.
 
         Raises:
-            InternvitError: a device or the workers fail.
+            InternvitError: A device or the workers fail.
         """
         ...
 
     def encode(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
-        """Decode, encode and store what is missing in a shard, or as much of it as there is time for before `stop`.
+        """Decode, encode and store what is missing in a shard, until it is complete or a stop is requested.
 
-        Everything that was encoded has gone to the job's sink when this returns, and also when it raises.
+        Everything that was encoded has been passed to the job's sink when this returns or raises.
 
         Raises:
-            InternvitError: the disk, a device or the workers fail; or an image cannot be used, and the run is strict.
+            InternvitError: The disk, a device or the workers fail, or an image cannot be used and the run is strict.
         """
         ...
 
     def close(self) -> None:
-        """End processes and let devices go."""
+        """End processes and release devices."""
         ...
 
 
 class LocalEngine:
-    """Decode workers, and one encoder in this process."""
+    """An engine with decode workers and one encoder in this process."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
@@ -133,12 +133,12 @@ class LocalEngine:
 
     @property
     def info(self) -> EncoderInfo:
-        """What the encoder is."""
+        """Facts about the encoder."""
         return self._encoder.info
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Whether a batch ran out of memory and the size was halved."""
+        """A note if a batch ran out of memory and its size was halved."""
         return (halved_note(self.info.device_name),) if self.info.halved else ()
 
     @property
@@ -147,7 +147,7 @@ class LocalEngine:
         return len(self._decoder.pids) if self._decoder else 0
 
     def measure(self, jobs: Sequence[DecodeJob], workload: Workload, stop: Stop) -> Accuracy:
-        """What the coarse types in use cost, on the tiles of some pictures."""
+        """Measure the accuracy of low-precision types on the tiles of some pictures."""
         return self._encoder.accuracy(sample_tiles(self._decoder_for(workload), jobs, stop))
 
     def encode(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
@@ -155,12 +155,12 @@ class LocalEngine:
         return EncodeLoop(job.images, self._decoder_for(job.workload), self._encoder, stop, on_progress).run()
 
     def close(self) -> None:
-        """End the workers and let the device go."""
+        """End the workers and release the device."""
         self._close_decoder()
         self._encoder.close()
 
     def _decoder_for(self, workload: Workload) -> Decoder:
-        """The workers, started anew where their slots are too small."""
+        """Return the workers, which are restarted if their slots are too small."""
         if self._decoder is None or self._decoder.tiles < workload.most_tiles:
             return self._start_decoder(workload)
         return self._decoder
@@ -177,7 +177,7 @@ class LocalEngine:
 
 
 def halved_note(devices: str) -> str:
-    """What a user should know of a batch that was halved."""
+    """Return the note for a batch whose size was halved."""
     return (
         f"{devices}: a batch ran out of memory and the size was halved: "
         "rows may differ by rounding from those of full batches"
@@ -185,7 +185,7 @@ def halved_note(devices: str) -> str:
 
 
 def decode_options(options: EngineOptions, workload: Workload) -> DecodeOptions:
-    """How one device's share of the pictures is decoded."""
+    """Return the options for decoding one device's share of the pictures."""
     workers = options.workers or default_workers(options.devices[0])
     return DecodeOptions(
         rule=options.rule,
@@ -198,9 +198,9 @@ def decode_options(options: EngineOptions, workload: Workload) -> DecodeOptions:
 
 
 def default_workers(device: str) -> int:
-    """Decode processes, when the user names no number.
+    """Return the default number of decode processes.
 
-    With a card every core decodes. On a CPU the encoder needs the cores, and workers fill what its threads leave.
+    With a card, every core decodes. On a CPU, the encoder needs the cores, and workers use what its threads leave.
     """
     cpus = usable_cpus()
     on_card = device.startswith("cuda") or (device == "auto" and os.path.exists("/dev/nvidiactl"))

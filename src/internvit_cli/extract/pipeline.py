@@ -1,4 +1,4 @@
-"""`internvit extract` from end to end: discover, plan, decode, encode, store, summarize; it alone knows every stage."""
+"""Run an extraction from end to end: discover, plan, decode, encode, store and summarize."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ if TYPE_CHECKING:
 def extract(
     options: ExtractOptions, stop: StopRequest, observer: Observer = SILENT, stdin: BinaryIO | None = None
 ) -> Summary:
-    """Bring an output up to date with its sources: make it, go on with it, or find that there is nothing to do.
+    """Bring an output up to date with its sources: create it, continue it, or find that there is nothing to do.
 
     Args:
-        options: what to extract, how, and where to.
-        stop: looked at between batches; what is finished by then is committed.
-        observer: told how it goes.
-        stdin: the list behind a source `-`, in binary.
+        options: What to extract, how, and where to.
+        stop: Checked between batches; what is finished by then is committed.
+        observer: Receives progress.
+        stdin: The binary stream behind a source `-`.
 
     Returns:
-        What was done. Images that could not be used are counted there, not raised.
+        What was done. Images that could not be used are counted, and raise no error.
 
     Raises:
-        StoppedError: a signal came before there was anything to finish.
-        InternvitError: the run cannot start or go on; what was committed stays.
+        StoppedError: A signal came before there was anything to finish.
+        InternvitError: The run cannot start or continue; what was committed is kept.
     """
     started = time.monotonic()
     check_words(options.run)
@@ -60,7 +60,7 @@ def extract(
             try:
                 return _extract(run, listing, started)
             except BaseException:
-                # A start that failed leaves nothing, unless an image is stored. What went wrong before is what counts.
+                # A failed start leaves nothing unless an image is stored. The first error is the one to report.
                 with suppress(OSError, InternvitError):
                     run.output.withdraw()
                 raise
@@ -78,9 +78,9 @@ def _extract(run: Run, listing: Listing, started: float) -> Summary:
             _complete(run, plan)
         listing, skip_log = plan.listing, plan.skip_log
         existing = plan.existing if plan.is_up_to_date else None
-        del plan  # an index of a million images takes some hundred megabytes: one at a time
+        del plan  # an index of a million images takes some hundred MB
         with run.observer.phase("counting"):
-            if existing is None:  # what is counted is what lies on the disk
+            if existing is None:  # count what is on the disk
                 existing = load_existing(run.output, overwrite=run.options.store.overwrite)
             return summarize(
                 Account(run.options, run.output, listing, existing, totals, skip_log),
@@ -91,7 +91,7 @@ def _extract(run: Run, listing: Listing, started: float) -> Summary:
 
 
 def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> None:
-    """Encode what is missing: first what an earlier run planned, then what is new."""
+    """Encode what is missing, first what an earlier run planned, then what is new."""
     existing, planned, output = plan.existing, plan.planned, run.output
     rules = ShardPlanRules(plan.shard_size, plan.listing.sources, run.relocations)
     shard_plans = plan_shards(existing.finished, plan.gone, planned.table, rules)
@@ -127,11 +127,11 @@ def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> 
 
 
 def _check(run: Run, plan: RunPlan, shard_plans: list[ShardPlan], engine: RunEngine) -> None:
-    """Refuse before any work what cannot be done, and tell what a user should know before it.
+    """Refuse a run that cannot succeed, and report notes for the user, before any work.
 
     Raises:
-        OtherRecipeError: the model changed under its name.
-        InternvitError: an image cannot be used and the run is strict, or there is not enough space.
+        OtherRecipeError: The model has changed under the same name.
+        InternvitError: An image cannot be used and the run is strict, or there is not enough space.
     """
     plan.model.confirm_weights()
     for note in plan.model.notes:
@@ -148,7 +148,7 @@ def _check(run: Run, plan: RunPlan, shard_plans: list[ShardPlan], engine: RunEng
 
 
 def _check_space(run: Run, existing: Existing, shards: list[NewShard]) -> None:
-    """Refuse what cannot fit. An unfinished shard has had its space since it was created."""
+    """Refuse shards that do not fit on the disk; the space of an unfinished shard is already reserved."""
     output = run.output
     with disk_errors(output.path):  # such as a limit on the size of files
         needed = sum(output.backend.planned_bytes(shard) for shard in shards)
@@ -165,7 +165,7 @@ def _new_shard(plan: RunPlan, shard_plan: ShardPlan, engine: RunEngine, measured
 
 
 def _complete(run: Run, plan: RunPlan) -> None:
-    """Put the output in place of an older one where it replaces it, and clear the list of what was pruned."""
+    """Replace an older output if this one does, and remove pruned images from the list of skipped images."""
     run.output.complete()
     if run.options.store.prune:
         plan.skip_log.drop_others(is_skipped_by(run.output.finished(), plan.listing))

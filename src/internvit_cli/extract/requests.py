@@ -1,4 +1,4 @@
-"""What no extraction can do, refused before anything is looked at: names of outputs and of devices."""
+"""Refuse names of outputs and devices that no extraction can use, before anything is read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def find_output(options: ExtractOptions) -> Output:
-    """The output of a command; nothing is read or written.
+    """Return the output of a command without reading or writing anything.
 
     Raises:
-        UsageError: nothing can be written by its name, or the name and the options contradict each other.
+        UsageError: Its name is invalid, or contradicts the options.
     """
     store = options.store
     check_features_name(store.output)
@@ -32,11 +32,11 @@ def find_output(options: ExtractOptions) -> Output:
 
 
 def check_words(run: RunOptions) -> None:
-    """Refuse devices that no machine has, and what a named kind of device cannot do.
+    """Refuse devices that do not exist on any machine, and options that a kind of device does not support.
 
     Raises:
-        DeviceError: fp8 on a device that is not CUDA's.
-        UsageError: no device's name, or torch.compile on a device that is not CUDA's.
+        DeviceError: fp8 is requested on a device other than CUDA.
+        UsageError: A name is not that of a device, or torch.compile is requested on a device other than CUDA.
     """
     for name in run.devices:
         if name != ALL_DEVICES:

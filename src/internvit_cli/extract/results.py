@@ -1,4 +1,4 @@
-"""What a run did: counts that reconcile, where the time went, and one sentence on what to change."""
+"""Define the results of a run: counts that add up, the time per stage, and a sentence on what to change."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from internvit_cli.runtime.words import counted
 from internvit_cli.sources.left_out import LeftOut
 
 BUSY = 0.85
-"""A stage that works this share of the time is what limits the run."""
+"""A stage that is busy for this share of the time limits the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """Where the seconds of a run's main part went. The stages overlap: each is a share of the same wall clock."""
+    """The seconds of each stage in a run's main part. Stages overlap, so each is a share of the wall time."""
 
     wall: float = 0.0
     """Seconds from the first decode to the last commit."""
     decode: float = 0.0
-    """Reading and decoding, averaged over the workers."""
+    """Seconds of reading and decoding, averaged over the workers."""
     device: float = 0.0
-    """The encoder at work."""
+    """Seconds in which the encoder was busy."""
     write: float = 0.0
-    """Writing and syncing rows."""
+    """Seconds of writing and syncing rows."""
 
     @property
     def idle(self) -> float:
-        """Seconds in which the encoder waited."""
+        """The seconds in which the encoder waited."""
         return max(0.0, self.wall - self.device)
 
     def plus(self, other: Stages) -> Stages:
-        """The sum of two."""
+        """Return the sum of both."""
         return Stages(
             self.wall + other.wall, self.decode + other.decode, self.device + other.device, self.write + other.write
         )
 
     @property
     def bottleneck(self) -> str:
-        """One sentence: what limits the run, and what to do about it."""
+        """A sentence on what limits the run, and what to do about it."""
         if self.wall <= 0:
             return "Nothing had to be encoded."
         shares = {"device": self.device / self.wall, "decode": self.decode / self.wall, "write": self.write / self.wall}
@@ -59,18 +59,18 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """Images that a run is through with, and their tiles."""
+    """Numbers of images that a run has finished, and their tiles."""
 
     images: int = 0
     """Encoded."""
     skipped: int = 0
     tiles: int = 0
-    """Of the encoded images."""
+    """Tiles of the encoded images."""
     skipped_tiles: int = 0
-    """That the skipped images would have had."""
+    """Tiles that the skipped images would have had."""
 
     def plus(self, other: Tally) -> Tally:
-        """The sum of two."""
+        """Return the sum of both."""
         return Tally(
             self.images + other.images,
             self.skipped + other.skipped,
@@ -86,20 +86,20 @@ class Outlook:
     found: int
     to_encode: int
     tiles: int
-    """Of the images to encode."""
+    """Tiles of the images to encode."""
     skipped: int
-    """By now: by an earlier run, or because their headers cannot be read."""
+    """Images skipped so far, by an earlier run or because their headers cannot be read."""
     unlisted: int = 0
-    """Images to encode, beside `found`, that an unfinished run planned and that are not in this listing."""
+    """Images to encode that an unfinished run planned but that are not in this listing, not part of `found`."""
 
     @property
     def unchanged(self) -> int:
-        """Images that are done already."""
+        """The number of images that are already done."""
         return self.found - self.to_encode - self.skipped
 
     @property
     def sentence(self) -> str:
-        """The same in one line; what there is none of is left out."""
+        """The numbers in one line, without those that are zero."""
         terms = [f"{self.to_encode:,} to encode" + (f" ({counted(self.tiles, 'tile')})" if self.to_encode else "")]
         terms += [f"{self.unchanged:,} unchanged"] if self.unchanged else []
         terms += [f"{self.skipped:,} skipped"] if self.skipped else []
@@ -118,9 +118,9 @@ class Counts:
     skipped: int = 0
     pending: int = 0
     kept: int = 0
-    """Rows of the output whose picture is not in the listing, beside `found`."""
+    """Rows of the output whose picture is not in the listing, not part of `found`."""
     unchanged: int = 0
-    """Of the done images: those that an earlier run encoded."""
+    """Done images that an earlier run encoded."""
     reasons: dict[str, int] = field(default_factory=dict)
     """Skipped images by reason."""
 
@@ -131,27 +131,27 @@ class Summary:
 
     output: str
     skipped_path: str
-    """Where the skipped images are listed with their reasons."""
+    """The list of skipped images with their reasons."""
     model: str
     counts: Counts
     tiles: int
-    """Of the images encoded by this run."""
+    """Tiles of the images encoded by this run."""
     encoded: int
     """Images encoded by this run."""
     bytes: int
-    """Bytes of the output on disk."""
+    """The size of the output on disk in bytes."""
     seconds: float
-    """Wall clock of the whole command."""
+    """The wall time of the whole command in seconds."""
     stages: Stages
     device: str = ""
     dtype: str = ""
     batch_tiles: int = 0
     kernels: str = ""
-    """What the encoder computed with, and why where that is not the fastest."""
+    """The kernels of the encoder, with the reason if they are not the fastest."""
     left_out: LeftOut = field(default_factory=LeftOut)
-    """What lies in the sources and was not taken, beside the images found."""
+    """Files in the sources that were not taken."""
     notes: tuple[str, ...] = ()
-    """What a user should know beside the numbers."""
+    """Notes for the user."""
     is_up_to_date: bool = False
     """Whether the run found nothing to do."""
     stopped_by: int = 0
@@ -159,11 +159,11 @@ class Summary:
 
     @property
     def is_useless(self) -> bool:
-        """Whether not one image could be used."""
+        """Whether no image could be used."""
         return bool(self.counts.found) and self.counts.skipped == self.counts.found
 
     def exit_code(self, allow_skipped: int = 0) -> int:
-        """The code for the shell; up to `allow_skipped` skipped images count as success."""
+        """Return the exit code; up to `allow_skipped` skipped images count as success."""
         if self.stopped_by:
             return 128 + self.stopped_by
         if self.is_useless:
@@ -171,7 +171,7 @@ class Summary:
         return ExitCode.SKIPPED if self.counts.skipped > allow_skipped else ExitCode.DONE
 
     def to_json(self) -> dict[str, Any]:
-        """The flat object of `--json`."""
+        """Return the flat object of `--json`."""
         counts = asdict(self.counts)
         stages = {
             "decode": self.stages.decode,
@@ -204,7 +204,7 @@ VERSIONED_PACKAGES = ("internvit-cli", "torch", "pillow", "numpy", "h5py")
 
 
 def run_log_entry(stages: Stages, images: int, tiles: int) -> dict[str, Any]:
-    """One line of a shard's log of starts: what made these rows, beside the recipe and the device."""
+    """Return an entry for a shard's log of runs: facts about the run beyond the recipe and the device."""
     return {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": platform.node(),
@@ -217,7 +217,7 @@ def run_log_entry(stages: Stages, images: int, tiles: int) -> dict[str, Any]:
 
 
 def package_version(package: str) -> str:
-    """Version of an installed package; empty when it is not there."""
+    """Return the version of an installed package; empty if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -226,29 +226,29 @@ def package_version(package: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PlanSummary:
-    """The result of `plan`: what an extraction would do."""
+    """The result of `plan`."""
 
     output: str
     model: str
     layers: tuple[int, ...]
-    """Blocks after which features are taken, ascending."""
+    """Numbers of blocks after which features are taken, ascending."""
     images: int
-    """Found in the sources."""
+    """Images found in the sources."""
     skipped: int
-    """Whose header cannot be read."""
+    """Images whose header cannot be read."""
     reasons: dict[str, int]
     tiles: int
     histogram: dict[int, int]
-    """Images by number of tiles."""
+    """Numbers of images by number of tiles."""
     bytes: int
-    """Size of the output on disk."""
+    """The size of the output on disk in bytes."""
     free_bytes: int
-    """Free where the output would be."""
+    """The free space at the place of the output in bytes."""
     left_out: LeftOut = field(default_factory=LeftOut)
-    """What lies in the sources and would not be taken, beside the images found."""
+    """Files in the sources that would not be taken."""
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The flat object of `--json`."""
+        """Return the flat object of `--json`."""
         values = asdict(self) | {"left_out": self.left_out.to_json(), "notes": list(self.notes)}
         return values | {"fits": self.bytes <= self.free_bytes}

@@ -1,4 +1,4 @@
-"""What lies at the output already, and whether a run may go on with it."""
+"""Read what is already at the output, and decide whether a run may continue it."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Existing:
-    """The shards of an output: complete ones, and the one that an earlier run left unfinished."""
+    """The shards of an output: complete ones, and the unfinished one of an earlier run."""
 
     finished: tuple[FinishedShard, ...] = ()
     partial: FinishedShard | None = None
     damage: OutputError | None = None
-    """Why the complete ones could not be read; only `--overwrite` goes on from there."""
+    """Why the complete shards could not be read; only `--overwrite` can continue then."""
 
     @property
     def shards(self) -> list[FinishedShard]:
-        """All of them, oldest first."""
+        """All shards, oldest first."""
         return [*self.finished, *([self.partial] if self.partial else [])]
 
     @property
     def attributes(self) -> dict[str, Any] | None:
-        """Those of the newest shard; None without any."""
+        """The attributes of the newest shard; None if there is none."""
         return self.shards[-1].stored.attributes if self.shards else None
 
 
 def load_existing(output: Output, *, overwrite: bool) -> Existing:
-    """Read what is there.
+    """Read the existing output.
 
     Raises:
-        OutputError: it is damaged, and not to be overwritten, or it is none of ours.
+        OutputError: The output is damaged and not to be overwritten, or is not from internvit.
     """
     finished, damage = _load_or_damage(lambda: _complete(output), overwrite=overwrite)
-    # One that cannot be read is dropped, and what is finished stays.
+    # An unfinished shard that cannot be read is dropped; finished ones are kept.
     partial, _ = _load_or_damage(lambda: _listed(output.partial()), overwrite=overwrite)
     return Existing(finished, partial[0] if partial else None, damage)
 
 
 def shards_to_continue(output: Output, existing: Existing, wanted: Recipe, *, overwrite: bool) -> Existing:
-    """What of the existing shards a run with the recipe `wanted` goes on with.
+    """Return the existing shards that a run with the recipe `wanted` continues.
 
-    With `overwrite`, shards of another recipe are set aside, to be replaced when the new output is complete, and an
-    unfinished shard of another recipe is dropped.
+    With `overwrite`, shards with another recipe are kept until the new output is complete and then replaced, and an
+    unfinished shard with another recipe is dropped.
 
     Raises:
-        OtherRecipeError: there is another recipe and `overwrite` is off.
+        OtherRecipeError: There is another recipe, and `overwrite` is off.
     """
     if not overwrite:
         for shard in existing.shards:
@@ -88,7 +88,7 @@ def _load_or_damage(
 
 
 def _complete(output: Output) -> list[FinishedShard]:
-    """The complete shards, once every manifest has been read: that of an unfinished replacement too."""
+    """Return the complete shards, after reading every manifest, including that of an unfinished replacement."""
     output.next_number()
     return output.finished()
 

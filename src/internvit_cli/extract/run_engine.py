@@ -1,4 +1,4 @@
-"""The engine of a run, started when there is something to encode, and what coarse types cost on it."""
+"""Start the engine of a run when there is something to encode, and measure the accuracy of its types."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
 
 
 class RunEngine:
-    """Starts the engine of a run at most once. Close it."""
+    """Starts the engine of a run at most once; it has to be closed."""
 
     def __init__(self, run: Run, plan: RunPlan) -> None:
-        """Start nothing yet."""
+        """Prepare without starting anything."""
         self._run = run
         self._model = plan.model
         self._rule = plan.rule
         self._recorded_batch_tiles = int((plan.existing.attributes or {}).get("batch_tiles", 0)) or None
         self.started: Engine | None = None
-        """The engine; None until there was something to encode."""
+        """The engine; None until there is something to encode."""
 
     @property
     def recipe(self) -> Recipe:
-        """The run's recipe, with the type that the engine computes in once it has started."""
+        """The recipe of the run, with the compute type once the engine has started."""
         recipe = self._model.recipe
         return recipe if self.started is None else replace(recipe, compute_dtype=self.started.info.dtype)
 
     @property
     def batch_tiles_to_record(self) -> int:
-        """What a later run has to use again for the same bits; 0 where that does not matter."""
+        """The batch size that a later run has to use for the same bits; 0 if it does not matter."""
         return self.started.info.batch_tiles_to_record if self.started else 0
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a shard's log of runs says of this one."""
+        """Facts about this run for a shard's log of runs."""
         engine = self.started
         assert engine is not None, "facts are those of an engine that has encoded something"
         info = engine.info
@@ -67,7 +67,7 @@ class RunEngine:
         """Return the engine, started for this work if it is not yet.
 
         Raises:
-            InternvitError: a device is not there, the model does not fit, or its weights cannot be read.
+            InternvitError: A device does not exist, the model does not fit, or its weights cannot be read.
         """
         if self.started is not None:
             return self.started
@@ -81,10 +81,10 @@ class RunEngine:
         return engine
 
     def start_for_types(self) -> None:
-        """Know which type it computes in, where nothing else is to be done and only a device can tell.
+        """Determine the compute type if there is nothing to encode and only a device can tell.
 
         Raises:
-            InternvitError: see `start`.
+            InternvitError: See `start`.
         """
         if self.started is None and not self._model.dtype_is_known:
             self._start(None)
@@ -110,17 +110,17 @@ class RunEngine:
         return self.started
 
     def close(self) -> None:
-        """End the workers and let the devices go, however the run ended."""
+        """End the workers and release the devices, however the run ended."""
         if self.started is not None:
             self.started.close()
 
 
 def measure_accuracy(run: Run, plan: RunPlan, engine: RunEngine) -> dict[str, str]:
-    """Return what coarse types cost, as attributes: what the output records, or else what the first pictures show.
+    """Return the accuracy of low-precision types as attributes, as recorded or measured on the first pictures.
 
     Raises:
-        AccuracyError: a type is too coarse.
-        InternvitError: a device or the workers fail.
+        AccuracyError: A type is too inaccurate.
+        InternvitError: A device or the workers fail.
     """
     recipe, recorded = engine.recipe, plan.existing.attributes or {}
     names = measured_attributes(recipe)

@@ -1,4 +1,4 @@
-"""What a run will do, decided from the sources, the output and the headers, before anything is encoded."""
+"""Plan what a run will do from the sources, the output and the headers, before anything is encoded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A command under way: what it asks for, where to, who may stop it, and who is told."""
+    """A running command: its options, its output, the stop request, and the observer."""
 
     options: ExtractOptions
     output: Output
@@ -46,38 +46,38 @@ class Run:
 
     @property
     def relocations(self) -> list[Relocation]:
-        """Trees that moved since they were encoded."""
+        """Folders that moved since they were encoded."""
         return [Relocation(old, new) for old, new in self.options.store.relocations]
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal has asked it to end."""
+        """Whether a signal has requested a stop."""
         return bool(self.stop.signal)
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """All that is decided before anything is encoded."""
+    """Everything that is decided before anything is encoded."""
 
     listing: Listing
-    """What lies in the sources, without drawings of this program."""
+    """The files in the sources, without those that internvit drew."""
     existing: Existing
-    """What is at the output, and may be continued."""
+    """The existing output, which may be continued."""
     changes: Changes
-    """What of the listing is not in the output as it is now."""
+    """The entries of the listing that are new or changed."""
     planned: Plan
-    """Sizes and tiles of what changed."""
+    """Sizes and tiles of new and changed entries."""
     replaced: tuple[bytes, ...]
-    """Keys whose rows the planned images take the place of."""
+    """Keys whose rows the planned images replace."""
     dropped: tuple[bytes, ...]
-    """Keys whose rows `--prune` takes away."""
+    """Keys whose rows `--prune` drops."""
     model: ModelInUse
     skip_log: SkipLog
     rule: PixelRule
     shape: FeatureShape | None
-    """Of the rows; None where there is nothing to do, for then no model is looked at."""
+    """The shape of rows; None if there is nothing to do, because then no model is needed."""
     shard_size: ShardSize | None
-    """How large the shards of a folder are; None for one file."""
+    """The size of a folder's shards; None for a single file."""
 
     @property
     def is_up_to_date(self) -> bool:
@@ -86,12 +86,12 @@ class RunPlan:
 
     @property
     def gone(self) -> set[bytes]:
-        """Keys whose rows in finished shards no longer count."""
+        """The keys whose rows in finished shards no longer count."""
         return {*self.replaced, *self.dropped}
 
     @property
     def workload(self) -> Workload | None:
-        """All that is to be encoded, also what an earlier run planned; None when there is nothing."""
+        """All images to encode, including those that an earlier run planned; None if there are none."""
         partial = self.existing.partial
         tables = [self.planned.table, *([partial.stored.table] if partial else [])]
         counts = np.concatenate([decoded_tiles(table, self.rule)[table.status == Status.PENDING] for table in tables])
@@ -99,7 +99,7 @@ class RunPlan:
 
 
 def decoded_tiles(table: ImageTable, rule: PixelRule) -> NDArray[Any]:
-    """Return how many tiles each image is decoded to, [n] int64."""
+    """Return the number of tiles to which each image is decoded, [n] int64."""
     counts = table.tile_counts.astype(np.int64)
     return np.ones_like(counts) if rule.global_view_only else counts
 
@@ -108,13 +108,13 @@ def prepare(run: Run, listing: Listing) -> RunPlan:
     """Compare the sources with the output, and read the headers of what is new or changed.
 
     Args:
-        run: the command.
-        listing: what lies in the sources.
+        run: The command.
+        listing: The files in the sources.
 
     Raises:
-        OtherRecipeError: the output was made in another way.
-        NoImagesError: there are only drawings of this program.
-        InternvitError: the run cannot start.
+        OtherRecipeError: The output was made with another recipe.
+        NoImagesError: The sources hold only pictures that internvit drew.
+        InternvitError: The run cannot start.
     """
     store, output = run.options.store, run.output
     output.prepare()
@@ -127,10 +127,10 @@ def prepare(run: Run, listing: Listing) -> RunPlan:
     with run.observer.phase("comparing with the output", "image", len(listing)) as phase:
         changes = stored.compare(listing, skip_log, retry_skipped=store.retry_skipped, on_progress=phase.at)
     dropped = prunable(stored, changes, listing, confirmed=store.yes) if store.prune else []
-    del stored  # an index of a million images takes some hundred megabytes
+    del stored  # an index of a million images takes some hundred MB
     _list_unreadable_folders(listing, output, skip_log)
     if not existing.shards:
-        _shape_and_size(run, model, listing)  # refuses what cannot be before a million headers are read
+        _shape_and_size(run, model, listing)  # fails early, before a million headers are read
     rule = pixel_rule(model.recipe, run.options.pictures.max_pixels)
     planned = _read_headers(run, listing, changes, rule)
     drawn = set(planned.drawn)
@@ -156,10 +156,10 @@ def prepare(run: Run, listing: Listing) -> RunPlan:
 
 
 def _shape_and_size(run: Run, model: ModelInUse, listing: Listing) -> tuple[FeatureShape, ShardSize | None]:
-    """The shape of rows, and how large the shards of a folder are.
+    """Return the shape of rows, and the size of a folder's shards.
 
     Raises:
-        UsageError: shards are larger than asked for before they hold an image.
+        UsageError: Empty shards are already larger than requested.
     """
     shape = feature_shape(run.options, model.card, model.recipe)
     if run.output.is_file:
@@ -177,7 +177,7 @@ def _read_headers(run: Run, listing: Listing, changes: Changes, rule: PixelRule)
 
 
 def _list_unreadable_folders(listing: Listing, output: Output, skip_log: SkipLog) -> None:
-    """Put folders on the list of skipped images: they have no rows to show that they are listed already."""
+    """Add unreadable folders to the list of skipped images, unless they are already listed."""
     folders = {problem.path: problem.skipped for problem in listing.unreadable_folders}
     if folders:
         known = {os.fsencode(entry["key"]) for entry in read_skip_log(output.skipped_path)}

@@ -1,4 +1,4 @@
-"""The first pictures of a run, looked at before anything is made of them."""
+"""Sample tiles of the first pictures of a run, before anything is encoded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from internvit_cli.runtime.signals import Stop
 
 SAMPLE_IMAGES = 8
-"""From each the first and the last tile, which is the thumbnail where there is one."""
+"""Tiles per picture: the first and the last one, which is the thumbnail if there is one."""
 
 
 def sample_tiles(decoder: Decoder, jobs: Sequence[DecodeJob], stop: Stop) -> list[np.ndarray]:
-    """Two tiles of each picture that can be decoded, copied, uint8 [S,S,3], in the order of the jobs."""
+    """Return copies of two tiles per readable picture, uint8 [S,S,3] each, in the order of the jobs."""
     found: dict[int, list[np.ndarray]] = {}
     for item in decoder.run(jobs, lambda: bool(stop.signal)):
         if isinstance(item, DecodedImage):

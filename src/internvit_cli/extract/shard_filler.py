@@ -1,4 +1,4 @@
-"""One shard from its creation to its final name: earlier rows taken over and checked, the others encoded."""
+"""Fill a shard from its creation to its final name: copy and check earlier rows, and encode the others."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CreatedShard:
-    """A shard that lies at the output, with rows that are missing."""
+    """A shard that was created at the output, and lacks rows."""
 
     table: ImageTable
     attributes: dict[str, Any]
     later: Sequence[ShardPlan]
-    """Shards that will be made after it."""
+    """The shards that will be created after it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenShard:
-    """The same while rows are written to it."""
+    """A shard to which rows are being written."""
 
     table: ImageTable
     sources: Sequence[Source]
-    """What the table's `source` column counts."""
+    """The sources to which the table's `source` column refers."""
     writer: ShardWriter
     later: Sequence[ShardPlan]
 
@@ -64,7 +64,7 @@ class ShardFiller:
     """Fills the shards of a run, one after the other, and publishes each."""
 
     def __init__(self, run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> None:
-        """Take what all shards of the run have in common; `totals` adds up what was done."""
+        """Prepare what all shards of the run share; `totals` accumulates what was done."""
         self._run = run
         self._listing = plan.listing
         self._skip_log = plan.skip_log
@@ -74,15 +74,15 @@ class ShardFiller:
         self._totals = totals
 
     def fill(self, shard: CreatedShard, finished: StoredImages) -> None:
-        """Encode what is missing in a shard, and publish it when nothing is left and nobody asked to stop.
+        """Encode what is missing in a shard, and publish it if it is complete and no stop was requested.
 
         Args:
-            shard: what to fill.
-            finished: rows of complete shards of the output; those of the same images are taken over.
+            shard: The shard to fill.
+            finished: The rows of complete shards of the output, from which rows of the same images are copied.
 
         Raises:
-            OutputError: another run writes to the output too.
-            InternvitError: the disk, a device or the workers fail.
+            OutputError: Another run writes to the output too.
+            InternvitError: The disk, a device or the workers fail.
         """
         run, output, table = self._run, self._run.output, shard.table
         run.stop.is_working = True
@@ -98,7 +98,7 @@ class ShardFiller:
             self._publish(number, shard, older)
 
     def _write_rows(self, shard: _OpenShard, taken_over: Sequence[FinishedShard], *, is_begun: bool) -> None:
-        """Bring all rows to what they should be, as far as there is time."""
+        """Write all rows, until the shard is complete or a stop is requested."""
         table, writer = shard.table, shard.writer
         writer.rewrite_commit_records()
         self._encode_again(contradictory_rows(table, writer, self._skip_log), writer)
@@ -126,7 +126,7 @@ class ShardFiller:
             return recheck.damaged_rows(lambda: self._run.is_stopped)
 
     def _encode_again(self, rows: list[int], writer: ShardWriter) -> None:
-        """Turn rows of an earlier run pending, for they are not what was committed."""
+        """Mark rows of an earlier run as pending, because they are not what was committed."""
         writer.reset_to_pending(rows)
         self._totals.redone += len(rows)
         if rows:
@@ -154,7 +154,7 @@ class ShardFiller:
         writer.append_run_log(self._engine.facts | run_log_entry(result.stages, done.images, done.tiles))
 
     def _teller(self, phase: Phase, shard: _OpenShard, rows: NDArray[Any]) -> Callable[[Tally], None]:
-        """What tells how far all shards are together: what is done, what this one lacks, what later ones bring."""
+        """Return a callback that reports the progress over all shards."""
         before = self._totals.tally
         parts = [decoded_tiles(shard.table, self._rule)[rows]]
         parts += [decoded_tiles(shard_plan.table, self._rule)[shard_plan.to_encode] for shard_plan in shard.later]
@@ -170,10 +170,10 @@ class ShardFiller:
         return tell
 
     def _publish(self, number: int, shard: CreatedShard, older: dict[str, list[str]]) -> None:
-        """Give a complete shard its final name."""
+        """Publish a complete shard under its final name."""
         output = self._run.output
         with self._run.observer.phase("publishing"):
-            unpublished = output.partial()  # read once more: what cannot be read gets no final name
+            unpublished = output.partial()  # read again, because an unreadable shard must not get its final name
             if unpublished is None or (unpublished.stored.table.status == Status.PENDING).any():
                 raise OutputError(
                     f"another run writes to {output.path} too",
@@ -186,7 +186,7 @@ class ShardFiller:
 
 
 def is_skipped_by(shards: Sequence[FinishedShard], listing: Listing) -> Callable[[str], bool]:
-    """Return what tells whether a key belongs on the list of skipped images of an output with these shards."""
+    """Return a function that says whether a key belongs on the list of skipped images for these shards."""
     stored = StoredImages(shards)
     folders = {os.fsdecode(problem.path) for problem in listing.unreadable_folders}
     settled = (None, Status.DONE, Status.PENDING)

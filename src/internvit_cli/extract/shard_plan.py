@@ -1,4 +1,4 @@
-"""From planned images to the shards that will hold them."""
+"""Assign planned images to the shards that will hold them."""
 
 from __future__ import annotations
 
@@ -40,43 +40,43 @@ EMPTY_TABLE = ImageTable.build([], np.zeros(0, np.uint8), {name: np.zeros(0, np.
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """A shard to be made."""
+    """A shard to create."""
 
     table: ImageTable
     sources: Sequence[Source]
-    """What the table's `source` column counts."""
+    """The sources to which the table's `source` column refers."""
     kept: int = 0
-    """How many of its first rows a finished shard has already."""
+    """The number of its first rows that a finished shard already has."""
 
     @property
     def to_encode(self) -> NDArray[Any]:
-        """Numbers of the rows whose images no shard has yet, [k] int64."""
+        """The rows whose images no shard has yet, [k] int64."""
         return self.kept + np.flatnonzero(self.table.status[self.kept :] == Status.PENDING)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlanRules:
-    """How images are put into shards."""
+    """How images are assigned to shards."""
 
     size: ShardSize | None
-    """Of a folder's shards. None is one file, which is made anew when it changes."""
+    """The size of a folder's shards; None means a single file, which is rewritten when it changes."""
     sources: Sequence[Source]
-    """Of the added images."""
+    """The sources of the added images."""
     relocations: Sequence[Relocation]
 
 
 def plan_shards(
     finished: Sequence[FinishedShard], gone: Collection[bytes], added: ImageTable, rules: ShardPlanRules
 ) -> list[ShardPlan]:
-    """The shards to make: more of them in a folder; a single file is made anew, with the rows it has.
+    """Return the shards to create: additional ones in a folder, or a new single file with the existing rows.
 
-    A shard whose pictures moved is made anew too, for it names their source.
+    A shard whose pictures moved is rewritten too, because it names their source.
 
     Args:
-        finished: what is there.
-        gone: keys whose rows there count no more.
-        added: images to encode.
-        rules: how to cut.
+        finished: The existing shards.
+        gone: Keys whose rows in them no longer count.
+        added: The images to encode.
+        rules: How images are assigned to shards.
     """
     if rules.size is None and finished:
         if not len(added) and not gone and not is_moved(finished, rules.relocations):
@@ -91,7 +91,7 @@ def plan_shards(
 
 
 def is_moved(shards: Sequence[FinishedShard], relocations: Sequence[Relocation]) -> bool:
-    """Whether shards name a source that has moved since."""
+    """Return whether shards name a source that has moved since."""
     return bool(relocations) and any(
         stored_sources(shard.stored.attributes, shard.path)
         != stored_sources(shard.stored.attributes, shard.path, relocations)
@@ -102,23 +102,23 @@ def is_moved(shards: Sequence[FinishedShard], relocations: Sequence[Relocation])
 
 @dataclass(frozen=True, slots=True)
 class ShardSize:
-    """How large the shards of a folder may be. All their bytes count: rows, index, and what no image adds to."""
+    """The largest size of a folder's shards, which includes rows, index and all fixed parts."""
 
     most: int
     fixed: int
-    """Bytes of a shard beside its images."""
+    """Bytes of a shard without images."""
     shape: FeatureShape
     backend: ShardFormat
 
     @classmethod
     def of(cls, most: int | None, backend: ShardFormat, shape: FeatureShape, attributes: dict[str, Any]) -> ShardSize:
-        """A bound on shards with these attributes; None is `DEFAULT_SHARD_BYTES`.
+        """Return the limit for shards with these attributes; None means `DEFAULT_SHARD_BYTES`.
 
         Raises:
-            UsageError: a shard is larger before it has an image.
+            UsageError: A shard without images is already larger.
         """
         most = DEFAULT_SHARD_BYTES if most is None else most
-        # With its first tile every dataset gets room of its own.
+        # Every dataset gets its space with the first tile.
         table = ImageTable.build([b""], np.zeros(1, np.uint8), {name: np.ones(1, np.int64) for name in COLUMN_DTYPES})
         rows = sum(spec.nbytes for spec in shape.row_datasets(len(table), table.tiles))
         fixed = backend.planned_bytes(NewShard(table, shape, attributes)) - rows + backend.LOG_BYTES
@@ -130,9 +130,9 @@ class ShardSize:
         return cls(most, fixed, shape, backend)
 
     def split(self, table: ImageTable) -> Iterator[ImageTable]:
-        """Cut a table into shards; an image never spans two, and a shard over the bound holds but one image.
+        """Split a table into shards; an image never spans two, and a shard above the limit holds only one image.
 
-        The cuts follow from the images alone, so that a run that goes on makes the shards that it would have made.
+        The result depends only on the images, so that a continued run creates the same shards.
         """
         specs = self.shape.row_datasets(1, 1)
         per_tile = sum(spec.row_bytes for spec in specs if feature_name(spec.name).is_per_tile)
@@ -154,9 +154,9 @@ def merge_rows(
     sources: Sequence[Source],
     relocations: Sequence[Relocation] = (),
 ) -> ShardPlan:
-    """A shard that takes another's place: its rows without the dropped ones, then the added ones.
+    """Return a shard that replaces another: its rows without the dropped ones, followed by the added ones.
 
-    Rows that are done turn pending: they are copied once the new shard is there.
+    Done rows become pending, and are copied once the new shard exists.
     """
     table = old.stored.table
     kept = table.take(table.rows_without(old.superseded_keys.union(dropped)))
@@ -173,18 +173,18 @@ def merge_rows(
 
 @dataclass(frozen=True, slots=True)
 class RunMeasurements:
-    """What attributes say of the run that made a shard, known once its encoder is loaded."""
+    """Facts about a run for a shard's attributes, which are known once its encoder is loaded."""
 
     batch_tiles: int = 0
-    """What a later run has to use again for the same bits."""
+    """The batch size that a later run has to use for the same bits."""
     accuracy: Mapping[str, str] | None = None
-    """As `to_attributes` gives it."""
+    """The accuracy, from `to_attributes`."""
 
 
 def new_shard(
     shard_plan: ShardPlan, shape: FeatureShape, recipe: Recipe, card: ModelCard, measured: RunMeasurements | None = None
 ) -> NewShard:
-    """All that is known of a shard when it is created; before anything is measured, something of the same size."""
+    """Return the description of a new shard; before anything is measured, with placeholders of the same size."""
     measured = measured or RunMeasurements()
     accuracy = to_attributes(recipe, Accuracy()) if measured.accuracy is None else measured.accuracy
     attributes = {

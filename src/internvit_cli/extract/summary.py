@@ -1,4 +1,4 @@
-"""What a run comes to: every image accounted for, where the time went, and what a user should know beside that."""
+"""Summarize a run: the status of every image, the time per stage, and notes for the user."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Totals:
-    """What a run adds up while it goes on."""
+    """Totals that a run accumulates."""
 
     stages: Stages = field(default_factory=Stages)
     tally: Tally = field(default_factory=Tally)
     encoded_unlisted: int = 0
-    """Encoded images that are not in the listing: an unfinished run had planned them."""
+    """Encoded images that are not in the listing, because an unfinished run had planned them."""
     clamped: int = 0
     """Values that were clamped to the stored type's range."""
     dropped: int = 0
     """Rows of pictures that were deleted or are excluded now."""
     unsynced: str = ""
-    """What is not promised where the output is, for its folder cannot be synced."""
+    """What cannot be guaranteed at the output, because its folder cannot be synced."""
     is_up_to_date: bool = True
     """Whether there was nothing to do."""
     redone: int = 0
-    """Images that are done again because what was recorded of them is damaged."""
+    """Images that are encoded again because their records are damaged."""
     worth_retrying: int = 0
-    """Images that an earlier run skipped, that were not tried again, and that may well be read now."""
+    """Images that an earlier run skipped and that may well be readable now, but were not tried again."""
     drawn_and_named: int = 0
-    """Planned pictures that this program drew, and that a user named outright."""
+    """Planned pictures that internvit drew, and that the user named."""
 
     @classmethod
     def of(cls, plan: RunPlan) -> Totals:
-        """Return what is known before anything is encoded."""
+        """Return the totals before anything is encoded."""
         return cls(
             dropped=len(plan.dropped),
             is_up_to_date=plan.is_up_to_date,
@@ -70,7 +70,7 @@ class Totals:
         )
 
     def add(self, filled: EncodeResult) -> None:
-        """Another shard was filled."""
+        """Add the result of a shard."""
         self.stages = self.stages.plus(filled.stages)
         self.tally = self.tally.plus(filled.tally)
         self.clamped += filled.clamped
@@ -78,19 +78,19 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """All that a summary is made of, beside the engine."""
+    """Everything that a summary needs, except the engine."""
 
     options: ExtractOptions
     output: Output
     listing: Listing
     existing: Existing
-    """What is at the output at the end."""
+    """The output at the end of the run."""
     totals: Totals
     skip_log: SkipLog
 
 
 def summarize(account: Account, engine: Engine | None, *, seconds: float, stopped_by: int) -> Summary:
-    """The result of a run; without an engine nothing had to be encoded."""
+    """Return the result of a run; without an engine, nothing had to be encoded."""
     existing, totals = account.existing, account.totals
     info = engine.info if engine else None
     return Summary(
@@ -120,11 +120,11 @@ def look_ahead(
     """Count the images of a listing before anything is encoded.
 
     Args:
-        listing: of this command.
-        changes: what of it is not in the output as it is now.
-        existing: what is at the output.
-        plan: of the changes.
-        tiles_of: gives the tiles that each image of a table is decoded to, [n] int64.
+        listing: The listing of this command.
+        changes: Its entries that are new or changed.
+        existing: The existing output.
+        plan: The plan of the changes.
+        tiles_of: Returns the number of tiles to which each image of a table is decoded, [n] int64.
     """
     is_planned = plan.table.status == Status.PENDING
     images, tiles, unlisted = int(is_planned.sum()), int(tiles_of(plan.table)[is_planned].sum()), 0
@@ -175,7 +175,7 @@ def _notes(account: Account, engine: Engine | None) -> tuple[str, ...]:
 
 
 def _limit_notes(account: Account) -> Iterator[str]:
-    """Yield which limits pictures were skipped for, and what takes them."""
+    """Yield notes on limits for which pictures were skipped, with the limits that admit them."""
     stored, settled = StoredImages(account.existing.shards), (None, Status.DONE, Status.PENDING)
     exceeded = account.skip_log.exceeded_limits(lambda key: stored.status(os.fsencode(key)) not in settled)
     for name, (count, above) in sorted(exceeded.items()):

@@ -1,1 +1,1 @@
-"""The encoder: what a checkpoint is (no torch), how it is read, and the network itself."""
+"""Find, describe and read checkpoints (without torch), and define the network itself."""

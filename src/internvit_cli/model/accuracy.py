@@ -1,4 +1,4 @@
-"""What coarse types cost, measured on the first pictures of an output and stored in it."""
+"""Describe the accuracy of low-precision types, measured on the first pictures of an output and stored in it."""
 
 from __future__ import annotations
 
@@ -19,63 +19,63 @@ if TYPE_CHECKING:
 COMPUTE_ERROR = "compute_error"
 STORE_ERROR = "store_error"
 LOWEST_TOKEN_COSINE = 0.999
-"""Against bfloat16: a run in fp8 with a token below this is not worth its speed, and stops."""
+"""Lowest accepted cosine to bfloat16; a run in fp8 with a token below it stops."""
 ATTRIBUTE_CHARACTERS = 320
-"""An attribute has its length before its figures are known, for the size of a file is planned."""
+"""Characters of an attribute, which are reserved before the figures are known, because file sizes are planned."""
 
 
 class AccuracyError(InternvitError):
-    """A type is too coarse for these weights and pictures."""
+    """A type is too inaccurate for these weights and pictures."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeError:
-    """How far hidden states of some tiles are from those in wider types.
+    """The error of hidden states of some tiles, compared with wider types.
 
-    Those tokens count whose values are kept in some form: patches, and the class token where it is pooled.
+    It covers the tokens whose values are stored in some form: patches, and the class token if it is pooled.
     """
 
     tiles: int
-    """How many were measured."""
+    """The number of measured tiles."""
     lowest_cosine_bfloat16: float
-    """Of a token in the measured type and the same in bfloat16."""
+    """The lowest cosine of a token with the same token computed in bfloat16."""
     mean_cosine_bfloat16: float
     lowest_cosine_float32: float
     mean_cosine_float32: float
     relative_error_float32: float
-    """L2 norm of the difference as a share of that of the hidden states in float32."""
+    """The L2 norm of the difference to float32, divided by that of the hidden states in float32."""
 
     @property
     def is_acceptable(self) -> bool:
-        """Whether every token is close enough to its bfloat16 form; never so with a NaN."""
+        """Whether every token is close enough to bfloat16; False if there is a NaN."""
         return self.lowest_cosine_bfloat16 >= LOWEST_TOKEN_COSINE
 
 
 @dataclass(frozen=True, slots=True)
 class StoreError:
-    """How far stored tokens of some tiles are from what the encoder gave."""
+    """The error of stored tokens of some tiles, compared with the output of the encoder."""
 
     tiles: int
-    """How many were measured."""
+    """The number of measured tiles."""
     lowest_cosine: float
-    """Of a token as it is read back and as it was."""
+    """The lowest cosine of a token with its stored form."""
     mean_cosine: float
     relative_error: float
-    """L2 norm of the difference as a share of that of the tokens as they were."""
+    """The L2 norm of the difference, divided by that of the original tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """What was measured; None where the types in use need no measuring, or no tile could be decoded."""
+    """The measured errors; None for types that need no measurement, or if no tile could be decoded."""
 
     compute: ComputeError | None = None
     store: StoreError | None = None
 
     def check(self) -> None:
-        """Refuse what is too coarse.
+        """Refuse types that are too inaccurate.
 
         Raises:
-            AccuracyError: fp8 is further from bfloat16 than it may be.
+            AccuracyError: fp8 differs too much from bfloat16.
         """
         if self.compute is not None and not self.compute.is_acceptable:
             raise AccuracyError(
@@ -86,7 +86,7 @@ class Accuracy:
 
     @property
     def words(self) -> str:
-        """The figures for a reader; empty where there are none."""
+        """The figures in words; empty if there are none."""
         parts = []
         if (compute := self.compute) is not None:
             parts.append(
@@ -102,14 +102,14 @@ class Accuracy:
 
 
 def measured_attributes(recipe: Recipe) -> list[str]:
-    """Which attributes an output of a recipe has."""
+    """Return the names of the accuracy attributes that an output of a recipe has."""
     computes_coarsely = recipe.compute_dtype is ComputeDtype.FP8
     stores_coarsely = recipe.tokens is not Tokens.NONE and recipe.store_dtype.is_scaled
     return [name for name, is_due in ((COMPUTE_ERROR, computes_coarsely), (STORE_ERROR, stores_coarsely)) if is_due]
 
 
 def to_attributes(recipe: Recipe, accuracy: Accuracy) -> dict[str, str]:
-    """Attributes of an output: JSON objects, `{"tiles": 0}` where nothing could be measured."""
+    """Return the attributes of an output as JSON objects, `{"tiles": 0}` if nothing could be measured."""
     found = {COMPUTE_ERROR: accuracy.compute, STORE_ERROR: accuracy.store}
     return {name: _text(found[name]) for name in measured_attributes(recipe)}
 
@@ -118,13 +118,13 @@ def from_attributes(attributes: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return the figures of an output, by attribute.
 
     Raises:
-        ValueError: an attribute holds something else.
+        ValueError: An attribute holds something else.
     """
     return {name: _figures(attributes[name]) for name in (COMPUTE_ERROR, STORE_ERROR) if name in attributes}
 
 
 def is_measured(attribute: str) -> bool:
-    """Whether an attribute has figures: there was a tile to measure."""
+    """Return whether an attribute has figures, which needs a tile to measure."""
     return bool(_figures(attribute).get("tiles"))
 
 

@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are read: its shape, its pixels, its feature layer. No torch here."""
+"""Describe a model before its weights are read: its shape, its pixels and its feature layer, without torch."""
 
 from __future__ import annotations
 
@@ -22,111 +22,111 @@ Norm = Literal["layer_norm", "rms_norm"]
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The shape of the vision tower, whichever layout its config had."""
+    """The shape of the vision tower, for every layout of its config."""
 
     hidden_size: int
     num_layers: int
-    """Blocks in the checkpoint; fewer may run."""
+    """Number of blocks in the checkpoint; fewer may run."""
     num_heads: int
     mlp_size: int
     image_size: int
-    """Side of the square picture that the position table was trained for, pixels."""
+    """Side of the square picture for which the position table was trained, in pixels."""
     patch_size: int
     qkv_bias: bool
     qk_norm: bool
-    """RMS norm of queries and keys over all heads joined (the 6B family)."""
+    """Whether queries and keys have an RMS norm over all heads together (the 6B family)."""
     norm: Norm
     eps: float
 
     @property
     def head_dim(self) -> int:
-        """Values of one head."""
+        """The number of values of a head."""
         return self.hidden_size // self.num_heads
 
     @property
     def grid(self) -> int:
-        """Patches along one side of the position table."""
+        """The number of patches along a side of the position table."""
         return self.image_size // self.patch_size
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """All that planning needs to know of a model; made from its JSON files, never from its weights."""
+    """Everything that planning needs to know about a model, from its JSON files and never from its weights."""
 
     name: str
-    """As reports and feature files call it: a hub id, a directory, or tiny-random."""
+    """The name in reports and feature files: a hub id, a directory, or tiny-random."""
     origin: Origin
-    """Where the weights are; `catalog` when only the facts of a known model are at hand."""
+    """Where the weights are; `catalog` if only the facts of a known model are available."""
     directory: str | None
-    """The folder that holds the checkpoint, for origin `directory`."""
+    """The folder of the checkpoint, for origin `directory`."""
     revision: str | None
     """The resolved commit, for origin `hub`."""
     vision: VisionConfig
     normalization: Normalization
-    """What a tile's bytes become before the network."""
+    """The arithmetic on pixel values before the network."""
     select_layer: int | None
-    """The checkpoint's own choice as an index into hidden_states; None when it makes none."""
+    """The checkpoint's own choice as an index into hidden_states; None if it has none."""
     token_order: TokenOrder
-    """Order of visual tokens: v2 row by row, v1 column by column (older chat checkpoints)."""
+    """The order of visual tokens: v2 row by row, v1 column by column (older chat checkpoints)."""
     projector_size: int | None
-    """Size of a projected token; None when the checkpoint has no projector."""
+    """The size of a projected token; None if the checkpoint has no projector."""
     tile_size: int
-    """The default side of a tile, pixels."""
+    """The default side of a tile, in pixels."""
     weights_file: str | None = None
-    """The file with the weights, where the user named one."""
+    """The file with the weights, if the user named one."""
     own_tiling: OwnTiling = field(default_factory=OwnTiling)
     """How the checkpoint's own code cuts pictures."""
     offline: str = field(default="", compare=False)
-    """Why nothing more is fetched, for origin `hub`; empty when it may be."""
+    """Why nothing is fetched, for origin `hub`; empty if files may be fetched."""
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What a user should know of how the model was found."""
+    """Notes for the user on how the model was found."""
 
     @property
     def mean(self) -> Triple:
-        """Per channel, of rescaled values."""
+        """The mean of rescaled values, per channel."""
         return self.normalization.mean
 
     @property
     def std(self) -> Triple:
-        """Per channel, of rescaled values."""
+        """The standard deviation of rescaled values, per channel."""
         return self.normalization.std
 
     @property
     def recorded_name(self) -> str:
-        """What a feature file calls the model: a name that --model takes, from any working directory."""
+        """The name in feature files, which --model accepts in any working directory."""
         return recorded_name(self.name, self.directory, self.weights_file)
 
     def without_fetching(self) -> ModelCard:
-        """Return the same model with what is at hand of it."""
-        return self if self.offline else replace(self, offline="nothing is fetched now")
+        """Return the card with fetching turned off."""
+        return self if self.offline else replace(self, offline="nothing may be fetched now")
 
     def resolve_layers(self, wanted: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Numbers of blocks after which features are taken, ascending, each once; the last one is how many run.
+        """Return the numbers of blocks after which features are taken, ascending and unique; the last is how many run.
 
         Args:
-            wanted: indices into hidden_states, as `resolve_layer` takes one. None is the checkpoint's own choice.
+            wanted: Indices into hidden_states, as for `resolve_layer`. None means the checkpoint's own choice.
 
         Raises:
-            UsageError: one is out of range, or there are none.
-            ModelError: the checkpoint's own choice is out of range.
+            UsageError: An index is out of range, or there are none.
+            ModelError: The checkpoint's own choice is out of range.
         """
         if wanted is None:
             return (self.resolve_layer(),)
         if not wanted:
-            raise UsageError("--layer: no layer is named", "give numbers such as -4,-1, or auto")
+            raise UsageError("--layer names no layer", "give numbers such as -4,-1, or auto")
         return tuple(sorted({self.resolve_layer(layer) for layer in wanted}))
 
     def resolve_layer(self, layer: int | None = None) -> int:
-        """Number of blocks that run, 0 to `vision.num_layers`.
+        """Return the number of blocks that run, 0 to `vision.num_layers`.
 
         Args:
-            layer: an index into hidden_states, which has one entry more than there are blocks: 0 is the embeddings,
-                k is after block k, -1 is after the last. None is the checkpoint's own choice, or without one -4 for
-                models of 48 blocks (their last three only serve contrastive training), else -1.
+            layer: An index into hidden_states, which has one entry more than there are blocks: 0 is the embeddings,
+                k is after block k, -1 is after the last. None means the checkpoint's own choice; without one, it means
+                -4 for models with 48 blocks (their last three only serve contrastive training), and -1 for others.
 
         Raises:
             UsageError: `layer` is out of range.
-            ModelError: the checkpoint's own choice is.
+            ModelError: The checkpoint's own choice is out of range.
         """
         entries = self.vision.num_layers + 1
         index = layer
@@ -147,34 +147,34 @@ class ModelCard:
 
 
 def recorded_name(name: str, directory: str | None, weights_file: str | None) -> str:
-    """Return what a feature file calls a model that is at hand by this name, or in this directory."""
+    """Return the name that feature files have for a model with this name, or in this directory."""
     if directory is not None:
         return os.path.join(os.path.abspath(directory), weights_file or "").rstrip("/") or "/"
     return f"hf://{name}/{weights_file}" if weights_file else name
 
 
 class FeatureShapes(NamedTuple):
-    """What one tile leaves behind."""
+    """The shapes of the features of one tile."""
 
     tokens: int
-    """T: tokens a tile; 0 when none are stored."""
+    """T: tokens per tile; 0 if none are stored."""
     token_size: int
-    """C: values a token; 0 when none are stored."""
+    """C: values per token; 0 if none are stored."""
     pooled_size: int
     """d: values of the pooled vector."""
 
 
 def feature_shapes(card: ModelCard, tokens: Tokens, pool: Pool, tile_size: int) -> FeatureShapes:
-    """Shapes of a tile's features, and the check that the options fit the model.
+    """Return the shapes of a tile's features, and check that the options fit the model.
 
     Args:
-        card: the model.
-        tokens: which tokens are stored.
-        pool: how the pooled vector is made.
-        tile_size: side of a tile, pixels.
+        card: The model.
+        tokens: Which tokens are stored.
+        pool: How the pooled vector is computed.
+        tile_size: The side of a tile in pixels.
 
     Raises:
-        UsageError: the tile does not divide into whole tokens, or the model has no projector.
+        UsageError: The tile does not divide into whole tokens, or the model has no projector.
     """
     unit = 2 * PATCH_SIZE if tokens in {Tokens.VISUAL, Tokens.PROJECTED} else PATCH_SIZE
     if tile_size < unit or tile_size % unit:

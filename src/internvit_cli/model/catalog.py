@@ -1,6 +1,6 @@
-"""How a name becomes a ModelCard: from JSON files, or from a catalog of published models, or from tensors' shapes.
+"""Build the ModelCard for a name: from JSON files, from the catalog of published models, or from shapes of tensors.
 
-No weights are read here, and no torch is loaded.
+This module reads no weights, and does not import torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,13 @@ from internvit_cli.model.pixels import (
 )
 from internvit_cli.model.published import KNOWN_MODELS, TIMM_TOWERS, VISION_TINY, KnownModel
 from internvit_cli.model.shapes import vision_from_tensors
-from internvit_cli.model.weights import ADAPTER_CONFIG, adapter_refusal, choose_weights, other_weights, read_stored
+from internvit_cli.model.weights import (
+    ADAPTER_CONFIG,
+    adapter_refusal,
+    choose_weights,
+    other_weights_error,
+    read_stored,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,15 +59,15 @@ def describe_model(
     """Return the card of a model.
 
     Args:
-        name: what `parse_model_name` takes.
-        revision: branch, tag or commit on the hub; None is the main branch.
-        offline: use only what the hub cache holds, as the variable HF_HUB_OFFLINE does.
-        allow_catalog: when a known model's files cannot be had, answer from the catalog (origin `catalog`), which is
-            enough to plan with.
+        name: A name for `parse_model_name`.
+        revision: A branch, tag or commit on the hub; None means the main branch.
+        offline: Whether to use only the hub cache, as with the variable HF_HUB_OFFLINE.
+        allow_catalog: Whether to use the catalog (origin `catalog`) if the files of a known model are not available,
+            which is enough for planning.
 
     Raises:
-        ModelError: no such model, no network, or a config that is not an InternViT's.
-        UsageError: a revision of something that is not on the hub.
+        ModelError: There is no such model, no network, or the config does not describe an InternViT.
+        UsageError: A revision is given for a model that is not on the hub.
     """
     named = parse_model_name(name, revision)
     if named.is_built_in:
@@ -74,14 +80,14 @@ def describe_model(
         card = _card_of(files, named, allow_catalog=allow_catalog)
     except HubUnavailableError as error:
         if named.known is not None and allow_catalog and named.revision is None:
-            note = f"{error.message}: the model is described by the catalog of known models"
+            note = f"{error.message}: its description comes from the catalog of known models"
             return replace(known_card(named.known), notes=(note,))
         raise HubUnavailableError(error.message, error.hint or download_hint(named.repo)) from error
     return replace(card, notes=(*([note] if note else []), *card.notes))
 
 
 def known_card(model: KnownModel) -> ModelCard:
-    """Return the card of a known model, from the catalog alone."""
+    """Return the card of a known model from the catalog."""
     return _known_card(model.repo, model.vision, "catalog")
 
 
@@ -101,7 +107,7 @@ def _known_card(name: str, vision: VisionConfig, origin: Any) -> ModelCard:
 
 
 def _card_of(files: FolderFiles | HubFiles, named: ModelName, *, allow_catalog: bool = False) -> ModelCard:
-    """Return the card of a checkpoint at hand; every complaint says which one it is about."""
+    """Return the card of an available checkpoint; every error names the checkpoint."""
     try:
         return _card(files, named, allow_catalog=allow_catalog)
     except InternvitError as error:
@@ -116,10 +122,10 @@ def _card(files: FolderFiles | HubFiles, named: ModelName, *, allow_catalog: boo
     processor, source = _processor(files, config or {}, described)
     notes: tuple[str, ...] = ()
     if isinstance(files, HubFiles) and files.offline and not source and named.known is None:
-        notes = (f"no {PREPROCESSOR_FILE} of {files.repo} in the hub cache: pixels are normalized as ImageNet's",)
+        notes = (f"no {PREPROCESSOR_FILE} of {files.repo} in the hub cache: pixels are normalized as for ImageNet",)
     vision = described.vision
     if vision is None and allow_catalog and isinstance(files, HubFiles) and not files.has_weights:
-        vision = TIMM_TOWERS.get(described.timm)  # to plan with: its weights are not worth a download
+        vision = TIMM_TOWERS.get(described.timm)  # enough for planning, without downloading the weights
     if vision is None:
         weights = choose_weights(files, named.weights_file)
         vision, note = vision_from_tensors(read_stored(files, weights, weights.tensors), described.heads, files.where)
@@ -143,7 +149,7 @@ def _card(files: FolderFiles | HubFiles, named: ModelName, *, allow_catalog: boo
 
 
 def _config(files: FolderFiles | HubFiles) -> dict[str, Any] | None:
-    """Return a checkpoint's config.json; None for weights that have none."""
+    """Return the config.json of a checkpoint; None if there are only weights."""
     path = files.find(CONFIG_FILE)
     if path is None and not files.lacks(CONFIG_FILE):
         path = files.need(CONFIG_FILE)
@@ -154,13 +160,13 @@ def _config(files: FolderFiles | HubFiles) -> dict[str, Any] | None:
         raise adapter_refusal(files)
     if any(name.endswith(WEIGHTS_SUFFIX) for name in names):
         return None
-    raise other_weights(files.where, names) or files.lacking(CONFIG_FILE)
+    raise other_weights_error(files.where, names) or files.lacking(CONFIG_FILE)
 
 
 def _processor(
     files: CheckpointFiles, config: Mapping[str, Any], described: ConfigDescription
 ) -> tuple[Mapping[str, Any], str]:
-    """Return the settings of a checkpoint's image processor, and where they stand."""
+    """Return the settings of a checkpoint's image processor, and the file that holds them."""
     if not described.timm:
         return read_processor(files)
     own = config.get("pretrained_cfg")

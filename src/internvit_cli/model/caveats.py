@@ -1,4 +1,4 @@
-"""What a reader of features should know before looking at anything that was made of them."""
+"""Warn about features that may mean little."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ if TYPE_CHECKING:
 
 
 def caveats(features: Features) -> tuple[str, ...]:
-    """Return one sentence for each reason to distrust what the features seem to say."""
+    """Return one sentence per reason to distrust results based on these features."""
     return (RANDOM_WEIGHTS,) if features.attributes.get("model") == TINY_RANDOM else ()

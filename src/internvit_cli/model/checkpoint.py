@@ -1,4 +1,4 @@
-"""Weights of any published layout under one set of names: found, checked, digested, read. No torch, no pickle."""
+"""Locate, check, hash and read the weights of any published layout under one set of names, without torch or pickle."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from internvit_cli.errors import ModelError, UsageError
 from internvit_cli.model.files import files_of
-from internvit_cli.model.json_files import unreadable
+from internvit_cli.model.json_files import unreadable_error
 from internvit_cli.model.kinds import (
     ORIGINAL_HINT,
-    no_tower,
-    other_tower,
+    no_tower_error,
+    other_tower_error,
     refuse_altered,
     refuse_first_internvl,
 )
@@ -45,29 +45,29 @@ if TYPE_CHECKING:
 READ_BYTES = 8 << 20
 
 FLOAT_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-"""The types a weight may have; anything else is a quantized checkpoint, which nothing here can undo."""
+"""The types that a weight may have; other types mean a quantized checkpoint, which is not supported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One tensor under its standalone name: its parts' bytes, one after another, are its own."""
+    """A tensor under its standalone name; its bytes are those of its parts, one after the other."""
 
     dtype: str
-    """In the words of safetensors: F32, BF16, F16 or F64."""
+    """The safetensors name of the type: F32, BF16, F16 or F64."""
     shape: tuple[int, ...]
     parts: tuple[StoredTensor | np.ndarray, ...]
-    """In files, or for tiny-random in memory."""
+    """The parts, in files or, for tiny-random, in memory."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole tensor."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * FLOAT_BYTES[self.dtype]
 
 
 class Checkpoint:
-    """The tensors that a run uses, located and checked; nothing is read until asked for.
+    """The tensors that a run uses, located and checked; they are read on demand.
 
-    Open one with `Checkpoint.open`.
+    Use `Checkpoint.open` to create one.
     """
 
     def __init__(
@@ -75,25 +75,26 @@ class Checkpoint:
     ) -> None:
         self.card = card
         self.blocks = blocks
-        """How many blocks run."""
+        """The number of blocks that run."""
         self.weights = weights
-        """By standalone name."""
+        """The tensors by standalone name."""
         self.notes = notes
-        """What a user should know of how they were found."""
+        """Notes for the user on how the weights were found."""
 
     @classmethod
     def open(cls, card: ModelCard, *, layer: int, projector: bool = False, observer: Observer = SILENT) -> Checkpoint:
-        """Locate (on the hub: fetch) the tensors of a run and check their names, types and shapes.
+        """Locate the tensors of a run, fetch them from the hub if needed, and check their names, types and shapes.
 
         Args:
-            card: the model.
-            layer: how many blocks run, from `ModelCard.resolve_layer`.
-            projector: True when projected tokens are wanted.
-            observer: told how the weights are fetched.
+            card: The model.
+            layer: The number of blocks that run, from `ModelCard.resolve_layer`.
+            projector: Whether projected tokens are needed.
+            observer: Receives the progress of downloads.
 
         Raises:
-            ModelError: no weights, or a missing, extra, misshapen or broken tensor, named in the message.
-            UsageError: a projector is wanted of a model that has none.
+            ModelError: There are no weights, or the message names a tensor that is missing, unexpected, misshapen or
+                broken.
+            UsageError: The model has no projector, but one is needed.
         """
         if projector and card.projector_size is None:
             raise UsageError(f"--tokens projected: {card.name} has no projector", "use --tokens visual")
@@ -110,10 +111,10 @@ class Checkpoint:
         return cls(card, layer, weights, (chosen.note,) if chosen.note else ())
 
     def digest(self, observer: Observer = SILENT) -> str:
-        """SHA-256 over the sorted names, types, shapes and bytes of the tensors used: equal across layouts.
+        """Return the SHA-256 of the names, types, shapes and bytes of the tensors in use, equal for all layouts.
 
         Raises:
-            ModelError: a file can't be read.
+            ModelError: A file cannot be read.
         """
         sha = hashlib.sha256()
         buffer = np.empty(READ_BYTES, np.uint8)
@@ -132,10 +133,10 @@ class Checkpoint:
         return sha.hexdigest()
 
     def read(self, name: str) -> np.ndarray:
-        """The bytes of one tensor, a fresh writable uint8 array [nbytes] that belongs to the caller.
+        """Return the bytes of a tensor as a new writable uint8 array [nbytes].
 
         Raises:
-            ModelError: the file can't be read.
+            ModelError: The file cannot be read.
         """
         weight = self.weights[name]
         data = np.empty(weight.nbytes, np.uint8)
@@ -150,11 +151,11 @@ class Checkpoint:
 def _locate(
     stored_names: list[str], card: ModelCard, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[str, ...]]:
-    """Return for each wanted standalone name the stored names of its parts, in order."""
+    """Return the stored names of the parts of each standalone name, in order."""
     refuse_first_internvl(stored_names, card.name)
     towers = find_towers(stored_names, card.name)
     if not towers:
-        raise no_tower(stored_names, card.name)
+        raise no_tower_error(stored_names, card.name)
     known = expected_shapes(card.vision, card.vision.num_layers, None)
     tower = choose_tower(towers, known, [name for name in shapes if not name.startswith(PROJECTOR)], card.name)
     _refuse_others(tower, known, card.name)
@@ -169,14 +170,14 @@ def _locate(
 
 
 def _refuse_others(tower: Tower, known: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse a tower that is more, or something else, than the config says."""
+    """Refuse a tower with tensors that the config does not describe."""
     refuse_altered(tower.slots.values(), where)
     for (name, _), stored_name in tower.slots.items():
         if name in known or name in UNUSED:
             continue
-        if other := other_tower([stored_name], where):
+        if other := other_tower_error([stored_name], where):
             raise other
-        why = ": a norm behind the last block, which no InternViT has" if name in FINAL_NORMS else ""
+        why = ": a norm after the last block, which no InternViT has" if name in FINAL_NORMS else ""
         raise ModelError(
             f"{where}: unexpected tensor {stored_name!r}{why}", "its config.json does not describe these weights"
         )
@@ -216,7 +217,7 @@ def _weight(
 
 
 def _pieces(part: StoredTensor | np.ndarray, buffer: np.ndarray) -> Iterator[memoryview]:
-    """The bytes of a part, a buffer's worth at a time; each piece is valid until the next."""
+    """Yield the bytes of a part in pieces of the buffer's size; each piece is valid until the next one."""
     if isinstance(part, np.ndarray):
         yield part.reshape(-1).view(np.uint8).data
         return
@@ -241,15 +242,15 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         with opened(path) as file:
             yield file
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
 
 
 def _fill(file: BinaryIO, path: str, offset: int, target: np.ndarray) -> None:
-    """Read exactly the target's bytes; one read returns at most 2 GiB, and fewer when the file has shrunk."""
+    """Fill the target from a file; a single read returns at most 2 GiB, and less if the file has shrunk."""
     done = 0
     file.seek(offset)
     while done < len(target):
         count = file.readinto(target[done:].data)  # type: ignore[attr-defined]
         if not count:
-            raise ModelError(f"{path}: became shorter while it was read", "run again when nothing writes to it")
+            raise ModelError(f"{path}: became shorter while it was read", "run again once nothing writes to it")
         done += count

@@ -1,8 +1,8 @@
-"""From a config.json in any published layout to what it says of the vision tower and of what stands behind it.
+"""Read what a config.json in any published layout says about the vision tower and the parts after it.
 
 Sources, as in docs/model.md: OpenGVLab's configuration_intern_vit.py and configuration_internvl_chat.py, which NVLM-D,
 H2OVL-Mississippi, Skywork-R1V and Sa2VA follow; and transformers' InternVLVisionConfig and InternVLConfig, which
-Intern-S1 follows: they rename some keys and leave out those that have their default value.
+Intern-S1 follows. The latter rename some keys, and leave out those with their default value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.config import PATCH_SIZE, TokenOrder
 from internvit_cli.errors import ModelError
 from internvit_cli.model.card import Norm, VisionConfig
-from internvit_cli.model.json_files import short
+from internvit_cli.model.json_files import short_repr
 from internvit_cli.model.kinds import first_internvl_refusal, kind_of_tower, name_of_tower
 from internvit_cli.model.pixels import is_number
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 LLM_DEFAULT_HIDDEN_SIZE = 4096
-"""Llama's, Qwen2's, Qwen3's and InternLM2's own default, which transformers leaves out of a saved config."""
+"""The default of Llama, Qwen2, Qwen3 and InternLM2, which transformers leaves out of a saved config."""
 
 MOST_LAYERS = 256
 MOST_HEADS = 1024
 MOST_HIDDEN = 1 << 16
 MOST_MLP = 1 << 18
 MOST_SIDE = 512 * PATCH_SIZE
-"""Several times what any InternViT has: beyond, a config is made up, and taking it at its word takes the memory."""
+"""Limits several times above any InternViT, because a made-up config could ask for all memory."""
 
 TIMM_PREFIX = "vit_intern"
-"""How timm's names of InternViT begin: vit_intern300m_patch14_448."""
+"""Prefix of timm's names of InternViT, such as vit_intern300m_patch14_448."""
 
 _OFFICIAL_TYPES = ("intern_vit", "internvit")
 _NATIVE_TYPES = ("internvl_vision", "interns1_vision")
@@ -41,7 +41,7 @@ _NATIVE_KEYS = frozenset({"attention_bias", "use_qk_norm"})
 _SECTIONS = ("vision_config", "llm_config", "text_config")
 _DEEPEST = 4
 
-# A key that a config leaves out has the default of the class that wrote it; the two classes disagree (docs/model.md).
+# A missing key has the default of the class that wrote the config; the two classes disagree (docs/model.md).
 _OFFICIAL_DEFAULTS = {
     "hidden_size": 3200,
     "num_hidden_layers": 48,
@@ -71,30 +71,30 @@ _NATIVE_NAMES = {"qkv_bias": "attention_bias", "qk_normalization": "use_qk_norm"
 
 @dataclass(frozen=True, slots=True)
 class ConfigDescription:
-    """What a config.json says of a model."""
+    """What a config.json says about a model."""
 
     vision: VisionConfig | None
-    """None when it says nothing of the tower: the tensors decide."""
+    """The tower; None if the config does not describe it, and the tensors have to."""
     heads: int | None
-    """Attention heads, for a tower that the tensors decide: they do not show in any shape."""
+    """Attention heads of a tower that the tensors describe, because no shape depends on them."""
     select_layer: int | None
     token_order: TokenOrder
     projector_size: int | None
     tile_size: int | None
-    """Pixels; None is the tower's own size."""
+    """Side of a tile in pixels; None means the tower's own size."""
     timm: str = ""
-    """The architecture, where timm wrote it."""
+    """The architecture, if timm wrote the config."""
 
 
 NOTHING = ConfigDescription(None, None, None, TokenOrder.V2, None, None)
-"""What no config says."""
+"""The description of a checkpoint without a config."""
 
 
 def describe_config(config: Mapping[str, Any]) -> ConfigDescription:
     """Return what a config.json says, in any layout.
 
     Raises:
-        ModelError: it is of another model than an InternViT, or has a nonsensical value; the message names it.
+        ModelError: The config describes another model, or has an invalid value, which the message names.
     """
     _check_words(config)
     if "qllama_config" in config:
@@ -105,21 +105,23 @@ def describe_config(config: Mapping[str, Any]) -> ConfigDescription:
         return ConfigDescription(vision, None, _layer(config), TokenOrder.V2, None, None)
     towers: list[Mapping[str, Any]] = []
     for tower in _towers_within(config, _DEEPEST):
-        if tower not in towers:  # some configs repeat it
+        if tower not in towers:  # some configs contain it twice
             towers.append(tower)
     if len(towers) == 1:
         return _describe_whole(config, towers[0])
     if towers:
-        raise ModelError(f"config.json: it describes {len(towers)} InternViT", "name a checkpoint that has one")
+        raise ModelError(
+            f"config.json: it describes {len(towers)} InternViT towers", "name a checkpoint with one of them"
+        )
     return _describe_without_tower(config)
 
 
 def _describe_whole(config: Mapping[str, Any], tower: Mapping[str, Any]) -> ConfigDescription:
-    """Describe a model with a tower in it."""
+    """Describe a model that contains a tower."""
     native = _is_native(tower)
     ratio = config.get("downsample_ratio", 0.5)
     if ratio != 0.5:
-        raise ModelError(f"config.json: downsample_ratio is {short(ratio)}; only 0.5 is supported")
+        raise ModelError(f"config.json: downsample_ratio is {short_repr(ratio)}; only 0.5 is supported")
     vision = vision_config(tower, native=native)
     return ConfigDescription(
         vision=vision,
@@ -132,12 +134,12 @@ def _describe_whole(config: Mapping[str, Any], tower: Mapping[str, Any]) -> Conf
 
 
 def _describe_without_tower(config: Mapping[str, Any]) -> ConfigDescription:
-    """Describe a config without an InternViT in it: one that leaves it to the tensors, or one of another model."""
+    """Describe a config without an InternViT: either the tensors describe the tower, or it is another model."""
     architecture = config.get("architecture")
     if isinstance(architecture, str):
         if not architecture.startswith(TIMM_PREFIX):
             raise ModelError(
-                f"config.json: timm's {architecture[:80]} is no InternViT", "name a checkpoint of vit_intern300m"
+                f"config.json: timm's {architecture[:80]} is not an InternViT", "name a checkpoint of vit_intern300m"
             )
         own = config.get("model_args")
         heads = own.get("num_heads") if isinstance(own, dict) else None
@@ -146,14 +148,14 @@ def _describe_without_tower(config: Mapping[str, Any]) -> ConfigDescription:
     if isinstance(other, dict):
         raise ModelError(
             f"config.json: the vision tower is {name_of_tower(other)}, not an InternViT",
-            "name an InternViT, or a model that has one",
+            "name an InternViT, or a model that contains one",
         )
-    if "mm_vision_tower" in config:  # LLaVA's code, with which the first InternVL models were trained
+    if "mm_vision_tower" in config:  # a key of LLaVA's code, with which the first InternVL models were trained
         named = config["mm_vision_tower"]
         if isinstance(named, str) and "intern" not in named.casefold() and (kind := kind_of_tower(named)):
             raise ModelError(
                 f"config.json: the vision tower is {kind} ({named[:80]}), not an InternViT",
-                "name an InternViT, or a model that has one",
+                "name an InternViT, or a model that contains one",
             )
         layer = config.get("mm_vision_select_layer")
         return ConfigDescription(None, None, _whole_number("mm_vision_select_layer", layer), TokenOrder.V2, None, None)
@@ -161,18 +163,20 @@ def _describe_without_tower(config: Mapping[str, Any]) -> ConfigDescription:
     if model_type is None and "architectures" not in config:
         return ConfigDescription(None, _heads(config.get("num_attention_heads")), None, TokenOrder.V2, None, None)
     if other is not None:
-        raise ModelError(f"config.json: vision_config is {short(other)}, not an object", "download the model again")
+        raise ModelError(
+            f"config.json: vision_config is {short_repr(other)}, not an object", "download the model again"
+        )
     said = f"model_type is {model_type!r}" if model_type else f"architectures is {str(config['architectures'])[:80]}"
     kind = kind_of_tower(str(model_type)) or ""
     raise ModelError(
-        f"config.json: {said}{kind and f' ({kind})'}, which is no InternViT and has none in it",
+        f"config.json: {said}{kind and f' ({kind})'}, which neither is nor contains an InternViT",
         "name a checkpoint whose model_type is intern_vit_6b, internvl_chat, internvl or internvl_vision, "
-        "or another model with an InternViT in it",
+        "or another model that contains an InternViT",
     )
 
 
 def looks_like_tower(section: Mapping[str, Any]) -> bool:
-    """Return whether a part of a config is of an InternViT: by its type, its class, or the keys that only it has."""
+    """Return whether a part of a config describes an InternViT, by its type, its class, or its special keys."""
     model_type = section.get("model_type")
     if isinstance(model_type, str) and (
         model_type in _NATIVE_TYPES or model_type.casefold().startswith(_OFFICIAL_TYPES)
@@ -186,7 +190,7 @@ def looks_like_tower(section: Mapping[str, Any]) -> bool:
 
 
 def _is_native(section: Mapping[str, Any]) -> bool:
-    """Return whether a tower's keys have transformers' names and defaults."""
+    """Return whether the keys of a tower have transformers' names and defaults."""
     if _OFFICIAL_KEYS & section.keys():
         return False
     return section.get("model_type") in _NATIVE_TYPES or bool(_NATIVE_KEYS & section.keys())
@@ -204,29 +208,29 @@ def _towers_within(config: Mapping[str, Any], depth: int) -> Iterator[Mapping[st
 
 
 def _check_words(config: Mapping[str, Any]) -> None:
-    """Refuse types that are no words, wherever one is looked at."""
+    """Refuse a model_type that is not a string."""
     sections = [("", config)] + [(f"{key}.", config[key]) for key in _SECTIONS if isinstance(config.get(key), dict)]
     for prefix, section in sections:
         model_type = section.get("model_type")
         if model_type is not None and not isinstance(model_type, str):
-            raise ModelError(f"config.json: {prefix}model_type is {short(model_type)}, not a word")
+            raise ModelError(f"config.json: {prefix}model_type is {short_repr(model_type)}, not a string")
 
 
 def vision_config(raw: Mapping[str, Any], *, native: bool) -> VisionConfig:
     """Return the tower that a part of a config.json describes.
 
     Args:
-        raw: its keys and values; keys unknown here are ignored.
+        raw: Its keys and values; unknown keys are ignored.
         native: True for transformers' own names and defaults, False for those of the official code.
 
     Raises:
-        ModelError: a value that no InternViT can have; the message names its key.
+        ModelError: A value is impossible for an InternViT; the message names its key.
     """
     keys = _Keys(raw, native=native)
     for key, only in (("hidden_act", "gelu"), ("num_channels", 3)):
         if raw.get(key, only) != only:
-            raise ModelError(f"config.json: {key} is {short(raw[key])}; only {only!r} is an InternViT")
-    return checked(
+            raise ModelError(f"config.json: {key} is {short_repr(raw[key])}; only {only!r} is an InternViT")
+    return checked_vision_config(
         VisionConfig(
             hidden_size=keys.count("hidden_size", MOST_HIDDEN),
             num_layers=keys.count("num_hidden_layers", MOST_LAYERS),
@@ -242,11 +246,11 @@ def vision_config(raw: Mapping[str, Any], *, native: bool) -> VisionConfig:
     )
 
 
-def checked(vision: VisionConfig) -> VisionConfig:
-    """Return a tower's shape when its numbers fit each other.
+def checked_vision_config(vision: VisionConfig) -> VisionConfig:
+    """Return the shape of a tower if it is consistent.
 
     Raises:
-        ModelError: they do not.
+        ModelError: The numbers contradict each other.
     """
     if vision.patch_size != PATCH_SIZE:
         raise ModelError(f"config.json: patch_size is {vision.patch_size}; every InternViT has {PATCH_SIZE}")
@@ -260,7 +264,7 @@ def checked(vision: VisionConfig) -> VisionConfig:
 
 
 class _Keys:
-    """Typed access to a config's values, under either naming; every complaint names the key as it was written."""
+    """Typed access to the values of a config with either naming; every error names the key as it was written."""
 
     def __init__(self, raw: Mapping[str, Any], *, native: bool) -> None:
         self._raw = raw
@@ -277,18 +281,18 @@ class _Keys:
         return _count(name, value, most)
 
     def side(self, key: str) -> int:
-        """A side in pixels; transformers writes it as a list of two."""
+        """Return a side in pixels, which transformers writes as a list of two."""
         name, value = self._get(key)
         if isinstance(value, list):
             if len(value) != 2 or value[0] != value[1]:
-                raise ModelError(f"config.json: {name} is {short(value)}; only squares are supported")
+                raise ModelError(f"config.json: {name} is {short_repr(value)}; only squares are supported")
             value = value[0]
         return _count(name, value, MOST_SIDE)
 
     def flag(self, key: str) -> bool:
         name, value = self._get(key)
         if not isinstance(value, bool):
-            raise ModelError(f"config.json: {name} is {short(value)}, not true or false")
+            raise ModelError(f"config.json: {name} is {short_repr(value)}, not true or false")
         return value
 
     def norm(self, key: str) -> Norm:
@@ -297,18 +301,18 @@ class _Keys:
             return "layer_norm"
         if value == "rms_norm":
             return "rms_norm"
-        raise ModelError(f"config.json: {name} is {short(value)}, neither 'rms_norm' nor 'layer_norm'")
+        raise ModelError(f"config.json: {name} is {short_repr(value)}, neither 'rms_norm' nor 'layer_norm'")
 
     def positive(self, key: str) -> float:
         name, value = self._get(key)
         if not is_number(value) or not 0 < value < 1:
-            raise ModelError(f"config.json: {name} is {short(value)}, not a small positive number")
+            raise ModelError(f"config.json: {name} is {short_repr(value)}, not a small positive number")
         return float(value)
 
 
 def _count(name: str, value: object, most: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-        raise ModelError(f"config.json: {name} is {short(value)}, not a whole number from 1 to {most}")
+        raise ModelError(f"config.json: {name} is {short_repr(value)}, not a whole number from 1 to {most}")
     return value
 
 
@@ -318,26 +322,26 @@ def _heads(value: Any) -> int | None:
 
 def _whole_number(name: str, value: Any) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or abs(value) > MOST_LAYERS):
-        raise ModelError(f"config.json: {name} is {short(value)}, not one whole number")
+        raise ModelError(f"config.json: {name} is {short_repr(value)}, not one whole number")
     return value
 
 
 def _layer(config: Mapping[str, Any]) -> int | None:
-    """Return the checkpoint's own feature layer, under either name."""
+    """Return the checkpoint's own feature layer, which has one of two names."""
     name = "select_layer" if config.get("select_layer") is not None else "vision_feature_layer"
     return _whole_number(name, config.get(name))
 
 
 def _token_order(config: Mapping[str, Any]) -> TokenOrder:
-    value = config.get("ps_version", "v1")  # the chat code's default when the key is absent
+    value = config.get("ps_version", "v1")  # the default of the chat code if the key is absent
     try:
         return TokenOrder(value)
     except ValueError as error:
-        raise ModelError(f"config.json: ps_version is {short(value)}, neither 'v1' nor 'v2'") from error
+        raise ModelError(f"config.json: ps_version is {short_repr(value)}, neither 'v1' nor 'v2'") from error
 
 
 def _llm_size(config: Mapping[str, Any]) -> int | None:
-    """Return the size of a projected token: that of the language model's; None where there is none."""
+    """Return the size of a projected token, which is that of the language model; None if there is none."""
     for key in ("llm_config", "text_config"):
         section = config.get(key)
         if isinstance(section, dict):

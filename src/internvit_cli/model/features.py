@@ -1,6 +1,6 @@
-"""From uint8 tiles to what is stored: tokens in their stored type, a pooled vector, and whether the values fit.
+"""Compute what is stored from uint8 tiles: tokens in their stored type, pooled vectors, and whether the values fit.
 
-Letters in shapes as in vit.py; T tokens a tile of size C each (`FeatureShapes`), d values of the pooled vector.
+Shapes use the letters of vit.py; T is the number of tokens per tile, C their size (`FeatureShapes`), d that of vectors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from internvit_cli.config import PATCH_SIZE, OnOverflow, Pool, StoreDtype, Token
 from internvit_cli.model.card import FeatureShapes, feature_shapes
 from internvit_cli.model.kernels.choice import base_dtype, kernels_for
 from internvit_cli.model.kernels.interface import Kernels, StorePlan
-from internvit_cli.model.kernels.probes import Case
+from internvit_cli.model.kernels.probes import ProbeSizes
 from internvit_cli.model.loading import load_projector, load_vit
 from internvit_cli.model.unshuffle import pixel_unshuffle
 from internvit_cli.model.vit import InternViT, Projector, TileEmbedding
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from internvit_cli.model.checkpoint import Checkpoint
 
 FITS, OVERFLOW, NOT_A_NUMBER = 0, 1, 2
-"""Verdicts on a tile; the last two are never stored."""
+"""Whether a tile can be stored; tiles with the last two values are not stored."""
 
 TORCH_STORE_DTYPE = {
     StoreDtype.FLOAT16: torch.float16,
@@ -35,9 +35,9 @@ TORCH_STORE_DTYPE = {
     StoreDtype.INT8: torch.int8,
     StoreDtype.FP8: torch.uint8,
 }
-"""fp8 as its bits."""
+"""The storage types; fp8 is stored as its bits."""
 
-# The smallest magnitude that rounds to infinity: the largest value plus half its last place.
+# The smallest magnitude that rounds to infinity: the largest value plus half a unit in its last place.
 _ROUNDS_TO_INFINITY = {
     StoreDtype.FLOAT16: 65504.0 + 16.0,
     StoreDtype.BFLOAT16: (2 - 2.0**-7) * 2.0**127 + 2.0**119,
@@ -49,7 +49,7 @@ _ROUNDS_TO_INFINITY = {
 
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
-    """Which features are taken from hidden states, and how they are stored."""
+    """Which features are computed from hidden states, and how they are stored."""
 
     tokens: Tokens
     pool: Pool
@@ -58,26 +58,26 @@ class FeatureSpec:
     store_dtype: StoreDtype
     on_overflow: OnOverflow = OnOverflow.SKIP
     earlier_layers: tuple[int, ...] = ()
-    """Layers whose features are taken beside those of the last block that runs, ascending."""
+    """Layers whose features are stored in addition to those of the last block that runs, ascending."""
 
 
 class LayerTensors(NamedTuple):
-    """Features of B tiles from one layer, on the device they were computed on."""
+    """Features of B tiles from one layer, on the device that computed them."""
 
     tokens: Tensor | None
-    """[B,T,C] in the stored type; None when none are stored."""
+    """Tokens [B,T,C] in the stored type; None if none are stored."""
     pooled: Tensor
     """[B,d] float32."""
     extremes: Tensor
-    """[B,2] float32: smallest and largest token value before storing; NaN when any token value is."""
+    """[B,2] float32: smallest and largest token value before storing; NaN if any token value is NaN."""
     clamped: Tensor
-    """[B] int64: token values that were clamped."""
+    """[B] int64: number of token values that were clamped."""
     scales: Tensor | None = None
-    """[B,T] float32: of tokens in a stored type that has them."""
+    """[B,T] float32: scales of tokens in a scaled type; None for other types."""
 
 
 class FeatureModel(nn.Module):
-    """The tower, the optional projector, and the choice of what to keep."""
+    """The tower, the optional projector, and the selection of features to keep."""
 
     def __init__(
         self, card: ModelCard, vit: InternViT, projector: Projector | None, spec: FeatureSpec, dtype: torch.dtype
@@ -100,7 +100,7 @@ class FeatureModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device on which the model runs."""
         return self.embedding.table.device
 
     @classmethod
@@ -113,24 +113,25 @@ class FeatureModel(nn.Module):
         dtype: torch.dtype,
         fused: bool = True,
     ) -> FeatureModel:
-        """Read a checkpoint's weights to the device.
+        """Load the weights of a checkpoint onto a device.
 
         Args:
-            checkpoint: opened for the blocks that run.
-            spec: what to keep.
-            device: where it runs.
-            dtype: the compute dtype; float8_e4m3fn is fp8 in linear layers and bfloat16 elsewhere, on a CPU emulated.
-            fused: whether Triton's kernels are used where they work.
+            checkpoint: The checkpoint, opened for the blocks that run.
+            spec: The features to keep.
+            device: The device.
+            dtype: The compute dtype; float8_e4m3fn means fp8 in linear layers and bfloat16 elsewhere (emulated on
+                CPUs).
+            fused: Whether Triton's kernels are used where they work.
 
         Raises:
-            DeviceError: fp8 on a CUDA card that can't.
-            ModelError: a weights file can't be read.
-            UsageError: the spec does not fit the model.
+            DeviceError: The CUDA card does not support fp8.
+            ModelError: A file of weights cannot be read.
+            UsageError: The spec does not fit the model.
         """
         if device.type == "cuda" and dtype is torch.float32:
             torch.set_float32_matmul_precision("highest")  # no TF32, whatever was set before
         plan = store_plan(checkpoint.card, spec)
-        case = Case(checkpoint.card.vision, spec.tile_size // PATCH_SIZE, plan)
+        case = ProbeSizes(checkpoint.card.vision, spec.tile_size // PATCH_SIZE, plan)
         kernels = kernels_for(device, dtype, case if fused else None)
         vit = load_vit(checkpoint, device=device, dtype=dtype, kernels=kernels, earlier_layers=spec.earlier_layers)
         projected = spec.tokens is Tokens.PROJECTED
@@ -138,20 +139,20 @@ class FeatureModel(nn.Module):
         return cls(checkpoint.card, vit, projector, spec, dtype)
 
     def forward(self, tiles: Tensor) -> tuple[LayerTensors, ...]:
-        """Features of uint8 RGB tiles [B,S,S,3] on the model's device: the main layer's, then the earlier layers'."""
+        """Return features of uint8 RGB tiles [B,S,S,3] on the model's device: main layer, then earlier layers."""
         if self.spec.tokens is Tokens.NONE and self.spec.pool is Pool.CLS:
             x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
             return tuple(self._pooled_only(row[:, 0].float()) for row in self.encoder.of_class(x, h))
         return tuple(map(self._features, self.hidden(tiles)))
 
     def hidden(self, tiles: Tensor) -> tuple[Tensor, ...]:
-        """Hidden states of uint8 RGB tiles [B,S,S,3], [B,1+N,C] each: the main layer's, then the earlier layers'."""
+        """Return the hidden states [B,1+N,C] of uint8 RGB tiles [B,S,S,3]: the main layer, then earlier layers."""
         x, h = self.embedding.with_norm(tiles, self.encoder.first_norm)
         states: tuple[Tensor, ...] = self.encoder(x, h)
         return states
 
     def _features(self, hidden: Tensor) -> LayerTensors:
-        """What is kept of one layer's hidden states [B,1+N,C]."""
+        """Return the features to keep from the hidden states [B,1+N,C] of one layer."""
         if self.plan is None:
             return self._pooled_only(self._pooled(hidden, None))
         stored = self.kernels.store(self.token_values(hidden), self.plan)
@@ -159,7 +160,7 @@ class FeatureModel(nn.Module):
         return LayerTensors(stored.tokens, pooled, stored.extremes, stored.clamped, stored.scales)
 
     def token_values(self, hidden: Tensor) -> Tensor:
-        """What is stored of hidden states [B,1+N,C], before it is: patches [B,N,C], or projected tokens [B,N/4,L]."""
+        """Return the values to store from hidden states [B,1+N,C]: patches [B,N,C], or projected tokens [B,N/4,L]."""
         patches = hidden[:, 1:]
         if self.projector is None:
             return patches
@@ -167,7 +168,7 @@ class FeatureModel(nn.Module):
         return projected
 
     def _pooled(self, hidden: Tensor, mean: Tensor | None) -> Tensor:
-        """[B,1+N,C], and the mean of its patches where it is known -> float32 [B,d]."""
+        """Pool [B,1+N,C] to float32 [B,d], with the mean of its patches if it is known."""
         cls = hidden[:, 0].float()
         if self.spec.pool is Pool.CLS:
             return cls
@@ -182,10 +183,10 @@ class FeatureModel(nn.Module):
 
 
 def store_plan(card: ModelCard, spec: FeatureSpec) -> StorePlan | None:
-    """How token values become what is stored; None when none are.
+    """Return how token values are stored; None if none are.
 
     Raises:
-        UsageError: the spec does not fit the model.
+        UsageError: The spec does not fit the model.
     """
     shapes = feature_shapes(card, spec.tokens, spec.pool, spec.tile_size)
     if spec.tokens is Tokens.NONE:
@@ -201,13 +202,13 @@ def store_plan(card: ModelCard, spec: FeatureSpec) -> StorePlan | None:
     )
 
 
-def verdicts(extremes: np.ndarray, pooled: np.ndarray, spec: FeatureSpec) -> np.ndarray:
-    """Whether each tile can be stored: uint8 [n] of FITS, OVERFLOW or NOT_A_NUMBER.
+def check_tiles(extremes: np.ndarray, pooled: np.ndarray, spec: FeatureSpec) -> np.ndarray:
+    """Return whether each tile can be stored: uint8 [n] of FITS, OVERFLOW or NOT_A_NUMBER.
 
     Args:
-        extremes: float32 [n,2].
-        pooled: float32 [n,d].
-        spec: with clamping, only the pooled vector can overflow.
+        extremes: Smallest and largest token values, float32 [n,2].
+        pooled: Pooled vectors, float32 [n,d].
+        spec: The features; with clamping, only the pooled vector can overflow.
     """
     limit = float("inf") if spec.on_overflow is OnOverflow.CLAMP else _ROUNDS_TO_INFINITY[spec.store_dtype]
     too_large = np.abs(extremes).max(axis=1) >= limit

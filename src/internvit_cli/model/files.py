@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint are: a folder, or a commit on the hub with what its cache holds."""
+"""Locate the files of a checkpoint in a folder, or in a commit on the hub and its cache."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from internvit_cli.model.card import ModelCard
 
 TINY_RANDOM = "tiny-random"
-RANDOM_WEIGHTS = f"{TINY_RANDOM} has random weights: its features carry no meaning and only serve to try the tool"
-"""The model that is built in memory: for trying the tool, never for features of worth."""
+RANDOM_WEIGHTS = f"{TINY_RANDOM} has random weights: its features carry no meaning, and only serve to try the tool"
+"""The warning for the model that is built in memory, which only serves to try the tool."""
 
 OFFLINE_HINT = f"pass the directory of a checkpoint as --model, or try the tool with --model {TINY_RANDOM}"
 
@@ -29,26 +29,26 @@ WEIGHTS_SUFFIX = ".safetensors"
 
 
 class CheckpointFiles(Protocol):
-    """The files of one checkpoint; nothing is opened here."""
+    """The files of a checkpoint, without opening them."""
 
     @property
     def where(self) -> str:
-        """The checkpoint as messages name it."""
+        """The name of the checkpoint in messages."""
         ...
 
     def names(self) -> frozenset[str]:
-        """Return the names of all files that there are.
+        """Return the names of all files.
 
         Raises:
-            ModelError: the hub has to be asked, and does not answer.
+            ModelError: The hub has to be asked, and does not answer.
         """
         ...
 
     def find(self, filename: str) -> str | None:
-        """Return the path of a file, fetched if need be; None when the checkpoint has no such file.
+        """Return the path of a file, and fetch it if needed; None if the checkpoint has no such file.
 
         Raises:
-            ModelError: it cannot be fetched.
+            ModelError: The file cannot be fetched.
         """
         ...
 
@@ -57,10 +57,10 @@ class CheckpointFiles(Protocol):
         ...
 
     def need(self, filename: str) -> str:
-        """Return the path of a file that the checkpoint cannot do without.
+        """Return the path of a required file.
 
         Raises:
-            ModelError: it is not there, or cannot be fetched; the hint says how to get it.
+            ModelError: The file does not exist or cannot be fetched; the hint says how to get it.
         """
         ...
 
@@ -73,18 +73,18 @@ class FolderFiles:
 
     @property
     def where(self) -> str:
-        """The folder."""
+        """The path of the folder."""
         return self.folder
 
     def names(self) -> frozenset[str]:
-        """Return the names of all entries, whatever they are."""
+        """Return the names of all entries of the folder, of any type."""
         try:
             return frozenset(os.listdir(self.folder))
         except OSError as error:
             raise ModelError(f"{self.folder}: {error.strerror or error}", OFFLINE_HINT) from error
 
     def find(self, filename: str) -> str | None:
-        """Return the path of an entry; a link counts even when what it points to is not there."""
+        """Return the path of an entry, which may be a broken link; None if there is none."""
         path = os.path.join(self.folder, filename)
         return path if os.path.lexists(path) else None
 
@@ -93,7 +93,7 @@ class FolderFiles:
         return self.find(filename) is None
 
     def need(self, filename: str) -> str:
-        """Return the path of an entry that has to be there."""
+        """Return the path of a required entry."""
         path = self.find(filename)
         if path is None:
             raise self.lacking(filename)
@@ -106,16 +106,16 @@ class FolderFiles:
 
 @dataclass(frozen=True, slots=True)
 class HubFiles:
-    """Files of a commit on the hub: those in its cache, and unless offline those that can be fetched."""
+    """Files of a commit on the hub: those in the cache and, unless offline, those that can be fetched."""
 
     repo: str
     commit: str
     offline: str = ""
-    """Why nothing is fetched; empty when files may be."""
+    """Why nothing is fetched; empty if files may be fetched."""
     listed: frozenset[str] | None = None
-    """All files of the commit, where the hub was asked and told; None where the cache was found to be enough."""
+    """All files of the commit, if the hub was asked; None if the cache is enough."""
     observer: Observer = field(default=SILENT, compare=False, repr=False)
-    """Told how a file is fetched."""
+    """Receives the progress of downloads."""
 
     @property
     def where(self) -> str:
@@ -124,16 +124,16 @@ class HubFiles:
 
     @property
     def cached(self) -> CachedModel:
-        """What the cache holds."""
+        """The model's folder in the cache."""
         return CachedModel.of(self.repo)
 
     @property
     def has_weights(self) -> bool:
-        """Whether some weights of the commit are in the cache."""
+        """Whether the cache holds any weights of the commit."""
         return any(name.endswith(WEIGHTS_SUFFIX) for name in self.cached.files(self.commit))
 
     def names(self) -> frozenset[str]:
-        """Return what the cache holds when that can be run or nothing is fetched, else what the hub lists."""
+        """Return the cached files if they are enough or nothing may be fetched, otherwise the hub's list."""
         if self.listed is not None:
             return self.listed
         here = self.cached.files(self.commit)
@@ -147,7 +147,7 @@ class HubFiles:
             raise
 
     def find(self, filename: str) -> str | None:
-        """Return the path in the cache of a file, or of what was fetched now; nobody is asked for it."""
+        """Return the path of a file in the cache, and fetch it if needed; None if the commit has no such file."""
         path = self.cached.find(self.commit, filename)
         return path if path is not None or self.listed is None else self._fetch(filename)
 
@@ -162,7 +162,7 @@ class HubFiles:
         return self.cached.is_known_absent(self.commit, filename)
 
     def need(self, filename: str) -> str:
-        """Return the path of a file that has to be there."""
+        """Return the path of a required file."""
         path = self.cached.find(self.commit, filename)
         if path is None and not self.offline:
             path = self._fetch(filename)
@@ -179,7 +179,7 @@ class HubFiles:
         )
 
     def missing(self, what: str) -> HubUnavailableError:
-        """Return the error that something of this commit is not in the cache and cannot be fetched."""
+        """Return the error that a part of the commit is not in the cache and cannot be fetched."""
         return HubUnavailableError(f"{self.repo}: {what} is not in the hub cache, and {self.offline}", self._hint(what))
 
     def _hint(self, what: str) -> str:
@@ -190,24 +190,24 @@ class HubFiles:
 
 
 def download_hint(repo: str) -> str:
-    """Return how to get a model to a machine without network, or do without."""
-    return f"run `hf download {repo}` where the hub can be reached; or {OFFLINE_HINT}"
+    """Return a hint on how to get a model onto a machine without network access."""
+    return f"run `hf download {repo}` on a machine that can reach the hub; or {OFFLINE_HINT}"
 
 
 def locate_on_hub(repo: str, revision: str | None, *, offline: bool = False) -> tuple[HubFiles, str]:
-    """Find the commit that a revision of a model on the hub names, and what may be fetched of it.
+    """Find the commit for a revision of a model on the hub, and decide whether its files may be fetched.
 
     Args:
-        repo: hub id.
-        revision: branch, tag or commit; None is main.
-        offline: ask nobody, as the variable HF_HUB_OFFLINE does.
+        repo: The hub id.
+        revision: A branch, tag or commit; None means main.
+        offline: Whether not to ask the hub, as with the variable HF_HUB_OFFLINE.
 
     Returns:
-        The files, and a note for the user when they are not those that the hub has now; empty when they are.
+        The files, and a note for the user if they may differ from those on the hub now; otherwise the note is empty.
 
     Raises:
-        HubUnavailableError: nobody was or could be asked, and the cache does not hold the revision.
-        ModelError: no such model or revision, or no access to it.
+        HubUnavailableError: The hub was not asked or did not answer, and the cache does not hold the revision.
+        ModelError: There is no such model or revision, or access to it is denied.
     """
     cached = CachedModel.of(repo)
     reason = OFFLINE_MODE if offline or is_offline() else ""
@@ -226,10 +226,10 @@ def locate_on_hub(repo: str, revision: str | None, *, offline: bool = False) -> 
 
 
 def _is_whole(cached: CachedModel, commit: str) -> bool:
-    """Return whether the cache holds enough of a commit, which never changes, to ask nobody about it.
+    """Return whether the cache holds enough of a commit, which never changes, so that the hub need not be asked.
 
-    Some of its shards may be missing, but not what decides how pixels are normalized: that file is optional, and
-    nothing else tells that it did not arrive.
+    Some of its shards may be missing, but not the file that decides how pixels are normalized: that file is optional,
+    so nothing else would reveal that it is missing.
     """
     here = cached.files(commit)
     is_processor_known = any(
@@ -240,25 +240,25 @@ def _is_whole(cached: CachedModel, commit: str) -> bool:
 
 def _note(cached: CachedModel, commit: str, revision: str | None, reason: str) -> str:
     if reason != OFFLINE_MODE:
-        return f"{reason}: commit {commit[:12]} of the hub cache is used; HF_HUB_OFFLINE=1 does not try"
+        return f"{reason}: commit {commit[:12]} of the hub cache is used; HF_HUB_OFFLINE=1 avoids the attempt"
     if revision is None and not cached.is_main(commit):
-        return f"main of {cached.repo} is not in the hub cache: its only commit there is used, {commit[:12]}"
+        return f"main of {cached.repo} is not in the hub cache, so its only cached commit is used, {commit[:12]}"
     return ""
 
 
 def files_of(card: ModelCard, observer: Observer = SILENT) -> CheckpointFiles:
-    """Return where the files of a described model are.
+    """Return the files of a described model.
 
     Args:
-        card: the model.
-        observer: told how a file is fetched.
+        card: The model.
+        observer: Receives the progress of downloads.
 
     Raises:
-        ModelError: only its description is known.
+        ModelError: Only the description of the model is known.
     """
     if card.origin == "directory" and card.directory is not None:
         return FolderFiles(card.directory)
     if card.origin == "hub" and card.revision is not None:
         return HubFiles(card.name, card.revision, card.offline, observer=observer)
     hint = download_hint(card.name if "/" in card.name else DEFAULT_MODEL)
-    raise ModelError(f"{card.name}: its weights are not here", hint)
+    raise ModelError(f"{card.name}: the weights are not available", hint)

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: asked once, for a bounded time, one line on failure, no secrets shown.
+"""Ask the Hugging Face hub once, with a time limit, and report failures in one line without secrets.
 
 HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honored by huggingface_hub itself.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from internvit_cli.runtime.observer import Phase
 
 TIMEOUT_SECONDS = 10.0
-"""The longest that the hub is waited for, whatever is slow about it: names, connections, proxies or answers."""
+"""Total time to wait for the hub, for whatever reason it is slow: names, connections, proxies or answers."""
 
 OFFLINE_MODE = "offline mode is on"
 
@@ -32,26 +32,26 @@ Value = TypeVar("Value")
 
 
 class HubUnavailableError(ModelError):
-    """The hub cannot be reached and its cache does not hold the file: a known model may do without."""
+    """The hub cannot be reached, and the cache does not hold the file; a known model may not need it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What the hub says of a revision."""
+    """The hub's answer for a revision."""
 
     commit: str
-    """40 hex digits."""
+    """The commit, as 40 hex digits."""
     files: frozenset[str]
-    """Names of all its files."""
+    """The names of all its files."""
 
 
 @lru_cache(maxsize=64)
 def ask(repo: str, revision: str | None) -> Commit:
-    """Ask the hub for the commit that a revision names now. An answer is kept for this process, a failure is not.
+    """Ask the hub for the current commit of a revision. Answers are cached in this process, failures are not.
 
     Raises:
-        HubUnavailableError: no answer within `TIMEOUT_SECONDS`.
-        ModelError: no such model or revision, or no access to it.
+        HubUnavailableError: There is no answer within `TIMEOUT_SECONDS`.
+        ModelError: There is no such model or revision, or access to it is denied.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -66,36 +66,39 @@ def ask(repo: str, revision: str | None) -> Commit:
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"{repo}: no such model on the hub, or a private one", "check the name; set HF_TOKEN if it is private"
+            f"{repo}: there is no such model on the hub, or it is private",
+            "check the name; set HF_TOKEN if it is private",
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{repo}: no revision {revision!r}", "give a branch, tag or commit that exists") from error
+        raise ModelError(
+            f"{repo}: there is no revision {revision!r}", "give a branch, tag or commit that exists"
+        ) from error
     except _transport_errors() as error:
         waited = time.monotonic() - started
         raise HubUnavailableError(
             f"{repo}: the hub cannot be reached ({_reason(error)}, after {waited:.1f} s)"
         ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise HubUnavailableError(f"{repo}: what answers in the place of the hub is not the hub") from error
+        raise HubUnavailableError(f"{repo}: the answer is not from the Hugging Face hub") from error
     if info.sha is None or not COMMIT.fullmatch(info.sha):
-        raise ModelError(f"{repo}: the hub names no commit")
+        raise ModelError(f"{repo}: the hub returned no commit")
     return Commit(info.sha, files)
 
 
 def download(repo: str, commit: str, filename: str, observer: Observer = SILENT) -> str | None:
-    """Fetch one file of a commit to the hub cache and return its path; None when the commit has no such file.
+    """Fetch a file of a commit into the hub cache and return its path; None if the commit has no such file.
 
-    Whoever calls this has asked the hub before: huggingface_hub alone repeats for half a minute without network.
+    Call `ask` first, because huggingface_hub alone retries for half a minute without network.
 
     Args:
-        repo: hub id.
-        commit: 40 hex digits.
-        filename: in the repository.
-        observer: told how many bytes have come.
+        repo: The hub id.
+        commit: The commit, 40 hex digits.
+        filename: The name of the file in the repository.
+        observer: Receives the progress of the download.
 
     Raises:
-        HubUnavailableError: the hub cannot be reached.
-        ModelError: no access, or the download failed.
+        HubUnavailableError: The hub cannot be reached.
+        ModelError: Access is denied, or the download failed.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -116,7 +119,7 @@ def download(repo: str, commit: str, filename: str, observer: Observer = SILENT)
 
 @contextmanager
 def _reporting(phase: Phase) -> Iterator[dict[str, Any]]:
-    """Yield the options with which huggingface_hub tells a phase how far it is, and draws nothing itself."""
+    """Yield options that make huggingface_hub report to a phase instead of drawing."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -134,9 +137,9 @@ def _reporting(phase: Phase) -> Iterator[dict[str, Any]]:
 
 
 def _bar_that_tells(phase: Phase) -> type:
-    """Return a progress bar for huggingface_hub that draws nothing and tells a phase what it counts.
+    """Return a progress bar class for huggingface_hub that draws nothing and reports its count to a phase.
 
-    Large files have two bars, one for what has come and one for what is written; the phase goes by the first of them.
+    Large files have two bars, one for received and one for written bytes; the phase follows the first of them.
     """
     from tqdm import tqdm
 
@@ -145,7 +148,7 @@ def _bar_that_tells(phase: Phase) -> type:
 
         def __init__(self, *arguments: Any, **options: Any) -> None:
             options.pop("name", None)
-            super().__init__(*arguments, **(options | {"file": _Nowhere(), "disable": False}))
+            super().__init__(*arguments, **(options | {"file": _DiscardedOutput(), "disable": False}))
 
         def update(self, n: float | None = 1) -> bool | None:
             is_drawn: bool | None = super().update(n)
@@ -155,35 +158,35 @@ def _bar_that_tells(phase: Phase) -> type:
     return Bar
 
 
-class _Nowhere:
-    """A file for what is not to be seen."""
+class _DiscardedOutput:
+    """A text stream that discards its output."""
 
     def write(self, text: str) -> None:
-        """Drop it."""
+        """Discard the text."""
 
     def flush(self) -> None:
-        """Nothing: there is no buffer."""
+        """Do nothing, because there is no buffer."""
 
 
 def is_offline() -> bool:
-    """Return whether huggingface_hub was told to stay offline, as HF_HUB_OFFLINE does."""
+    """Return whether huggingface_hub is set to offline mode, for example by HF_HUB_OFFLINE."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def _within_time(action: Callable[[], Value]) -> Value:
-    """Do something in a thread of its own that is left behind when it takes too long.
+    """Run an action in a thread that is abandoned if it takes too long.
 
-    The timeout of a request is none of the whole: looking up a name knows no bound, and every address of a host and
-    every byte of an answer may take that long again.
+    The timeout of a request does not limit its total time: looking up a name has no timeout, and each address of a host
+    and each byte of an answer may take that long.
     """
     outcome: queue.SimpleQueue[Value | Exception] = queue.SimpleQueue()
 
     def act() -> None:
         try:
             outcome.put(action())
-        except Exception as error:  # noqa: BLE001 - raised again in the thread that asked
+        except Exception as error:  # noqa: BLE001 - raised again in the calling thread
             outcome.put(error)
 
     threading.Thread(target=act, name="internvit-hub", daemon=True).start()
@@ -197,21 +200,21 @@ def _within_time(action: Callable[[], Value]) -> Value:
 
 
 def _transport_errors() -> tuple[type[Exception], ...]:
-    """What a failed request raises, whichever HTTP library this huggingface_hub uses: its error's own bases."""
+    """Return the errors of a failed request, for whichever HTTP library this huggingface_hub uses."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 
 
 def _reason(error: Exception) -> str:
-    """Return a few words that hold neither URL nor token."""
+    """Return a short reason without URLs and tokens."""
     if isinstance(error, TimeoutError):
         return "no answer"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return f"HTTP {status}"
     cause: BaseException | None = error
-    while cause is not None:  # an HTTP library's own error stands before the system's
+    while cause is not None:  # the error of an HTTP library comes before that of the system
         if isinstance(cause, OSError) and cause.strerror:
             return str(cause.strerror)
         cause = cause.__cause__ or cause.__context__

@@ -1,8 +1,8 @@
-"""What the hub cache holds of a model, read from its folders: nothing is fetched, and no library is asked.
+"""Read what the hub cache holds of a model from its folders, without fetching anything and without huggingface_hub.
 
-The layout is that of huggingface_hub, as `hf download` leaves it: `models--OWNER--NAME` holds `refs/REVISION` with the
-commit that a branch or tag named last, `snapshots/COMMIT` with a link to each file that was fetched, and
-`.no_exist/COMMIT` with an empty file for each that was found to be missing on the hub.
+The layout is that of huggingface_hub, which `hf download` writes: `models--OWNER--NAME` holds `refs/REVISION` with the
+latest known commit of a branch or tag, `snapshots/COMMIT` with a link to each file that was fetched, and
+`.no_exist/COMMIT` with an empty file for each file that is missing on the hub.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ _LONGEST_REF = 256
 
 @dataclass(frozen=True, slots=True)
 class CachedModel:
-    """One repository's folder in a hub cache; it need not exist."""
+    """The folder of a repository in a hub cache, which may not exist."""
 
     repo: str
-    """Hub id, for messages."""
+    """The hub id, for messages."""
     folder: str
-    """Such as `~/.cache/huggingface/hub/models--OpenGVLab--InternViT-300M-448px-V2_5`."""
+    """The path, such as `~/.cache/huggingface/hub/models--OpenGVLab--InternViT-300M-448px-V2_5`."""
 
     @classmethod
     def of(cls, repo: str) -> CachedModel:
-        """Return the folder of a hub id in the cache that HF_HUB_CACHE and HF_HOME name."""
+        """Return the folder of a hub id in the cache that HF_HUB_CACHE or HF_HOME sets."""
         from huggingface_hub import constants
 
         return cls(repo, os.path.join(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}"))
 
     def commit(self, revision: str | None) -> str | None:
-        """Return the commit of a revision whose snapshot is here; None when there is none.
+        """Return the commit of a revision if its snapshot is cached; None if it is not.
 
-        Without a revision it is the one that `main` named last. Where that is not here, as after a download by commit,
-        which names no branch, the only snapshot serves.
+        Without a revision, it is the latest known commit of `main`. If that is not cached, as after a download by
+        commit, which names no branch, it is the only cached one.
 
         Raises:
-            ModelError: `main` is not here, and several other snapshots are.
+            ModelError: `main` is not cached, but several other commits are.
         """
         named = revision if revision and COMMIT.fullmatch(revision) else self._ref(revision or MAIN)
         if named and self.files(named):
@@ -60,11 +60,11 @@ class CachedModel:
         return others[0] if others else None
 
     def is_main(self, commit: str) -> bool:
-        """Return whether `main` named this commit when the hub was last asked."""
+        """Return whether this commit was that of `main` when the hub was last asked."""
         return self._ref(MAIN) == commit
 
     def snapshots(self) -> list[str]:
-        """Return the commits of which at least one file is here, sorted."""
+        """Return the commits with at least one cached file, sorted."""
         return sorted(name for name in _names(os.path.join(self.folder, "snapshots")) if self.files(name))
 
     def snapshot(self, commit: str) -> str:
@@ -72,17 +72,17 @@ class CachedModel:
         return os.path.join(self.folder, "snapshots", commit)
 
     def files(self, commit: str) -> frozenset[str]:
-        """Return the names of the files of a commit that are here; a link to a deleted blob is not one."""
+        """Return the names of the cached files of a commit, without links to deleted blobs."""
         folder = self.snapshot(commit)
         return frozenset(name for name in _names(folder) if os.path.isfile(os.path.join(folder, name)))
 
     def find(self, commit: str, filename: str) -> str | None:
-        """Return the path of a commit's file; None when it is not here."""
+        """Return the path of a cached file of a commit; None if it is not cached."""
         path = os.path.join(self.snapshot(commit), filename)
         return path if os.path.exists(path) else None
 
     def is_known_absent(self, commit: str, filename: str) -> bool:
-        """Return whether the hub said once that the commit has no such file."""
+        """Return whether the hub once reported that the commit has no such file."""
         return os.path.exists(os.path.join(self.folder, ".no_exist", commit, filename))
 
     def _ref(self, revision: str) -> str | None:
@@ -95,21 +95,21 @@ class CachedModel:
 
 
 def repo_of_folder(name: str) -> str | None:
-    """Return the hub id that a cache folder's name, such as `models--OpenGVLab--InternVL3-1B`, stands for."""
+    """Return the hub id for the name of a cache folder, such as `models--OpenGVLab--InternVL3-1B`."""
     match = _REPO_FOLDER.fullmatch(name)
     return f"{match[1]}/{match[2]}" if match else None
 
 
 def snapshot_in(folder: str, revision: str | None) -> str | None:
-    """Return the folder of files behind a folder of a hub cache, or behind its `snapshots`; None for other folders.
+    """Return the snapshot to use for a folder of a hub cache or its `snapshots`; None for other folders.
 
     Args:
-        folder: named by a user, such as `models--OpenGVLab--InternVL3-1B` copied from another machine.
-        revision: branch, tag or commit; None is main, or the only one.
+        folder: A folder named by the user, such as `models--OpenGVLab--InternVL3-1B` copied from another machine.
+        revision: A branch, tag or commit; None means main, or the only commit.
 
     Raises:
-        UsageError: that revision is not here.
-        ModelError: several are here, and none is known to be main; or none is.
+        UsageError: The folder does not hold the revision.
+        ModelError: The folder holds several commits, of which none is known to be main, or none at all.
     """
     folder = os.path.abspath(folder)
     if os.path.basename(folder) == "snapshots":

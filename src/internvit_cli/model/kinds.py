@@ -1,4 +1,4 @@
-"""What a checkpoint is when it is no plain InternViT: told from its config, or from the names of its tensors."""
+"""Recognize checkpoints that are not a plain InternViT, from their config or the names of their tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from internvit_cli.errors import ModelError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-MERGE_HINT = "merge them into the model first (peft's merge_and_unload) and save that"
+MERGE_HINT = "merge them into the model first (peft's merge_and_unload), and save the merged model"
 ORIGINAL_HINT = "use the original weights (bfloat16, float16 or float32)"
 FIRST_INTERNVL_HINT = "its tower alone is published as OpenGVLab/InternViT-6B-224px"
 
@@ -31,7 +31,7 @@ TOWERS = (
     ("mllama", "Llama's vision transformer"),
     ("vit", "a plain ViT"),
 )
-"""Names of vision towers by what stands in their model_type or architecture, the more telling first."""
+"""Names of vision towers by words in their model_type or architecture, the most specific first."""
 
 _FIRST_INTERNVL = re.compile(r"(?:^|\.)(?:qllama|clip_projector)\.")
 _ADAPTER = re.compile(r"(?:^|\.)(?:lora_|base_layer\.|modules_to_save\.|original_module\.|ia3_|oft_|hada_|lokr_)")
@@ -44,7 +44,7 @@ _QUANTIZED = (
     (re.compile(r"\.(?:weight_scale|weight_scale_inv|input_scale|weight_scale_2)$"), "fp8 or int8 with scales"),
     (re.compile(r"\.weight\._(?:data|scale|shift)$|\._qdata$|\.W_q$"), "quanto, torchao or HQQ"),
 )  # fmt: skip
-"""What quantizers leave beside or in the place of a weight, and whose work it is."""
+"""Names of tensors that quantizers add or write instead of a weight, with the name of the method."""
 
 _TOWER_MARKS = (
     (re.compile(r"(?:^|\.)pre_layrnorm\."), "CLIP"),
@@ -57,18 +57,18 @@ _TOWER_MARKS = (
     (re.compile(r"(?:^|\.)radio_model\."), "RADIO"),
     (re.compile(r"(?:^|\.)blocks\.\d+\.(?:attn\.q_bias|mlp\.w12?\.)"), "EVA"),
 )
-"""Tensor names that an InternViT does not have, and whose they are."""
+"""Names of tensors that an InternViT does not have, with the name of the tower that has them."""
 
 
 def refuse_altered(tensors: Iterable[str], where: str) -> None:
-    """Refuse a tower with adapters in it that are not merged, or with quantized weights.
+    """Refuse a tower with adapters that are not merged, or with quantized weights.
 
     Args:
-        tensors: stored names of the tower's tensors.
-        where: the checkpoint, for messages.
+        tensors: The stored names of the tower's tensors.
+        where: The checkpoint, for messages.
 
     Raises:
-        ModelError: it is one; the message names one of the tensors, and who made it.
+        ModelError: The tower has adapters or is quantized; the message names a tensor and the method.
     """
     for name in tensors:
         if _ADAPTER.search(name):
@@ -79,10 +79,10 @@ def refuse_altered(tensors: Iterable[str], where: str) -> None:
 
 
 def refuse_first_internvl(stored_names: Iterable[str], where: str) -> None:
-    """Refuse InternVL-C and InternVL-G, whose image features are made by more than their tower.
+    """Refuse InternVL-C and InternVL-G, whose image features need more than their tower.
 
     Raises:
-        ModelError: it is one of them.
+        ModelError: The checkpoint is one of them.
     """
     for stored in stored_names:
         if _FIRST_INTERNVL.search(stored):
@@ -93,24 +93,24 @@ def first_internvl_refusal(where: str, mark: str) -> ModelError:
     """Return the refusal of InternVL-C and InternVL-G."""
     return ModelError(
         f"{where}: InternVL-C or InternVL-G (14B; {mark}), whose image features come from a projector and a language "
-        "model behind the tower",
+        "model after the tower",
         FIRST_INTERNVL_HINT,
     )
 
 
-def no_tower(tensors: Iterable[str], where: str) -> ModelError:
-    """Return the error of a checkpoint in which no InternViT is found, saying what is there."""
+def no_tower_error(tensors: Iterable[str], where: str) -> ModelError:
+    """Return the error for a checkpoint without an InternViT, which says what it contains instead."""
     names = list(tensors)
     adapters = [name for name in names if _ADAPTER.search(name)]
     if adapters:
         return ModelError(f"{where}: LoRA adapters, not a model ({adapters[0]!r})", MERGE_HINT)
-    return other_tower(names, where) or ModelError(
+    return other_tower_error(names, where) or ModelError(
         f"{where}: no vision tower among its {len(names):,} tensors", "name an InternViT or a full InternVL checkpoint"
     )
 
 
-def other_tower(tensors: Iterable[str], where: str) -> ModelError | None:
-    """Return the refusal of another kind of tower, where some names show whose it is; None where they do not."""
+def other_tower_error(tensors: Iterable[str], where: str) -> ModelError | None:
+    """Return the error for another kind of tower, if the names show which it is; None if they do not."""
     for name in tensors:
         for pattern, kind in _TOWER_MARKS:
             if pattern.search(name):
@@ -122,7 +122,7 @@ def other_tower(tensors: Iterable[str], where: str) -> ModelError | None:
 
 
 def name_of_tower(section: Mapping[str, Any]) -> str:
-    """Return the name of the tower that a part of a config describes, such as `SigLIP (siglip_vision_model)`."""
+    """Return the name of the tower in a part of a config, such as `SigLIP (siglip_vision_model)`."""
     words = [section.get("model_type"), *_texts(section.get("architectures")), section.get("model_name")]
     for word in words:
         if isinstance(word, str) and word:
@@ -132,7 +132,7 @@ def name_of_tower(section: Mapping[str, Any]) -> str:
 
 
 def kind_of_tower(word: str) -> str | None:
-    """Return the kind of tower that a model's type, class or name tells; None where it tells none."""
+    """Return the kind of tower for a model's type, class or name; None if it is unknown."""
     return next((kind for part, kind in TOWERS if part in word.casefold()), None)
 
 

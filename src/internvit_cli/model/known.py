@@ -1,4 +1,4 @@
-"""Facts about the models that are known by name, for `internvit models`: shapes, bytes, license, the hub cache."""
+"""Collect facts about the models that are known by name: shapes, bytes, licenses, and the state of the hub cache."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ from internvit_cli.model.published import KNOWN_MODELS
 
 FLOAT16_BYTES = 2
 PUBLISHED_BYTES = 2
-"""Of a weight: all are published in bfloat16."""
+"""Bytes per weight; all models are published in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownModelFacts:
-    """One known model."""
+    """Facts about a known model."""
 
     name: str
     """For --model."""
     aliases: tuple[str, ...]
     parameters: int
-    """Of the whole tower."""
+    """The number of parameters of the whole tower."""
     download_bytes: int
-    """Of its weights on the hub, about; 0 for tiny-random."""
+    """The approximate size of its weights on the hub in bytes; 0 for tiny-random."""
     hidden_size: int
     blocks: int
-    """That run; the checkpoint may have more."""
+    """The number of blocks that run; the checkpoint may have more."""
     tile_size: int
-    """Side of a tile, pixels."""
+    """The side of a tile in pixels."""
     tokens: int
-    """Visual tokens of a tile."""
+    """The number of visual tokens per tile."""
     token_size: int
-    """Values of a visual token."""
+    """The number of values per visual token."""
     bytes_per_tile: int
-    """Of visual tokens in float16, as `extract` stores them by default."""
+    """Bytes per tile of visual tokens in float16, as `extract` stores them by default."""
     license: str
     cached: str
-    """What the hub cache holds: `yes` when a run needs no network, `partly`, or `no`; `built in` for tiny-random."""
+    """Whether the model is cached: `yes` if a run needs no network, `partly`, or `no`; `built in` for tiny-random."""
 
 
 def known_models() -> list[KnownModelFacts]:
-    """Return all of them; nothing is fetched."""
+    """Return the facts about all known models without fetching anything."""
     published = [
         _facts(known_card(model), model.aliases, model.license, cached_state(model.repo)) for model in KNOWN_MODELS
     ]
@@ -65,17 +65,17 @@ def cached_state(repo: str) -> str:
 
 
 def open_offline(name: str) -> Checkpoint:
-    """Open what a run would use of a model, without asking the hub; no weights are read.
+    """Open the checkpoint that a run would use, without asking the hub and without reading weights.
 
     Raises:
-        InternvitError: a run without network would refuse it.
+        InternvitError: A run without network access would fail.
     """
     card = describe_model(name, offline=True)
     return Checkpoint.open(card, layer=card.resolve_layer())
 
 
 def download_bytes(card: ModelCard) -> int:
-    """Return the bytes of a tower's weights in the type in which all are published."""
+    """Return the size of a tower's weights in bytes, in the type in which they are published."""
     return PUBLISHED_BYTES * _parameters(card)
 
 

@@ -1,8 +1,8 @@
-"""Names of tensors in every published layout, under one set of names, with whatever stands before them.
+"""Map the names of tensors in every published layout, with any prefix, to one set of names.
 
 The names are those of the standalone InternViT (docs/model.md). transformers' own layout renames them and splits qkv
-into three, whose rows are simply joined; timm's layout renames them too. A tower is found inside a larger model by its
-tensors: the one prefix under which all of them are.
+into three tensors, whose rows are joined; timm's layout renames them too. A tower inside a larger model is found by its
+tensors, as the one prefix that all of them have.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Slot: TypeAlias = "tuple[str, int | None]"
 PROJECTOR = "mlp1."
 
 MOST_TOWERS = 32
-"""Prefixes that are looked under: bounds the work that a made-up file can cause."""
+"""Largest number of prefixes that are examined, which limits the work for a made-up file."""
 
 _RULES = tuple(
     (re.compile(pattern), replacement)
@@ -52,27 +52,27 @@ _PROJECTOR_RULES = (("layer_norm.", "mlp1.0."), ("linear_1.", "mlp1.1."), ("line
 _PROJECTOR_ANCHOR = re.compile(r"(?:^|.*\.)(?P<module>mlp1|multi_modal_projector)\.(?:0|layer_norm)\.weight")
 
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""What torch.compile, DataParallel, DeepSpeed and FSDP put before the names of a module, anywhere in a name."""
+"""Parts that torch.compile, DataParallel, DeepSpeed and FSDP insert anywhere in names."""
 
 _ANCHOR = re.compile(
     r"(?P<prefix>|.*\.)(?:embeddings\.(?:class_embedding|position_embedding|cls_token|position_embeddings)"
     r"|(?<!embeddings\.)(?:cls_token|pos_embed)"
     r"|encoder\.layers?\.0\.(?:norm1|layernorm_before)\.weight)"
 )
-"""Tensors that every tower has, with the prefix before them."""
+"""Tensors that every tower has, after any prefix."""
 
 UNUSED = frozenset({"embeddings.mask_token"})
-"""transformers' layout may carry it; only masked training reads it."""
+"""A tensor that transformers' layout may have; only masked training uses it."""
 
 FINAL_NORMS = frozenset({"norm.weight", "norm.bias", "layernorm.weight", "layernorm.bias", "fc_norm.weight"})
-"""What DINOv2 and other vision transformers have behind the last block."""
+"""Norms that DINOv2 and other vision transformers have after the last block."""
 
 _HEAD = "head."
-"""A classifier behind the tower in files of timm: not part of it."""
+"""The classifier in timm's files, which is not part of the tower."""
 
 
 def standalone_name(name: str) -> Slot:
-    """Return the slot of a tensor's name in any layout, without any prefix; unknown names stay as they are."""
+    """Return the slot for the name of a tensor in any layout, without prefix; unknown names are kept."""
     for pattern, replacement in _RULES:
         name = pattern.sub(replacement, name)
     match = _THIRD.search(name)
@@ -86,45 +86,45 @@ class Tower:
     """The tensors under one prefix."""
 
     prefix: str
-    """As in the file, but without what wraps modules."""
+    """The prefix in the file, without the parts of module wrappers."""
     slots: Mapping[Slot, str]
     """Stored names."""
 
     def has(self, name: str) -> bool:
-        """Return whether a tensor is there, whole or in three parts."""
+        """Return whether the tower has a tensor, whole or in three parts."""
         return (name, None) in self.slots or all((name, third) in self.slots for third in range(3))
 
     def missing(self, wanted: Iterable[str]) -> list[str]:
-        """Return the names that are not there."""
+        """Return the names that the tower lacks."""
         return [name for name in wanted if not self.has(name)]
 
     def parts(self, name: str, where: str) -> tuple[str, ...]:
-        """Return the stored names of a tensor that is there.
+        """Return the stored names of the parts of a tensor that the tower has.
 
         Raises:
-            ModelError: it is there both whole and in parts.
+            ModelError: The tensor exists both whole and in parts.
         """
         whole = self.slots.get((name, None))
         thirds = tuple(stored for third in range(3) if (stored := self.slots.get((name, third))))
         if whole and thirds:
-            raise ModelError(f"{where}: tensor {name!r} is there both whole and in parts")
+            raise ModelError(f"{where}: tensor {name!r} exists both whole and in parts")
         return (whole,) if whole else thirds
 
 
 def find_towers(stored_names: Iterable[str], where: str) -> list[Tower]:
-    """Return what could be a tower: the tensors under each prefix that has some of a tower's.
+    """Return the candidates for a tower: the tensors of each prefix that has some of a tower's tensors.
 
     Args:
-        stored_names: all names of a checkpoint.
-        where: the checkpoint, for messages.
+        stored_names: All names of a checkpoint.
+        where: The checkpoint, for messages.
 
     Raises:
-        ModelError: one tensor is there under two names.
+        ModelError: A tensor has two names.
     """
     bare = {stored: _WRAPPERS.sub("", stored) for stored in stored_names}
     prefixes = {match["prefix"] for name in bare.values() if (match := _ANCHOR.fullmatch(name))}
     if len(prefixes) > MOST_TOWERS:
-        raise ModelError(f"{where}: {len(prefixes)} parts that could be a vision tower; no model has so many")
+        raise ModelError(f"{where}: {len(prefixes)} parts could be a vision tower; no valid model has so many")
     return [Tower(prefix, _slots(bare, prefix, where)) for prefix in sorted(prefixes)]
 
 
@@ -138,22 +138,22 @@ def _slots(bare: Mapping[str, str], prefix: str, where: str) -> dict[Slot, str]:
             continue
         slot = standalone_name(tail)
         if slot in slots:
-            raise ModelError(f"{where}: tensors {slots[slot]!r} and {stored!r} are the same one")
+            raise ModelError(f"{where}: tensors {slots[slot]!r} and {stored!r} are the same tensor")
         slots[slot] = stored
     return slots
 
 
 def choose_tower(towers: list[Tower], known: Iterable[str], wanted: Iterable[str], where: str) -> Tower:
-    """Return the one tower that is whole, or else whole enough for a run, or else the one that comes nearest to it.
+    """Return the only complete tower, or else the only one complete enough for a run, or else the most complete one.
 
     Args:
-        towers: from `find_towers`, at least one.
-        known: standalone names that a whole tower has.
-        wanted: those that a run uses, which may need fewer blocks.
-        where: the checkpoint, for messages.
+        towers: The result of `find_towers`, at least one.
+        known: The standalone names of a complete tower.
+        wanted: The names that a run uses, which may need fewer blocks.
+        where: The checkpoint, for messages.
 
     Raises:
-        ModelError: several are.
+        ModelError: Several towers are complete.
     """
     for names in (list(known), list(wanted)):
         whole = [tower for tower in towers if not tower.missing(names)]
@@ -171,7 +171,7 @@ def find_projector(stored_names: Iterable[str], where: str) -> Tower:
     """Return the tensors of the projector under their standalone names, `mlp1.0.weight` and so on.
 
     Raises:
-        ModelError: there is none, or several are there.
+        ModelError: There is no projector, or there are several.
     """
     bare = {stored: _WRAPPERS.sub("", stored) for stored in stored_names}
     prefixes = {
@@ -180,7 +180,8 @@ def find_projector(stored_names: Iterable[str], where: str) -> Tower:
     if len(prefixes) != 1:
         found = ", ".join(sorted(prefixes)) or "none"
         raise ModelError(
-            f"{where}: one projector (mlp1 or multi_modal_projector) is needed, found {found}", "use --tokens visual"
+            f"{where}: one projector (mlp1 or multi_modal_projector) is needed, but found {found}",
+            "use --tokens visual",
         )
     prefix = prefixes.pop()
     slots: dict[Slot, str] = {}
@@ -202,12 +203,12 @@ def _is_projector(name: str) -> bool:
 
 
 def expected_shapes(vision: VisionConfig, blocks: int, projector_size: int | None) -> dict[str, tuple[int, ...]]:
-    """Return standalone names and shapes of the tensors that a run uses.
+    """Return the standalone names and shapes of the tensors that a run uses.
 
     Args:
-        vision: the tower's shape.
-        blocks: how many blocks run.
-        projector_size: size of a projected token when the projector is used, else None.
+        vision: The shape of the tower.
+        blocks: The number of blocks that run.
+        projector_size: The size of a projected token if the projector is used, otherwise None.
     """
     hidden = vision.hidden_size
     shapes: dict[str, tuple[int, ...]] = {

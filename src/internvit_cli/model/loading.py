@@ -1,4 +1,4 @@
-"""Weights from a checkpoint into modules, tensor by tensor, straight to the device and type they run in."""
+"""Load the weights of a checkpoint into modules, tensor by tensor, directly onto their device and in their type."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def load_vit(
     kernels: Kernels | None = None,
     earlier_layers: tuple[int, ...] = (),
 ) -> InternViT:
-    """The vision tower with the blocks that run, ready for inference; its embeddings stay in float32.
+    """Return the vision tower with the blocks that run, ready for inference; its embeddings stay in float32.
 
-    Host memory above the model itself is one tensor: nothing is mapped, and nothing is initialised only to be replaced.
+    Loading takes the memory of one tensor in addition to the model: nothing is mapped or initialized needlessly.
 
     Args:
-        checkpoint: opened for so many blocks.
-        device: where the weights go.
-        dtype: the compute dtype; float8_e4m3fn is fp8 in linear layers and bfloat16 elsewhere.
-        kernels: the operations, made for that dtype; None is plain PyTorch.
-        earlier_layers: layers whose hidden states are kept beside the last one's.
+        checkpoint: The checkpoint, opened for these blocks.
+        device: The device of the weights.
+        dtype: The compute dtype; float8_e4m3fn means fp8 in linear layers and bfloat16 elsewhere.
+        kernels: The operations for that dtype; None means plain PyTorch.
+        earlier_layers: Layers whose hidden states are returned in addition to the last.
 
     Raises:
-        ModelError: a weights file can't be read.
+        ModelError: A file of weights cannot be read.
     """
     with torch.device("meta"):
         kernels = kernels or plain_for(device, dtype)
@@ -67,10 +67,10 @@ def _type_of(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def load_projector(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Projector:
-    """The projector of a checkpoint that was opened with one.
+    """Return the projector of a checkpoint that was opened with one.
 
     Raises:
-        ModelError: a weights file can't be read.
+        ModelError: A file of weights cannot be read.
     """
     size = checkpoint.weights["mlp1.3.bias"].shape[0]
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def load_projector(checkpoint: Checkpoint, *, device: torch.device, dtype: torch
 
 
 def read_tensor(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One tensor on its device and in its type; it shares no memory with the file."""
+    """Return a tensor on a device and in a type; it shares no memory with the file."""
     weight = checkpoint.weights[name]
     tensor = torch.from_numpy(checkpoint.read(name)).view(_TORCH_DTYPES[weight.dtype]).reshape(weight.shape)
     return tensor.to(device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What a user may give as --model, and what it stands for: nothing is opened here, and nobody is asked."""
+"""Parse the values of --model, without opening checkpoints and without asking the hub."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co", "hf-mirror.com"})
 _MARKS = frozenset({"tree", "blob", "resolve", "raw", "commit", "commits"})
-"""What stands before a revision in a page's address."""
+"""Path segments before a revision in the address of a page."""
 
 _OTHER_PARTS = frozenset({"datasets", "spaces", "collections", "papers", "blog", "docs", "models"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -32,43 +32,43 @@ _URL = re.compile(r"(?:[a-z][a-z0-9+.-]*://|(?:www\.)?(?:huggingface\.co|hf\.co)
 
 @dataclass(frozen=True, slots=True)
 class ModelName:
-    """What a --model stands for: exactly one of `directory`, `repo` and `is_built_in` is set."""
+    """A parsed --model, in which exactly one of `directory`, `repo` and `is_built_in` is set."""
 
     directory: str | None = None
     repo: str | None = None
     """Hub id."""
     is_built_in: bool = False
     revision: str | None = None
-    """Branch, tag or commit on the hub; None is main."""
+    """A branch, tag or commit on the hub; None means main."""
     weights_file: str | None = None
-    """The file of weights, or index, that was named within it."""
+    """The file of weights or the index that the user named."""
     known: KnownModel | None = None
-    """What is known of a published encoder without its files."""
+    """The facts about a published encoder that need no files."""
 
     @property
     def recorded(self) -> str:
-        """What a feature file calls the model."""
+        """The name of the model in feature files."""
         return recorded_name(self.repo or TINY_RANDOM, self.directory, self.weights_file)
 
 
 def parse_model_name(name: str, revision: str | None = None) -> ModelName:
-    """Return what a --model and a --revision stand for.
+    """Parse a --model and a --revision.
 
     Args:
-        name: tiny-random, an alias (any case), a hub id, the address of a page of a model on the hub, the folder of a
+        name: tiny-random, an alias (in any case), a hub id, the address of a model's page on the hub, the folder of a
             checkpoint, a folder of the hub cache, or a file of weights beside its config.json.
-        revision: branch, tag or commit on the hub.
+        revision: A branch, tag or commit on the hub.
 
     Raises:
-        ModelError: it can stand for none of them; the hint says what was meant, where that shows.
-        UsageError: a revision of something that has none, or no revision at all.
+        ModelError: The name is none of these; the hint says what may have been meant.
+        UsageError: The revision is invalid, or the model has no revisions.
     """
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
-        raise UsageError(f"--revision {revision!r}: not a branch, tag or commit", "give a name such as main")
+        raise UsageError(f"--revision {revision!r} is not a branch, tag or commit", "give a name such as main")
     if name == TINY_RANDOM:
         _refuse_revision(revision, "is built in memory")
         return ModelName(is_built_in=True)
-    name = os.path.expanduser(name)  # a variable or a configuration file, where no shell does it
+    name = os.path.expanduser(name)  # for variables and configuration files, in which no shell expands ~
     if _URL.match(name):
         return _of_address(name, revision)
     known = BY_NAME.get(name.casefold())
@@ -113,7 +113,7 @@ def _of_file(name: str, revision: str | None) -> ModelName:
 
 
 def _of_address(address: str, revision: str | None) -> ModelName:
-    """Read an address such as https://huggingface.co/OpenGVLab/InternVL3-1B/tree/main, or hf://OWNER/NAME@REVISION."""
+    """Parse an address such as https://huggingface.co/OpenGVLab/InternVL3-1B/tree/main, or hf://OWNER/NAME@REVISION."""
     scheme, _, rest = address.rpartition("://")
     host, _, path = rest.partition("#")[0].partition("?")[0].partition("/")
     if scheme.casefold() == "hf":
@@ -138,7 +138,8 @@ def _of_parts(parts: Sequence[str], address: str, revision: str | None) -> Model
     if inner:
         if len(inner) > 1 or mark == "tree":
             raise ModelError(
-                f"{address}: a folder within a model's repository", "download it (hf download) and name that folder"
+                f"{address}: a folder within the repository of a model",
+                "download it (hf download) and name that folder",
             )
         filename = _file_within(inner[0], address)
     revisions = {found for found in (revision, named) if found and found != "main"} or {revision or ""}
@@ -153,10 +154,10 @@ def _of_parts(parts: Sequence[str], address: str, revision: str | None) -> Model
 
 
 def _file_within(filename: str, where: str) -> str | None:
-    """Return a file of a model when it holds a whole set of weights, or names one; None for its other files.
+    """Return the name of a file that holds a whole set of weights, or is its index; None for other files.
 
     Raises:
-        ModelError: it holds weights in another format.
+        ModelError: The file holds weights in another format.
     """
     if filename.endswith(PICKLES):
         raise pickle_refusal(where, filename)

@@ -1,6 +1,6 @@
-"""The same features by way of transformers' own InternVLVisionModel in float32: it shares only the weights with ours.
+"""Compute the same features with transformers' InternVLVisionModel in float32, which shares only the weights.
 
-Letters in shapes as in vit.py.
+Shapes use the letters of vit.py.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ NATIVE_NAMES = {
     ".norm1.": ".layernorm_before.",
     ".norm2.": ".layernorm_after.",
 }
-"""From standalone names to those of transformers' layout, applied in this order."""
+"""Replacements from standalone names to those of transformers' layout, applied in this order."""
 
 
 class NativeFeatures(NamedTuple):
-    """Features of B tiles from one layer, float32, on the host."""
+    """Features of B tiles from one layer, as float32 arrays on the host."""
 
     tokens: np.ndarray | None
-    """[B,T,C]; None when none are wanted."""
+    """[B,T,C]; None if no tokens are stored."""
     pooled: np.ndarray
     """[B,d]."""
 
 
 class NativeModel:
-    """InternVLVisionModel with a checkpoint's weights, and the official steps behind it, in float32."""
+    """InternVLVisionModel with the weights of a checkpoint, followed by the official steps, in float32."""
 
     def __init__(self, checkpoint: Checkpoint, spec: FeatureSpec, device: torch.device) -> None:
-        """Read the weights to a device. On a CPU all cores work on one operation from now on.
+        """Load the weights onto a device. On a CPU, all cores share each operation from now on.
 
         Raises:
-            ModelError: a weights file can't be read.
+            ModelError: A file of weights cannot be read.
         """
         card = checkpoint.card
         self._spec = spec
         self.device = device
         if device.type == "cpu":
-            torch.set_num_threads(usable_cpus())  # an encoder of ours leaves one
+            torch.set_num_threads(usable_cpus())  # internvit's encoder sets one thread
         self._levels = 1 / card.normalization.rescale_factor  # exactly 255 for 1/255
         self._mean = torch.tensor(card.mean, device=device)[:, None, None]
         self._std = torch.tensor(card.std, device=device)[:, None, None]
@@ -66,7 +66,7 @@ class NativeModel:
 
     @torch.inference_mode()
     def features(self, tiles: np.ndarray) -> tuple[NativeFeatures, ...]:
-        """Features of uint8 RGB tiles [B,S,S,3]: the last block's, then those of each earlier layer, ascending."""
+        """Return the features of uint8 RGB tiles [B,S,S,3]: of the last block, then of earlier layers, ascending."""
         pixels = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2).float() / self._levels
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             found = self._model((pixels - self._mean) / self._std, output_hidden_states=bool(self._spec.earlier_layers))
@@ -74,12 +74,12 @@ class NativeModel:
         return tuple(NativeFeatures(self._tokens(x[:, 1:]), self._pooled(x).cpu().numpy()) for x in states)
 
     def _pooled(self, hidden: Tensor) -> Tensor:
-        """[B,1+N,C] -> [B,d]."""
+        """Pool [B,1+N,C] to [B,d]."""
         parts = {Pool.CLS: [hidden[:, 0]], Pool.MEAN: [hidden[:, 1:].mean(1)]}
         return torch.cat(parts.get(self._spec.pool) or [*parts[Pool.CLS], *parts[Pool.MEAN]], dim=1)
 
     def _tokens(self, patches: Tensor) -> np.ndarray | None:
-        """[B,N,C] -> [B,T,C'] on the host."""
+        """Turn patches [B,N,C] into stored tokens [B,T,C'] on the host."""
         if self._spec.tokens is Tokens.NONE:
             return None
         if self._spec.tokens is Tokens.PATCH:
@@ -89,22 +89,22 @@ class NativeModel:
 
 
 def native_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """The tower of transformers with the blocks that run, in float32.
+    """Return the tower of transformers with the blocks that run, in float32.
 
     Raises:
-        ModelError: a weights file can't be read.
+        ModelError: A file of weights cannot be read.
     """
     from transformers import InternVLVisionModel
 
     model: nn.Module = InternVLVisionModel(native_config(checkpoint))
     model = model.to(device)
-    # No bias, no parameter: strict loading leaves nothing at its random start.
+    # A missing bias means no parameter, so strict loading leaves nothing at its random initialization.
     model.load_state_dict(native_state(checkpoint, device), strict=True)
     return model.eval().requires_grad_(False)
 
 
 def native_config(checkpoint: Checkpoint, **changes: Any) -> Any:
-    """What transformers' InternVLVisionConfig says of a checkpoint's tower; `changes` are passed on."""
+    """Return transformers' InternVLVisionConfig for the tower of a checkpoint, with the given changes."""
     from transformers import InternVLVisionConfig
 
     vision = checkpoint.card.vision
@@ -123,7 +123,7 @@ def native_config(checkpoint: Checkpoint, **changes: Any) -> Any:
 
 
 def native_projector(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
-    """The chat model's mlp1, in float32."""
+    """Return the chat model's mlp1 in float32."""
     weights = {
         name.removeprefix("mlp1."): read_tensor(checkpoint, name, device, torch.float32)
         for name in checkpoint.weights
@@ -136,7 +136,7 @@ def native_projector(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
 
 
 def pixel_shuffle(patches: Tensor, order: TokenOrder) -> Tensor:
-    """Patch tokens [B,N,C] -> visual tokens [B,N/4,4C], step by step as in OpenGVLab's modeling_internvl_chat.py."""
+    """Turn patch tokens [B,N,C] into visual tokens [B,N/4,4C], as OpenGVLab's modeling_internvl_chat.py does."""
     B, N, C = patches.shape  # noqa: N806 - as in vit.py
     side = math.isqrt(N)
     x = patches.reshape(B, side, side // 2, 2 * C).permute(0, 2, 1, 3).contiguous()
@@ -147,10 +147,10 @@ def pixel_shuffle(patches: Tensor, order: TokenOrder) -> Tensor:
 
 
 def native_state(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The tower's weights under transformers' names, q, k and v apart.
+    """Return the weights of the tower under transformers' names, with q, k and v as separate tensors.
 
     Raises:
-        ModelError: a weights file can't be read.
+        ModelError: A file of weights cannot be read.
     """
     state: dict[str, Tensor] = {}
     for name in checkpoint.weights:

@@ -1,4 +1,4 @@
-"""How the tiles of a run differ from those that a checkpoint's own code cuts: features depend on it."""
+"""Compare the tiling of a run with that of the checkpoint's own code."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 
 class TilingDifference(NamedTuple):
-    """One thing that both sides do in their own way."""
+    """One difference between the checkpoint's own code and the run."""
 
     theirs: str
     ours: str
 
 
 def tiling_note(own: OwnTiling, ours: PictureOptions) -> str:
-    """Return one line that names both sides of every difference; empty when there is none."""
+    """Return one line that names both sides of each difference; empty if there are none."""
     differences = [*_of_tiles(own, ours), *_of_pixels(own)]
     if not differences:
         return ""

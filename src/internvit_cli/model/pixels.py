@@ -1,4 +1,4 @@
-"""How a checkpoint wants its pixels: the arithmetic on their values, and the tiling it was trained with."""
+"""Read how a checkpoint prepares pixels: the arithmetic on their values, and the tiling of its own code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from internvit_cli.config import DEFAULT_RESCALE_FACTOR
 from internvit_cli.errors import ModelError
-from internvit_cli.model.json_files import read_json, short
+from internvit_cli.model.json_files import read_json, short_repr
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,19 +22,19 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _CLIP_CLASSES = ("CLIP", "GotOcr2")
-"""Image processors of transformers whose own defaults are CLIP's values."""
+"""Image processors of transformers whose defaults are the values of CLIP."""
 
 PROCESSOR_FILE = "processor_config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 BICUBIC = 3
-"""Pillow's number of the filter that InternVL's code resizes with."""
+"""Pillow's number of the filter with which InternVL's code resizes."""
 
 MOST = 1e6
-"""Means, standard deviations and factors beyond this, or its inverse, are mistakes."""
+"""Limit for means, standard deviations and factors; values above it, or below its inverse, are mistakes."""
 
 
 class Normalization(NamedTuple):
-    """What a tile's bytes become before the network: (byte * rescale_factor - mean) / std, per channel."""
+    """The arithmetic on pixel values before the network: (byte * rescale_factor - mean) / std, per channel."""
 
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
@@ -43,33 +43,33 @@ class Normalization(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class OwnTiling:
-    """How the checkpoint's own code cuts pictures, as its files say; None where they say nothing."""
+    """How the checkpoint's own code cuts pictures, according to its files; None for what they do not specify."""
 
     dynamic: bool | None = None
-    """Cut into tiles at all; without, a picture is resized to one."""
+    """Whether pictures are cut into tiles; otherwise each is resized to one."""
     min_tiles: int | None = None
     max_tiles: int | None = None
     thumbnail: bool | None = None
     pad_to_square: bool = False
-    """Pad a picture to a square before it is resized; internvit never does."""
+    """Whether pictures are padded to a square before they are resized, which internvit never does."""
     bicubic: bool = True
-    """Resize with the filter that internvit uses."""
+    """Whether pictures are resized with the filter that internvit uses."""
 
 
 def read_processor(files: CheckpointFiles) -> tuple[Mapping[str, Any], str]:
-    """Read what a checkpoint says of its image processor, and the name of the file that says it.
+    """Read the settings of a checkpoint's image processor, and return them with the name of their file.
 
-    As in transformers: the section `image_processor` of processor_config.json, which transformers 5 writes, comes
-    before preprocessor_config.json; a processor_config.json of older versions has no such section.
+    As in transformers, the section `image_processor` of processor_config.json, which transformers 5 writes, takes
+    precedence over preprocessor_config.json; a processor_config.json of older versions has no such section.
 
     Raises:
-        ModelError: a file is broken.
+        ModelError: A file is broken.
     """
     if path := files.find(PROCESSOR_FILE):
         section = read_json(path).get("image_processor")
         if section is not None:
             if not isinstance(section, dict):
-                raise ModelError(f"{path}: image_processor is {short(section)}, not an object")
+                raise ModelError(f"{path}: image_processor is {short_repr(section)}, not an object")
             return section, PROCESSOR_FILE
     if path := files.find(PREPROCESSOR_FILE):
         return read_json(path), PREPROCESSOR_FILE
@@ -77,18 +77,18 @@ def read_processor(files: CheckpointFiles) -> tuple[Mapping[str, Any], str]:
 
 
 def normalization(section: Mapping[str, Any], source: str) -> Normalization:
-    """Return the arithmetic that an image processor's settings ask for.
+    """Return the arithmetic for the settings of an image processor.
 
     Args:
-        section: the settings; without any, they are those of all published InternViT.
-        source: the file they are from, for messages.
+        section: The settings; missing ones have the values of all published InternViT models.
+        source: Their file, for messages.
 
     Raises:
-        ModelError: a value that no processor can have; the message names its key.
+        ModelError: A value is invalid; the message names its key.
     """
     rescale, offset = 1.0, 0.0
     if _flag(section, "do_rescale", source):
-        offset = 1.0 if section.get("rescale_offset") is True else 0.0  # transformers then takes 1 away
+        offset = 1.0 if section.get("rescale_offset") is True else 0.0  # transformers then subtracts 1
         rescale = _number("rescale_factor", section.get("rescale_factor"), DEFAULT_RESCALE_FACTOR, source)
         if math.isclose(rescale, DEFAULT_RESCALE_FACTOR, rel_tol=1e-6):  # 1/255 as float32 or with fewer digits
             rescale = DEFAULT_RESCALE_FACTOR
@@ -104,11 +104,11 @@ def normalization(section: Mapping[str, Any], source: str) -> Normalization:
 
 
 def own_tiling(config: Mapping[str, Any], section: Mapping[str, Any]) -> OwnTiling:
-    """Return how the checkpoint's own code cuts pictures; what makes no sense there counts as not said.
+    """Return how the checkpoint's own code cuts pictures; invalid values are ignored.
 
     Args:
-        config: config.json of the whole model.
-        section: settings of its image processor.
+        config: The config.json of the whole model.
+        section: The settings of its image processor.
     """
     resample = section.get("resample")
     return OwnTiling(
@@ -122,12 +122,12 @@ def own_tiling(config: Mapping[str, Any], section: Mapping[str, Any]) -> OwnTili
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value of a JSON file is a number that a computer can hold."""
+    """Return whether a value of a JSON file is a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
+    except OverflowError:  # an integer with hundreds of digits
         return False
 
 
@@ -136,7 +136,7 @@ def _flag(section: Mapping[str, Any], key: str, source: str) -> bool:
     if value is None:
         return True
     if not isinstance(value, bool):
-        raise ModelError(f"{source}: {key} is {short(value)}, not true or false")
+        raise ModelError(f"{source}: {key} is {short_repr(value)}, not true or false")
     return value
 
 
@@ -144,7 +144,7 @@ def _number(key: str, value: Any, default: float, source: str) -> float:
     if value is None:
         return default
     if not is_number(value) or not 1 / MOST <= value <= MOST:
-        raise ModelError(f"{source}: {key} is {short(value)}, not a number from {1 / MOST:g} to {MOST:g}")
+        raise ModelError(f"{source}: {key} is {short_repr(value)}, not a number from {1 / MOST:g} to {MOST:g}")
     return float(value)
 
 
@@ -152,9 +152,9 @@ def _triple(section: Mapping[str, Any], key: str, default: Triple, source: str) 
     value = section.get(key)
     if value is None:
         return default
-    values = value if isinstance(value, list) else [value] * 3  # transformers takes one number for all channels
+    values = value if isinstance(value, list) else [value] * 3  # transformers accepts one number for all channels
     if len(values) != 3 or not all(is_number(item) and abs(item) <= MOST for item in values):
-        raise ModelError(f"{source}: {key} is {short(value)}, not three numbers from {-MOST:g} to {MOST:g}")
+        raise ModelError(f"{source}: {key} is {short_repr(value)}, not three numbers from {-MOST:g} to {MOST:g}")
     red, green, blue = values
     return float(red), float(green), float(blue)
 

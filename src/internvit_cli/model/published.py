@@ -1,4 +1,4 @@
-"""The published encoders, whose shape is known without asking the hub."""
+"""List the published encoders, whose shapes are known without asking the hub."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class KnownModel:
     """A published encoder whose shape is known without asking the hub."""
 
     repo: str
-    """Its hub id."""
+    """The hub id."""
     aliases: tuple[str, ...]
-    """Short names, besides the last part of the hub id."""
+    """Short names in addition to the last part of the hub id."""
     vision: VisionConfig
     license: str = "MIT"
-    """As its page on the hub says."""
+    """The license according to its page on the hub."""
 
 
 KNOWN_MODELS = (
@@ -43,11 +43,11 @@ KNOWN_MODELS = (
 )
 
 TIMM_TOWERS: Mapping[str, VisionConfig] = {"vit_intern300m_patch14_448": VISION_300M}
-"""By timm's architecture."""
+"""The shapes of towers by timm's architecture."""
 
 BY_NAME: Mapping[str, KnownModel] = {
     name.casefold(): model
     for model in KNOWN_MODELS
     for name in (model.repo, model.repo.rpartition("/")[2], *model.aliases)
 }
-"""By hub id, its last part, and alias, in lower case."""
+"""The published encoders by hub id, last part of the hub id, and alias, in lower case."""

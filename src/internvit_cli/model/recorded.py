@@ -1,4 +1,4 @@
-"""The model that an output was made with: found again, held to its digest, and run as it ran then."""
+"""Find the model of an output again, and check the digest of its weights."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 def open_recorded(
     recipe: Recipe, attributes: Mapping[str, Any], model: str | None = None, observer: Observer = SILENT
 ) -> Checkpoint:
-    """Find the weights of a recipe and check that they are those.
+    """Find the weights for a recipe, and check their digest.
 
     Args:
-        recipe: what is to be repeated.
-        attributes: of the output, which name the model.
-        model: where the weights are, when not where the output says.
-        observer: told how it goes.
+        recipe: The recipe to repeat.
+        attributes: The attributes of the output, which name the model.
+        model: Where the weights are, if they are not where the output says.
+        observer: Receives progress.
 
     Raises:
-        ModelError: they cannot be had, or are others.
+        ModelError: The weights are not available, or are different ones.
     """
     name = model or str(attributes.get("model", ""))
     revision = None if model else attributes.get("model_revision") or None
     try:
         card = describe_model(name, revision=revision)
-        # What the run took from the model's JSON files, which may have changed since, is in the recipe.
+        # The recipe has what the run took from the model's JSON files, which may have changed since.
         card = replace(card, normalization=Normalization(recipe.mean, recipe.std, recipe.rescale_factor))
         projector = recipe.tokens is Tokens.PROJECTED
         checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=projector, observer=observer)

@@ -1,7 +1,7 @@
-"""The header of a safetensors file, read by ourselves: bounded, checked, without torch and without mapping the file.
+"""Read and check the header of a safetensors file with limits, without torch and without mapping the file.
 
-Format: 8 bytes little-endian header length, that many bytes of JSON, then the tensors' bytes. Every claim of the header
-is checked against the file before a byte of it is used.
+The format is a header length of 8 bytes, little-endian, that many bytes of JSON, and the bytes of the tensors. Every
+value in the header is checked against the file before it is used.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.errors import ModelError
-from internvit_cli.model.json_files import check_tensor_name, refuse_foreign, short, unreadable
+from internvit_cli.model.json_files import check_tensor_name, refuse_foreign, short_repr, unreadable_error
 from internvit_cli.runtime.untrusted import opened
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
 MAX_HEADER_BYTES = 32 << 20
-"""More than the header of any real model; the format itself allows 100 MB."""
+"""Largest header in bytes, above that of any real model; the format itself allows 100 MB."""
 
 MAX_TENSORS = 300_000
-"""In one file; bounds the memory that a header takes once it is parsed."""
+"""Largest number of tensors in a file, which limits the memory for parsing a header."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -35,23 +35,23 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor's bytes lie."""
+    """The place of a tensor's bytes in a file."""
 
     path: str
     dtype: str
-    """In the words of safetensors, such as BF16."""
+    """The safetensors name of the type, such as BF16."""
     shape: tuple[int, ...]
     begin: int
-    """First byte, counted from the start of the file."""
+    """The position of the first byte in the file."""
     end: int
-    """One past the last byte."""
+    """The position after the last byte."""
 
 
-def read_header(path: str) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file by name.
+def read_safetensors_header(path: str) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name.
 
     Raises:
-        ModelError: the file can't be read, is truncated, or its header lies; the message names file and tensor.
+        ModelError: The file cannot be read or is truncated, or its header is wrong; the message names file and tensor.
     """
     try:
         with opened(path) as file:
@@ -63,27 +63,27 @@ def read_header(path: str) -> dict[str, StoredTensor]:
                 raise ModelError(f"{path}: truncated, or not a safetensors file", "download it again")
             text = file.read(length)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     return parse_header(text, path=path, file_size=size)
 
 
 def parse_header(text: bytes, *, path: str, file_size: int) -> dict[str, StoredTensor]:
-    """The tensors that a header's JSON describes.
+    """Return the tensors that the JSON of a header describes.
 
     Args:
-        text: the JSON, without the length before it.
-        path: the file, for messages and for the result.
-        file_size: bytes in the whole file.
+        text: The JSON, without the length before it.
+        path: The file, for messages and for the result.
+        file_size: The size of the whole file in bytes.
 
     Raises:
-        ModelError: whatever is wrong with it.
+        ModelError: The header is invalid.
     """
     if text.count(b"{") + text.count(b"[") > 3 * MAX_TENSORS:
-        raise ModelError(f"{path}: more than {MAX_TENSORS:,} tensors, which no such file has")
+        raise ModelError(f"{path}: more than {MAX_TENSORS:,} tensors, which no valid file has")
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: the safetensors header is not sound JSON", "download the file again") from error
+        raise ModelError(f"{path}: the safetensors header is not valid JSON", "download the file again") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: the safetensors header is not a JSON object", "download the file again")
     start = 8 + len(text)
@@ -107,11 +107,11 @@ def _tensor(name: str, entry: Any, path: str, start: int, file_size: int) -> Sto
         raise ModelError(f"{path}: tensor {name!r}: its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise ModelError(f"{path}: tensor {name!r}: unknown dtype {short(dtype)}")
+        raise ModelError(f"{path}: tensor {name!r}: unknown dtype {short_repr(dtype)}")
     if not _are_sizes(shape):
-        raise ModelError(f"{path}: tensor {name!r}: shape {short(shape)} is not a list of sizes")
+        raise ModelError(f"{path}: tensor {name!r}: shape {short_repr(shape)} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ModelError(f"{path}: tensor {name!r}: data_offsets {short(offsets)} are not two ascending offsets")
+        raise ModelError(f"{path}: tensor {name!r}: data_offsets {short_repr(offsets)} are not two ascending offsets")
     begin, end = start + offsets[0], start + offsets[1]
     if end > file_size:
         raise ModelError(
@@ -123,7 +123,7 @@ def _tensor(name: str, entry: Any, path: str, start: int, file_size: int) -> Sto
 
 
 def _are_sizes(value: Any) -> TypeGuard[list[int]]:
-    """Whether this is a list of whole numbers from 0 to 2^63 - 1, and no more of them than any tensor has."""
+    """Return whether a value is a list of whole numbers from 0 to 2^63 - 1 with a plausible length."""
     return (
         isinstance(value, list)
         and len(value) <= 64

@@ -1,7 +1,6 @@
-"""The shape of a tower from its tensors alone, for a checkpoint whose config says nothing of it.
+"""Determine the shape of a tower from its tensors, for a checkpoint whose config does not describe it.
 
-All but one number shows in some tensor's shape. The number of attention heads does not: it is known of the two sizes
-that are published, and of no other.
+The shapes of tensors give every number except that of attention heads, which is known only for the two published sizes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from internvit_cli.config import PATCH_SIZE
 from internvit_cli.errors import ModelError
 from internvit_cli.model.card import VisionConfig
 from internvit_cli.model.configs import MOST_HIDDEN, MOST_LAYERS, MOST_MLP
-from internvit_cli.model.kinds import no_tower, other_tower, refuse_altered, refuse_first_internvl
+from internvit_cli.model.kinds import no_tower_error, other_tower_error, refuse_altered, refuse_first_internvl
 from internvit_cli.model.layouts import Tower, expected_shapes, find_towers
 from internvit_cli.runtime.words import counted
 
@@ -25,39 +24,39 @@ if TYPE_CHECKING:
     from internvit_cli.model.safetensors_header import StoredTensor
 
 PUBLISHED_HEADS = {("layer_norm", 1024): 16, ("rms_norm", 3200): 25}
-"""Attention heads by norm and hidden size."""
+"""The number of attention heads by norm and hidden size."""
 EPS = 1e-6
-"""Of all published InternViT."""
+"""The epsilon of all published InternViT models."""
 
 _BLOCK = re.compile(r"encoder\.layers\.(\d{1,4})\..+")
 
 
 class UndecidedError(Exception):
-    """The tensors do not decide what the tower is; the text says why."""
+    """The tensors do not determine the tower; the text says why."""
 
 
-class FromTensors(NamedTuple):
-    """A tower's shape, and what a user should know of how it was found."""
+class DescribedTower(NamedTuple):
+    """The shape of a tower, and a note for the user on how it was found."""
 
     vision: VisionConfig
     note: str
 
 
-def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, where: str) -> FromTensors:
-    """Return the shape of the one whole tower among some tensors.
+def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, where: str) -> DescribedTower:
+    """Return the shape of the only whole tower among some tensors.
 
     Args:
-        stored: all tensors of the checkpoint by name.
-        heads: attention heads, where a file says; None takes those of the published size.
-        where: the checkpoint, for messages.
+        stored: All tensors of the checkpoint by name.
+        heads: The number of attention heads, if a file has it; None means that of the published size.
+        where: The checkpoint, for messages.
 
     Raises:
-        ModelError: there is no whole tower, or more than one, or the tensors do not decide it.
+        ModelError: There is no whole tower, there are several, or the tensors do not determine its shape.
     """
     refuse_first_internvl(stored, where)
     towers = find_towers(stored, where)
     if not towers:
-        raise no_tower(stored, where)
+        raise no_tower_error(stored, where)
     outcomes = [_vision_or_reason(tower, stored, heads) for tower in towers]
     found = [outcome for outcome in outcomes if isinstance(outcome, VisionConfig)]
     if len(found) > 1:
@@ -74,7 +73,7 @@ def vision_from_tensors(stored: Mapping[str, StoredTensor], heads: int | None, w
         raise _refusal(towers, str(outcomes[0]), where)
     vision = found[0]
     note = f"no config describes the tower: {counted(vision.num_layers, 'block')} of size {vision.hidden_size}"
-    return FromTensors(
+    return DescribedTower(
         vision, f"{note}, {counted(vision.num_heads, 'head')} of {vision.head_dim}, {vision.image_size} px"
     )
 
@@ -90,10 +89,10 @@ def _refusal(towers: list[Tower], reason: str, where: str) -> ModelError:
     for tower in towers:
         names = tower.slots.values()
         refuse_altered(names, where)
-        if other := other_tower(names, where):
+        if other := other_tower_error(names, where):
             return other
     return ModelError(
-        f"{where}: no config describes the tower, and its tensors do not decide it: {reason}",
+        f"{where}: no config describes the tower, and its tensors do not determine it: {reason}",
         'put a config.json beside them, such as {"num_attention_heads": 16}, or that of its model',
     )
 
@@ -103,7 +102,7 @@ def _vision(tower: Tower, stored: Mapping[str, StoredTensor], heads: int | None)
     positions = _shape(tower, stored, "embeddings.position_embedding")
     grid = math.isqrt(max(0, positions[1] - 1)) if len(positions) == 3 else 0
     if not grid or grid**2 != positions[1] - 1:
-        raise UndecidedError(f"a position table of shape {positions} is of no square picture")
+        raise UndecidedError(f"a position table of shape {positions} does not fit a square picture")
     patch = _shape(tower, stored, "embeddings.patch_embedding.weight")
     if patch[1:] != (3, PATCH_SIZE, PATCH_SIZE):
         raise UndecidedError(f"patches of shape {patch[1:]} are not those of an InternViT, (3, 14, 14)")
@@ -136,10 +135,10 @@ def _with_heads(vision: VisionConfig, heads: int | None) -> VisionConfig:
         is_300m = vision.norm == "layer_norm" and vision.qkv_bias and not vision.qk_norm
         is_6b = vision.norm == "rms_norm" and vision.qk_norm and not vision.qkv_bias
         if not is_300m and not is_6b:
-            raise UndecidedError("norms and biases are of neither family, and the number of heads shows in no shape")
+            raise UndecidedError("norms and biases fit neither family, and no shape gives the number of heads")
         if (vision.norm, vision.hidden_size) not in PUBLISHED_HEADS:
             raise UndecidedError(
-                f"size {vision.hidden_size} is of no published InternViT, and the number of heads shows in no shape"
+                f"no published InternViT has size {vision.hidden_size}, and no shape gives the number of heads"
             )
         heads = PUBLISHED_HEADS[vision.norm, vision.hidden_size]
     if vision.hidden_size % heads:
@@ -150,7 +149,7 @@ def _with_heads(vision: VisionConfig, heads: int | None) -> VisionConfig:
 def _layers(tower: Tower) -> int:
     numbers = {int(match[1]) for name, _ in tower.slots if (match := _BLOCK.fullmatch(name))}
     if not numbers or numbers != set(range(len(numbers))) or len(numbers) > MOST_LAYERS:
-        raise UndecidedError(f"{len(numbers)} blocks are numbered with gaps")
+        raise UndecidedError(f"the numbers of {len(numbers)} blocks have gaps")
     return len(numbers)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of a model's shape with made-up weights: its speed is that of the real one, and nothing is fetched."""
+"""Create a checkpoint with random weights in a model's shape, which is as fast as the real one without a download."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def stand_in_checkpoint(card: ModelCard, *, layer: int, projector: bool = False) -> Checkpoint:
-    """Random bfloat16 weights, small enough that hidden states stay of order one; all blocks share theirs.
+    """Return a checkpoint with small random bfloat16 weights, which all blocks share.
 
     Args:
-        card: the model.
-        layer: how many blocks run.
-        projector: whether projected tokens are wanted.
+        card: The model.
+        layer: The number of blocks that run.
+        projector: Whether projected tokens are needed.
     """
     random = np.random.default_rng(0)
     shapes = expected_shapes(card.vision, layer, card.projector_size if projector else None)
@@ -36,7 +36,7 @@ def stand_in_checkpoint(card: ModelCard, *, layer: int, projector: bool = False)
 
 def _weight(kind: str, shape: tuple[int, ...], random: np.random.Generator) -> Weight:
     scale = 0.1 if len(shape) == 1 else 1 / math.sqrt(math.prod(shape[1:]))
-    # A repeated pattern will do: drawing six billion numbers would take minutes.
+    # The pattern is repeated, because drawing six billion numbers would take minutes.
     pattern = (random.standard_normal(min(math.prod(shape), 1 << 20), np.float32) * np.float32(scale)).astype(
         np.float32
     )

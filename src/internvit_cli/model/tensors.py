@@ -1,4 +1,4 @@
-"""Stored arrays as PyTorch tensors: the one place between numpy and torch that reading features needs."""
+"""Convert stored numpy arrays to PyTorch tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def as_tensor(stored: NDArray[Any], dtype: StoreDtype) -> torch.Tensor:
-    """The same values as a tensor that shares the array's memory; bfloat16 bits become torch.bfloat16.
+    """Return the values as a tensor that shares the array's memory; bfloat16 bits become torch.bfloat16.
 
     Args:
-        stored: as it lies on the disk, writable.
-        dtype: the stored type.
+        stored: The array as stored on the disk, writable.
+        dtype: The stored type.
     """
     tensor = torch.from_numpy(stored)
     return tensor.view(torch.bfloat16) if dtype is StoreDtype.BFLOAT16 else tensor

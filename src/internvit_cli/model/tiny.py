@@ -1,4 +1,4 @@
-"""Weights of tiny-random: made in memory, the same on every machine for ever, so that anything can be tried offline."""
+"""Create the weights of tiny-random in memory; they are the same on every machine and in every version."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SEED = 448
 
 
 def tiny_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Float32 weights for standalone names and shapes.
+    """Return float32 weights by standalone name for the given shapes.
 
-    Only the generator's raw 64-bit output and exact arithmetic are used: numpy promises the former for ever, while
-    its distributions may change. Scales keep tokens of order one and different from picture to picture.
+    Only the raw 64-bit output of the generator and exact arithmetic are used, because numpy guarantees that output,
+    while its distributions may change. The scales keep tokens of order one, and different for different pictures.
     """
     generator = np.random.PCG64(SEED)
     weights = {}

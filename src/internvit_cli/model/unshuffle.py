@@ -1,6 +1,6 @@
-"""Pixel unshuffle: each 2 x 2 neighborhood of patch tokens becomes one visual token.
+"""Pixel unshuffle: turn each 2 x 2 neighborhood of patch tokens into one visual token.
 
-Letters in shapes as in vit.py.
+Shapes use the letters of vit.py.
 """
 
 # ruff: noqa: N806  (shape letters)
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def unshuffle_view(patch_tokens: Tensor, order: TokenOrder) -> Tensor:
-    """Patch tokens of square tiles [B,N,C] as a view [B,h/2,w/2,2,2,C]: each 2 x 2 neighborhood together.
+    """Return patch tokens of square tiles [B,N,C] as a view [B,h/2,w/2,2,2,C] of 2 x 2 neighborhoods.
 
     Args:
-        patch_tokens: row by row, without the class token; N is the square of an even number.
-        order: of the neighborhoods.
+        patch_tokens: The tokens row by row, without the class token; N is the square of an even number.
+        order: The order of the neighborhoods.
     """
     B, N, C = patch_tokens.shape
     side = math.isqrt(N)
@@ -33,5 +33,5 @@ def unshuffle_view(patch_tokens: Tensor, order: TokenOrder) -> Tensor:
 
 
 def pixel_unshuffle(patch_tokens: Tensor, order: TokenOrder) -> Tensor:
-    """Patch tokens [B,N,C] -> visual tokens [B,N/4,4C]; within one: (row 0, column 0), (0,1), (1,0), (1,1)."""
+    """Turn patch tokens [B,N,C] into visual tokens [B,N/4,4C], in the order (0,0), (0,1), (1,0), (1,1)."""
     return unshuffle_view(patch_tokens, order).flatten(3).flatten(1, 2)

@@ -1,13 +1,13 @@
-"""InternViT, both families in one module, as inference needs it.
+"""Define InternViT for inference, both families in one module.
 
     300M family: LayerNorm, biases on q, k and v.
     6B family:   RMSNorm, no such biases, an RMS norm over all heads of q and of k.
     Both:        14 px patches, a class token, a learned position table, pre-norm blocks with LayerScale, exact GELU,
                  and no norm after the last block.
 
-Letters in shapes: B tiles, T = 1 + N tokens (class token first, then N patches row by row), C hidden size, H heads,
-D = C / H, M mlp size, S side of a tile in pixels, P = 14. Parameters have the names of the published checkpoints
-(docs/model.md), so that a state dict loads as it is. Their meaning stands there too.
+Letters in shapes are B tiles, T = 1 + N tokens (class token first, then N patches row by row), C hidden size, H heads,
+D = C / H, M mlp size, S side of a tile in pixels, P = 14. Parameters have the names of the published checkpoints,
+so that a state dict loads unchanged; docs/model.md describes them.
 """
 
 # ruff: noqa: N806, N812  (shape letters, and the name that everyone gives torch.nn.functional)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
     @property
     def norms(self) -> tuple[Norm, Norm] | None:
-        """Of q and of k, over all heads joined."""
+        """The norms of q and of k over all heads together; None if there are none."""
         return None if self.q_norm is None or self.k_norm is None else (self.q_norm, self.k_norm)
 
     def forward(self, h: Rows) -> Tensor:
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         return self.kernels.linear(out, self.proj)
 
     def of_class(self, h: Rows) -> Tensor:
-        """Normed rows [B,T,C] -> the class token's row of `forward`, [B,1,C]: its query, and everybody's keys."""
+        """Return the class token's row of `forward`, [B,1,C], from normed rows [B,T,C]: its query and all keys."""
         C = h.shape[-1] if isinstance(h, Tensor) else h.values.shape[-1]
         q = self.kernels.linear(class_rows(h), linear_part(self.qkv, slice(0, C)))  # [B,1,C]
         kv = self.kernels.linear(h, linear_part(self.qkv, slice(C, 3 * C)))  # [B,T,2C]
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU: the exact (erf) one, or on CUDA in 16 bits its tanh form."""
+    """Two linear layers around a GELU, which is exact (erf), or the tanh form on CUDA in 16 bits."""
 
     def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
         super().__init__()
@@ -109,8 +109,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer block: x + ls1 * attn(norm1(x)), then x + ls2 * mlp(norm2(x)).
 
-    Adding y * scale to x and the norm that follows are one operation. So a block takes x with its norm1 done, and
-    leaves its last y to be added together with the next block's norm1.
+    Adding y * scale to x and the norm after it are one operation. A block therefore takes x with norm1 already applied,
+    and leaves its last y to be added together with the next block's norm1.
     """
 
     def __init__(self, config: VisionConfig, kernels: Kernels) -> None:
@@ -124,19 +124,19 @@ class Block(nn.Module):
         self.ls2 = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, x: Tensor, h: Rows) -> tuple[Tensor, Tensor]:
-        """From x [B,T,C] and h = norm1(x) to x and y [B,T,C]: the block's output is x + y * ls2. May overwrite x."""
+        """Return x and y [B,T,C] for x and h = norm1(x); the output of the block is x + y * ls2. May overwrite x."""
         x, h = self.kernels.residual_norm(x, self.attn(h), self.ls1, self.norm2)
         return x, self.mlp(h)
 
     def of_class(self, x: Tensor, h: Rows) -> tuple[Tensor, Tensor]:
-        """The class token's rows of `forward`, [B,1,C] each: one query and one row of the MLP."""
+        """Return the class token's rows of `forward`, [B,1,C] each, with one query and one row of the MLP."""
         y = self.attn.of_class(h)  # [B,1,C]
         x, h = self.kernels.residual_norm(x[:, :1].contiguous(), y, self.ls1, self.norm2)
         return x, self.mlp(h)
 
 
 class Embeddings(nn.Module):
-    """Patches, class token and position table. Kept in float32: small, and all that is made of them rounds once."""
+    """Patch embedding, class token and position table. They stay in float32, so that results round only once."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -147,9 +147,10 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(3, C, kernel_size=PATCH_SIZE, stride=PATCH_SIZE)
 
     def position_table(self, rows: int, columns: int) -> Tensor:
-        """The position table for a picture of rows x columns patches, float32 [1,1+N,C].
+        """Return the position table for a picture of rows x columns patches, float32 [1,1+N,C].
 
-        Bicubic, no antialiasing, in float32, always from the trained grid; at that grid's size the table itself.
+        The trained grid is interpolated with a bicubic filter without antialiasing in float32; its own size is
+        unchanged.
         """
         table = self.position_embedding.float()
         if (rows, columns) == (self.grid, self.grid):
@@ -159,7 +160,7 @@ class Embeddings(nn.Module):
         return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalized pixels [B,3,height,width] -> float32 [B,1+N,C]."""
+        """Embed normalized pixels [B,3,height,width] as float32 [B,1+N,C]."""
         B, _, height, width = pixel_values.shape
         if height % PATCH_SIZE or width % PATCH_SIZE:
             raise ValueError(f"{height} x {width} pixels do not divide into patches of {PATCH_SIZE}")
@@ -172,11 +173,11 @@ class Embeddings(nn.Module):
 
 
 class TileEmbedding(nn.Module):
-    """Embeddings of square uint8 tiles of one size: normalization, biases and positions folded into two tensors.
+    """Embeddings of square uint8 tiles of one size, with normalization, biases and positions folded into two tensors.
 
-    With r levels to a rescaled value of one (255, unless the checkpoint rescales otherwise), (u/r - mean)/std * w =
-    (u - 128) * w/(r std) + (128/r - mean)/std * w, and u - 128 is exact even in bfloat16, so that pixels are never
-    rounded and the tile goes to the device as the bytes it is.
+    With r levels per rescaled unit (255, unless the checkpoint rescales in another way), (u/r - mean)/std * w =
+    (u - 128) * w/(r std) + (128/r - mean)/std * w. As u - 128 is exact even in bfloat16, pixels are never rounded, and
+    tiles go to the device as bytes.
     """
 
     weight: Tensor
@@ -195,7 +196,7 @@ class TileEmbedding(nn.Module):
         self.kernels = kernels
         side = tile_size // PATCH_SIZE  # patches along a side
         device = embeddings.class_embedding.device
-        embeddings = copy.deepcopy(embeddings).cpu()  # where float64 is, and the same table for every device
+        embeddings = copy.deepcopy(embeddings).cpu()  # the CPU has float64, and gives the same table for every device
         w = embeddings.patch_embedding.weight.double()  # [C,3,P,P]
         bias = embeddings.patch_embedding.bias
         assert bias is not None
@@ -207,23 +208,23 @@ class TileEmbedding(nn.Module):
         table = embeddings.position_table(side, side)[0].double()  # [1+N,C]
         table[0] += embeddings.class_embedding[0, 0].double()
         table[1:] += offset
-        weight = scaled.permute(0, 2, 3, 1).flatten(1)  # [C,588], in a tile's own order (y, x, channel)
+        weight = scaled.permute(0, 2, 3, 1).flatten(1)  # [C,588], in the order of a tile (y, x, channel)
         weight = F.pad(weight, (0, kernels.patch_columns - PATCH_VALUES))
         self.register_buffer("weight", weight.to(dtype).contiguous().to(device), persistent=False)
         self.register_buffer("table", table.to(dtype).to(device), persistent=False)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """uint8 RGB [B,S,S,3] -> [B,1+N,C] in the compute dtype."""
+        """Embed uint8 RGB tiles [B,S,S,3] as [B,1+N,C] in the compute dtype."""
         return self.with_norm(tiles, None)[0]
 
     def with_norm(self, tiles: Tensor, norm: Norm | None) -> tuple[Tensor, Rows | None]:
-        """uint8 RGB [B,S,S,3] -> [B,1+N,C] in the compute dtype, and the rows of its norm, when there is one."""
+        """Embed uint8 RGB tiles [B,S,S,3] as [B,1+N,C] in the compute dtype, and return its normed rows with a norm."""
         values = self.kernels.patches(tiles, self.weight.shape[1], self.weight.dtype)  # [B,N,columns]
         return self.kernels.embed(F.linear(values, self.weight), self.table, norm)
 
 
 class BlockStack(nn.Module):
-    """The stack of blocks; a module of its own only because checkpoints name it so."""
+    """The stack of blocks, which is a module of its own only for the names in checkpoints."""
 
     def __init__(
         self, config: VisionConfig, blocks: int, kernels: Kernels, earlier_layers: tuple[int, ...] = ()
@@ -235,23 +236,23 @@ class BlockStack(nn.Module):
 
     @property
     def first_norm(self) -> Norm | None:
-        """What `h` of `forward` is made with; None when no block runs."""
+        """The norm that gives `h` of `forward`; None if no block runs."""
         return cast("Block", self.layers[0]).norm1 if len(self.layers) else None
 
     def forward(self, x: Tensor, h: Rows | None = None) -> tuple[Tensor, ...]:
         """Run the blocks on hidden states. May overwrite x.
 
         Args:
-            x: [B,T,C].
-            h: its rows after the first norm, where they are known.
+            x: Hidden states [B,T,C].
+            h: The rows of `x` after the first norm, if they are known.
 
         Returns:
-            Hidden states [B,T,C]: after the last block, then after as many blocks as each of `earlier_layers` says.
+            Hidden states [B,T,C]: after the last block, then after each of `earlier_layers`.
         """
         return self._run(x, h, class_only=False)
 
     def of_class(self, x: Tensor, h: Rows | None = None) -> tuple[Tensor, ...]:
-        """The class token's rows of `forward`, [B,1,C] each; the last block computes no more than that needs."""
+        """Return the class token's rows of `forward`, [B,1,C] each; the last block computes only these."""
         return self._run(x, h, class_only=True)
 
     def _run(self, x: Tensor, h: Rows | None, *, class_only: bool) -> tuple[Tensor, ...]:
@@ -270,37 +271,37 @@ class BlockStack(nn.Module):
         return torch.addcmul(x, y, last.ls2), *kept
 
     def _kept(self, layer: int, x: Tensor, *, class_only: bool) -> list[Tensor]:
-        """A copy of a layer's hidden state where it is asked for: the next block may overwrite it."""
+        """Return a copy of a layer's hidden state if it is needed, because the next block may overwrite it."""
         return [(x[:, :1] if class_only else x).clone()] if layer in self.earlier_layers else []
 
 
 class InternViT(nn.Module):
-    """The vision tower, as many blocks of it as run."""
+    """The vision tower with the blocks that run."""
 
     def __init__(
         self, config: VisionConfig, *, blocks: int, kernels: Kernels = PLAIN, earlier_layers: tuple[int, ...] = ()
     ) -> None:
-        """Make a tower without weights.
+        """Create a tower without weights.
 
         Args:
-            config: the model's sizes.
-            blocks: how many run.
-            kernels: the operations.
-            earlier_layers: after how many blocks hidden states are kept too; ascending, below `blocks`.
+            config: The shape of the tower.
+            blocks: The number of blocks that run.
+            kernels: The operations.
+            earlier_layers: Numbers of blocks after which hidden states are returned too, ascending, below `blocks`.
         """
         super().__init__()
         self.embeddings = Embeddings(config)
         self.encoder = BlockStack(config, blocks, kernels, earlier_layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalized pixels [B,3,height,width] -> hidden state of the last block that runs, [B,1+N,C].
+        """Return the hidden state of the last block that runs, [B,1+N,C], for normalized pixels [B,3,height,width].
 
-        Height and width are any multiples of 14. The dtype is that of the blocks.
+        Height and width are multiples of 14. The dtype is that of the blocks.
         """
         return self.hidden_states(pixel_values)[0]
 
     def hidden_states(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The same with the hidden states of the earlier layers behind it."""
+        """Return the result of `forward`, followed by the hidden states of the earlier layers."""
         x = self.embeddings(pixel_values)
         first = next(self.encoder.parameters(), x)
         states: tuple[Tensor, ...] = self.encoder(x.to(first.dtype))
@@ -308,7 +309,7 @@ class InternViT(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """The checkpoint's mlp1: visual tokens [B,N/4,4C] -> tokens of the language model's size [B,N/4,L]."""
+    """The checkpoint's mlp1, from visual tokens [B,N/4,4C] to tokens of the language model's size [B,N/4,L]."""
 
     def __init__(self, hidden_size: int, projector_size: int) -> None:
         super().__init__(

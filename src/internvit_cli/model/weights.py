@@ -1,4 +1,4 @@
-"""Which files of a checkpoint hold its weights: one set of them, or a refusal that names what there is instead."""
+"""Choose the files that hold the weights of a checkpoint, or refuse with what it holds instead."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.errors import ModelError
 from internvit_cli.model.files import INDEX_FILE, SINGLE_FILE, WEIGHTS_SUFFIX, FolderFiles, HubFiles
-from internvit_cli.model.json_files import MAX_INDEX_BYTES, check_tensor_name, read_json, short
-from internvit_cli.model.safetensors_header import StoredTensor, read_header
+from internvit_cli.model.json_files import MAX_INDEX_BYTES, check_tensor_name, read_json, short_repr
+from internvit_cli.model.safetensors_header import StoredTensor, read_safetensors_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -21,24 +21,24 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 MOST_NAMED = 6
-"""File names in one message."""
+"""Largest number of file names in a message."""
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<variant>\..+)?\.safetensors")
 _INDEX = re.compile(r".+\.safetensors\.index(\..+)?\.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FOREIGN_WEIGHTS = {
-    ".gguf": "GGUF weights, which are made for llama.cpp and mostly quantized",
-    ".onnx": "an ONNX graph, which holds no tensors by their names",
+    ".gguf": "GGUF weights, which are for llama.cpp and mostly quantized",
+    ".onnx": "an ONNX graph, which does not keep the names of tensors",
     ".msgpack": "Flax weights",
     ".h5": "TensorFlow weights",
     ".tflite": "TensorFlow Lite weights",
     ".engine": "a TensorRT engine",
     ".mlpackage": "a Core ML model",
 }
-"""What weights in other formats are, by the ends of their names."""
+"""Names of other formats of weights by file extension."""
 
 CONVERT_HINT = (
-    "convert them where you trust them: "
+    "if you trust them, convert them: "
     'python -c "import torch, safetensors.torch as s; '
     "s.save_file({k: v.contiguous() for k, v in torch.load('IN', weights_only=True).items()}, 'model.safetensors')\""
 )
@@ -46,23 +46,23 @@ CONVERT_HINT = (
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """One set of weights: every tensor's name, and the file that holds it."""
+    """A set of weights: the name of every tensor, and its file."""
 
     tensors: Mapping[str, str]
-    """File name by tensor name."""
+    """File names by name of tensor."""
     note: str = ""
-    """What a user should know of the choice; empty when it was plain."""
+    """A note for the user on the choice; empty if it was obvious."""
 
 
 def choose_weights(files: CheckpointFiles, wanted: str | None = None) -> WeightFiles:
-    """Find the one set of weights of a checkpoint.
+    """Find the set of weights of a checkpoint.
 
     Args:
-        files: where it is.
-        wanted: the file that the user named, weights or index; None chooses.
+        files: The files of the checkpoint.
+        wanted: The file of weights or index that the user named; None if the user named none.
 
     Raises:
-        ModelError: there are none, or several and nothing says which.
+        ModelError: There are no weights, or several sets of which none is preferred.
     """
     if wanted is not None:
         return WeightFiles(_tensors_of(files, wanted))
@@ -84,12 +84,12 @@ def choose_weights(files: CheckpointFiles, wanted: str | None = None) -> WeightF
 
 
 def is_set_of_weights(name: str) -> bool:
-    """Return whether a file by this name holds a whole set of weights, or is the index of one."""
+    """Return whether a file name is that of a whole set of weights or of an index."""
     return bool(_INDEX.fullmatch(name)) or (name.endswith(WEIGHTS_SUFFIX) and not _SHARD.fullmatch(name))
 
 
 def _one_of_both(files: CheckpointFiles, names: frozenset[str]) -> WeightFiles:
-    """Choose between a whole file and an index, where a folder holds both."""
+    """Choose between a whole file and an index if a folder holds both."""
     tensors = _tensors_of(files, INDEX_FILE)
     shards = set(tensors.values())
     if shards == {SINGLE_FILE}:
@@ -106,7 +106,7 @@ def _one_of_both(files: CheckpointFiles, names: frozenset[str]) -> WeightFiles:
 
 
 def _all_but_named(files: CheckpointFiles, names: frozenset[str], chosen: str) -> WeightFiles:
-    """Take the weights of a standard name, and say which others lie beside them, such as an adapter or an older set."""
+    """Use the weights with a standard name, and note which others are ignored, such as an adapter or an older set."""
     tensors = _tensors_of(files, chosen)
     unread = sorted(name for name in names.difference(tensors.values()) if name.endswith(WEIGHTS_SUFFIX))
     if not unread:
@@ -115,7 +115,7 @@ def _all_but_named(files: CheckpointFiles, names: frozenset[str], chosen: str) -
 
 
 def _by_other_names(files: CheckpointFiles, others: list[str]) -> WeightFiles:
-    """Take weights that have no standard name: all shards of one set, or the only file."""
+    """Use weights without a standard name: all shards of one set, or the only file."""
     shards = [match for name in others if (match := _SHARD.fullmatch(name))]
     sets = {(match["stem"], match["count"], match["variant"]) for match in shards}
     if len(shards) == len(others) and len(sets) == 1:
@@ -156,17 +156,17 @@ def _several(files: CheckpointFiles, names: list[str]) -> ModelError:
 def _no_weights(files: CheckpointFiles, names: frozenset[str]) -> ModelError:
     if ADAPTER_CONFIG in names or ADAPTER_WEIGHTS in names:
         return adapter_refusal(files)
-    if other := other_weights(files.where, names):
+    if other := other_weights_error(files.where, names):
         return other
     if isinstance(files, HubFiles) and files.offline:
         return files.missing(SINGLE_FILE)
     return ModelError(
-        f"{files.where}: there is no {SINGLE_FILE} and no {INDEX_FILE}", "name the folder of a whole checkpoint"
+        f"{files.where}: there is no {SINGLE_FILE} and no {INDEX_FILE}", "name the folder of a complete checkpoint"
     )
 
 
-def other_weights(where: str, names: Iterable[str]) -> ModelError | None:
-    """Return the refusal of weights in other formats than safetensors; None where there are none."""
+def other_weights_error(where: str, names: Iterable[str]) -> ModelError | None:
+    """Return the error for weights in other formats than safetensors; None if there are none."""
     ordered = sorted(names)
     for name in ordered:
         if name.endswith(PICKLES) and not name.startswith("training_args"):
@@ -178,23 +178,23 @@ def other_weights(where: str, names: Iterable[str]) -> ModelError | None:
 
 
 def adapter_refusal(files: CheckpointFiles) -> ModelError:
-    """Return the refusal of a folder that holds a LoRA adapter and nothing that it adapts."""
+    """Return the error for a folder that holds a LoRA adapter without its model."""
     path = files.find(ADAPTER_CONFIG)
     base = read_json(path).get("base_model_name_or_path") if path else None
     of = f" of {base[:200]}" if isinstance(base, str) and base else ""
     return ModelError(
         f"{files.where}: a LoRA adapter{of}, not a model",
-        "merge it into its model first (peft's merge_and_unload), save that, and name its folder",
+        "merge it into its model first (peft's merge_and_unload), save the merged model, and name its folder",
     )
 
 
 def pickle_refusal(where: str, name: str) -> ModelError:
-    """Return the refusal of weights that would run code."""
+    """Return the error for pickle weights, which may run code."""
     return ModelError(f"{where}: only pickle weights ({name}), which can run code when they are opened", CONVERT_HINT)
 
 
 def foreign_refusal(where: str, name: str, kind: str) -> ModelError:
-    """Return the refusal of weights in a format of another tool."""
+    """Return the error for weights in the format of another tool."""
     return ModelError(f"{where}: {name} is {kind}", "name a checkpoint in safetensors")
 
 
@@ -202,31 +202,31 @@ def read_stored(files: CheckpointFiles, weights: WeightFiles, wanted: Iterable[s
     """Locate some tensors, opening only the files that hold them.
 
     Args:
-        files: where the checkpoint is.
-        weights: its set of weights.
-        wanted: names of tensors.
+        files: The files of the checkpoint.
+        weights: Its set of weights.
+        wanted: The names of tensors.
 
     Raises:
-        ModelError: a file is missing or broken, or does not hold what its index says.
+        ModelError: A file is missing or broken, or does not hold what its index says.
     """
     found: dict[str, StoredTensor] = {}
     for shard in sorted({weights.tensors[name] for name in wanted}):
-        header = read_header(files.need(shard))
+        header = read_safetensors_header(files.need(shard))
         found |= {name: header[name] for name in header if weights.tensors.get(name) == shard}
     for name in wanted:
         if name not in found:
             raise ModelError(
-                f"{files.where}: tensor {name!r} is not in {weights.tensors[name]}, where the index has it",
+                f"{files.where}: tensor {name!r} is not in {weights.tensors[name]}, although the index says so",
                 "download the model again",
             )
     return found
 
 
 def _tensors_of(files: CheckpointFiles, name: str) -> dict[str, str]:
-    """Return which file holds which tensor, from an index or from the header of a file with all of them."""
+    """Return the files of tensors by name, from an index or from the header of a file that holds all of them."""
     path = files.need(name)
     if not name.endswith(".json"):
-        return dict.fromkeys(read_header(path), name)
+        return dict.fromkeys(read_safetensors_header(path), name)
     tensors = read_json(path, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(tensors, dict) or not tensors:
         raise ModelError(f"{path}: weight_map is missing")
@@ -234,13 +234,13 @@ def _tensors_of(files: CheckpointFiles, name: str) -> dict[str, str]:
         check_tensor_name(tensor, path)
         if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard.endswith(WEIGHTS_SUFFIX):
             raise ModelError(
-                f"{path}: tensor {tensor!r} is said to be in {short(shard)}, which is no shard beside the index"
+                f"{path}: tensor {tensor!r} is listed in {short_repr(shard)}, which is not a shard beside the index"
             )
     return tensors
 
 
 def _named(files: CheckpointFiles, name: str) -> str:
-    """Return what a user gives as --model to choose one file."""
+    """Return the value of --model that selects a file."""
     if isinstance(files, FolderFiles):
         return os.path.join(files.folder, name)
     return f"hf://{files.where}/{name}"

@@ -1,1 +1,1 @@
-"""From a listing to a table of images with sizes and tiles: headers alone are read."""
+"""Turn a listing into a table of images with sizes and tiles, by reading only their headers."""

@@ -1,4 +1,4 @@
-"""Sizes and orientations from the first bytes of files: all that planning needs to know, without decoding."""
+"""Read the sizes and orientations of pictures from the first bytes of their files, without decoding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from internvit_cli.config import DEFAULT_MAX_PIXELS, DRAWN_BY, PixelRule, Skipped, Status
-from internvit_cli.plan.orientation import UPRIGHT, XMP, as_turn, metadata_orientation, xmp_orientation
+from internvit_cli.plan.orientation import UPRIGHT, XMP, metadata_orientation, valid_orientation, xmp_orientation
 from internvit_cli.plan.png_chunks import despite_texts, png_orientation
 from internvit_cli.plan.quick_headers import quick_header
 from internvit_cli.plan.table import modified_ns
@@ -22,53 +22,53 @@ if TYPE_CHECKING:
 
 _MARK = b"tEXt" + "\0".join(DRAWN_BY).encode()
 _MARK_AT = 8 + 25 + 4
-"""Behind a PNG's signature, its first chunk and the length of the second: where `draw.png` puts it."""
+"""Position of internvit's mark in a PNG: after the signature, the first chunk and the length of the second."""
 _ORIENTATION_TAG = 0x0112
 
 
 class Header(NamedTuple):
-    """What is known of a picture before it is decoded."""
+    """What is known about a picture before it is decoded."""
 
     width: int
-    """Pixels, after orientation."""
+    """The width in pixels, after orientation."""
     height: int
-    """Pixels, after orientation."""
+    """The height in pixels, after orientation."""
     orientation: int
-    """EXIF's number, 1 to 8, of the turn that decoding applies; 1 for none."""
+    """The EXIF orientation that decoding applies, 1 to 8; 1 for none."""
     file_size: int
     """Bytes."""
     file_mtime_ns: int
 
 
 class OwnDrawing(NamedTuple):
-    """A picture that this program drew of others, and that a source holds by chance."""
+    """A picture that internvit itself drew, and that happens to lie in a source."""
 
     outcome: Header | Skipped
-    """What it is like any other picture."""
+    """The result of reading it like any other picture."""
 
 
 def read_header(path: bytes, rule: PixelRule) -> Header | Skipped:
-    """Read the header of one file, whoever made it; see `read_headers`."""
+    """Read the header of one file, even if internvit drew it; see `read_headers`."""
     found = read_headers((path,), rule)[0]
     return found.outcome if isinstance(found, OwnDrawing) else found
 
 
 def read_headers(paths: Iterable[bytes], rule: PixelRule) -> list[Header | OwnDrawing | Skipped]:
-    """Read the headers of files; one thread of a process at a time.
+    """Read the headers of files; only one thread of a process may do so at a time.
 
     Args:
-        paths: files; links are followed.
-        rule: whether EXIF counts, and the pixels that are too many.
+        paths: The files; links are followed.
+        rule: Whether EXIF is applied, and the pixel limit.
 
     Returns:
-        For each path, in order, its header or why it cannot be used.
+        For each path, in order, its header or the reason why it cannot be used.
     """
     with pillow_settings(rule):
         return [_read(path, rule) for path in paths]
 
 
 def header_reader(rule: PixelRule) -> Callable[[list[bytes]], list[Header | OwnDrawing | Skipped]]:
-    """What a planning worker runs: `read_headers` under one rule."""
+    """Return the function that a planning worker runs: `read_headers` with one rule."""
     return lambda paths: read_headers(paths, rule)
 
 
@@ -95,9 +95,9 @@ def _inspect(picture: OpenPicture, rule: PixelRule) -> Header | OwnDrawing | Ski
 
 
 def _opened(stream: BinaryIO, picture: OpenPicture, rule: PixelRule) -> tuple[int, int, int]:
-    """The upright size of a picture that Pillow opens."""
+    """Return the upright width, height and orientation of a picture that Pillow opens."""
     image = Image.open(stream, formats=readable_formats())
-    if image.format == "PNG":  # only without its pixels does Pillow know all of its metadata
+    if image.format == "PNG":  # Pillow sees all of its metadata only after decoding
         return _upright(*image.size, png_orientation(picture) if rule.exif else UPRIGHT)
     return upright_size(image, rule)
 
@@ -105,34 +105,34 @@ def _opened(stream: BinaryIO, picture: OpenPicture, rule: PixelRule) -> tuple[in
 def _usable(upright: tuple[int, int, int], picture: OpenPicture, rule: PixelRule) -> Header | Skipped:
     width, height, orientation = upright
     time = modified_ns(picture.status)
-    return unusable_size(width, height, rule) or Header(width, height, orientation, picture.size, time)
+    return size_problem(width, height, rule) or Header(width, height, orientation, picture.size, time)
 
 
 def _marked(picture: OpenPicture, outcome: Header | Skipped) -> Header | OwnDrawing | Skipped:
-    """What a file is, told apart from others when its mark says that this program drew it."""
+    """Return the outcome, marked as `OwnDrawing` if the file has internvit's mark."""
     try:
         return OwnDrawing(outcome) if picture.at(_MARK_AT, len(_MARK)) == _MARK else outcome
-    except OSError:  # which is why it is skipped
+    except OSError:  # the outcome has the same reason
         return outcome
 
 
 def upright_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
-    """Width and height, pixels, after the turn that sets a picture upright, and EXIF's number of that turn.
+    """Return the width and height in pixels after a picture is turned upright, and the orientation to apply.
 
     Args:
-        image: a picture that is not loaded yet.
-        rule: whether its orientation counts.
+        image: A picture that is not loaded yet.
+        rule: Whether its orientation is applied.
     """
     if image.format == "TIFF":
-        # Pillow turns it while it loads it. In the size it says so already, but for an orientation in XMP alone.
-        by_xmp = as_turn(xmp_orientation(None, image.info.get(XMP)))
+        # Pillow turns a TIFF while it loads it. Its size is already turned, unless only XMP has the orientation.
+        by_xmp = valid_orientation(xmp_orientation(None, image.info.get(XMP)))
         is_said = _ORIENTATION_TAG in getattr(image, "tag_v2", ())
         return (*_upright(*image.size, UPRIGHT if is_said else by_xmp)[:2], UPRIGHT)
     return _upright(*image.size, metadata_orientation(image.info) if rule.exif else UPRIGHT)
 
 
 def loaded_size(image: Image.Image, rule: PixelRule) -> tuple[int, int, int]:
-    """Return the same of a picture that is loaded, when all of its metadata is known and a TIFF is upright."""
+    """Return the result of `upright_size` for a loaded picture: its metadata is complete, and a TIFF is upright."""
     counts = rule.exif and image.format != "TIFF"
     return _upright(*image.size, metadata_orientation(image.info) if counts else UPRIGHT)
 
@@ -141,15 +141,15 @@ def _upright(width: int, height: int, orientation: int) -> tuple[int, int, int]:
     return (height, width, orientation) if orientation >= 5 else (width, height, orientation)
 
 
-def unusable_size(width: int, height: int, rule: PixelRule) -> Skipped | None:
-    """Why a picture of this size, pixels, is not decoded; None when it is."""
+def size_problem(width: int, height: int, rule: PixelRule) -> Skipped | None:
+    """Return why a picture of this size in pixels is not decoded; None if it is."""
     if min(width, height) < 1:
         return Skipped(Status.TRUNCATED, "", f"a size of {width} x {height} pixels")
     if width * height > rule.max_pixels:
         return too_many_pixels(width * height, f"{width} x {height} are", rule.max_pixels)
-    # A low limit is about the pictures; it must not forbid the tiles that small ones are made into.
+    # A low limit applies to pictures, and must not forbid the tiles that small pictures are resized to.
     limit = max(rule.max_pixels, DEFAULT_MAX_PIXELS)
     resized = largest_resized(width, height, rule)
     if resized > limit:
-        return too_many_pixels(resized, f"{width} x {height} would be resized by way of", limit)
+        return too_many_pixels(resized, f"{width} x {height} would be resized through", limit)
     return None

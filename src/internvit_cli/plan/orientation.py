@@ -1,7 +1,7 @@
-"""The orientation that a picture's metadata says, exactly as Pillow's `ImageOps.exif_transpose` finds it.
+"""Find the orientation of a picture in its metadata, exactly as Pillow's `ImageOps.exif_transpose` does.
 
-Pillow looks at one EXIF block first and, where that has no orientation at all, for one in XMP. Its own reader is not
-used here: it decodes a PNG before it answers, copies every field of a hostile block, and is tens of times slower.
+Pillow looks in one EXIF block first and, if that has no orientation at all, in XMP. Its own reader is not used here,
+because it decodes a PNG first, copies every field of a hostile block, and is tens of times slower.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ RAW_PROFILE = "Raw profile type exif"
 XMP_TEXT = "XML:com.adobe.xmp"
 XMP = "xmp"
 METADATA_KEYS = (EXIF, RAW_PROFILE, XMP_TEXT, XMP)
-"""What of `PIL.Image.Image.info` decides the orientation."""
+"""Keys of `PIL.Image.Image.info` that decide the orientation."""
 
 MOST_METADATA = 16 << 20
-"""Bytes of metadata, as stored or decompressed, that are looked at for one picture's orientation."""
+"""Largest amount of metadata that is read for the orientation of a picture, in bytes, stored or decompressed."""
 
 _EXIF_PREFIX = re.compile(rb"(?:Exif\0\0){1,2}")
 _BYTE_ORDERS = {b"MM\0*": ">", b"II*\0": "<", b"MM*\0": ">", b"II\0*": "<"}
 _ORIENTATION_TAG = 0x0112
 _FIELD_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-"""TIFF field type: bytes of one value. Pillow passes over fields of other types."""
+"""Bytes per value, by TIFF field type. Pillow ignores fields of other types."""
 _NUMBERS = {3: "H", 4: "L", 5: "LL", 6: "b", 8: "h", 9: "l", 10: "ll", 11: "f", 12: "d", 13: "L", 16: "Q"}
-"""TIFF field type: struct code. Bytes and texts are no numbers to Pillow, even of one byte."""
+"""Struct codes by TIFF field type. Pillow does not read bytes and texts as numbers, not even single bytes."""
 _XMP_PATTERN = 'tiff:Orientation(="|>)([0-9])'
 _XMP_IN_TEXT, _XMP_IN_BYTES = re.compile(_XMP_PATTERN), re.compile(_XMP_PATTERN.encode())
 
 
 def metadata_orientation(info: Mapping[Any, Any]) -> int:
-    """Return the orientation, 1 to 8, of a picture whose metadata is `info`; 1 where it is none or damaged.
+    """Return the orientation of a picture, 1 to 8; 1 if its metadata has none or is damaged.
 
     Args:
-        info: as `PIL.Image.Image.info`, of which `METADATA_KEYS` are looked at.
+        info: The metadata as in `PIL.Image.Image.info`, of which `METADATA_KEYS` are used.
     """
     value = exif_orientation(_exif_block(info))
     if value is None:
         value = xmp_orientation(info.get(XMP_TEXT), info.get(XMP))
-    return as_turn(value)
+    return valid_orientation(value)
 
 
-def as_turn(value: float | None) -> int:
-    """Return the orientation, 1 to 8, that a number of a file means; 1 for numbers that mean nothing."""
+def valid_orientation(value: float | None) -> int:
+    """Return the orientation, 1 to 8, for a number in a file; 1 for numbers without a meaning."""
     return int(value) if value is not None and value in range(1, 9) else UPRIGHT
 
 
 def exif_orientation(data: bytes) -> float | None:
     """Return the number in the orientation field of an EXIF block, whatever it is.
 
-    Only the first directory is walked, in Pillow's order: a field before the orientation that points out of the block
-    ends the directory, and of several fields with one tag the first counts.
+    Only the first directory is read, as Pillow does: a field before the orientation that points outside the block ends
+    the directory, and the first of several fields with the same tag counts.
 
     Returns:
-        The number, 0 for a field that holds no number; None when there is no such field.
+        The number, or 0 if the field does not hold a number; None if there is no such field.
     """
     if prefix := _EXIF_PREFIX.match(data):
         data = data[prefix.end() :]
@@ -102,10 +102,10 @@ def _first_number(place: bytes, offset: int, order: str, kind: int) -> float:
 
 
 def xmp_orientation(text: object, data: object = None) -> int | None:
-    """Return the digit after `tiff:Orientation`, of an attribute or an element; None where there is none.
+    """Return the digit after `tiff:Orientation` in an attribute or an element; None if there is none.
 
     Args:
-        text: a PNG's XMP as str, which goes first.
+        text: XMP of a PNG as str, which takes precedence.
         data: XMP as bytes.
     """
     if text and isinstance(text, str):
@@ -123,7 +123,7 @@ def _exif_block(info: Mapping[Any, Any]) -> bytes:
 
 
 def _raw_profile(text: str) -> bytes:
-    """The bytes of a profile as ImageMagick writes it: a line break, its name, its length, and lines of hex digits."""
+    """Decode a profile as ImageMagick writes it: a line break, a name, a length, and lines of hex digits."""
     digits = "".join(text.split("\n", 3)[3:]).replace("\n", "")
     try:
         return bytes.fromhex(digits)

@@ -1,7 +1,7 @@
-"""The chunks of a PNG, without Pillow: its size, its orientation wherever it stands, and the file without its texts.
+"""Read the chunks of a PNG without Pillow: its size, its orientation, and the file without its texts.
 
-A PNG may carry metadata behind its pixels, which Pillow sees only after it decoded them, and compressed texts of any
-size, for which Pillow refuses the picture. Here the pixels are stepped over, and texts are read within a bound.
+A PNG may have metadata after its pixels, which Pillow sees only after decoding, and compressed texts of any size, for
+which Pillow refuses the picture. This module skips the pixels, and limits how much text it reads.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MOST_CHUNKS = 1 << 16
-"""Chunks that are looked at, those of pixels not counted."""
+"""Largest number of chunks that are read, not counting those of pixels."""
 MOST_CHECKED = 1 << 20
-"""Bytes of the longest chunk in front of the pixels of an ordinary file."""
+"""Longest chunk before the pixels of an ordinary file, in bytes."""
 
 _MODES = frozenset(
     {
@@ -44,30 +44,30 @@ _MODES = frozenset(
         *((depth, 3) for depth in (1, 2, 4, 8)),
     }
 )
-"""Bits and color types that exist."""
+"""Valid combinations of bit depth and color type."""
 _IS_KIND = re.compile(rb"\w{4}").fullmatch
 _UNUSUAL = frozenset({b"IHDR", b"IEND", b"acTL", b"fcTL", b"fdAT"})
-"""In front of the pixels: a second header, no pixels, an animation."""
+"""Chunks that are unusual before the pixels: a second header, the end of the file, an animation."""
 _LEAST_BYTES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9}
 _LEAST_TRANSPARENCY = {0: 2, 2: 6}
-"""Bytes of tRNS, by color type."""
+"""Length of a tRNS chunk in bytes, by color type."""
 _TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 _DROPPED = frozenset({*_TEXTS, b"iCCP"})
 _LONGEST_KEY = 80
 
 
 class QuickHeader(NamedTuple):
-    """What an ordinary file says of its picture."""
+    """The size and the orientation of an ordinary file."""
 
     width: int
-    """Of the picture as it lies in the file, pixels."""
+    """The width in pixels, before orientation."""
     height: int
     orientation: int
-    """1 to 8, as EXIF or else XMP says."""
+    """The orientation from EXIF, or else from XMP, 1 to 8."""
 
 
 class Chunk(NamedTuple):
-    """Where a chunk's data lies in a file."""
+    """The place of a chunk's data in a file."""
 
     kind: bytes
     position: int
@@ -75,7 +75,7 @@ class Chunk(NamedTuple):
 
 
 def quick_png(file: OpenPicture) -> QuickHeader | None:
-    """Return the header of an ordinary PNG; None for all that is unusual in any way, which Pillow has to decide."""
+    """Return the header of an ordinary PNG; None for an unusual file, which is left to Pillow."""
     head = file.at(8, 25)
     if not _is_sound(file, Chunk(b"IHDR", 16, 13)) or head[:8] != b"\0\0\0\x0dIHDR":
         return None
@@ -95,20 +95,20 @@ def quick_png(file: OpenPicture) -> QuickHeader | None:
 
 
 def png_orientation(file: OpenPicture) -> int:
-    """Return the orientation, 1 to 8, of any PNG, before its pixels or behind them; 1 where there is none."""
+    """Return the orientation of any PNG, 1 to 8, from metadata before or after its pixels; 1 if there is none."""
     return _orientation(file, _texts_from(file, len(SIGNATURE), is_animated=_is_animated(file)))
 
 
 def without_texts(stream: BinaryIO) -> BinaryIO | None:
-    """Return a PNG without its texts and its color profile, which may be too large for Pillow and change no pixel.
+    """Return a PNG without its texts and its color profile, which change no pixel but may be too large for Pillow.
 
-    Chunks in front of the pixels whose checksum is wrong are kept: such a file is damaged.
+    Chunks before the pixels with a wrong checksum are kept, so that a damaged file is still recognized.
 
     Args:
-        stream: a whole file; its position changes.
+        stream: A complete file; its position changes.
 
     Returns:
-        The lighter file; None when it is no PNG, or nothing could be left out.
+        The smaller file; None if it is not a PNG, or nothing could be left out.
     """
     stream.seek(0)
     if stream.read(len(SIGNATURE)) != SIGNATURE:
@@ -129,14 +129,18 @@ def without_texts(stream: BinaryIO) -> BinaryIO | None:
 
 
 def despite_texts(read: Callable[[BinaryIO], Result], stream: BinaryIO) -> Result:
-    """Return what `read` makes of a file, without its texts where Pillow refuses a PNG for them.
+    """Call `read` on a file, and again without the texts of a PNG if Pillow refuses it.
 
     Raises:
-        Exception: what `read` raises, of the lighter file where there is one.
+        Exception: The error that `read` raises, for the smaller file if there is one.
     """
     try:
         return read(stream)
-    except (ValueError, SyntaxError, UnidentifiedImageError):  # too large, or of an unknown method of compression
+    except (
+        ValueError,
+        SyntaxError,
+        UnidentifiedImageError,
+    ):  # texts that are too large, or compressed in an unknown way
         lighter = without_texts(stream)
         if lighter is None:
             raise
@@ -144,7 +148,7 @@ def despite_texts(read: Callable[[BinaryIO], Result], stream: BinaryIO) -> Resul
 
 
 def _chunks(file: OpenPicture, position: int) -> Iterator[Chunk]:
-    """Chunks from a position on; of a row of pixel chunks that have one length only the last."""
+    """Yield chunks from a position on, but only the last of adjacent pixel chunks of the same length."""
     for _ in range(MOST_CHUNKS):
         header = file.at(position, 8)
         if len(header) < 8 or not _IS_KIND(header, 4):
@@ -157,7 +161,7 @@ def _chunks(file: OpenPicture, position: int) -> Iterator[Chunk]:
 
 
 def _last_alike(file: OpenPicture, position: int, header: bytes, stride: int) -> int:
-    """The last of chunks that follow each other with one header; encoders write thousands of pixel chunks so."""
+    """Return the position of the last of adjacent chunks with the same header; encoders write thousands of them."""
     step, grows = 1, True
     while step:
         if file.at(position + step * stride, 8) == header:
@@ -169,7 +173,7 @@ def _last_alike(file: OpenPicture, position: int, header: bytes, stride: int) ->
 
 
 def _is_sound(file: OpenPicture, chunk: Chunk) -> bool:
-    """Whether a chunk's checksum is right."""
+    """Return whether the checksum of a chunk is right."""
     data = file.at(chunk.position, chunk.length + 4)
     return len(data) == chunk.length + 4 and zlib.crc32(data[:-4], zlib.crc32(chunk.kind)) == int.from_bytes(
         data[-4:], "big"
@@ -177,7 +181,7 @@ def _is_sound(file: OpenPicture, chunk: Chunk) -> bool:
 
 
 def _is_ordinary(file: OpenPicture, chunk: Chunk, color: int) -> bool:
-    """Whether Pillow certainly reads on behind a chunk in front of the pixels."""
+    """Return whether Pillow certainly continues after a chunk before the pixels."""
     kind, position, length = chunk
     if kind in _UNUSUAL or length > MOST_CHECKED or not _is_sound(file, chunk):
         return False
@@ -189,7 +193,7 @@ def _is_ordinary(file: OpenPicture, chunk: Chunk, color: int) -> bool:
 
 
 def _is_animated(file: OpenPicture) -> bool:
-    """Whether Pillow counts more than one frame: those announced, and a picture in front of the first."""
+    """Return whether Pillow counts more than one frame, including a default picture before the first."""
     frames, announced, has_frame = 0, 0, False
     for kind, position, _ in _chunks(file, len(SIGNATURE)):
         if kind == b"acTL":
@@ -202,7 +206,7 @@ def _is_animated(file: OpenPicture) -> bool:
 
 
 def _texts_from(file: OpenPicture, position: int, *, is_animated: bool) -> list[Chunk]:
-    """Chunks that may tell the orientation, as far as Pillow reads: up to the second frame of an animation."""
+    """Return chunks that may hold the orientation, as far as Pillow reads: up to an animation's second frame."""
     found, is_behind = [], False
     for chunk in _chunks(file, position):
         if chunk.kind == b"IEND" or (chunk.kind == b"fcTL" and is_animated and is_behind):
@@ -214,7 +218,7 @@ def _texts_from(file: OpenPicture, position: int, *, is_animated: bool) -> list[
 
 
 def _orientation(file: OpenPicture, chunks: list[Chunk]) -> int:
-    """What the metadata in some chunks says; of several of one kind the last counts."""
+    """Return the orientation in the given chunks; the last of several chunks of one kind counts."""
     info: dict[str, str | bytes] = {}
     room = MOST_METADATA
     for chunk in reversed(chunks):
@@ -225,7 +229,7 @@ def _orientation(file: OpenPicture, chunks: list[Chunk]) -> int:
 
 
 def _entries(file: OpenPicture, chunk: Chunk, room: int) -> dict[str, str | bytes]:
-    """What one chunk adds to Pillow's `Image.info`, as far as it may tell the orientation."""
+    """Return the entries of Pillow's `Image.info` from one chunk, as far as they concern the orientation."""
     if chunk.length > room:
         return {}
     if chunk.kind == b"eXIf":
@@ -260,7 +264,7 @@ def _international(key: str, value: bytes, room: int) -> dict[str, str | bytes]:
 
 
 def _inflated(data: bytes, room: int) -> bytes | None:
-    """Compressed bytes as far as there is room for them; None when they are damaged."""
+    """Decompress at most `room` bytes; return None if the data is damaged."""
     try:
         return zlib.decompressobj().decompress(data, max(room, 1))
     except zlib.error:

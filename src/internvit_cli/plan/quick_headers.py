@@ -1,7 +1,7 @@
-"""Sizes and orientations of ordinary JPEG, PNG and WebP files from a few of their bytes.
+"""Read sizes and orientations of ordinary JPEG, PNG and WebP files from a few of their bytes.
 
-Most pictures are such files, and opening one with EXIF makes Pillow parse all of it. Whatever is unusual in
-any way is None here: then Pillow decides, whose word is what counts.
+Most pictures are such files, and Pillow parses all of a file's EXIF when it opens it. These functions return None for
+any unusual file, which is then left to Pillow.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from internvit_cli.plan.orientation import MOST_METADATA, UPRIGHT, as_turn, exif_orientation, xmp_orientation
+from internvit_cli.plan.orientation import MOST_METADATA, UPRIGHT, exif_orientation, valid_orientation, xmp_orientation
 from internvit_cli.plan.png_chunks import SIGNATURE, QuickHeader, quick_png
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ XMP_SIGNATURE = b"http://ns.adobe.com/xap/1.0/\0"
 
 _SCAN, _EXIF_SEGMENT, _MPF_SEGMENT, _TABLES = 0xDA, 0xE1, 0xE2, 0xDB
 _FRAMES = (0xC0, 0xC1, 0xC2)
-"""Baseline, extended and progressive."""
+"""Markers of baseline, extended and progressive frames."""
 _SKIPPED_SEGMENTS = {0xC4, _TABLES, 0xDD, *range(0xE0, 0xF0), 0xFE}
-"""Tables, application data, comments."""
+"""Markers of tables, application data and comments."""
 _LOOKED_AT = (_TABLES, _MPF_SEGMENT)
 
 _ANIMATED, _HAS_XMP, _HAS_EXIF = 0x02, 0x04, 0x08
-"""Flags of a WebP file."""
+"""Flags of an extended WebP file."""
 
 
 def quick_header(file: OpenPicture) -> QuickHeader | None:
-    """The header of an ordinary JPEG, PNG or WebP file; None for everything else."""
+    """Return the header of an ordinary JPEG, PNG or WebP file; None for everything else."""
     start = file.at(0, 12)
     try:
         if start.startswith(b"\xff\xd8\xff"):
@@ -39,32 +39,32 @@ def quick_header(file: OpenPicture) -> QuickHeader | None:
             return quick_png(file)
         if start.startswith(b"RIFF") and start[8:] == b"WEBP":
             return _webp(file)
-    except struct.error:  # it ends where more should come
+    except struct.error:  # the file is cut off
         pass
     return None
 
 
-class _Place(NamedTuple):
-    """Where a block of metadata lies."""
+class _MetadataBlock(NamedTuple):
+    """The place of a block of metadata in the file."""
 
     position: int
     length: int
 
 
-def _orientation(file: OpenPicture, exif: _Place | None, xmp: _Place | None) -> int:
-    """What EXIF says, or else XMP, which is read only then."""
+def _orientation(file: OpenPicture, exif: _MetadataBlock | None, xmp: _MetadataBlock | None) -> int:
+    """Return the orientation from EXIF, or else from XMP, which is read only then."""
     value = exif_orientation(_block(file, exif)) if exif else None
     if value is None and xmp:
         value = xmp_orientation(None, _block(file, xmp))
-    return as_turn(value)
+    return valid_orientation(value)
 
 
-def _block(file: OpenPicture, place: _Place) -> bytes:
+def _block(file: OpenPicture, place: _MetadataBlock) -> bytes:
     return file.at(place.position, min(place.length, MOST_METADATA))
 
 
 def _jpeg(file: OpenPicture) -> QuickHeader | None:
-    """Walk the segments up to the first scan."""
+    """Read the segments of a JPEG up to the first scan."""
     size, exif, xmp = None, None, None
     position = 2
     while True:
@@ -83,22 +83,22 @@ def _jpeg(file: OpenPicture) -> QuickHeader | None:
         elif kind == _EXIF_SEGMENT:
             start = file.at(body, min(length - 2, len(XMP_SIGNATURE)))
             if start == XMP_SIGNATURE:
-                xmp = _Place(body + len(XMP_SIGNATURE), length - 2 - len(XMP_SIGNATURE))
+                xmp = _MetadataBlock(body + len(XMP_SIGNATURE), length - 2 - len(XMP_SIGNATURE))
             elif start.startswith(EXIF_SIGNATURE):
                 if exif:
                     return None
-                exif = _Place(body, length - 2)
+                exif = _MetadataBlock(body, length - 2)
 
 
 def _frame_size(frame: bytes) -> tuple[int, int] | None:
-    """Width and height of a frame of 8 bits and one, three or four components."""
+    """Return the width and height of a frame with 8 bits and one, three or four components; None for others."""
     bits, height, width, components = struct.unpack_from(">BHHB", frame)
     is_plain = bits == 8 and components in (1, 3, 4) and len(frame) == 6 + 3 * components
     return (width, height) if is_plain and width and height else None
 
 
 def _is_odd(file: OpenPicture, kind: int, body: int, length: int) -> bool:
-    """Whether Pillow has to look at a segment itself: several pictures in one file, or tables of another length."""
+    """Return whether a segment needs Pillow: several pictures in one file, or tables of an unusual length."""
     if kind == _MPF_SEGMENT:
         return file.at(body, 4) == b"MPF\0"
     if kind == _TABLES:
@@ -111,7 +111,7 @@ def _is_odd(file: OpenPicture, kind: int, body: int, length: int) -> bool:
 
 
 def _webp(file: OpenPicture) -> QuickHeader | None:
-    """The one frame of a simple file, or the canvas of an extended one that does not move."""
+    """Read the frame of a simple WebP file, or the canvas of an extended one without animation."""
     (riff_size,) = struct.unpack("<L", file.at(4, 4))
     if riff_size + 8 > file.size:
         return None
@@ -151,6 +151,6 @@ def _extended_webp(file: OpenPicture, end: int) -> QuickHeader | None:
         if position + 8 + length > end or kind in found:
             return None
         if kind in wanted:
-            found[kind] = _Place(position + 8, length)
+            found[kind] = _MetadataBlock(position + 8, length)
         position += 8 + length + length % 2
     return _sized(width, height, _orientation(file, found.get(b"EXIF"), found.get(b"XMP ")))

@@ -1,4 +1,4 @@
-"""From a listing to a table of images: headers give sizes, and sizes give tiles, rows and bytes."""
+"""Build a table of images from a listing: headers give sizes, and sizes give tiles, rows and bytes."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from internvit_cli.sources.interface import Listing
 
 HEADER_CHUNK = 256
-"""Headers read in one task: enough to hide the round trip, few enough to be read again one by one if a worker dies."""
+"""Headers per task: enough to hide the round trip, few enough to read them again singly if a worker dies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The images of a listing with their tiles."""
+    """The images of a listing with their sizes and tiles."""
 
     table: ImageTable
     skipped: dict[int, Skipped]
-    """Rows whose header could not be read, with the reason."""
+    """The reasons of rows whose header could not be read."""
     drawn: tuple[int, ...] = ()
-    """Entries of the listing without a row: pictures that this program drew, found in a source."""
+    """Entries of the listing without a row: pictures drawn by internvit that were found in a source."""
     drawn_and_named: int = 0
-    """Pictures that this program drew and that have rows, since a user named them outright."""
+    """Number of pictures drawn by internvit that have rows because the user named them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,17 @@ class PlanOptions:
 def plan_images(
     listing: Listing, entries: Sequence[int], options: PlanOptions, on_progress: Callable[[int], None] = lambda _: None
 ) -> Plan:
-    """Read the headers of some entries of a listing, in parallel, in processes that may die.
+    """Read the headers of some entries of a listing in parallel, in processes that may crash.
 
     Args:
-        listing: where the files are.
-        entries: indices into it; the rows of the plan are in this order.
-        options: how to read.
-        on_progress: called with the number of headers read so far.
+        listing: The files.
+        entries: Indices into the listing; the rows of the plan are in this order.
+        options: How headers are read.
+        on_progress: Called with the number of headers read so far.
 
     Returns:
-        One row an entry; those that cannot be read are rows without tiles. Entries that turn out to be drawings of
-        ours have no row.
+        The plan, with one row per entry. A file that cannot be read has a row without tiles; a picture that internvit
+        drew has no row.
     """
     facts = np.zeros((len(entries), 5), np.int64)
     skipped = {row: listing.skipped[entry] for row, entry in enumerate(entries) if entry in listing.skipped}
@@ -86,7 +86,7 @@ def plan_images(
 
 
 def _without(plan: Plan, rows: Sequence[int]) -> Plan:
-    """The plan without some rows."""
+    """Return the plan without the given rows."""
     if not rows:
         return plan
     kept = np.setdiff1d(np.arange(len(plan.table)), rows)
@@ -98,7 +98,7 @@ def _without(plan: Plan, rows: Sequence[int]) -> Plan:
 def _read_headers(
     listing: Listing, entries: Sequence[int], rows: Sequence[int], options: PlanOptions
 ) -> Iterable[tuple[int, Header | OwnDrawing | Skipped]]:
-    """Headers by row, in the order in which they come."""
+    """Yield rows with their headers, in the order in which they are ready."""
     if not rows:
         return
     workers = max(1, min(options.workers, len(rows) // 8))
@@ -112,7 +112,7 @@ def _read_headers(
 
 
 class _Chunks:
-    """Tasks of several headers each; a chunk that cost a worker is taken apart until the culprit is alone."""
+    """Tasks of several headers each; a chunk that crashed a worker is divided until the culprit is alone."""
 
     def __init__(self, chunks: list[Sequence[int]]) -> None:
         self._waiting = list(reversed([(chunk, False) for chunk in chunks]))
@@ -138,7 +138,7 @@ class _Chunks:
 
 
 def _size_and_time(path: bytes) -> tuple[int, int]:
-    """What tells later whether a file that could not be read has been replaced; zeros when it is not there."""
+    """Return size and modification time, which later tell whether an unreadable file was replaced; zeros if absent."""
     try:
         status = os.stat(path)
     except OSError:

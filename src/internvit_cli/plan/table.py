@@ -1,4 +1,4 @@
-"""What is known of every image before its pixels are read, as columns: a million images cost some hundred megabytes."""
+"""Hold what is known about every image before decoding, as columns; a million images take some hundred MB."""
 
 from __future__ import annotations
 
@@ -27,91 +27,91 @@ COLUMN_DTYPES: dict[str, str] = {
     "file_size": "<u8",
     "file_mtime_ns": "<i8",
 }
-"""The columns that are fixed when a shard is created, beside key and tile_offset; the names are those of the file."""
+"""Columns that are fixed when a shard is created, in addition to key and tile_offset, by their names in the file."""
 
 _LATEST_NS = (1 << 63) - 1
 
 
 def modified_ns(status: os.stat_result) -> int:
-    """A file's time of modification as the column has it, nanoseconds since 1970.
+    """Return the modification time of a file for the column, in nanoseconds since 1970.
 
-    A filesystem may hold years that the column does not: they count as its last moment, the year 2262, or its first.
+    A filesystem may have times outside the range of the column, which ends in 2262; they become its limits.
     """
     return max(-_LATEST_NS - 1, min(status.st_mtime_ns, _LATEST_NS))
 
 
 @dataclass(frozen=True, slots=True)
 class ImageTable:
-    """One row an image, as parallel columns.
+    """A table with one row per image, as parallel columns.
 
     An image whose header could not be read has width 0, no tiles, and a status other than pending.
     """
 
     keys: Sequence[bytes]
-    """The images' names, [n]."""
+    """The keys of the images, [n]."""
     source: NDArray[Any]
-    """Index into the listing's sources, [n] uint32."""
+    """Indices into the sources of the listing, [n] uint32."""
     width: NDArray[Any]
-    """After orientation, pixels, [n] uint32."""
+    """Widths in pixels after orientation, [n] uint32."""
     height: NDArray[Any]
     orientation: NDArray[Any]
-    """EXIF orientation to apply, 1 to 8, [n] uint8; 0 where the header could not be read."""
+    """EXIF orientations to apply, 1 to 8, [n] uint8; 0 if the header could not be read."""
     columns: NDArray[Any]
-    """Tiles side by side, [n] uint16."""
+    """Columns of the grids, [n] uint16."""
     rows: NDArray[Any]
-    """Tiles above each other, [n] uint16."""
+    """Rows of the grids, [n] uint16."""
     thumbnail: NDArray[Any]
-    """1 where a thumbnail follows the grid's tiles, [n] uint8."""
+    """1 if a thumbnail follows the tiles of the grid, [n] uint8."""
     file_size: NDArray[Any]
-    """Bytes, [n] uint64."""
+    """File sizes in bytes, [n] uint64."""
     file_mtime_ns: NDArray[Any]
-    """Time of modification, nanoseconds since 1970, [n] int64."""
+    """Modification times in nanoseconds since 1970, [n] int64."""
     tile_offset: NDArray[Any]
-    """Tiles of image i are tile rows tile_offset[i]:tile_offset[i+1], [n+1] uint64."""
+    """Offsets, [n+1] uint64; image i has the tile rows tile_offset[i]:tile_offset[i+1]."""
     status: NDArray[Any]
-    """`Status` numbers, [n] uint8: what is known when the table is made."""
+    """`Status` numbers when the table is made, [n] uint8."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def tiles(self) -> int:
-        """Number of tile rows of all images together."""
+        """The number of tile rows of all images."""
         return int(self.tile_offset[-1])
 
     @property
     def tile_counts(self) -> NDArray[Any]:
-        """Tiles of each image, [n] uint64."""
+        """The number of tiles of each image, [n] uint64."""
         return np.diff(self.tile_offset)
 
     @classmethod
     def build(cls, keys: Sequence[bytes], status: NDArray[Any], columns: dict[str, NDArray[Any]]) -> ImageTable:
-        """A table from its columns; the tile offsets follow from grid and thumbnail."""
+        """Build a table from its columns; the tile offsets follow from grids and thumbnails."""
         typed = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in COLUMN_DTYPES.items()}
         offset = tile_offsets(typed["columns"], typed["rows"], typed["thumbnail"])
         return cls(keys=keys, status=np.asarray(status, np.uint8), tile_offset=offset, **typed)
 
     def take(self, rows: NDArray[Any]) -> ImageTable:
-        """The named rows, in the order named, with tile offsets of their own."""
+        """Return the given rows in the given order, with new tile offsets."""
         columns = {name: getattr(self, name)[rows] for name in COLUMN_DTYPES}
         return ImageTable.build([self.keys[row] for row in rows.tolist()], self.status[rows], columns)
 
     def rows_without(self, keys: Collection[bytes]) -> NDArray[np.int64]:
-        """Return the numbers of the rows whose keys are not among those given, ascending, [k] int64."""
+        """Return the indices of rows whose keys are not among those given, ascending, [k] int64."""
         if not keys:
             return np.arange(len(self), dtype=np.int64)
         return np.array([row for row, key in enumerate(self.keys) if key not in keys], np.int64)
 
     def with_status(self, status: NDArray[Any]) -> ImageTable:
-        """The same images with other statuses, [n] uint8."""
+        """Return the table with other statuses, [n] uint8."""
         return replace(self, status=status)
 
     def with_sources(self, source: NDArray[Any]) -> ImageTable:
-        """The same images with other indices of sources, [n]."""
+        """Return the table with other indices of sources, [n]."""
         return replace(self, source=source.astype(COLUMN_DTYPES["source"]))
 
     def digest_into(self, hasher: hashlib._Hash) -> None:
-        """Feed every column that is fixed at creation, so that a damaged index is noticed."""
+        """Feed every column that is fixed at creation to a hasher, so that a damaged index is noticed."""
         lengths = np.fromiter((len(key) for key in self.keys), "<u4", len(self.keys))
         hasher.update(lengths.tobytes())
         for start in range(0, len(self.keys), 65536):
@@ -122,13 +122,13 @@ class ImageTable:
 
 
 def tile_offsets(columns: NDArray[Any], rows: NDArray[Any], thumbnail: NDArray[Any]) -> NDArray[Any]:
-    """First tile row of every image, and behind the last one the number of all, [n+1] uint64; from [n] grids."""
+    """Return the first tile row of each image, followed by the total, [n+1] uint64, from columns of shape [n]."""
     counts = columns.astype(np.uint64) * rows + thumbnail
     return np.concatenate([np.zeros(1, np.uint64), np.cumsum(counts, dtype=np.uint64)]).astype("<u8")
 
 
 def concatenate(tables: Iterable[ImageTable]) -> ImageTable:
-    """All rows of several tables, one after another."""
+    """Return all rows of several tables, one table after the other."""
     parts = list(tables)
     if len(parts) == 1:
         return parts[0]
@@ -138,7 +138,7 @@ def concatenate(tables: Iterable[ImageTable]) -> ImageTable:
 
 
 def count_statuses(status: NDArray[Any]) -> dict[Status, int]:
-    """How many images have each status, for the statuses that occur."""
+    """Return the number of images of each status that occurs."""
     numbers, counts = np.unique(status, return_counts=True)
     return {Status(int(number)): int(count) for number, count in zip(numbers, counts, strict=True)}
 

@@ -1,4 +1,4 @@
-"""From a picture's size to its grid of tiles: the official `dynamic_preprocess` rule as integer arithmetic.
+"""Choose the grid of tiles for a picture's size: the official `dynamic_preprocess` rule in integer arithmetic.
 
 Source: `find_closest_aspect_ratio` and `dynamic_preprocess` in OpenGVLab/InternVL,
 internvl_chat/internvl/train/dataset.py.
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Grid(NamedTuple):
-    """How many tiles lie side by side and one below the other."""
+    """The number of columns and rows of tiles."""
 
     columns: int
     rows: int
@@ -26,12 +26,12 @@ ONE_TILE = Grid(1, 1)
 
 
 def choose_grid(width: int, height: int, rule: TilingRule) -> Grid:
-    """The grid whose aspect ratio is closest to the picture's.
+    """Return the grid whose aspect ratio is closest to that of the picture.
 
     Args:
-        width: pixels after orientation, at least 1.
-        height: pixels after orientation, at least 1.
-        rule: bounds on the number of tiles and the side of a tile.
+        width: The width in pixels after orientation, at least 1.
+        height: The height in pixels after orientation, at least 1.
+        rule: The limits on the number of tiles, and the side of a tile.
 
     Returns:
         The grid; 1x1 for `squash` and `clip`, which make a single view.
@@ -42,22 +42,22 @@ def choose_grid(width: int, height: int, rule: TilingRule) -> Grid:
 
 
 def has_thumbnail(grid: Grid, thumbnail: bool) -> bool:
-    """Whether the whole picture follows as one more tile: only when asked for, and when the grid has several."""
+    """Return whether a thumbnail follows: only if it is asked for and the grid has several tiles."""
     return thumbnail and grid != ONE_TILE
 
 
 def tile_count(grid: Grid, thumbnail: bool) -> int:
-    """Tiles of a picture, its thumbnail included."""
+    """Return the number of tiles of a picture, including its thumbnail."""
     return grid.columns * grid.rows + has_thumbnail(grid, thumbnail)
 
 
 def decoded_tile_count(grid: Grid, rule: PixelRule) -> int:
-    """Tiles that decoding produces: one when only the global view is wanted."""
+    """Return the number of tiles that decoding produces, which is one if only the global view is needed."""
     return 1 if rule.global_view_only else tile_count(grid, rule.tiling.thumbnail)
 
 
 def clip_size(width: int, height: int, side: int) -> tuple[int, int]:
-    """Width and height, pixels, after CLIPImageProcessor's resize of the shorter edge to `side`, before its crop.
+    """Return width and height in pixels after CLIPImageProcessor resizes the shorter edge to `side`, before its crop.
 
     Source: `get_resize_output_image_size` in transformers, image_transforms.py.
     """
@@ -67,9 +67,9 @@ def clip_size(width: int, height: int, side: int) -> tuple[int, int]:
 
 
 def covered_box(width: int, height: int, preprocess: Preprocess, side: int) -> tuple[float, float, float, float]:
-    """What of a picture the encoder saw: left, top, right, bottom, pixels of the upright picture.
+    """Return the part of a picture that the encoder sees: left, top, right, bottom, in pixels of the upright picture.
 
-    All of it, but for CLIP's crop of the middle.
+    That is the whole picture, except for `clip`, which crops the center.
     """
     if preprocess is not Preprocess.CLIP:
         return 0.0, 0.0, float(width), float(height)
@@ -80,7 +80,7 @@ def covered_box(width: int, height: int, preprocess: Preprocess, side: int) -> t
 
 
 def largest_resized(width: int, height: int, rule: PixelRule) -> int:
-    """Pixels of the largest picture that resizing makes on its way; the horizontal pass comes first.
+    """Return the pixels of the largest picture that resizing creates on its way; the horizontal pass comes first.
 
     A picture of 1 x 1,000,000 pixels is small until it is made 448 pixels wide.
     """
@@ -100,7 +100,7 @@ def _closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_
         difference = abs(ratio - grid.columns / grid.rows)
         if difference < best_difference:
             best, best_difference = grid, difference
-        # Official: of equal ratios the larger grid wins only when the picture fills half of its area.
+        # The official rule: of equal ratios, the larger grid wins only if the picture fills half of its area.
         elif difference == best_difference and width * height > 0.5 * tile_size * tile_size * grid.columns * grid.rows:
             best = grid
     return best
@@ -108,10 +108,10 @@ def _closest_grid(width: int, height: int, min_tiles: int, max_tiles: int, tile_
 
 @lru_cache(maxsize=64)
 def _candidates(min_tiles: int, max_tiles: int) -> tuple[Grid, ...]:
-    """All grids of `min_tiles` to `max_tiles` tiles, by area, then by columns.
+    """Return all grids of `min_tiles` to `max_tiles` tiles, sorted by area, then by columns.
 
-    The official order inside one area is that of a Python set. With `min_tiles` 1 no choice depends on it (54,404
-    sizes compared); with a higher one it decides a few exact ties, such as 5 x 21 pixels in 21 tiles.
+    The official order of grids with one area is that of a Python set. With `min_tiles` 1, no choice depends on it
+    (54,404 sizes were compared); with a higher value, it decides a few exact ties, such as 5 x 21 pixels in 21 tiles.
     """
     grids = [
         Grid(columns, rows)

@@ -1,1 +1,1 @@
-"""An output as one HTML page."""
+"""Write an output as one HTML page."""

@@ -1,4 +1,4 @@
-"""`internvit report`: an output as one page that needs nothing beside itself."""
+"""Write an output as one self-contained page, for `internvit report`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 import internvit_cli
 from internvit_cli.config import Projection, Tokens
 from internvit_cli.errors import OutputError
-from internvit_cli.report.facts import Facts, gather_facts, shown, tile_counts
+from internvit_cli.report.facts import Facts, gather_facts, printable, tile_counts
 from internvit_cli.report.page import as_page
 from internvit_cli.report.pictures import SmallPicture, ThumbnailTask, shrink
-from internvit_cli.report.plane import Plane, lay_out, require
-from internvit_cli.report.selection import PageSelection, select
+from internvit_cli.report.plane import PlaneLayout, lay_out, require_projection
+from internvit_cli.report.selection import PageSelection, select_images
 from internvit_cli.report.token_maps import TokenMaps, draw_token_maps
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.storage.durable import write_file
@@ -33,37 +33,37 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".html", ".htm")
 PHOTOGRAPH_SIDE = 384
-"""Of the pictures under token maps, pixels."""
+"""Longer side of the pictures under token maps, in pixels."""
 DIGITS = 4
-"""Of places on the map: finer than a pixel at every zoom that tells points apart."""
+"""Decimals of positions on the map, which are finer than a pixel at every useful zoom."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """What to show, and where."""
+    """The options of a report."""
 
     path: str
     output: str
     projection: Projection = Projection.PCA
     samples: int = 12
-    """Images whose token maps and neighbors are shown."""
+    """The number of images whose token maps and neighbors are shown."""
     thumbnails: int = 2000
     thumbnail_size: int = 112
-    """Longer side, pixels."""
+    """The longer side of thumbnails in pixels."""
     points: int = 50_000
-    """Images on the map."""
+    """The largest number of images on the map."""
     seed: int = 0
     layer: int | None = None
-    """Which of several stored layers to show; None is the deepest."""
+    """The stored layer to show; None means the deepest."""
     workers: int | None = None
-    """Processes that read pictures; None is one per processor."""
+    """The number of processes that read pictures; None means one per processor."""
     pictures: str | None = None
-    """The folder to look for pictures in; None is where they were when they were encoded."""
+    """The folder that holds the pictures; None means where they were when they were encoded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was written."""
+    """The result of writing a report."""
 
     output: str
     bytes: int
@@ -73,14 +73,14 @@ class Report:
     points: int
     thumbnails: int
     missing: dict[str, str]
-    """Why there is no thumbnail of images that were to have one, by key."""
+    """The reasons for missing thumbnails, by key."""
     token_maps: int
     projection: Projection
     seconds: float
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `--json`."""
+        """Return the object of `--json`."""
         return {
             "report": self.output,
             "bytes": self.bytes,
@@ -98,24 +98,24 @@ class Report:
 
 
 def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
-    """Write the page of an output; it is either there and whole, or as it was before.
+    """Write the page of an output, completely or not at all.
 
     Args:
-        options: what to show, and where.
-        observer: told how it goes.
+        options: What to show, and where.
+        observer: Receives progress.
 
     Raises:
-        UsageError: the page has a name or a place that it can't have, UMAP has too few images, or no such layer.
-        OutputError: the output is missing or damaged, or the page cannot be written.
+        UsageError: The name or the place of the page is invalid, UMAP has too few images, or a layer is not stored.
+        OutputError: The output is missing or damaged, or the page cannot be written.
         InternvitError: umap-learn is not installed.
     """
     started = time.perf_counter()
     _check_place(options.output)
-    require(options.projection, observer)
+    require_projection(options.projection, observer)
     with observer.phase("reading the output"):
         features = open_features(options.path, options.layer)
         facts = gather_facts(features)
-    chosen = select(features, options.samples, options.points, options.seed, options.pictures, observer)
+    chosen = select_images(features, options.samples, options.points, options.seed, options.pictures, observer)
     done = features.done
     plane = lay_out(done.vectors(), chosen.points, options.projection, options.seed, observer)
     sample = [done[number] for number in chosen.sample]
@@ -123,7 +123,7 @@ def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
         maps = draw_token_maps(sample, phase.at)
     thumbnails, photographs = _pictures(done, chosen, options, observer, with_maps=bool(maps.maps))
     with observer.phase("writing the page"):
-        parts = _Parts(done, chosen, plane, maps, thumbnails, photographs, options)
+        parts = _PageParts(done, chosen, plane, maps, thumbnails, photographs, options)
         page = as_page(f"{facts.path} - internvit report", parts.to_json(facts))
         write_file(options.output, page)
     missing = {done[number].key: one.problem for number, one in thumbnails.items() if not one.jpeg}
@@ -144,7 +144,7 @@ def write_report(options: ReportOptions, observer: Observer = SILENT) -> Report:
 
 
 def _check_place(output: str) -> None:
-    """Refuse, before any work, a place where no page can be."""
+    """Refuse a place where no page can be written, before any work."""
     check_file_name(output, SUFFIXES, "-o", "page")
     parent = os.path.dirname(os.path.abspath(output))
     if not os.path.isdir(parent):
@@ -156,7 +156,7 @@ def _check_place(output: str) -> None:
 def _pictures(
     done: Features, chosen: PageSelection, options: ReportOptions, observer: Observer, *, with_maps: bool
 ) -> tuple[dict[int, SmallPicture], list[SmallPicture]]:
-    """Thumbnails by number, and the photographs that token maps lie on."""
+    """Return thumbnails by index, and the photographs under token maps."""
     numbers = chosen.shuffled[: options.thumbnails].tolist()
     wanted = [ThumbnailTask(_file(done, number, options), options.thumbnail_size) for number in numbers]
     if with_maps:
@@ -171,19 +171,19 @@ def _file(done: Features, number: int, options: ReportOptions) -> PictureFile:
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
-    """All that the page is made of."""
+class _PageParts:
+    """The data of the page."""
 
     done: Features
     chosen: PageSelection
-    plane: Plane
+    plane: PlaneLayout
     maps: TokenMaps
     thumbnails: dict[int, SmallPicture]
     photographs: Sequence[SmallPicture]
     options: ReportOptions
 
     def to_json(self, facts: Facts) -> dict[str, Any]:
-        """The page's data; images are named by their place in its own list."""
+        """Return the data of the page, in which images are referred to by their position in its list."""
         return {
             "path": facts.path,
             "made": time.strftime("%Y-%m-%d %H:%M %z"),
@@ -204,7 +204,7 @@ class _Parts:
         }
 
     def _place(self, number: int) -> int:
-        """Where an image stands in the page's list."""
+        """Return the position of an image in the page's list."""
         return int(np.searchsorted(self.chosen.points, number))
 
     def _placed(self, found: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -213,7 +213,7 @@ class _Parts:
     def _images(self) -> dict[str, Any]:
         view = self.done[self.chosen.points]
         return {
-            "keys": [shown(key) for key in view],
+            "keys": [printable(key) for key in view],
             "width": view.column("width").tolist(),
             "height": view.column("height").tolist(),
             "tiles": tile_counts(view).tolist(),

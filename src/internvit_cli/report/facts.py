@@ -1,4 +1,4 @@
-"""What the page says in words and numbers: the summary, the recipe, the runs, the tiles, what was skipped and why."""
+"""Gather the facts on the page: the summary, the recipe, the runs, the tiles, and the skipped images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.reader import Features
 
 MOST_SKIPPED = 2000
-"""Skipped images on the page; the list beside the output has them all."""
+"""Largest number of skipped images on the page; the list beside the output has all of them."""
 MOST_RUNS = 50
 RUN_TEXTS = ("ended", "host", "device", "dtype", "model", "torch", "bottleneck")
 RUN_NUMBERS = ("images", "tiles", "seconds")
@@ -32,41 +32,41 @@ RUN_NUMBERS = ("images", "tiles", "seconds")
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """Plain values, ready for JSON; all text is on one line and printable."""
+    """Plain values for JSON; every text is on one line and printable."""
 
     path: str
     summary: dict[str, Any]
     recipe: list[tuple[str, str]]
     datasets: list[tuple[str, str, str]]
-    """Name, shape and type."""
+    """The name, shape and type of each dataset."""
     runs: list[dict[str, Any]]
-    """The newest last; an entry lacks what its run did not write down."""
+    """The runs, the newest last; an entry lacks what its run did not record."""
     histogram: list[tuple[int, int]]
-    """Tiles of an image, and how many done images have so many."""
+    """Numbers of tiles, each with the number of done images that have it."""
     skipped: dict[str, Any]
     notes: tuple[str, ...]
-    """What a reader should know first."""
+    """Warnings for the reader."""
 
 
 def gather_facts(features: Features) -> Facts:
-    """All that the page says of an output.
+    """Return all facts about an output for the page.
 
     Raises:
-        OutputError: it is damaged, or its list of skipped images cannot be read.
+        OutputError: The output is damaged, or its list of skipped images cannot be read.
     """
     described = describe_output(features.path)
     runs = [_run(entry) for entry in described["runs"]][-MOST_RUNS:]
     sources = {os.fsdecode(source.root) for shard in features.shards for source in shard.sources}
     kept = ("model", "model_revision", "total_images", "images", "tiles", "bytes", "shards", "created_by")
-    summary = {name: _plain(described[name]) for name in kept} | {"sources": sorted(map(shown, sources))}
+    summary = {name: _plain(described[name]) for name in kept} | {"sources": sorted(map(printable, sources))}
     datasets = [
         (name, " x ".join(f"{side:,}" for side in dataset["shape"]), str(dataset["dtype"]))
         for name, dataset in described["datasets"].items()
     ]
     return Facts(
-        path=shown(features.path),
+        path=printable(features.path),
         summary=summary,
-        recipe=[(name, shown(_words(value))) for name, value in described["recipe"].items()],
+        recipe=[(name, printable(_words(value))) for name, value in described["recipe"].items()],
         datasets=datasets,
         runs=runs,
         histogram=_histogram(features.done),
@@ -75,13 +75,13 @@ def gather_facts(features: Features) -> Facts:
     )
 
 
-def shown(text: str) -> str:
-    """Text from outside as the page has it: one line, control characters and what is not Unicode written out."""
+def printable(text: str) -> str:
+    """Return text from outside for the page: one line, with control characters and invalid Unicode escaped."""
     return one_line(text, limit=None)
 
 
 def _plain(value: Any) -> Any:
-    return shown(value) if isinstance(value, str) else value
+    return printable(value) if isinstance(value, str) else value
 
 
 def _words(value: Any) -> str:
@@ -91,8 +91,8 @@ def _words(value: Any) -> str:
 
 
 def _run(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run wrote down of itself, as far as it makes sense: nothing checks that log."""
-    texts = {name: shown(entry[name]) for name in RUN_TEXTS if isinstance(entry.get(name), str)}
+    """Return what a run recorded about itself, without invalid values, because nothing checks the log."""
+    texts = {name: printable(entry[name]) for name in RUN_TEXTS if isinstance(entry.get(name), str)}
     return texts | {name: entry[name] for name in RUN_NUMBERS if _is_count(entry.get(name))}
 
 
@@ -102,7 +102,7 @@ def _is_count(value: Any) -> bool:
 
 
 def tile_counts(features: Features) -> Any:
-    """Tiles of every image, the thumbnail counted, [n] int64."""
+    """Return the number of tiles of every image, including thumbnails, [n] int64."""
     grid = features.column("columns").astype(np.int64) * features.column("rows")
     return grid + features.column("thumbnail")
 
@@ -113,7 +113,7 @@ def _histogram(done: Features) -> list[tuple[int, int]]:
 
 
 def _skipped(features: Features) -> dict[str, Any]:
-    """Skipped images with their reasons, the first ones in full."""
+    """Return the skipped images with their reasons, the first ones in full."""
     status = features.column("status")
     positions = np.flatnonzero((status != Status.DONE) & (status != Status.PENDING))
     output = Output(features.path.removesuffix(PARTIAL))
@@ -125,17 +125,17 @@ def _skipped(features: Features) -> dict[str, Any]:
         image = features[position]
         entry = listed.get(image.key, {})
         told = [str(entry[name]) for name in ("exception", "message") if entry.get(name)]
-        rows.append({"key": shown(image.key), "reason": image.status.word, "message": shown(": ".join(told))})
+        rows.append({"key": printable(image.key), "reason": image.status.word, "message": printable(": ".join(told))})
     return {
         "total": len(positions),
         "reasons": dict(sorted(reasons.items(), key=lambda item: -item[1])),
         "rows": rows,
-        "list": shown(os.path.basename(output.skipped_path)),
+        "list": printable(os.path.basename(output.skipped_path)),
     }
 
 
 def _notes(features: Features) -> tuple[str, ...]:
-    """What makes the features less than they seem, and of several layers, which one is shown."""
+    """Return warnings about the features, and which of several layers is shown."""
     notes = [f"{sentence}." for sentence in caveats(features)]
     pending = int((features.column("status") == Status.PENDING).sum())
     if features.path.endswith(PARTIAL):
@@ -143,5 +143,7 @@ def _notes(features: Features) -> tuple[str, ...]:
     elif Output(features.path).partial_exists:
         notes.append("A run has begun to add images to this output; only what is finished is shown.")
     if len(features.layers) > 1:
-        notes.append(f"Features of layer {features.layer} are shown; stored are layers {listed(features.layers)}.")
+        notes.append(
+            f"Features of layer {features.layer} are shown; the output holds layers {listed(features.layers)}."
+        )
     return tuple(notes)

@@ -1,7 +1,7 @@
-"""The page itself: a template, its style and its scripts, and the data, in one HTML file that asks no network.
+"""Build the page from a template, its style, its scripts and the data, as one HTML file that needs no network.
 
-What comes from outside (keys, messages, paths) reaches the page only as JSON in which `<` cannot occur, and its scripts
-only ever set it as text. A content security policy names the hashes of style and scripts: nothing else runs.
+Text from outside (keys, messages, paths) reaches the page only as JSON that contains no `<`, and its scripts insert it
+only as text. A content security policy contains the hashes of style and scripts, so nothing else can run.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from string import Template
 from typing import Any
 
 SCRIPTS = ("elements.js", "facts.js", "pictures.js", "plane.js", "search.js", "main.js")
-"""In the order in which they run, as one script."""
+"""The scripts, which are concatenated in this order."""
 ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
 def as_page(title: str, data: dict[str, Any]) -> bytes:
-    """The page, in UTF-8.
+    """Return the page in UTF-8.
 
     Args:
-        title: for the browser's tab.
-        data: what the scripts show; numbers must be finite.
+        title: The title of the browser's tab.
+        data: The data that the scripts show; numbers must be finite.
     """
     style = _part("style.css")
     script = "'use strict';\n" + "\n".join(map(_part, SCRIPTS))
@@ -40,7 +40,7 @@ def as_page(title: str, data: dict[str, Any]) -> bytes:
 
 
 def as_script_data(data: Any) -> str:
-    """JSON in ASCII that cannot end the script element that it stands in."""
+    """Return JSON in ASCII that cannot end the script element around it."""
     text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character, escape in ESCAPES.items():
         text = text.replace(character, escape)

@@ -1,4 +1,4 @@
-"""Which images the page shows: a sample, what is like it, what there is more than once, and all that the map has."""
+"""Choose the images of the page: a sample and its neighbors, duplicates, and the images on the map."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ if TYPE_CHECKING:
 
 NEIGHBORS = 8
 LOOKED_AT_BYTES = 64 << 20
-"""Of vectors that a sample is chosen from, in float32."""
+"""Bytes of float32 vectors from which a sample is chosen."""
 MOST_GROUPS = 50
-"""Of each kind on the page; `internvit duplicates` lists them all."""
+"""Largest number of groups of each kind on the page; `internvit duplicates` lists all of them."""
 MOST_MEMBERS = 12
-"""Of a group on the page."""
+"""Largest number of images of a group on the page."""
 
 
 @dataclass(frozen=True, slots=True)
 class RepeatedImages:
-    """What there is more than once, as far as the page shows it."""
+    """The duplicates that the page shows."""
 
     identical: tuple[tuple[int, ...], ...]
-    """Numbers of images with the same bytes."""
+    """Groups of indices of images with the same bytes."""
     similar: tuple[tuple[tuple[int, float], ...], ...]
-    """Numbers of images that look the same, the largest picture first, with their cosines to that one."""
+    """Groups of indices of images that look the same, the largest picture first, with cosines to that one."""
     found: Duplicates
 
 
 @dataclass(frozen=True, slots=True)
 class PageSelection:
-    """Numbers of images, counted among those that have features."""
+    """The images of the page, as indices among the images with features."""
 
     sample: tuple[int, ...]
     neighbors: tuple[tuple[tuple[int, float], ...], ...]
-    """For each image of the sample the most similar others, with their cosines, best first."""
+    """For each image of the sample, the most similar others with their cosines, best first."""
     space: Space
-    """In which the neighbors were compared."""
+    """The space in which neighbors were compared."""
     groups: RepeatedImages
     points: NDArray[Any]
-    """All numbers on the page, in order."""
+    """All indices on the page, in order."""
     shuffled: NDArray[Any]
-    """The same, those that the page's other parts show first, then the others by chance."""
+    """The same indices, first those that other sections show, then the others in random order."""
 
 
-def select(
+def select_images(
     features: Features,
     samples: int,
     most_points: int,
@@ -67,12 +67,12 @@ def select(
     """Choose the images of a page.
 
     Args:
-        features: of the output.
-        samples: images of the sample, which are chosen to differ from each other.
-        most_points: images on the map, beside those that other parts show.
-        seed: of what is drawn by chance.
-        pictures: the folder to look for pictures in; None is where they were when they were encoded.
-        observer: told how it goes.
+        features: The features of the output.
+        samples: The number of images of the sample, which are chosen to differ from each other.
+        most_points: The largest number of images on the map, in addition to those that other sections show.
+        seed: The seed of random choices.
+        pictures: The folder that holds the pictures; None means where they were when they were encoded.
+        observer: Receives progress.
     """
     done = features.done
     vectors = done.vectors()
@@ -94,10 +94,10 @@ def select(
 
 
 def _diverse(vectors: PooledVectors, space: Space, most: int, chance: np.random.Generator) -> NDArray[Any]:
-    """Choose images that differ: the first by chance, then each time the one least similar to all chosen so far.
+    """Choose different images: the first at random, then the one that is least similar to all chosen so far.
 
     Returns:
-        Their numbers in order, [min(most, n)] int64. Of many images, some drawn by chance are looked at.
+        Their indices in order, [min(most, n)] int64. From many images, a random part is considered.
     """
     count = len(vectors)
     looked_at = max(most, LOOKED_AT_BYTES // (4 * max(1, vectors.shape[1])))
@@ -108,7 +108,7 @@ def _diverse(vectors: PooledVectors, space: Space, most: int, chance: np.random.
     chosen = [int(chance.integers(len(candidates)))]
     nearest_chosen = embedded @ embedded[chosen[0]]
     while len(chosen) < most:
-        nearest_chosen[chosen[-1]] = np.inf  # even of many equal images none is taken twice
+        nearest_chosen[chosen[-1]] = np.inf  # no image is chosen twice, even if many are equal
         chosen.append(int(nearest_chosen.argmin()))
         np.maximum(nearest_chosen, embedded @ embedded[chosen[-1]], out=nearest_chosen)
     return np.sort(candidates[chosen])
@@ -129,7 +129,7 @@ def _groups(options: DuplicateOptions, done: Features, observer: Observer) -> Re
 def _neighbors(
     vectors: PooledVectors, space: Space, sample: NDArray[Any], on_progress: Callable[[int], None]
 ) -> tuple[tuple[tuple[int, float], ...], ...]:
-    """The images most like each of the sample, that one itself left out."""
+    """Return the most similar images to each of the sample, without that image itself."""
     if not len(sample):
         return ()
     numbers, similarities = nearest(vectors, space, space.embed(vectors[sample]), NEIGHBORS + 1, on_progress)

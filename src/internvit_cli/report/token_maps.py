@@ -1,4 +1,4 @@
-"""The principal components of sampled images' tokens, one pixel a token, to be laid over their photographs."""
+"""Draw the principal components of sampled images' tokens with one pixel per token, to lay over photographs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from internvit_cli.config import Tokens
-from internvit_cli.viz.maps import TokenMap, fit
+from internvit_cli.viz.maps import TokenMap, fit_maps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenMapImage:
-    """One image's tokens as colors."""
+    """The tokens of an image as colors."""
 
     png: bytes
-    """One pixel a token."""
+    """The picture, with one pixel per token."""
     box: tuple[float, float, float, float]
-    """Where it lies on the photograph: left, top, width, height as shares of it."""
+    """Its area on the photograph: left, top, width and height, relative to the photograph."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMaps:
-    """Maps of several images in the same colors."""
+    """The maps of several images in the same colors."""
 
     maps: tuple[TokenMapImage, ...]
     explained: tuple[float, ...]
-    """Shares of the variance that red, green and blue stand for."""
+    """The shares of the variance of red, green and blue."""
 
 
 def draw_token_maps(images: Sequence[ImageFeatures], on_progress: Callable[[int], None] = lambda _: None) -> TokenMaps:
-    """Fit the components to all the images together, and draw each; one image's tokens are in memory at a time.
+    """Fit the components to all images together, and draw each map, with the tokens of one image in memory at a time.
 
     Args:
-        images: that have features; without tokens there are no maps.
-        on_progress: called with the number of images that are drawn.
+        images: Images with features; without tokens there are no maps.
+        on_progress: Called with the number of drawn images.
     """
     if not images or images[0].recipe.tokens is Tokens.NONE:
         return TokenMaps((), ())
-    fitted = fit((TokenMap.of(image.token_map()) for image in images), len(images))
+    fitted = fit_maps((TokenMap.of(image.token_map()) for image in images), len(images))
     maps = []
     for number, image in enumerate(images, 1):
         stream = io.BytesIO()

@@ -1,1 +1,1 @@
-"""Processes, signals, memory and what a run tells while it goes on: nothing here knows pictures or features."""
+"""Worker processes, signals, memory and progress; nothing here knows pictures or features."""

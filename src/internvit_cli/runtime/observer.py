@@ -1,14 +1,14 @@
-"""What a command tells while it goes on: the core reports phases of its work, and only the command line draws them.
+"""Report the progress of a command: all packages report phases of their work, and only the command line draws them.
 
-Whoever works opens a phase, which says what it counts, and tells it how far it is:
+Code that works opens a phase, which says what it counts, and reports how far it is:
 
 >>> observer = Observer()
 >>> with observer.phase("embedding", "image", total=3) as phase:
 ...     for number in range(3):
 ...         phase.at(number + 1)
 
-A phase is whole from its first moment, so there is no order in which a watcher could be told of it and be left without
-a name, a unit or a total. Phases may lie within each other; the innermost one is what goes on at the moment.
+A phase is complete when it begins, so an observer always has its name, unit and total. Phases may be nested; the
+innermost one is the current work.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ BYTES = "B"
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A finer measure of a phase than the things it counts, from which its speed and the time left follow."""
+    """A finer measure of a phase than what it counts, which gives its speed and the time left."""
 
     unit: str
-    """In the singular, such as `tile`."""
+    """The unit in the singular, such as `tile`."""
     done: int
     total: int
 
@@ -40,10 +40,10 @@ class PhaseState:
 
     done: int = 0
     total: int | None = None
-    """None while nobody knows; never less than what is done."""
+    """The total, never less than what is done; None if unknown."""
     work: Work | None = None
     skipped: int = 0
-    """Of what is done: how many could not be used."""
+    """How many of those done could not be used."""
 
 
 class Phase:
@@ -51,23 +51,23 @@ class Phase:
 
     def __init__(self, observer: Observer, name: str, unit: str, total: int | None) -> None:
         self.name = name
-        """What is being done, such as `reading headers`."""
+        """The work of the phase, such as `reading headers`."""
         self.unit = unit
-        """What is counted, in the singular, such as `image`; BYTES; empty when there is nothing to count."""
+        """The unit in the singular, such as `image`; BYTES; empty if nothing is counted."""
         self.state = PhaseState(total=total)
-        """Replaced as a whole at each step, so that another thread may read it at any time."""
+        """The current state, replaced as a whole at each step, so that another thread may read it at any time."""
         self.before = 0
-        """Of the finer measure: what was done when this phase was first told of, and is no work of its own."""
+        """The finer measure at the first report, which is not work of this phase."""
         self._observer = observer
 
     def at(self, done: int, total: int | None = None, *, work: Work | None = None, skipped: int = 0) -> None:
-        """Tell how far it is.
+        """Report how far the phase is.
 
         Args:
-            done: how many so far.
-            total: of how many, when that has changed; a total that turns out too low grows with what is done.
-            work: the finer measure.
-            skipped: how many of `done` could not be used.
+            done: The number done so far.
+            total: The new total, if it has changed; a total that is too low grows with `done`.
+            work: The finer measure.
+            skipped: How many of `done` could not be used.
         """
         known = self.state.total if total is None else total
         if work is not None and self.state.work is None:
@@ -77,28 +77,28 @@ class Phase:
 
 
 class Observer:
-    """Watches a command. This one keeps silent."""
+    """Receives notes and phases of a command; this base class ignores them."""
 
     def note(self, text: str) -> None:
-        """Take something that a user should know, one line."""
+        """Receive a note for the user, as one line."""
 
     def began(self, phase: Phase) -> None:
-        """A phase has begun; the one that was going on until now waits for its end."""
+        """Receive the beginning of a phase, nested in the current one."""
 
     def moved(self, phase: Phase) -> None:
-        """A phase has a new state; called often, and from any thread."""
+        """Receive a new state of a phase; called often, and from any thread."""
 
     def ended(self, phase: Phase) -> None:
-        """A phase has ended, with or without an error."""
+        """Receive the end of a phase, with or without an error."""
 
     @contextmanager
     def phase(self, name: str, unit: str = "", total: int | None = None) -> Iterator[Phase]:
-        """Open a phase of the work for as long as the block lasts.
+        """Open a phase for the duration of a block.
 
         Args:
-            name: what is being done.
-            unit: what is counted, in the singular; BYTES; empty when there is nothing to count.
-            total: of how many; None when nobody knows.
+            name: The work of the phase.
+            unit: The unit in the singular; BYTES; empty if nothing is counted.
+            total: The total; None if unknown.
         """
         phase = Phase(self, name, unit, total)
         self.began(phase)

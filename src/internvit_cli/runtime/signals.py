@@ -1,4 +1,4 @@
-"""How a signal ends a run: at once while nothing would be lost, and after the batch in flight when there is one."""
+"""End a run on a signal: at once if nothing would be lost, and otherwise after the batch in flight."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ from typing import Protocol
 
 
 class Stop(Protocol):
-    """Whether a signal has asked the run to end."""
+    """Says whether a signal has asked the run to end."""
 
     signal: int
-    """Its number; 0 for none."""
+    """The number of the signal; 0 if there was none."""
 
 
 class Interruption(KeyboardInterrupt):
-    """Raised wherever the run happens to be. Not an Exception: libraries retry over those."""
+    """Raised by a signal wherever the run is. It is not an Exception, because libraries may catch and retry those."""
 
 
 class StopRequest:
-    """Takes the first signal. The second one is for whoever installs the handlers: it ends the process."""
+    """Records the first signal. The code that installs the handlers ends the process on the second one."""
 
     def __init__(self) -> None:
         self.signal = 0
         self.is_working = False
-        """Whether there are batches in flight, which a stop has to wait for."""
+        """Whether a stop has to wait for batches in flight."""
 
     def request(self, number: int) -> None:
         """Ask the run to end, from a signal handler.
 
         Raises:
-            Interruption: nothing is in flight, so the run ends where it stands; all that is on the disk is sound.
+            Interruption: Nothing is in flight, so the run ends at once; everything on the disk is valid.
         """
         self.signal = number
         if not self.is_working:

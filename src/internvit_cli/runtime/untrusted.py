@@ -1,8 +1,7 @@
-"""Files and texts that somebody else may have made: opened without waiting, read with a bound, parsed with care.
+"""Open, read and parse files from others safely: without waiting, and with limits on size.
 
-A path may lead to a pipe that nobody writes to, to a device without end, to a sparse file of terabytes, or out of the
-folder it was sent in; JSON may be nested a million deep. Whatever reads a file that a run did not just make goes
-through here.
+A path may lead to a pipe without a writer, to an endless device, to a sparse file of terabytes, or out of its folder;
+JSON may be nested a million levels deep. All code that reads a file that the run did not just write uses this module.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LINE_BYTES = 1 << 16
-"""More than a line of JSON about one image takes, whose key has at most 4096 bytes before it is escaped."""
+"""Largest line of JSON, which is enough for any image; a key has at most 4096 bytes before it is escaped."""
 
 BLOCK_BYTES = 1 << 20
 
@@ -34,50 +33,50 @@ _KINDS = (
 
 
 class NotRegularError(OSError):
-    """A path leads to something other than a regular file; `strerror` says to what."""
+    """A path leads to something other than a regular file; `strerror` says what it is."""
 
     def __init__(self, path: str | bytes, mode: int) -> None:
-        self.kind = kind_of(mode)
-        """Such as `a pipe`."""
+        self.kind = file_kind(mode)
+        """What the path leads to, such as `a pipe`."""
         super().__init__(errno.EINVAL, f"it is {self.kind}, not a file", path)
 
 
 class TooLargeError(OSError):
-    """A file has more bytes than its purpose can explain."""
+    """A file is larger than its purpose allows."""
 
     def __init__(self, path: str | bytes, most: int) -> None:
         super().__init__(errno.EFBIG, f"it is larger than {most:,} bytes", path)
 
 
 class OpenFile(NamedTuple):
-    """A regular file, open for reading; whoever gets it closes the descriptor."""
+    """A regular file, open for reading; the receiver closes the descriptor."""
 
     descriptor: int
     status: os.stat_result
 
 
-def kind_of(mode: int) -> str:
-    """Return what a file mode says a path leads to, such as `a pipe`."""
+def file_kind(mode: int) -> str:
+    """Return the kind of file for a file mode, such as `a pipe`."""
     return next((name for is_kind, name in _KINDS if is_kind(mode)), "a file")
 
 
 def open_regular(path: str | bytes, *, follow_links: bool = True) -> OpenFile:
-    """Open a regular file for reading, and nothing else; never wait for anybody.
+    """Open a regular file for reading, without ever waiting and without opening anything else.
 
     Args:
-        path: the file.
-        follow_links: whether the path itself may be a link.
+        path: The file.
+        follow_links: Whether the path itself may be a link.
 
     Returns:
         The descriptor, not inherited by child processes, and its fstat.
 
     Raises:
-        NotRegularError: it is a pipe, socket, device or folder, or a link that must not be followed.
-        OSError: it cannot be opened.
+        NotRegularError: The path leads to a pipe, socket, device or folder, or is a link that must not be followed.
+        OSError: The file cannot be opened.
     """
-    if b"\0" in os.fsencode(path):  # the operating system cannot name such a file, and Python raises no OSError
+    if b"\0" in os.fsencode(path):  # such a file cannot exist, but Python does not raise an OSError
         raise OSError(errno.EINVAL, "its name holds a NUL byte", path)
-    # Looked at first, since merely opening some devices acts on them; and again, since names can change hands.
+    # Checked first, because opening some devices acts on them, and again, because the name may be reused.
     mode = os.stat(path, follow_symlinks=follow_links).st_mode
     if not stat.S_ISREG(mode):
         raise NotRegularError(path, mode)
@@ -92,11 +91,11 @@ def open_regular(path: str | bytes, *, follow_links: bool = True) -> OpenFile:
 
 @contextmanager
 def opened(path: str | bytes, *, follow_links: bool = True) -> Iterator[BinaryIO]:
-    """Open a regular file as an unbuffered binary stream for the length of a `with` block.
+    """Open a regular file as an unbuffered binary stream for the duration of a `with` block.
 
     Raises:
-        NotRegularError: see `open_regular`.
-        OSError: it cannot be opened.
+        NotRegularError: See `open_regular`.
+        OSError: The file cannot be opened.
     """
     found = open_regular(path, follow_links=follow_links)
     with os.fdopen(found.descriptor, "rb", buffering=0) as file:
@@ -107,9 +106,9 @@ def read_bounded(path: str | bytes, most: int, *, follow_links: bool = True) -> 
     """Read a whole regular file that has at most `most` bytes.
 
     Raises:
-        NotRegularError: see `open_regular`.
-        TooLargeError: it has more bytes; none of them is kept.
-        OSError: it cannot be read.
+        NotRegularError: See `open_regular`.
+        TooLargeError: The file has more bytes.
+        OSError: The file cannot be read.
     """
     with opened(path, follow_links=follow_links) as file:
         if os.fstat(file.fileno()).st_size > most:
@@ -118,7 +117,7 @@ def read_bounded(path: str | bytes, most: int, *, follow_links: bool = True) -> 
         while room and (part := file.read(room)):
             room -= len(part)
             parts.append(part)
-        if not room:  # it grew, or is one of the kernel's files, which tell no size
+        if not room:  # the file grew, or is one of the kernel's files, which report no size
             raise TooLargeError(path, most)
         return b"".join(parts)
 
@@ -127,7 +126,7 @@ def lines_of(file: BinaryIO, longest: int = LINE_BYTES) -> Iterator[bytes]:
     """Yield the lines of an open file, line ends included, in memory that does not grow with the file.
 
     Raises:
-        ValueError: a line has more than `longest` bytes; those before it have been handed out.
+        ValueError: A line has more than `longest` bytes; the lines before it were yielded.
     """
     number, rest = 0, b""
     while block := file.read(max(longest, BLOCK_BYTES)):
@@ -144,10 +143,10 @@ def lines_of(file: BinaryIO, longest: int = LINE_BYTES) -> Iterator[bytes]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of the standard, which has no NaN and no infinity.
+    """Parse standard JSON, which has no NaN and no infinity.
 
     Raises:
-        ValueError: it is not, is nested too deeply, or has a number that no computer number holds.
+        ValueError: The text is not JSON, is nested too deeply, or has a number that is too large.
     """
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text), "surrogatepass")
@@ -158,13 +157,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is too large a number")
+        raise ValueError(f"the number {text[:20]} is too large")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Numbers and foreign things in sentences, and the nearest of some words."""
+"""Format counts and values for messages, and suggest similar words."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     """Return a count with its noun, such as `1 image` or `12,345 images`.
 
     Args:
-        count: how many.
-        noun: what is counted, in the singular; several words end in the noun (`pending image`).
-        plural: the noun's plural, where that is not the noun with an s.
+        count: The number.
+        noun: What is counted, in the singular; the last word is the noun (`pending image`).
+        plural: The plural, if it is not the noun with an s.
     """
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def counted_of(done: int, total: int, noun: str, plural: str = "") -> str:
-    """Return a part of a count with its noun, such as `0 of 1 image` or `3 of 12,345 images`."""
+    """Return a part of a total with its noun, such as `0 of 1 image` or `3 of 12,345 images`."""
     return f"{done:,} of {counted(total, noun, plural)}"
 
 
 def listed(things: Iterable[object]) -> str:
-    """Return things in a sentence, such as `1, 2 and 3`.
+    """Return a list in words, such as `1, 2 and 3`.
 
     >>> listed([21, 24])
     '21 and 24'
@@ -35,7 +35,7 @@ def listed(things: Iterable[object]) -> str:
 
 
 def described(thing: Any) -> str:
-    """Return what something is by its type and size, without its values: for messages about what cannot be used.
+    """Describe an object by its type and size, without its values, for messages about invalid arguments.
 
     >>> described("a.png"), described(None)
     ('an object of type str', 'None')
@@ -51,7 +51,7 @@ def described(thing: Any) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return a hint that names the nearest of some words, such as `did you mean visual?`; empty when none is near.
+    """Return a hint that names the most similar word, such as `did you mean visual?`; empty if none is similar.
 
     >>> did_you_mean("visal", ["visual", "patch"])
     'did you mean visual?'

@@ -1,8 +1,8 @@
-"""Processes that may die: a pool in which a crash or a hang costs the task at hand and nothing else.
+"""Run tasks in a pool of worker processes, in which a crash or a hang costs only the current task.
 
 Each worker is a fresh interpreter with one socket to the parent. It holds no lock, ignores the signals that stop a run,
 and ends when its socket closes, so that neither a killed worker nor a killed parent leaves anything behind. A shared
-queue would not do: its lock dies with whoever holds it.
+queue would not work, because a killed process would never release its lock.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 QUEUE_DEPTH = 2
-"""Tasks given to one worker: the one at hand and the next, so that it never waits for the parent."""
+"""Tasks per worker: the current one and the next, so that it never waits for the parent."""
 
 CLOCK_SECONDS = 0.5
-"""The longest sleep between two looks at the clock: what one takes beyond it is time in which all were stopped."""
+"""Longest sleep between two looks at the clock; a longer one means that all processes were stopped meanwhile."""
 
 START_ATTEMPTS = 5
-"""Workers that may end before they are ready with no word from any other in between; then none ever will be."""
+"""Workers in a row that may end before they are ready; after that, the pool gives up."""
 
 BOOTSTRAP = """\
 import importlib, sys
 sys.path[:] = sys.argv[4:]
 getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(int(sys.argv[3]))
 """
-"""The worker imports from exactly where its parent does, never from the working directory, which may hold anything."""
+"""Code of a worker, which imports from exactly the paths of its parent, and never from the working directory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +51,17 @@ class WorkerSpec:
     """What every worker of a pool runs."""
 
     handler: str
-    """`package.module:factory`; factory(*arguments) returns the function that turns a task into a result."""
+    """`package.module:factory`; `factory(*arguments)` returns the function that turns a task into a result."""
     arguments: tuple[Any, ...] = ()
     descriptors: tuple[int, ...] = ()
     """File descriptors that the worker inherits under the same numbers."""
     memory_bytes: int | None = None
-    """Address space a worker may use; over it the task sees MemoryError."""
+    """Address space that a worker may use, in bytes; above it, the task raises a MemoryError."""
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedTask:
-    """A task's result and the seconds that it took in the worker."""
+    """The result of a task, and the seconds that it took in the worker."""
 
     task_id: int
     result: Any
@@ -100,7 +100,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """A fixed number of workers over one queue of tasks. Not thread-safe: one thread submits and waits."""
+    """A fixed number of workers for one queue of tasks. It is not thread-safe: one thread submits and waits."""
 
     def __init__(self, spec: WorkerSpec, count: int, task_seconds: float) -> None:
         """Start `count` workers; a task may take `task_seconds` before its worker is killed."""
@@ -114,12 +114,12 @@ class WorkerPool:
 
     @property
     def capacity(self) -> int:
-        """Tasks that can be handed to workers at once."""
+        """The number of tasks that workers can hold at once."""
         return QUEUE_DEPTH * len(self._workers)
 
     @property
     def outstanding(self) -> int:
-        """Tasks submitted whose outcome has not been returned."""
+        """The number of submitted tasks whose outcome has not been returned."""
         return len(self._queue) + sum(len(worker.tasks) for worker in self._workers)
 
     @property
@@ -128,12 +128,12 @@ class WorkerPool:
         return [worker.process.pid for worker in self._workers]
 
     def submit(self, task_id: int, payload: Any, *, alone: bool = False) -> None:
-        """Queue a task. With `alone` nothing shares its worker, so that a death can be nobody else's fault."""
+        """Queue a task. With `alone`, no other task shares its worker, so only this task can cause a crash."""
         self._queue.append(_Task(task_id, payload, alone))
         self._dispatch()
 
     def wait(self, timeout: float | None = None) -> list[FinishedTask | LostTask]:
-        """Outcomes that are there, or the first to come within `timeout` seconds; an empty list when none did."""
+        """Return the available outcomes, or the first within `timeout` seconds; an empty list if there are none."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.outstanding:
             outcomes = self._collect(self._patience(deadline))
@@ -143,7 +143,7 @@ class WorkerPool:
         return []
 
     def close(self) -> None:
-        """End every worker now, whatever it is doing."""
+        """End every worker at once."""
         for worker in self._workers:
             worker.connection.close()
             worker.process.kill()
@@ -159,11 +159,11 @@ class WorkerPool:
         self.close()
 
     def _start(self) -> _Worker:
-        # One thread a worker: the pool is the parallelism. Libraries such as libtiff write what they think of a
-        # picture to stderr, which belongs to the user's terminal; the outcome says it instead.
+        # One thread per worker, because the pool provides the parallelism. Stderr is closed to libraries such as
+        # libtiff, whose messages on pictures would go to the user's terminal.
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         process, connection = start_process(serve_socket, self._spec.descriptors, environment, is_silent=True)
-        # A worker that is gone already is noticed when its connection is read.
+        # A worker that has already ended is noticed when its connection is read.
         with contextlib.suppress(OSError):
             connection.send(self._spec)
         return _Worker(process, connection)
@@ -183,7 +183,7 @@ class WorkerPool:
                 worker.connection.send((task.task_id, task.payload))
 
     def _patience(self, deadline: float | None) -> float | None:
-        """Seconds to sleep before the caller's deadline, the first worker's time limit, or a look at the clock."""
+        """Return the seconds until the caller's deadline, a worker's time limit, or the next look at the clock."""
         ends = [worker.head_since + self._task_seconds for worker in self._workers if worker.tasks and worker.ready]
         if deadline is not None:
             ends.append(deadline)
@@ -208,7 +208,7 @@ class WorkerPool:
         return outcomes
 
     def _forgive(self, overslept: float) -> None:
-        """Do not count the time in which this process was stopped: so were its workers, as by a batch system."""
+        """Do not count the time in which this process and its workers were stopped, for example by a batch system."""
         if overslept > 0:
             for worker in self._workers:
                 worker.head_since += overslept
@@ -220,7 +220,9 @@ class WorkerPool:
             if not worker.ready:
                 self._start_again(worker)
                 return []
-            return self._replace(worker, Status.WORKER_DIED, f"its worker process ended ({ending(worker.process)})")
+            return self._replace(
+                worker, Status.WORKER_DIED, f"its worker process ended ({describe_exit(worker.process)})"
+            )
         self._failed_starts = 0
         if isinstance(message, _Ready):
             if message.failure:
@@ -235,23 +237,23 @@ class WorkerPool:
         return [FinishedTask(task_id, result, seconds)]
 
     def _replace(self, worker: _Worker, status: Status, message: str) -> list[FinishedTask | LostTask]:
-        """Bury a worker: its head task is lost, the others go back to the front of the queue."""
+        """Replace a dead worker: its current task is lost, and the others go back to the front of the queue."""
         head = [worker.tasks.popleft()] if worker.tasks else []
         self._succeed(worker)
         return [LostTask(task.task_id, status, message) for task in head]
 
     def _start_again(self, worker: _Worker) -> None:
-        """Replace a worker that never was ready: a few may be killed for reasons that pass, and no task is to blame."""
+        """Replace a worker that was never ready, for which no task is to blame; a few may be killed by chance."""
         self._failed_starts += 1
         if self._failed_starts >= START_ATTEMPTS:
             raise InternvitError(
-                f"a worker process ended before it was ready ({ending(worker.process)})",
-                "check that there is memory to start Python processes, or lower --workers",
+                f"a worker process ended before it was ready ({describe_exit(worker.process)})",
+                "check that there is enough memory to start Python processes, or lower --workers",
             )
         self._succeed(worker)
 
     def _succeed(self, worker: _Worker) -> None:
-        """Put a fresh worker in a dead one's place; its tasks go back to the front of the queue."""
+        """Start a worker in place of a dead one, whose tasks go back to the front of the queue."""
         worker.connection.close()
         worker.process.kill()
         worker.process.wait()
@@ -266,13 +268,13 @@ def start_process(
     *,
     is_silent: bool,
 ) -> tuple[subprocess.Popen[bytes], Connection]:
-    """Start a fresh interpreter and a connection to it.
+    """Start a fresh interpreter with a connection to it.
 
     Args:
-        serve: a function of a module; it gets the file descriptor of the process's end of the connection.
-        descriptors: what the process inherits under the same numbers.
-        environment: variables to set beside the present ones.
-        is_silent: throw away what it writes to stderr.
+        serve: A function of a module, called with the file descriptor of the process's end of the connection.
+        descriptors: File descriptors that the process inherits under the same numbers.
+        environment: Environment variables to set in addition to the current ones.
+        is_silent: Whether to discard its stderr.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -284,20 +286,20 @@ def start_process(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL if is_silent else None,
-            # A Ctrl-C goes to the terminal's whole group; a process that is still starting would die of it.
+            # Ctrl-C goes to the whole process group of the terminal, and would kill a process that is still starting.
             start_new_session=True,
         )
     return process, Connection(ours.detach())
 
 
 def ignore_stop_signals() -> None:
-    """Leave it to the parent what a signal means: a process of a run ends when its connection does."""
+    """Ignore signals that stop a run; the parent handles them, and closing the connection ends this process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def map_in_workers(pool: WorkerPool, payloads: Iterable[Any]) -> Iterable[FinishedTask | LostTask]:
-    """Outcomes of all payloads as they come, task ids counting from 0; only a pool's fill is in flight at once."""
+    """Yield the outcomes of all payloads as they are ready, with task ids from 0; the pool is never overfilled."""
     numbered = enumerate(payloads)
     exhausted = False
     while True:
@@ -313,12 +315,12 @@ def map_in_workers(pool: WorkerPool, payloads: Iterable[Any]) -> Iterable[Finish
 
 
 def usable_cpus() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ending(process: subprocess.Popen[bytes]) -> str:
-    """How a process ended, in words."""
+def describe_exit(process: subprocess.Popen[bytes]) -> str:
+    """Describe how a process ended."""
     try:
         code = process.wait(timeout=5)
     except subprocess.TimeoutExpired:
@@ -334,7 +336,7 @@ def ending(process: subprocess.Popen[bytes]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
-    """The worker's first message: it can take tasks, or why it never will."""
+    """The first message of a worker: it is ready for tasks, or why it will never be."""
 
     failure: str = ""
 
@@ -346,7 +348,7 @@ def serve_socket(descriptor: int) -> None:
         spec: WorkerSpec = connection.recv()
         try:
             handle = _build_handler(spec)
-        except Exception:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+        except Exception:  # noqa: BLE001 - the parent has to know about any failure
             connection.send(_Ready(traceback.format_exc().strip().splitlines()[-1]))
             return
         connection.send(_Ready())
@@ -360,13 +362,13 @@ def serve_socket(descriptor: int) -> None:
 def _build_handler(spec: WorkerSpec) -> Callable[[Any], Any]:
     module, _, factory = spec.handler.partition(":")
     handle: Callable[[Any], Any] = getattr(importlib.import_module(module), factory)(*spec.arguments)
-    if spec.memory_bytes is not None and sys.platform.startswith("linux"):  # macOS refuses such a limit
+    if spec.memory_bytes is not None and sys.platform.startswith("linux"):  # macOS does not support this limit
         _limit_memory(spec.memory_bytes)
     return handle
 
 
 def _limit_memory(limit: int) -> None:
-    """Lower this process's bound on address space; a tighter one, such as `ulimit -v` sets, stays."""
+    """Lower the limit on the address space of this process; a tighter one, such as from `ulimit -v`, is kept."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -1,1 +1,1 @@
-"""Which images are alike: search, duplicates, and the space in which vectors are compared."""
+"""Find similar images and duplicates, and choose the space in which vectors are compared."""

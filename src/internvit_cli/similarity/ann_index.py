@@ -1,8 +1,8 @@
-"""An approximate index beside an output, through usearch: made when it is first asked for, and again when it is stale.
+"""Keep an approximate index beside an output, with usearch; it is built when needed, and again when it is stale.
 
-`feats.h5.search/` holds the graph (`chosen.usearch`), the space of its vectors (`chosen.npz`), and last the file that
-vouches for both (`chosen.json`) and names the contents of the output that they were made from. The same for `raw`,
-which is the index of `--raw`, and with a layer behind the name (`chosen-layer-21`) for that of an earlier layer.
+`feats.h5.search/` holds the graph (`chosen.usearch`), the space of its vectors (`chosen.npz`), and a file that is
+written last (`chosen.json`), with the sizes of both and a digest of the output's contents. `raw` instead of `chosen` is
+the index of `--raw`; earlier layers have their number in the name (`chosen-layer-21`).
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ if TYPE_CHECKING:
 FOLDER_SUFFIX = ".search"
 INDEX_VERSION = 2
 LEAST_CANDIDATES = 100
-"""Vectors that the graph proposes for each query at least; what it proposes is then compared exactly."""
+"""Smallest number of vectors that the graph proposes per query; they are then compared exactly."""
 CANDIDATES_PER_HIT = 5
 DTYPE = "f16"
 CONNECTIVITY = 32
 SEARCH_WIDTH = 512
-"""Measured in docs/search.md: all of the ten nearest among clustered vectors, most among structureless ones."""
+"""Parameters of the graph, whose recall docs/search.md reports: almost all of the ten nearest vectors."""
 PARTS = ("usearch", "npz")
 FACTS_BYTES = 1 << 20
-"""More than the facts of an index take, or the headers of its arrays."""
+"""Largest size of an index's facts, or of the headers of its arrays, in bytes."""
 SUPERSEDED = ("whitened.json", "whitened.npz", "whitened.usearch")
-"""What an index of version 1 left, which nothing reads any more."""
+"""Files of an index of version 1, which is no longer used."""
 
 
 def contents_digest(features: Features) -> str:
-    """SHA-256 over all that decides which vectors there are and what they hold, 64 hex digits.
+    """Return the SHA-256 of everything that determines an output's vectors, as 64 hex digits.
 
-    The CRCs stand for the rows, so that no row has to be read.
+    CRCs represent the rows, so that no row has to be read.
     """
     hasher = hashlib.sha256()
     for shard in features.shards:
@@ -82,16 +82,16 @@ class AnnIndex:
 
     space: Space
     is_new: bool
-    """Whether it was made just now."""
+    """Whether it was just built."""
     folder: str
-    """Where it is kept."""
+    """The folder that holds it."""
     _graph: Any
 
     def nearest(self, vectors: PooledVectors, queries: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """As `nearest.nearest`, but for vectors that the graph misses; similarities are exact.
+        """Return the result of `nearest.nearest`, except for vectors that the graph misses; similarities are exact.
 
         Raises:
-            OutputError: the graph names vectors that there are not.
+            OutputError: The graph names vectors that do not exist.
         """
         wanted = min(len(vectors), max(LEAST_CANDIDATES, CANDIDATES_PER_HIT * count))
         self._graph.expansion_search = max(SEARCH_WIDTH, wanted)
@@ -100,7 +100,8 @@ class AnnIndex:
             found = self._graph.search(query, wanted).keys.astype(np.int64)
             if ((found < 0) | (found >= len(vectors))).any():
                 raise OutputError(
-                    f"the index in {self.folder} names vectors that are not there", "remove it: it is made again"
+                    f"the index in {self.folder} names vectors that do not exist",
+                    "remove it, so that it is built again",
                 )
             scores = self.space.embed(vectors[found]) @ query
             kept_numbers, kept = best(found[None], scores[None], count)
@@ -116,20 +117,20 @@ def open_index(
     name: str,
     observer: Observer = SILENT,
 ) -> AnnIndex:
-    """The index of an output in a space; built when there is none, or when the output is another one by now.
+    """Open the index of an output in a space, and build it if it is missing or the output has changed.
 
     Args:
-        features: the output.
-        vectors: all its vectors.
-        make_space: fits the space, when it has to be.
-        name: of the index, such as `chosen`, `raw` or `chosen-layer-21`.
-        observer: told how it goes.
+        features: The output.
+        vectors: All its vectors.
+        make_space: Fits the space if needed.
+        name: The name of the index, such as `chosen`, `raw` or `chosen-layer-21`.
+        observer: Receives progress.
 
     Raises:
         InternvitError: usearch is not installed, or the index cannot be written.
     """
     usearch = _usearch()
-    # One that was made before the run had finished is found, and made again, when it has.
+    # An index from before the run finished is found too, and built again.
     base = os.path.join(features.path.removesuffix(PARTIAL) + FOLDER_SUFFIX, name)
     digest = contents_digest(features)
     if (space := _stored_space(base, digest, vectors.shape[1])) is not None:
@@ -138,7 +139,7 @@ def open_index(
             if graph.ndim == vectors.shape[1] and len(graph) == len(vectors):
                 return AnnIndex(space, False, os.path.dirname(base), graph)
         except (RuntimeError, ValueError, OSError, TypeError, AttributeError):
-            pass  # a damaged graph is made again, as a missing one is
+            pass  # a damaged graph is built again, like a missing one
     space = make_space()
     with observer.phase("indexing", "image", len(vectors)) as phase:
         graph = _build(usearch, vectors, space, phase.at)
@@ -153,8 +154,8 @@ def _usearch() -> ModuleType:
     except ImportError as error:
         raise InternvitError(
             "--index needs usearch, which is not installed",
-            "install it with: pip install 'internvit-cli[search]', or search without --index: exact, and fast enough "
-            "for some hundred thousand images",
+            "install it with: pip install 'internvit-cli[search]', or search without --index, which is exact and fast "
+            "enough for some hundred thousand images",
         ) from error
     module: ModuleType = usearch.index
     return module
@@ -169,7 +170,7 @@ def _build(usearch: ModuleType, vectors: PooledVectors, space: Space, on_progres
 
 
 def _save(base: str, graph: Any, space: Space, digest: str) -> None:
-    """The parts first, made in a folder of their own; the file that vouches for them last."""
+    """Write the parts in a temporary folder first, and the file with their sizes last."""
     folder, staging = os.path.dirname(base), f"{base}.tmp"
     if os.path.islink(folder):
         refuse_special(folder)
@@ -194,7 +195,7 @@ def _save(base: str, graph: Any, space: Space, digest: str) -> None:
 
 
 def _save_graph(graph: Any, path: str) -> None:
-    """Write a graph; usearch raises a RuntimeError whatever the disk says."""
+    """Write a graph; usearch raises a RuntimeError for every error of the disk."""
     try:
         graph.save(path)
     except RuntimeError as error:
@@ -203,12 +204,12 @@ def _save_graph(graph: Any, path: str) -> None:
 
 
 def _stored_space(base: str, digest: str, width: int) -> Space | None:
-    """The space of an index that is up to date; None where there is none, and where it is damaged.
+    """Return the space of an up-to-date index; None if it is missing, stale or damaged.
 
     Args:
-        base: what its files' names begin with.
-        digest: of the output's contents.
-        width: values of a vector.
+        base: The common prefix of its files.
+        digest: The digest of the output's contents.
+        width: The number of values per vector.
     """
     try:
         facts = parse_json(read_bounded(f"{base}.json", FACTS_BYTES, follow_links=False))
@@ -228,10 +229,10 @@ def _stored_space(base: str, digest: str, width: int) -> Space | None:
 
 
 def _stored_arrays(path: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, NDArray[Any]]:
-    """The arrays of an `.npz` file, all float32; those that it lacks are left out.
+    """Return the float32 arrays of an `.npz` file, without those that it lacks.
 
     Raises:
-        ValueError: one is of another shape or type, or is compressed, and may then be of any size.
+        ValueError: An array has another shape or type, or is compressed and might have any size.
     """
     most = sum(4 * math.prod(shape) for shape in shapes.values()) + FACTS_BYTES
     data = io.BytesIO(read_bounded(path, most, follow_links=False))
@@ -241,15 +242,15 @@ def _stored_arrays(path: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, N
     with np.load(data, allow_pickle=False) as arrays:
         found = {name: arrays[name] for name in shapes if name in arrays}
     if any(array.shape != shapes[name] or array.dtype != np.float32 for name, array in found.items()):
-        raise ValueError("its arrays are of another shape or type")
+        raise ValueError("its arrays have another shape or type")
     return found
 
 
 def _sizes(base: str) -> dict[str, int]:
-    """Bytes of the parts that the last file vouches for.
+    """Return the sizes of the parts in bytes.
 
     Raises:
-        OSError: one is not there, or is no regular file.
+        OSError: A part does not exist, or is not a regular file.
     """
     sizes = {}
     for suffix in PARTS:

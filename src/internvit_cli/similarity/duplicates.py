@@ -1,4 +1,4 @@
-"""`internvit duplicates`: images of one file's bytes, and images that look the same."""
+"""Find identical files and images that look the same, for `internvit duplicates`."""
 
 from __future__ import annotations
 
@@ -31,92 +31,92 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.row_index import PooledVectors
 
 LEAST_ALONE = {"raw": 0.995, "balanced": 0.9}
-"""By space, the cosine from which vectors alone make two images similar (docs/search.md has what was measured)."""
+"""The cosine by space from which two images are similar without comparing their pictures (see docs/search.md)."""
 LEAST_NEAR = {"raw": 0.8, "balanced": 0.45}
-"""By space, the cosine from which the pictures are compared: hardly a copy lies below, few others above."""
+"""The cosine by space from which pictures are compared; hardly any copy is below it, and few others above it."""
 EACH_WITH_EACH = 256
-"""Of so few images all are compared that have a raw cosine of 0.8: copies may be most of them, whatever the space."""
+"""Up to this many images, all pairs with a raw cosine of 0.8 are compared, because most of them may be copies."""
 NEAR_EACH = 32
-"""Pairs kept for each image."""
+"""Pairs that are kept per image."""
 EXACT_UP_TO = 100_000
-"""Images that are compared each with each; of more, those that meet in a table of hashes."""
+"""Up to this many images, all pairs are compared; above it, pairs with a common hash are."""
 IN_MEMORY_BYTES = 512 << 20
-"""Vectors up to so many bytes are kept in memory; more of them in a temporary file."""
+"""Vectors of up to this many bytes are kept in memory; larger ones go to a temporary file."""
 
 
 @dataclass(frozen=True, slots=True)
 class DuplicateOptions:
-    """What counts as the same."""
+    """The options of a search for duplicates."""
 
     path: str
     threshold: float | None = None
-    """Similarity from which vectors alone make two images similar; None has near images' pictures compared."""
+    """The similarity from which images are similar by their vectors alone; None means that pictures are compared."""
     raw: bool = False
-    """Compare the vectors as they are stored."""
+    """Whether to compare vectors as they are stored."""
     exact: bool = False
-    """Compare each with each, however many there are."""
+    """Whether to compare all pairs, however many images there are."""
     bytes_only: bool = False
-    """Leave it at identical files."""
+    """Whether to find only identical files."""
     pictures: str | None = None
-    """The folder to look for pictures in; None is where they were when they were encoded."""
+    """The folder that holds the pictures; None means where they were when they were encoded."""
     layer: int | None = None
-    """Which of several stored layers to compare; None is the deepest."""
+    """The stored layer to compare; None means the deepest."""
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
-            raise UsageError(f"--threshold {self.threshold}: not above 0 and up to 1", "give a cosine, such as 0.9")
+            raise UsageError(f"--threshold {self.threshold} is not above 0 and at most 1", "give a cosine, such as 0.9")
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class GroupMember:
     """An image of a group."""
 
     image: ImageFeatures
     similarity: float
-    """To the group's first image; 1 for that one itself, and for files of its very bytes."""
+    """The similarity to the group's first image; 1 for that image, and for identical files."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonMethod:
-    """How images were told to be similar."""
+    """How similar images were found."""
 
     space: Space
     how: str
     """`exact`, or `hashed`."""
     threshold: float
-    """The cosine from which vectors alone make two images similar."""
+    """The cosine from which images are similar by their vectors alone."""
     pictures: PairCounts | None
-    """What the pictures of near images said; None when vectors alone were to decide."""
+    """The counts of compared pictures; None if vectors alone decided."""
 
     def to_json(self) -> dict[str, Any]:
-        """Its part of the object of `--json`."""
+        """Return its part of the object of `--json`."""
         facts = {"threshold": self.threshold, "how": self.how} | self.space.facts()
         return facts | {"pictures": None if self.pictures is None else asdict(self.pictures)}
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicates:
-    """What there is more than once."""
+    """The groups of identical files and of similar images in an output."""
 
     path: str
     images: int
     """Looked at."""
     identical: tuple[tuple[ImageFeatures, ...], ...]
-    """Files with the same bytes."""
-    similar: tuple[tuple[Member, ...], ...]
-    """Images linked by pairs that are similar, the largest picture first; of identical files the first only."""
+    """Groups of files with the same bytes."""
+    similar: tuple[tuple[GroupMember, ...], ...]
+    """Groups of images linked by similar pairs, the largest picture first, with only the first of identical files."""
     comparison: ComparisonMethod | None
-    """None when identical files alone were looked for, or there is no second image to compare."""
+    """How images were compared; None if only identical files were searched, or there are fewer than two images."""
     notes: tuple[str, ...] = ()
-    """What a reader should know first."""
+    """Warnings for the reader."""
 
     @property
     def redundant(self) -> int:
-        """Images that one of each group would leave over."""
+        """The number of images that are left over if one of each group is kept."""
         return sum(len(group) - 1 for group in (*self.identical, *self.similar))
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `--json`."""
+        """Return the object of `--json`."""
         facts: dict[str, Any] = {"path": self.path, "images": self.images, "notes": list(self.notes)}
         nothing = {"threshold": None, "how": None, "space": None, "pictures": None}
         facts |= nothing if self.comparison is None else self.comparison.to_json()
@@ -133,17 +133,17 @@ class Duplicates:
 def find_duplicates(options: DuplicateOptions, observer: Observer = SILENT) -> Duplicates:
     """Group the images of an output that are the same file, and those that look the same.
 
-    Vectors tell which images are near each other, and their pictures whether they show the same. Where a picture is
-    not there any more, or a threshold is given, vectors decide alone.
+    Vectors propose pairs of images, and their pictures decide whether they show the same. If a picture does not exist
+    any more, or a threshold is given, vectors alone decide.
 
     Args:
-        options: what counts as the same.
-        observer: told how it goes.
+        options: The output, and what counts as the same.
+        observer: Receives progress.
 
     Raises:
-        OutputError: there is no output, or it is damaged.
-        UsageError: too many images to compare their raw vectors, without `exact`.
-        NoSpaceError: the temporary file for very many vectors does not fit.
+        OutputError: There is no output, or it is damaged.
+        UsageError: There are too many images to compare their raw vectors without `exact`.
+        NoSpaceError: The temporary file for very many vectors does not fit on the disk.
     """
     with observer.phase("reading the output"):
         features = open_features(options.path, options.layer).done
@@ -158,8 +158,8 @@ def find_duplicates(options: DuplicateOptions, observer: Observer = SILENT) -> D
 
 def _similar(
     options: DuplicateOptions, features: Features, numbers: NDArray[Any], observer: Observer
-) -> tuple[tuple[tuple[Member, ...], ...], ComparisonMethod]:
-    """Groups of similar images among these, and how they were told."""
+) -> tuple[tuple[tuple[GroupMember, ...], ...], ComparisonMethod]:
+    """Return groups of similar images among the given ones, and how they were compared."""
     space = choose_space(features.vectors(), observer, raw=options.raw)
     vectors = features[numbers].vectors()
     is_exact = _is_exact(options, space, len(vectors))
@@ -180,19 +180,19 @@ def _similar(
 
 
 def _is_exact(options: DuplicateOptions, space: Space, count: int) -> bool:
-    """Whether each is compared with each; raw vectors always are, since hashing tells nothing apart there."""
+    """Return whether all pairs are compared; raw vectors need that, because hashing cannot separate them."""
     if options.exact or count <= EXACT_UP_TO:
         return True
     if options.raw:
         raise UsageError(
-            f"--raw with {count:,} images: raw vectors all lie on one side, and hashing them tells nothing apart",
-            "compare each with each all the same (--exact), or leave out --raw",
+            f"--raw with {count:,} images: raw vectors are too similar to each other for hashing",
+            "compare all pairs with --exact, or leave out --raw",
         )
     return space.name == RAW.name
 
 
 def _near_of_few(vectors: PooledVectors, embedded: NDArray[Any], least_alone: float) -> Pairs:
-    """All pairs of few images that may be similar, with their similarities, the highest raw cosine first."""
+    """Return all pairs of few images that may be similar, with their similarities, the highest raw cosine first."""
     raw = RAW.embed(vectors[:])
     cosines, similarities = raw @ raw.T, embedded @ embedded.T
     first, second = np.nonzero(np.triu((cosines >= LEAST_NEAR["raw"]) | (similarities >= least_alone), 1))
@@ -202,7 +202,7 @@ def _near_of_few(vectors: PooledVectors, embedded: NDArray[Any], least_alone: fl
 
 
 class _PairSearch:
-    """Pairs of near vectors, each against each or through hashes."""
+    """Finds pairs of near vectors among all pairs or with hashes."""
 
     def __init__(self, embedded: NDArray[Any], is_exact: bool, observer: Observer) -> None:
         self._embedded = embedded
@@ -210,8 +210,8 @@ class _PairSearch:
         self._observer = observer
 
     def link(self, links: Links, least: float) -> None:
-        """Link all pairs at or above a similarity."""
-        # Rounding must not part a picture from itself: two equal vectors have a cosine of 1 to some 1e-7.
+        """Link all pairs with at least the given similarity."""
+        # Rounding must not separate equal vectors, whose cosine is 1 within some 1e-7.
         least = min(least, 1 - 1e-6)
         with self._observer.phase("comparing", "image", len(self._embedded)) as phase:
             if self._is_exact:
@@ -222,14 +222,14 @@ class _PairSearch:
                 links.add(first, second)
 
     def near(self, least: float) -> Pairs:
-        """The nearest pairs of every vector at or above a similarity, the most similar first."""
+        """Return the nearest pairs of every vector with at least the given similarity, the most similar first."""
         best = BestPairs(len(self._embedded), NEAR_EACH)
         if self._is_exact:
             with self._observer.phase("comparing", "image", len(self._embedded)) as phase:
                 for pairs in exact_pairs(self._embedded, least, phase.at):
                     best.add(pairs)
             return best.best_first()
-        # Hashing finds what hangs together without looking at every pair of a crowd; the pairs are found in there.
+        # Hashing finds connected groups without comparing every pair; the pairs are then found within the groups.
         crowds = Links(len(self._embedded))
         self.link(crowds, least)
         for crowd in crowds.groups():
@@ -239,7 +239,7 @@ class _PairSearch:
 
 
 def _digests(features: Features) -> NDArray[Any]:
-    """SHA-256 of every image's file, [n, 32] uint8."""
+    """Return the SHA-256 of every image's file, [n, 32] uint8."""
     shards = features.shards
     digests = np.zeros((len(features), 32), np.uint8)
     shard_of, row_of = features.places
@@ -250,9 +250,9 @@ def _digests(features: Features) -> NDArray[Any]:
 
 
 def _identical(digests: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]:
-    """Groups of numbers of equal digests, and the first number of every digest, both in order.
+    """Return groups of indices with equal digests, and the first index of every digest, both in order.
 
-    A digest of zeros is none: such an image is like itself alone.
+    Zeros mean that there is no digest; such an image is only identical to itself.
     """
     rows = np.ascontiguousarray(digests).view("V32").ravel()
     _, firsts, inverse = np.unique(rows, return_index=True, return_inverse=True)
@@ -263,19 +263,19 @@ def _identical(digests: NDArray[Any]) -> tuple[list[NDArray[Any]], NDArray[Any]]
     return sorted(groups, key=lambda group: int(group[0])), np.union1d(firsts, without)
 
 
-def _group(vectors: PooledVectors, embedded: NDArray[Any], numbers: NDArray[Any]) -> tuple[Member, ...]:
-    """The images of a group: the largest picture first, then by likeness to it."""
+def _group(vectors: PooledVectors, embedded: NDArray[Any], numbers: NDArray[Any]) -> tuple[GroupMember, ...]:
+    """Return the images of a group: the largest picture first, then by similarity to it."""
     images = [vectors.image(number) for number in numbers.tolist()]
     largest = max(range(len(images)), key=lambda place: (images[place].width * images[place].height, -place))
     similarities = np.asarray(embedded[numbers]) @ np.asarray(embedded[numbers[largest]])
-    similarities[largest] = 2.0  # to the front
+    similarities[largest] = 2.0  # comes first
     order = np.argsort(-similarities, kind="stable").tolist()
-    return tuple(Member(images[place], min(1.0, float(similarities[place]))) for place in order)
+    return tuple(GroupMember(images[place], min(1.0, float(similarities[place]))) for place in order)
 
 
 @contextmanager
 def _embedded(vectors: PooledVectors, space: Space, observer: Observer) -> Iterator[NDArray[Any]]:
-    """All vectors embedded, [n, d] float32: in memory, or where they are many in a file that goes with the block."""
+    """Embed all vectors, [n, d] float32, in memory or, if they are large, in a temporary file."""
     size = 4 * len(vectors) * vectors.shape[1]
     with tempfile.TemporaryFile() as file:
         if size <= IN_MEMORY_BYTES:

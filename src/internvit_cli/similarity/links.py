@@ -1,4 +1,4 @@
-"""Which images hang together, by way of pairs: a union-find over numbers that takes many pairs at once."""
+"""Find connected groups of images from pairs: a union-find that takes many pairs at once."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 class Links:
-    """Which numbers hang together, by way of pairs."""
+    """Groups of numbers that are connected by pairs."""
 
     def __init__(self, count: int) -> None:
         self._root = np.arange(count)
-        """For each number one that it hangs together with, at last the lowest."""
+        """For each number a number of the same group; following them leads to the lowest one."""
 
     def add(self, first: NDArray[Any], second: NDArray[Any]) -> None:
         """Link pairs of numbers."""
@@ -25,20 +25,20 @@ class Links:
             self._root[max(root, other_root)] = min(root, other_root)
 
     def are_apart(self, first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-        """Of pairs, a mask of those that do not hang together yet."""
-        self._settle()
+        """Return a mask of pairs that are not connected yet."""
+        self._flatten()
         apart: NDArray[Any] = self._root[first] != self._root[second]
         return apart
 
     def groups(self) -> list[NDArray[Any]]:
-        """Numbers that hang together with others, in order."""
-        self._settle()
+        """Return groups of at least two connected numbers, in order."""
+        self._flatten()
         order = np.argsort(self._root, kind="stable")
         bounds = np.flatnonzero(np.diff(self._root[order], prepend=-1))
         return [group for group in np.split(order, bounds[1:]) if len(group) > 1]
 
-    def _settle(self) -> None:
-        """Have every number name its root itself."""
+    def _flatten(self) -> None:
+        """Make every number point directly to the root of its group."""
         while (self._root[self._root] != self._root).any():
             self._root = self._root[self._root]
 

@@ -1,9 +1,9 @@
-"""Pairs of unit vectors that are more alike than a threshold, among very many: locality-sensitive hashing.
+"""Find pairs of similar unit vectors among very many, with locality-sensitive hashing.
 
-The code of a vector is on which side of b random planes it lies. Two vectors at an angle a share a code with
-probability (1 - a / pi) ** b. So many tables of codes are made that a pair exactly at the threshold meets in at least
-one of them with probability `RECALL`; more similar pairs meet more surely. Pairs that meet are then compared exactly:
-what is reported is right, and at most a thousandth of what is just over the threshold is missed.
+The code of a vector says on which side of b random planes it lies. Two vectors at an angle a share a code with
+probability (1 - a / pi) ** b. The number of tables is chosen so that a pair exactly at the threshold shares a code in
+at least one of them with probability `RECALL`; more similar pairs do so more surely. These pairs are then compared
+exactly, so the results are right, and at most a thousandth of the pairs just above the threshold is missed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ RECALL = 0.999
 BLOCK_BYTES = 32 << 20
 MOST_BITS = 30
 SKETCH_BYTES = 32
-"""Of a second, longer code that drops pairs which met by chance: 256 planes."""
+"""Bits of a second, longer code that drops pairs which share a code by chance."""
 SKETCH_DEVIATIONS = 5.0
-"""A pair at the threshold is dropped when its sketch deviates by more standard deviations: once in three million."""
+"""Standard deviations of the sketch above which a pair at the threshold is dropped: once in three million."""
 PAIRS_AT_ONCE = 1 << 20
 POPCOUNT = np.array([number.bit_count() for number in range(256)], np.uint8)
 
@@ -35,13 +35,14 @@ def hashed_pairs(
     is_wanted: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]],
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-    """As `pairs.exact_pairs`, but for a thousandth of the pairs just over the threshold; some come more than once.
+    """Yield the pairs of `pairs.exact_pairs`, except for a thousandth just above the threshold, some more than once.
 
     Args:
-        vectors: unit vectors, [n, d] float32, in memory or mapped; centered, or they lie on one side of most planes.
-        threshold: least dot product.
-        is_wanted: of pairs that met, a mask of those worth a comparison.
-        on_progress: called with the number of vectors, as shares of the work go.
+        vectors: Unit vectors, [n, d] float32, in memory or mapped; they have to be centered, or planes do not separate
+            them.
+        threshold: The lowest dot product.
+        is_wanted: Returns a mask of the candidate pairs to compare.
+        on_progress: Called with a number of vectors that corresponds to the share of the work done.
     """
     count = len(vectors)
     bits, tables = table_shape(count, threshold)
@@ -62,7 +63,7 @@ def hashed_pairs(
 
 
 def table_shape(count: int, threshold: float) -> tuple[int, int]:
-    """Bits of a code and number of tables: about one vector a code, and `RECALL` at the threshold."""
+    """Return bits per code and number of tables, for about one vector per code and `RECALL` at the threshold."""
     bits = min(MOST_BITS, max(8, math.ceil(math.log2(max(2, count)))))
     agreement = (1 - math.acos(min(1.0, max(-1.0, threshold))) / math.pi) ** bits
     tables = 1 if agreement > 1 - 1e-12 else math.ceil(math.log(1 - RECALL) / math.log(1 - agreement))
@@ -70,14 +71,14 @@ def table_shape(count: int, threshold: float) -> tuple[int, int]:
 
 
 def _farthest_sketch(threshold: float) -> int:
-    """Most planes of the sketch that may lie between two vectors at the threshold."""
+    """Return the largest number of planes of the sketch that may separate two vectors at the threshold."""
     planes = 8 * SKETCH_BYTES
     share = math.acos(min(1.0, max(-1.0, threshold))) / math.pi
     return math.ceil(planes * share + SKETCH_DEVIATIONS * math.sqrt(planes * share * (1 - share)) + 1)
 
 
 def _codes(vectors: NDArray[Any], generator: np.random.Generator, bits: int) -> NDArray[np.uint8]:
-    """On which side of `bits` random planes each vector lies, [n, bytes] packed bits."""
+    """Return on which side of `bits` random planes each vector lies, as packed bits [n, bytes]."""
     planes = generator.standard_normal((vectors.shape[1], bits), np.float32)
     step = max(1, BLOCK_BYTES // (4 * vectors.shape[1]))
     codes = [
@@ -88,14 +89,14 @@ def _codes(vectors: NDArray[Any], generator: np.random.Generator, bits: int) -> 
 
 
 def _sharing(codes: NDArray[np.uint8]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """All pairs of vectors with one code, lower number first, a bounded number at a time."""
+    """Yield all pairs of vectors with the same code, lower index first, a limited number at a time."""
     keys = np.zeros((len(codes), 4), np.uint8)
     keys[:, -codes.shape[1] :] = codes
     numbers = keys.view(">u4").ravel()
     order = np.argsort(numbers, kind="stable")
     starts = np.flatnonzero(np.diff(numbers[order], prepend=-1))
     sizes = np.diff(starts, append=len(order))
-    # The place of a vector in its bucket is the number of earlier ones that it meets there.
+    # The position of a vector in its bucket is the number of earlier vectors with which it forms pairs.
     place = np.arange(len(order)) - np.repeat(starts, sizes)
     step, begin = 0, 0
     totals = np.cumsum(place)
@@ -114,7 +115,7 @@ def _only(pairs: tuple[NDArray[Any], NDArray[Any]], mask: NDArray[Any]) -> tuple
 
 
 def _products(vectors: NDArray[Any], first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-    """Dot products of pairs, [k]."""
+    """Return the dot products of pairs, [k]."""
     step = max(1, BLOCK_BYTES // (8 * vectors.shape[1]))
     parts = [
         np.einsum("kd,kd->k", vectors[first[start : start + step]], vectors[second[start : start + step]])

@@ -1,4 +1,4 @@
-"""The vectors nearest to some: every one of them is looked at, a block at a time."""
+"""Find the nearest vectors by comparing all of them, block by block."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def nearest(
     count: int,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The most similar vectors to each query; memory is bounded by a block of vectors.
+    """Return the most similar vectors to each query, in memory of one block of vectors.
 
     Args:
-        vectors: n of them.
-        space: in which they are compared.
-        queries: [q, d] float32, embedded.
-        count: how many for each query.
-        on_progress: called with the number of vectors looked at.
+        vectors: The n vectors.
+        space: The space in which they are compared.
+        queries: Embedded queries, [q, d] float32.
+        count: The number of vectors per query.
+        on_progress: Called with the number of vectors compared.
 
     Returns:
-        Numbers, [q, k] int64, and similarities, [q, k] float32, best first and of equal ones the first; k is at most n.
+        Indices, [q, k] int64, and similarities, [q, k] float32, the best first, ties by index; k is at most n.
     """
     numbers = np.empty((len(queries), 0), np.int64)
     similarities = np.empty((len(queries), 0), np.float32)
@@ -48,7 +48,7 @@ def nearest(
 
 
 def best(numbers: NDArray[Any], similarities: NDArray[Any], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The highest of each row, [q, m] -> [q, at most count], highest first, of equal ones the lowest number."""
+    """Return the highest values of each row, [q, m] -> [q, at most count], highest first, ties by number."""
     kept_numbers, kept = [], []
     for row_numbers, row in zip(numbers, similarities, strict=True):
         chosen = np.arange(len(row))

@@ -1,6 +1,7 @@
-"""Pairs of unit vectors that are more alike than a threshold, each vector against each, and the best of them.
+"""Find all pairs of similar unit vectors by comparing all of them, and keep the best pairs.
 
-Every block of vectors meets every other: n * n * d multiplications, memory for two blocks and their products.
+Every block of vectors is compared with every other block: that takes n * n * d multiplications, and memory for two
+blocks and their products.
 """
 
 from __future__ import annotations
@@ -15,33 +16,33 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Pairs: TypeAlias = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
-    """First numbers, second numbers, and dot products, [k] each."""
+    """First indices, second indices, and dot products, [k] each."""
 
 PRODUCT_ROWS = 2048
-"""Rows and columns of the products that are in memory at a time: 16 MiB."""
+"""Rows and columns of the products that are in memory at once, which take 16 MiB."""
 PAIRS_WAITING = 1 << 21
-"""Pairs that are gathered before those are dropped that are not among the best."""
+"""Pairs that are collected before those that are not among the best are dropped."""
 
 
 def exact_pairs(
     vectors: NDArray[Any], threshold: float, on_progress: Callable[[int], None] = lambda _: None
 ) -> Iterator[Pairs]:
-    """Every pair at or above a threshold, some at a time.
+    """Yield all pairs at or above a threshold, in parts.
 
     Args:
-        vectors: unit vectors, [n, d] float32, in memory or mapped.
-        threshold: least dot product.
-        on_progress: called with the number of vectors that have met all later ones.
+        vectors: Unit vectors, [n, d] float32, in memory or mapped.
+        threshold: The lowest dot product.
+        on_progress: Called with the number of vectors that were compared with all later ones.
 
     Yields:
-        First numbers, second numbers (larger), and dot products, [k] each.
+        First indices, second (larger) indices, and dot products, [k] each.
     """
     for start in range(0, len(vectors), PRODUCT_ROWS):
         rows = np.asarray(vectors[start : start + PRODUCT_ROWS])
         for other in range(start, len(vectors), PRODUCT_ROWS):
             products = rows @ np.asarray(vectors[other : other + PRODUCT_ROWS]).T
             if other == start:
-                products[np.tril_indices(len(rows))] = -2.0  # each pair once, and none with itself
+                products[np.tril_indices(len(rows))] = -2.0  # each pair once, without pairs of a vector with itself
             first, second = np.nonzero(products >= threshold)
             if len(first):
                 yield first + start, second + other, products[first, second]
@@ -49,20 +50,20 @@ def exact_pairs(
 
 
 class BestPairs:
-    """The most similar pairs of every number, as far as memory for a few of each goes.
+    """The most similar pairs of each image, a few per image.
 
-    Of a crowd of images that are all alike, every pair would be one: n * n of them.
+    Among n images that are all similar, there would be n * n pairs otherwise.
     """
 
     def __init__(self, count: int, each: int) -> None:
         self._each = each
         self._least = np.full(count, -np.inf, np.float32)
-        """For each number the similarity that a pair must reach to be among its best."""
+        """For each image, the similarity that a pair must reach to be among its best."""
         self._kept: list[Pairs] = []
         self._waiting = 0
 
     def add(self, pairs: Pairs) -> None:
-        """Take in pairs, those left out that neither number has room for."""
+        """Add pairs that are among the best of either image."""
         first, second, products = pairs
         wanted = products >= np.minimum(self._least[first], self._least[second])
         if wanted.any():
@@ -72,19 +73,19 @@ class BestPairs:
             self._drop()
 
     def best_first(self) -> Pairs:
-        """All that are kept, the most similar first, of equal ones the lowest numbers; no pair twice."""
+        """Return the kept pairs without duplicates, the most similar first, ties by index."""
         self._drop()
         return self._kept[0] if self._kept else (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
 
     def _drop(self) -> None:
-        """Keep the best of each number."""
+        """Keep only the best pairs of each image."""
         if not self._kept:
             return
         first, second, products = (np.concatenate(part) for part in zip(*self._kept, strict=True))
         _, once = np.unique(first.astype(np.int64) * len(self._least) + second, return_index=True)
         order = once[np.argsort(-products[once], kind="stable")]
         first, second, products = first[order], second[order], products[order]
-        # Of each number's pairs, in this order, those that come before its place `each`.
+        # The first `each` pairs of each image, in this order.
         numbers = np.concatenate([first, second])
         pairs = np.tile(np.arange(len(first)), 2)
         by_number = np.lexsort((pairs, numbers))

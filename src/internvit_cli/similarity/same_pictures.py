@@ -1,4 +1,4 @@
-"""Of images whose vectors are near, those whose pictures show the same."""
+"""Link images with near vectors whose pictures show the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.similarity.alignment import SAME, agreement
-from internvit_cli.similarity.looks import read_looks
+from internvit_cli.similarity.gray_squares import read_gray_squares
 from internvit_cli.viz.photograph import PictureFile
 
 if TYPE_CHECKING:
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.row_index import PooledVectors
 
 MOST_PICTURES = 20_000
-"""Pictures that are read at most, those of the nearest pairs first: some minutes of two processors."""
+"""Largest number of pictures that are read, the nearest pairs first; it takes some minutes on two processors."""
 MOST_REFUSALS = 8
-"""Pictures that an image may differ from before its other pairs are left alone: of a long burst, each is near each."""
+"""Pictures from which an image may differ before its other pairs are ignored; in a burst, all pairs are near."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairCounts:
-    """Pairs of near images, by what came of them."""
+    """Numbers of pairs of near images by result."""
 
     same: int
-    """Whose pictures show the same."""
+    """Pairs whose pictures show the same."""
     different: int
-    """Whose pictures do not."""
+    """Pairs whose pictures differ."""
     unseen: int
-    """Of which a picture is not there any more, or one too many to be read: their vectors decided alone."""
+    """Pairs with a picture that was not read, because it is gone or too many were; their vectors decided."""
 
 
 def link_same(
@@ -48,41 +48,41 @@ def link_same(
     """Link the images of pairs whose pictures show the same.
 
     Args:
-        links: between the vectors' numbers; new ones are added.
-        vectors: whose images are meant.
-        pairs: numbers and similarities, those first that shall be compared first.
-        least_alone: similarity from which a pair is linked when its pictures cannot be compared.
-        observer: told how it goes.
-        folder: where to look for the pictures; None is where they were when they were encoded.
+        links: Links between the indices of vectors, to which new ones are added.
+        vectors: The vectors of the images.
+        pairs: Indices and similarities, in the order in which to compare them.
+        least_alone: The similarity from which a pair is linked if its pictures cannot be compared.
+        observer: Receives progress.
+        folder: The folder that holds the pictures; None means where they were when they were encoded.
     """
     first, second, similarities = pairs
     needed = _in_order(first, second)[:MOST_PICTURES]
     files = (PictureFile.of(vectors.image(number), folder) for number in needed.tolist())
     with observer.phase("reading pictures", "picture", len(needed)) as phase:
-        looks, is_there = read_looks(files, len(needed), phase.at)
+        squares, is_there = read_gray_squares(files, len(needed), phase.at)
     place = np.full(len(vectors), -1)
     place[needed[is_there]] = np.flatnonzero(is_there)
     is_seen = (place[first] >= 0) & (place[second] >= 0)
     alone = ~is_seen & (similarities >= least_alone)
     links.add(first[alone], second[alone])
     with observer.phase("comparing pictures", "pair") as phase:
-        same, different = _compare(links, first[is_seen], second[is_seen], looks, place, phase)
+        same, different = _compare(links, first[is_seen], second[is_seen], squares, place, phase)
     return PairCounts(same, different, int((~is_seen).sum()))
 
 
 def _compare(
-    links: Links, first: NDArray[Any], second: NDArray[Any], looks: NDArray[Any], place: NDArray[Any], phase: Phase
+    links: Links, first: NDArray[Any], second: NDArray[Any], squares: NDArray[Any], place: NDArray[Any], phase: Phase
 ) -> tuple[int, int]:
-    """Link pairs whose looks, at `place` of their numbers, agree; return how many do, and how many were seen not to.
+    """Link pairs whose pictures, at `place` of their indices, agree; return how many agree and how many differ.
 
-    Each round takes every image once, with its nearest: what a round links need not be compared in the next.
+    Each round compares every image at most once, with its nearest, because linked images need no further comparison.
     """
     same = different = 0
     refusals = np.zeros(len(place), np.int64)
     while len(first):
         now = _each_once(first, second)
         ones, others = first[now], second[now]
-        agree = agreement(looks[place[ones]], looks[place[others]]) >= SAME
+        agree = agreement(squares[place[ones]], squares[place[others]]) >= SAME
         links.add(ones[agree], others[agree])
         same, different = same + int(agree.sum()), different + int((~agree).sum())
         for numbers in (ones, others):
@@ -95,14 +95,14 @@ def _compare(
 
 
 def _in_order(first: NDArray[Any], second: NDArray[Any]) -> NDArray[Any]:
-    """All numbers of pairs, in the order of their first pair."""
+    """Return the indices in all pairs, in the order of their first pair."""
     numbers = np.stack([first, second], axis=1).ravel()
     found, places = np.unique(numbers, return_index=True)
     return found[np.argsort(places)]
 
 
 def _each_once(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.bool_]:
-    """A mask of pairs that are the first one of both their numbers."""
+    """Return a mask of pairs that are the first pair of both images."""
     numbers = np.stack([first, second], axis=1).ravel()
     found, places = np.unique(numbers, return_index=True)
     earliest = np.empty(int(numbers.max()) + 1, np.int64)

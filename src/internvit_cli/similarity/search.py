@@ -1,4 +1,4 @@
-"""`internvit search`: the images of an output that are most like some pictures."""
+"""Find the images of an output that are most similar to some pictures, for `internvit search`."""
 
 from __future__ import annotations
 
@@ -26,52 +26,52 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.row_index import PooledVectors
 
 MOST_QUERIES = 1000
-"""Images that patterns of keys may mean."""
+"""Largest number of images that patterns of keys may match."""
 
 
 @dataclass(frozen=True, slots=True)
 class SearchOptions:
-    """What to look for, and how."""
+    """The options of a search."""
 
     path: str
     pictures: Sequence[str] = ()
-    """Files to find the like of."""
+    """Files of pictures to search for."""
     keys: Sequence[str] = ()
-    """Keys of images of the output to find the like of, and patterns of keys."""
+    """Keys, and patterns of keys, of images of the output to search for."""
     count: int = 10
-    """Hits for each."""
+    """The number of hits per query."""
     raw: bool = False
-    """Compare the vectors as they are stored."""
+    """Whether to compare vectors as they are stored."""
     index: bool = False
-    """Ask an approximate index, and make it where it is missing or stale."""
+    """Whether to use an approximate index, which is built if it is missing or stale."""
     model: str | None = None
-    """Where the weights are; None is what the output names."""
+    """Where the weights are; None means where the output says."""
     device: str = "auto"
     layer: int | None = None
-    """Which of several stored layers to compare; None is the deepest."""
+    """The stored layer to compare; None means the deepest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One image found."""
+    """An image that was found."""
 
     image: ImageFeatures
     similarity: float
-    """Cosine in the space of the search, -1 to 1."""
+    """The cosine in the space of the search, -1 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class QueryResult:
-    """What is most like one picture."""
+    """The hits for one query."""
 
     query: ImageFeatures
     is_picture: bool
-    """Whether it was given as a file, not as a key."""
+    """Whether the query was given as a file instead of a key."""
     hits: tuple[Hit, ...]
 
     @property
     def problem(self) -> str:
-        """Why there are no hits; empty when there are."""
+        """Why there are no hits; empty if there are."""
         query = self.query
         if query.is_done:
             return ""
@@ -86,27 +86,27 @@ class SearchResult:
     images: int
     """Compared with."""
     layer: int
-    """Whose vectors were compared."""
+    """The number of images whose vectors were compared."""
     space: Space
     answers: tuple[QueryResult, ...]
     how: str
     """`exact`, or `approximate` through an index."""
     index_is_new: bool
     seconds: float
-    """Of the comparison, without encoding the pictures."""
+    """The time of the comparison in seconds, without encoding the pictures."""
     notes: tuple[str, ...]
-    """What a reader should know first."""
+    """Warnings for the reader."""
 
     @property
     def exit_code(self) -> ExitCode:
-        """0; 3 when some pictures cannot be used; 1 when none can."""
+        """0; 3 if some pictures cannot be used; 1 if none can be used."""
         bad = sum(bool(answer.problem) for answer in self.answers)
         if not bad:
             return ExitCode.DONE
         return ExitCode.CANNOT_RUN if bad == len(self.answers) else ExitCode.SKIPPED
 
     def to_json(self) -> dict[str, Any]:
-        """The object of `--json`."""
+        """Return the object of `--json`."""
         facts: dict[str, Any] = {"path": self.path, "images": self.images, "layer": self.layer, "how": self.how}
         facts["seconds"] = round(self.seconds, 3)
         facts["notes"] = list(self.notes)
@@ -114,17 +114,17 @@ class SearchResult:
 
 
 def search(options: SearchOptions, observer: Observer = SILENT) -> SearchResult:
-    """Find the images most like each picture and each key.
+    """Find the images that are most similar to each picture and each key.
 
     Args:
-        options: what to look for.
-        observer: told how it goes.
+        options: What to search for.
+        observer: Receives progress.
 
     Raises:
-        UsageError: nothing to look for, a picture that is no file, or a key or a layer that is not there.
-        ModelError: the weights are not those of the output.
-        OutputError: the output has no vectors, or is damaged.
-        InternvitError: no index is to be had.
+        UsageError: There are no queries, or a picture, a key or a layer does not exist.
+        ModelError: The weights are not those of the output.
+        OutputError: The output has no vectors, or is damaged.
+        InternvitError: The index cannot be used or built.
     """
     if not options.pictures and not options.keys:
         raise UsageError("nothing to search for", "name a picture, or an image of the output with --key")
@@ -141,9 +141,9 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> SearchResult:
     encoded = _encode(features, options, observer) if options.pictures else []
     queries = [*encoded, *stored]
     started = time.perf_counter()
-    comparison = _Comparison(options, features, vectors, observer)
+    comparison = _QueryComparison(options, features, vectors, observer)
     usable = [query for query in queries if query.is_done]
-    # One more than asked for, since an image of the output finds itself.
+    # One more than requested, because an image of the output finds itself.
     numbers, similarities = comparison.nearest(usable, options.count + bool(stored))
     rows = iter(zip(numbers, similarities, strict=True))
     answers = []
@@ -166,8 +166,8 @@ def search(options: SearchOptions, observer: Observer = SILENT) -> SearchResult:
     )
 
 
-class _Comparison:
-    """Queries against all vectors of an output, exactly or through an index."""
+class _QueryComparison:
+    """Compares queries with all vectors of an output, exactly or with an index."""
 
     def __init__(self, options: SearchOptions, features: Features, vectors: PooledVectors, observer: Observer) -> None:
         self._vectors = vectors
@@ -184,7 +184,7 @@ class _Comparison:
             self.space = self._choose()
 
     def nearest(self, queries: Sequence[ImageFeatures], count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Numbers and similarities of the most similar vectors, [q, k] each."""
+        """Return the indices and similarities of the most similar vectors, [q, k] each."""
         if not queries:
             return np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
         embedded = self.space.embed(np.stack([query.pooled for query in queries]))
@@ -198,10 +198,10 @@ class _Comparison:
 
 
 def _check_query(picture: str, features: Features) -> None:
-    """Refuse, before weights are loaded, a query that is no picture: words above all.
+    """Refuse a query that is not a picture file, such as words, before weights are loaded.
 
     Raises:
-        UsageError: there is no such file, or it is a folder.
+        UsageError: There is no such file, or it is a folder.
     """
     if os.path.isdir(picture):
         raise UsageError(f"{picture!r} is a folder", f"name the pictures to search for, such as {picture}/*.jpg")
@@ -209,15 +209,15 @@ def _check_query(picture: str, features: Features) -> None:
         return
     is_key = features.get(picture) is not None
     raise UsageError(
-        f"{picture!r} is no file: search finds images that are like a picture, and InternViT reads no text",
-        f"it is an image of the output: --key {picture!r}"
+        f"{picture!r} is not a file: search finds images similar to a picture, because InternViT does not read text",
+        f"to search for this image of the output, use --key {picture!r}"
         if is_key
         else "name a picture file, or an image of the output with --key (internvit ls OUT lists them)",
     )
 
 
 def _encode(features: Features, options: SearchOptions, observer: Observer) -> list[ImageFeatures]:
-    """The pictures' features under the output's recipe; the vector does not depend on which tokens are stored."""
+    """Encode the pictures with the output's recipe; the vector does not depend on which tokens are stored."""
     from internvit_cli.api.extractor import Extractor
 
     with observer.phase("loading the model"):
@@ -235,7 +235,7 @@ def _encode(features: Features, options: SearchOptions, observer: Observer) -> l
 def _hits(
     vectors: PooledVectors, own: str | None, count: int, numbers: NDArray[Any], similarities: NDArray[Any]
 ) -> tuple[Hit, ...]:
-    """The best hits, all but the image of the key `own`."""
+    """Return the best hits without the image with the key `own`."""
     found = zip(numbers.tolist(), similarities.tolist(), strict=True)
     hits = [Hit(vectors.image(number), similarity) for number, similarity in found]
     return tuple([hit for hit in hits if hit.image.key != own][:count])

@@ -1,12 +1,13 @@
-"""The one space in which `search`, `duplicates` and `report` compare vectors, chosen by what the vectors are like.
+"""Choose the space in which `search`, `duplicates` and `report` compare the vectors of an output.
 
 Raw vectors share a large common part, so that any two have a high cosine, and a few directions hold most of what is
-left. In the *balanced* space the mean is taken off, and a direction that holds more than 2 % of the variance is scaled
-down to that. 0 then means as alike as any two images of the output, and 1 the same. Whitening would scale every
-direction: with fewer images than directions, it then blows up what tells a copy from its original (docs/search.md).
+left. In the *balanced* space, the mean is subtracted, and a direction that holds more than 2 % of the variance is
+scaled down to that. Then 0 means as similar as any two images of the output, and 1 means the same. Whitening would
+scale every direction, and with fewer images than directions enlarge what separates a copy from its original
+(docs/search.md).
 
-Few images are no ground for a mean, and images that are all alike have a mean that says what they are. Their vectors
-are compared as they are stored: the *raw* space. Letters: n vectors of d values.
+A few images do not give a meaningful mean, and the mean of images that are all similar is what they show. Such vectors
+are compared as they are stored, in the *raw* space. In shapes, n is the number of vectors, and d that of their values.
 """
 
 from __future__ import annotations
@@ -27,45 +28,45 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.row_index import PooledVectors
 
 LEAST_IMAGES = 32
-"""Fewer images are compared raw: a copy would be a good part of what the mean and the directions come from."""
+"""Fewer images are compared raw, because a single copy would influence the mean and the directions too much."""
 LEAST_SPREAD = 0.01
-"""Images are all alike when their vectors vary by less than this share of their mean square. Measured: 0.008 in a
-burst, 0.009 among copies of one photograph, 0.16 among photographs. Raw cosines of 0.95, as InternViT has, make 0.05.
+"""Images count as nearly the same if their vectors vary by less than this share of their mean square. It is 0.008 in a
+burst, 0.009 among copies of one photograph, and 0.16 among photographs. InternViT's raw cosines of 0.95 leave 0.05.
 """
 MOST_SHARE = 0.02
-"""Of the variance that one direction may hold."""
+"""Largest share of the variance that a direction may hold."""
 MOST_FITTED = 16_384
-"""Vectors that mean and covariance are estimated from; of more, evenly spread ones."""
+"""Largest number of vectors for estimating mean and covariance; of more, evenly spread ones are used."""
 BLOCK_BYTES = 32 << 20
 MOST_DIRECTIONS, ITERATIONS = 64, 12
-"""Of the subspace iteration; fifty directions at most can hold more than `MOST_SHARE`."""
+"""Directions of the subspace iteration; at most fifty can hold more than `MOST_SHARE`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """How vectors become unit vectors whose dot product is their similarity."""
+    """A map from vectors to unit vectors whose dot product is their similarity."""
 
     name: str
     """`raw` or `balanced`."""
     reason: str = ""
     """Why the vectors are compared raw."""
     mean: NDArray[Any] | None = None
-    """Taken off first, [d] float32."""
+    """The mean that is subtracted first, [d] float32."""
     directions: NDArray[Any] | None = None
-    """Orthonormal rows that hold more than their share, [k, d] float32."""
+    """Orthonormal directions that hold more than their share, [k, d] float32."""
     scales: NDArray[Any] | None = None
-    """What the vectors' parts along them are multiplied by, [k] float32, at most 1."""
+    """Factors for the components along these directions, [k] float32, at most 1."""
     fitted_on: int = 0
-    """Vectors that it was estimated from."""
+    """The number of vectors from which the space was estimated."""
 
     @property
     def words(self) -> str:
-        """What it is, for a reader, such as `balanced cosine, fitted to 42 images`."""
+        """A description such as `balanced cosine, fitted to 42 images`."""
         told = self.reason or f"fitted to {counted(self.fitted_on, 'image')}"
         return f"{self.name} cosine, {told}"
 
     def embed(self, vectors: NDArray[Any]) -> NDArray[Any]:
-        """Unit vectors, [n, d] float32; a vector without any direction becomes zeros."""
+        """Return unit vectors, [n, d] float32; a zero vector stays zero."""
         moved = np.array(vectors, np.float32) if self.mean is None else vectors.astype(np.float32) - self.mean
         if self.directions is not None and self.scales is not None:
             moved += ((moved @ self.directions.T) * (self.scales - 1)) @ self.directions
@@ -74,39 +75,39 @@ class Space:
         return moved
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What it takes to make it again beside its facts; nothing for the raw space."""
+        """Return the arrays that define the space; none for the raw space."""
         if self.mean is None or self.directions is None or self.scales is None:
             return {}
         return {"mean": self.mean, "directions": self.directions, "scales": self.scales}
 
     def facts(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the facts for --json."""
         if self.mean is None:
             return {"space": self.name, "space_reason": self.reason}
         return {"space": self.name, "fitted_on": self.fitted_on}
 
 
-RAW = Space("raw", "as asked for")
+RAW = Space("raw", "as requested")
 
 
 def choose_space(vectors: PooledVectors, observer: Observer = SILENT, *, raw: bool = False) -> Space:
     """Choose the space in which an output's vectors are compared.
 
     Args:
-        vectors: all that the output holds.
-        observer: told how it goes.
-        raw: take the raw space whatever they are like.
+        vectors: All vectors of the output.
+        observer: Receives progress.
+        raw: Whether to use the raw space in any case.
     """
     if raw:
         return RAW
     if len(vectors) < LEAST_IMAGES:
-        return Space("raw", f"since the output holds fewer than {LEAST_IMAGES} images")
+        return Space("raw", f"because the output holds fewer than {LEAST_IMAGES} images")
     with observer.phase("fitting the space"):
         return _fitted(vectors)
 
 
 def _fitted(vectors: PooledVectors) -> Space:
-    """The balanced space; the raw one where the images are all alike."""
+    """Return the balanced space, or the raw one if the images are nearly the same."""
     count = min(len(vectors), MOST_FITTED)
     total = sum((block.sum(axis=0) for block in _blocks(vectors)), np.zeros(vectors.shape[1]))
     mean = total / count
@@ -117,7 +118,7 @@ def _fitted(vectors: PooledVectors) -> Space:
     covariance /= count
     variance = float(np.trace(covariance))
     if variance <= LEAST_SPREAD * (variance + float(mean @ mean)):
-        return Space("raw", "since the images are all nearly alike")
+        return Space("raw", "because the images are all nearly the same")
     variances, directions = _leading(covariance)
     most = MOST_SHARE * variance
     large = variances > most
@@ -127,9 +128,9 @@ def _fitted(vectors: PooledVectors) -> Space:
 
 
 def _leading(covariance: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The variances of the directions of most variance, and the directions, [k] and [k, d], by subspace iteration.
+    """Return the largest variances and their directions, [k] and [k, d], by subspace iteration.
 
-    Directions near `MOST_SHARE` converge slowly, and need not converge: their scale is nearly 1.
+    Directions near `MOST_SHARE` converge slowly, but need not converge, because their scale is nearly 1.
     """
     width = len(covariance)
     count = min(width, MOST_DIRECTIONS)
@@ -141,7 +142,7 @@ def _leading(covariance: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def _blocks(vectors: PooledVectors) -> Iterator[NDArray[Any]]:
-    """The vectors to fit to, a bounded number at a time, in float64."""
+    """Yield the vectors to fit in float64, a limited number at a time."""
     step = max(1, BLOCK_BYTES // (8 * max(1, vectors.shape[1])))
     chosen = np.linspace(0, len(vectors) - 1, min(len(vectors), MOST_FITTED)).round().astype(np.int64)
     for start in range(0, len(chosen), step):

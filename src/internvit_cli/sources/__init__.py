@@ -1,4 +1,4 @@
-"""What can be walked: directories, files, globs and lists become one sorted listing of keys."""
+"""Turn folders, files, globs and lists into one sorted listing of keys, and open what lies there."""
 
 from internvit_cli.sources.discover import discover
 from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source

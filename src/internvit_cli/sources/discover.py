@@ -1,4 +1,4 @@
-"""From the command line's sources to one sorted listing of unique keys."""
+"""Turn the sources of the command line into one sorted listing of unique keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.errors import UsageError, one_line
 from internvit_cli.sources import globs
-from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, below, child
+from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, child_path, path_below
 from internvit_cli.sources.lists import read_list, unquoted
 from internvit_cli.sources.missing import LOOKED_AT, MissingList, explain_missing, how_to_cut
 from internvit_cli.sources.refusals import refuse_container, refuse_output, refuse_url
@@ -27,21 +27,21 @@ STANDARD_INPUT = "-"
 def discover(arguments: Sequence[str], options: DiscoverOptions, stdin: BinaryIO | None = None) -> Listing:
     """Find all pictures of the sources; no picture is opened.
 
-    A source is a folder, a file, `NAME=DIR`, a pattern, or `-` for a list on standard input. What exists under a
-    name wins over what the name would mean otherwise. Files named outright, in a list too, are taken whatever their
-    extension, and need not be there: whoever opens them finds out. Only the user's own patterns leave them out.
+    A source is a folder, a file, `NAME=DIR`, a pattern, or `-` for a list on standard input. An existing file or folder
+    takes precedence over any other meaning of its name. Files that a user names, also in a list, are taken whatever
+    their extension, and need not exist: opening them reports that. Only the user's own patterns leave them out.
 
     Args:
-        arguments: as typed on the command line.
-        options: what the listing depends on beside them.
-        stdin: the stream behind `-`, in binary.
+        arguments: The sources as typed on the command line.
+        options: Options that decide which files are taken, and their keys.
+        stdin: The binary stream that `-` stands for.
 
     Returns:
-        The listing, sorted by the bytes of its keys; empty when the folders hold no pictures.
+        The listing, sorted by the bytes of its keys; empty if the folders hold no pictures.
 
     Raises:
-        UsageError: a source that is not there or holds no files, a key outside its root, or two files with one key.
-        NoImagesError: a pattern that nothing fits.
+        UsageError: A source does not exist or holds no files, a key lies outside its root, or two files have one key.
+        NoImagesError: No file matches a pattern.
     """
     collection = _Collection(options, stdin)
     for argument in arguments:
@@ -67,17 +67,17 @@ class _Collection:
         self._missing: list[MissingList] = []
         self._empty_lists: list[str] = []
         self._found = 0
-        """Of the keys, those that are not in a list of which no file is there."""
+        """The number of keys that do not come from a list of which no file exists."""
         self._unreadable_folders: list[FolderProblem] = []
         self._unfollowed_links = 0
 
     def add_argument(self, argument: str, *, is_alone: bool) -> None:
-        """Take one source of the command line."""
+        """Add one source of the command line."""
         path = os.fsencode(argument)
         if argument == STANDARD_INPUT:
             self.add_list(argument)
         elif os.path.isdir(path):
-            self._add_folder(Source(absolute(path)))
+            self._add_folder(Source(absolute_folder(path)))
         elif os.path.lexists(path):
             refuse_container(path, is_alone=is_alone)
             self._add_file(path, is_named=True)
@@ -85,13 +85,13 @@ class _Collection:
             refuse_url(path)
             if (named := _named_folder(path)) is not None:
                 self._add_folder(named)
-            elif globs.is_pattern(path):
+            elif globs.has_wildcard(path):
                 self._add_pattern(path)
             else:
                 raise _missing(path)
 
     def add_list(self, name: str) -> None:
-        """Take the paths of a list: relative to `--root`, by default to the working directory."""
+        """Add the paths of a list, which are relative to `--root`, by default the working directory."""
         root = self._root or os.getcwdb()
         owner = self._source(Source(root))
         if name == STANDARD_INPUT:
@@ -108,7 +108,7 @@ class _Collection:
             raise UsageError(f"cannot read the list {one_line(name)}: {error.strerror}", "check the path") from error
 
     def listing(self) -> Listing:
-        """Sort, drop what was named twice, and refuse keys that mean two files."""
+        """Sort the keys, drop duplicates, and refuse keys that stand for two files."""
         keys: list[bytes] = []
         owners = array("I")
         named = bytearray(len(self._keys))
@@ -117,7 +117,7 @@ class _Collection:
             if keys and keys[-1] == self._keys[i]:
                 self._check_same_file(keys[-1], owners[-1], self._owners[i])
                 named[len(keys) - 1] |= self._named[i]
-                if i not in self._skipped:  # One of its two mentions is a file named outright, which may be a link.
+                if i not in self._skipped:  # one of the two is a file that the user named, which may be a link
                     skipped.pop(len(keys) - 1, None)
                 continue
             if i in self._skipped:
@@ -164,11 +164,11 @@ class _Collection:
         self._unfollowed_links += found.unfollowed_links
 
     def _check_patterns(self, root: bytes) -> None:
-        """Refuse a pattern that is a path below the source: with a slash in front it is relative to the source."""
+        """Refuse a pattern that is a path to a place below the source, because patterns are relative to the source."""
         for text in (*self._options.exclude, *self._options.include):
             path = os.fsencode(text.removeprefix("!"))
-            inside = below(path, root)
-            if inside is not None and not os.path.lexists(child(root, path.split(b"/")[1])):
+            inside = path_below(path, root)
+            if inside is not None and not os.path.lexists(child_path(root, path.split(b"/")[1])):
                 raise UsageError(
                     f"the pattern {one_line(text)} is a path, and patterns are relative to {one_line(root)}",
                     f"write /{one_line(inside)}",
@@ -176,9 +176,9 @@ class _Collection:
 
     def _add_file(self, path: bytes, *, is_named: bool) -> None:
         folder, name = os.path.split(path)
-        folder = absolute(folder or b".")
+        folder = absolute_folder(folder or b".")
         root = self._root or folder
-        key = below(child(folder, name), root)
+        key = path_below(child_path(folder, name), root)
         if key is None:
             raise _outside(path, root)
         self._tops[root] = None
@@ -188,12 +188,12 @@ class _Collection:
 
     def _add_pattern(self, pattern: bytes) -> None:
         matches = globs.expand(pattern, self._selection)
-        self._tops[absolute(matches.base or b".")] = None
+        self._tops[absolute_folder(matches.base or b".")] = None
         self._unreadable_folders += matches.unreadable_folders
         if not matches.files and not matches.folders:
-            raise self._selection.left_out.no_images(f"no picture fits the pattern {one_line(pattern)}")
+            raise self._selection.left_out.no_images(f"no picture matches the pattern {one_line(pattern)}")
         for folder in matches.folders:
-            self._add_folder(Source(absolute(folder)))
+            self._add_folder(Source(absolute_folder(folder)))
         for path in matches.files:
             self._add_file(path, is_named=False)
 
@@ -215,7 +215,7 @@ class _Collection:
         if not looked_at:
             self._empty_lists.append(name)
         added = self._keys[first:]
-        if added and not any(os.path.lexists(child(root, key)) for key in added):
+        if added and not any(os.path.lexists(child_path(root, key)) for key in added):
             self._missing.append(explain_missing(looked_at, name, root))
         else:
             self._found += len(added)
@@ -237,36 +237,38 @@ class _Collection:
             )
 
 
-def absolute(folder: bytes) -> bytes:
-    """Absolute path of a folder, its own links kept; with `..` in it, where the kernel would end up."""
+def absolute_folder(folder: bytes) -> bytes:
+    """Return the absolute path of a folder; links are kept, unless the path contains `..`."""
     return os.path.realpath(folder) if b".." in folder.split(b"/") else os.path.abspath(folder)
 
 
 def _root_folder(name: str) -> bytes:
     if not os.path.isdir(name):
         raise UsageError(f"--root {one_line(name)} is not a folder", "name a folder that holds all files")
-    return absolute(os.fsencode(name))
+    return absolute_folder(os.fsencode(name))
 
 
 def _named_folder(argument: bytes) -> Source | None:
-    """The source of `NAME=DIR`; None for what does not read so."""
+    """Return the source of `NAME=DIR`; None if the argument has another form."""
     name, equals, folder = argument.partition(b"=")
     if not equals or not name or b"/" in name:
         return None
     if not os.path.isdir(folder):
-        if globs.is_pattern(argument):
+        if globs.has_wildcard(argument):
             return None
         raise UsageError(f"{one_line(argument)}: {_shown(folder)} is not a folder", "NAME=DIR names a folder")
     if name in (b".", b".."):
         raise UsageError(f"{one_line(argument)}: keys cannot start with {one_line(name)}/", "choose another NAME")
-    return Source(absolute(folder), name)
+    return Source(absolute_folder(folder), name)
 
 
 def _key_of_line(line: bytes, root: bytes) -> bytes:
-    """The key of a list's line: its path below the root, without `//` and `.`."""
+    """Return the key for a line of a list: its path below the root, without `//` and `.`."""
     if b".." in line.split(b"/"):
         raise _outside(line, root)
-    key = below(os.path.normpath(child(root, line) if not line.startswith(b"/") else b"/" + line.lstrip(b"/")), root)
+    key = path_below(
+        os.path.normpath(child_path(root, line) if not line.startswith(b"/") else b"/" + line.lstrip(b"/")), root
+    )
     if key is None:
         raise _outside(line, root)
     return key
@@ -286,8 +288,8 @@ def _missing(path: bytes) -> UsageError:
 
 def _outside(path: bytes, root: bytes) -> UsageError:
     return UsageError(
-        f"{one_line(path)} is not plainly below {one_line(root)}, so it has no key",
-        "name a folder above all files with --root, and write paths without ..",
+        f"{one_line(path)} is not below {one_line(root)}, so it has no key",
+        "name a folder that contains all files with --root, and write paths without ..",
     )
 
 

@@ -1,4 +1,4 @@
-"""Which names look like pictures: the extensions of all formats that Pillow reads without extra programs."""
+"""Recognize pictures by their names: the extensions of all formats that Pillow reads without extra programs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXTENSIONS = frozenset(
     xbm xpm
     """.split()
 )
-"""Lower case, without the dot. Not EPS and WMF, which start other programs, nor containers that Pillow only names."""
+"""Extensions in lower case, without the dot. EPS and WMF, which start other programs, are left out."""
 
 NO_EXTENSION = "no extension"
 _PLAIN = re.compile(rb"[0-9a-z_~+-]{1,12}")
@@ -24,10 +24,10 @@ def looks_like_picture(name: bytes) -> bool:
 
 
 def label_of(name: bytes) -> str:
-    """Return what a file that is no picture by its name is counted under.
+    """Return the label under which a file without a picture's extension is counted.
 
-    That is its extension in lower case, such as `.heic`; `.jpg?...` for a picture's name with the query of a URL
-    behind it; and `no extension` for all others, a name that is only a picture's extension included.
+    The label is the extension in lower case, such as `.heic`; `.jpg?...` for a picture's name followed by the query of
+    a URL; or `no extension` for all others, including a name that is only a picture's extension.
     """
     address, question_mark, _ = name.partition(b"?")
     if question_mark and looks_like_picture(address):

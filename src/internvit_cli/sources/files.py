@@ -1,17 +1,17 @@
-"""Opening what may be anything, and turning every failure into a value.
+"""Open files of any content, and turn every failure into a `Skipped` value.
 
-What a failure becomes:
+The reasons are:
 
-- `vanished`: no such file any more.
-- `unreadable`: the operating system did not give its bytes (permission, I/O error, link loop, name too long).
-- `not_regular`: a pipe, socket, device or folder.
-- `not_an_image`: empty, or in no format that is read.
-- `too_large`: over the pixel limit, or over the memory that a worker has.
-- `unsupported`: a picture of a format or a kind that this Pillow does not read.
-- `truncated`: all other damage: it begins as a picture, and the bytes that follow are not a whole one.
+- `vanished`: the file does not exist any more.
+- `unreadable`: the operating system could not read its bytes (permission, I/O error, link loop, name too long).
+- `not_regular`: it is a pipe, socket, device or folder.
+- `not_an_image`: it is empty, or in no supported format.
+- `too_large`: it exceeds the pixel limit, or the memory of a worker.
+- `unsupported`: it is a picture of a format or a kind that this Pillow does not read.
+- `truncated`: it is damaged in another way: it begins like a picture, but the bytes that follow are not a complete one.
 
-An error number says `unreadable` only where the system itself failed to give the file's bytes. Pillow meets error
-numbers too when it follows an offset of a damaged file to nowhere; that is damage.
+An error number means `unreadable` only if the system itself failed to read the bytes. Pillow also raises errors with
+numbers when an offset in a damaged file points nowhere; that counts as damage.
 """
 
 from __future__ import annotations
@@ -73,50 +73,51 @@ FORMATS = (
     "PCD",
     "TGA",
 )
-"""What may be opened, the common first, those without a signature last.
+"""Pillow's formats that may be opened, common ones first and those without a signature last.
 
-Not EPS and WMF, which run other programs; not the stubs, which need plugins; not the ones that take almost any bytes.
+Left out are EPS and WMF, which run other programs, the stubs, which need plugins, and those that accept almost any
+bytes.
 """
 
 READ_AT_ONCE = 4096
-"""Bytes: the whole header of most files."""
+"""Bytes that are read first; they hold the whole header of most files."""
 
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
 _BAD_OFFSET = frozenset({errno.EINVAL, errno.EOVERFLOW})
-"""What the system says of positions that no file has."""
+"""Error numbers for positions that no file has."""
 _UNSUPPORTED_WORDS = (
     *("unsupported", "not supported", "not available", "not installed", "cannot handle 12-bit", "cannot handle 16-bit"),
     *("not yet supported", "unknown pixel mode", "unknown pcx", "unknown tga"),
 )
-"""What Pillow says of pictures that are whole. What it calls unknown or unrecognized otherwise is damage."""
+"""Pillow's words for undamaged pictures that it cannot read; other words for unknown contents mean damage."""
 _EMPTY_WORDS = ("None", "not identified by this driver")
 _CUT_SHORT = "image file is truncated"
-"""What Pillow says when it lacks the end of pixels that it would otherwise accept."""
+"""Pillow's words if only the end of the pixels is missing."""
 
 
 @lru_cache(maxsize=1)
 def readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has; older ones know no AVIF."""
+    """Return the formats of `FORMATS` that this Pillow supports; older versions lack AVIF."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_regular(path: bytes) -> untrusted.OpenFile | Skipped:
-    """Open a file that must be a regular one, following links; never wait, and never open anything else.
+def open_or_skip(path: bytes) -> untrusted.OpenFile | Skipped:
+    """Open a regular file, following links, without ever waiting and without opening anything else.
 
     Returns:
-        The descriptor (not inherited by child processes) and its fstat, or why it could not be had.
+        The descriptor (not inherited by child processes) and its fstat, or the reason why it cannot be opened.
     """
     try:
         return untrusted.open_regular(path)
     except untrusted.NotRegularError:
         return Skipped(Status.NOT_REGULAR, "", "not a regular file")
     except OSError as error:
-        return classify(error)
+        return system_failure(error)
 
 
 class OpenPicture:
-    """An open file that is to be read as a picture, and that knows the reason when it cannot be."""
+    """An open file that is read as a picture, and explains why if it cannot be."""
 
     __slots__ = ("_descriptor", "_error", "_first", "size", "status")
 
@@ -125,7 +126,7 @@ class OpenPicture:
         self._descriptor = opened.descriptor
         self._error: OSError | None = None
         self.status = opened.status
-        """What fstat said when it was opened."""
+        """The result of fstat when the file was opened."""
         self.size = opened.status.st_size
         self._first = b""
 
@@ -136,16 +137,16 @@ class OpenPicture:
         os.close(self._descriptor)
 
     def status_now(self) -> os.stat_result:
-        """Return what fstat says now."""
+        """Return the current result of fstat."""
         return os.fstat(self._descriptor)
 
     def stream(self) -> BinaryIO:
-        """Return the file as a stream from its start, of which there is one at a time."""
+        """Return the file as a stream from its start; only one stream is usable at a time."""
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         return io.BufferedReader(_Bytes(self._descriptor, self._failed))
 
     def at(self, position: int, count: int) -> bytes:
-        """Return bytes from a position on, fewer at the end; those at the beginning are read once."""
+        """Return `count` bytes from a position, or fewer at the end; the beginning is read only once."""
         end = position + count
         try:
             if end > READ_AT_ONCE:
@@ -160,14 +161,14 @@ class OpenPicture:
         self._error = error
 
     def failure(self, error: Exception, max_pixels: int) -> Skipped:
-        """Return the reason behind an exception that this file raised while Pillow read it, within `pillow_settings`.
+        """Return the reason behind an exception that Pillow raised while it read this file within `pillow_settings`.
 
         Args:
-            error: what was raised.
-            max_pixels: the limit that was in force.
+            error: The exception.
+            max_pixels: The pixel limit that was in force.
         """
         if self._error is not None:
-            return classify(self._error)
+            return system_failure(self._error)
         if isinstance(error, UnidentifiedImageError):
             return self._unidentified()
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOMEM):
@@ -175,14 +176,14 @@ class OpenPicture:
         return pillow_failure(error, max_pixels)
 
     def _unidentified(self) -> Skipped:
-        """Why Pillow knows no picture in it: what else it is, or what is wrong with its header."""
+        """Return why Pillow does not recognize the file: what else it is, or what is wrong with its header."""
         first = self.at(0, FIRST_BYTES)
         named = picture_format(first)
         if named is None:
             return Skipped(
                 Status.NOT_AN_IMAGE,
                 "PIL.UnidentifiedImageError",
-                f"in no picture format that is read: {one_line(describe(first, self.status.st_size))}",
+                f"in no supported picture format: {one_line(describe(first, self.status.st_size))}",
             )
         if named not in readable_formats():
             return Skipped(Status.UNSUPPORTED, "", f"{named}, which this Pillow does not read: install a newer Pillow")
@@ -193,18 +194,18 @@ class OpenPicture:
             damaged = Skipped(_status_of_text(text.lower()), _name(error), "")
         else:
             text, damaged = "", Skipped(Status.TRUNCATED, "PIL.UnidentifiedImageError", "")
-        state = "of a kind that is not read" if damaged.status is Status.UNSUPPORTED else "with a damaged header"
+        state = "of a kind that is not supported" if damaged.status is Status.UNSUPPORTED else "with a damaged header"
         return Skipped(damaged.status, damaged.exception, one_line(f"{named} {state}{text and ': '}{text}"))
 
 
 def _words_of(error: Exception) -> str:
-    """Return what Pillow says itself; empty where it repeats Python's word on a missing byte, or says nothing."""
+    """Return Pillow's own message; empty if it only repeats Python's message on a missing byte, or has none."""
     text = str(error)
     return "" if (error.__cause__ is not None and text == str(error.__cause__)) or text in _EMPTY_WORDS else text
 
 
 class _Bytes(io.FileIO):
-    """The bytes of a descriptor that stays open; tells when the system fails to give them."""
+    """A stream over a descriptor that stays open; it records failures of the system to read it."""
 
     def __init__(self, descriptor: int, failed: Callable[[OSError], None]) -> None:
         super().__init__(descriptor, closefd=False)
@@ -226,42 +227,42 @@ class _Bytes(io.FileIO):
 
 
 def open_picture(path: bytes) -> OpenPicture | Skipped:
-    """Open what may be a picture; see `open_regular`."""
-    opened = open_regular(path)
+    """Open a file that may be a picture; see `open_or_skip`."""
+    opened = open_or_skip(path)
     return opened if isinstance(opened, Skipped) else OpenPicture(opened)
 
 
-def classify(error: Exception) -> Skipped:
-    """Return the reason behind an exception whose error number is the system's; the message is one bounded line."""
+def system_failure(error: Exception) -> Skipped:
+    """Return the reason behind an exception with an error number of the system; the message is one short line."""
     return Skipped(_status(error), _name(error), one_line(_message(error)))
 
 
 def pillow_failure(error: Exception, max_pixels: int) -> Skipped:
-    """Return the reason behind an exception that Pillow raised over a picture whose file is not at hand."""
+    """Return the reason behind an exception that Pillow raised for a picture without a file."""
     if isinstance(error, Image.DecompressionBombError):
         return _bomb(error, max_pixels)
     if isinstance(error, OSError) and error.errno in _BAD_OFFSET:
         return _damaged(error)
-    return classify(error)
+    return system_failure(error)
 
 
 def too_many_pixels(pixels: int, words: str, max_pixels: int) -> Skipped:
-    """Return the reason to skip a picture of `pixels` pixels, more than the limit; `words` stand in front of them."""
+    """Return the reason to skip a picture with more pixels than the limit; the message begins with `words`."""
     message = f"{words} {pixels:,} pixels, more than --max-pixels {max_pixels}"
     return Skipped(Status.TOO_LARGE, "", message, pixels)
 
 
 @contextmanager
 def pillow_settings(rule: PixelRule) -> Iterator[None]:
-    """Within, Pillow refuses larger pictures by itself, nested ones too, and gives no warnings.
+    """Set Pillow's limits for a block: it refuses pictures above the pixel limit, nested ones too, without warnings.
 
-    It also takes or refuses pictures that lack their end, as the rule says. All are settings of the whole process, so
-    this serves one thread at a time.
+    It also accepts or refuses pictures that lack their end, as the rule says. These are settings of the whole process,
+    so only one thread at a time may use this.
     """
     limit, truncated = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Pillow warns over its limit and refuses over twice of it.
+        # Pillow warns above its limit, and refuses above twice the limit.
         Image.MAX_IMAGE_PIXELS = (rule.max_pixels + 1) // 2
         ImageFile.LOAD_TRUNCATED_IMAGES = rule.truncated is Truncated.ACCEPT
         try:
@@ -271,12 +272,12 @@ def pillow_settings(rule: PixelRule) -> Iterator[None]:
 
 
 def _damaged(error: OSError) -> Skipped:
-    return Skipped(Status.TRUNCATED, _name(error), f"damaged: it points out of its own bytes ({_message(error)})")
+    return Skipped(Status.TRUNCATED, _name(error), f"damaged: it points outside its own bytes ({_message(error)})")
 
 
 @contextmanager
-def any_size() -> Iterator[None]:
-    """Within, Pillow does not count pixels: a low limit is about pictures, not about the tiles that are cut of them."""
+def without_pixel_limit() -> Iterator[None]:
+    """Turn off Pillow's pixel limit for a block, because a low limit must not apply to the tiles of a picture."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -285,7 +286,7 @@ def any_size() -> Iterator[None]:
 
 
 def _bomb(error: Image.DecompressionBombError, max_pixels: int) -> Skipped:
-    """The same as `too_many_pixels`, for sizes that only Pillow saw, such as those of pictures in icons."""
+    """Return the reason for a size that only Pillow saw, such as that of a picture in an icon."""
     found = re.search(r"[0-9]+", str(error))
     return too_many_pixels(int(found[0]) if found else max_pixels + 1, "it has", max_pixels)
 
@@ -308,7 +309,7 @@ def _status(error: Exception) -> Status:
 
 
 def _status_of_text(text: str) -> Status:
-    """Of the errors that share one class with others, and differ in their words alone."""
+    """Return the status for errors of a shared class, which differ only in their message."""
     if "out of memory" in text:
         return Status.TOO_LARGE
     return Status.UNSUPPORTED if any(word in text for word in _UNSUPPORTED_WORDS) else Status.TRUNCATED
@@ -324,10 +325,10 @@ def _status_of_errno(number: int) -> Status:
 
 def _message(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "in no picture format that is read"  # Pillow's own text names an object in memory.
+        return "in no supported picture format"  # Pillow's own message names an object in memory.
     if isinstance(error, MemoryError):
-        return "it takes more memory than a worker may have (--worker-memory)"
+        return "it needs more memory than a worker may use (--worker-memory)"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror  # Without the path, which is the entry's key.
+        return error.strerror  # without the path, which is the entry's key
     text = str(error) or "no message"
     return f"{text}; --truncated accept takes what is there" if _CUT_SHORT in text else text

@@ -1,4 +1,4 @@
-"""The images of a command's sources, or why there are none."""
+"""Find the images of a command's sources, or explain why there are none."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ EMPTY_LISTING = Listing((), [], array("I"), {}, (), 0)
 
 
 def find_images(options: ExtractOptions, stdin: BinaryIO | None, observer: Observer = SILENT) -> Listing:
-    """The listing of a command's sources.
+    """Return the listing of a command's sources.
 
     Raises:
-        NoImagesError: there is nothing in them.
-        InternvitError: all they are is lists, and not one file in them is there.
+        NoImagesError: The sources hold no pictures.
+        InternvitError: The sources are only lists, and no file in them exists.
     """
     with observer.phase("looking for images"):
         listing = require_images(discover(options.sources, options.discover, stdin))
@@ -32,36 +32,40 @@ def find_images(options: ExtractOptions, stdin: BinaryIO | None, observer: Obser
 
 
 def require_images(listing: Listing) -> Listing:
-    """Return the listing as it is.
+    """Return the listing unless it is empty.
 
     Raises:
-        NoImagesError: there is nothing in it; with what lies in the sources instead.
+        NoImagesError: The listing is empty; the error says what the sources hold instead.
     """
     if len(listing) or listing.unreadable_folders:
         return listing
     if listing.empty_lists and not listing.left_out.total:
         name = one_line(listing.empty_lists[0]) or "on standard input"
-        raise NoImagesError(f"the list {name} is empty", "list the paths of pictures, one a line")
+        raise NoImagesError(f"the list {name} is empty", "list the paths of pictures, one per line")
     error = listing.left_out.no_images("no pictures found in the given sources")
     if listing.unfollowed_links and not listing.left_out.total:
         links = counted(listing.unfollowed_links, "link")
-        raise NoImagesError(error.message, f"{links} to folders left alone: --follow-links follows them")
+        raise NoImagesError(error.message, f"{links} to folders were not followed: --follow-links follows them")
     raise error
 
 
 def listing_notes(listing: Listing, drawn_and_named: int) -> list[str]:
-    """What a user should know of the sources, beside the counts.
+    """Return notes on the sources for the user.
 
     Args:
-        listing: what was found.
-        drawn_and_named: pictures in it that this program drew, and that are taken since they were named outright.
+        listing: The files that were found.
+        drawn_and_named: The number of pictures that internvit drew, and that are taken because the user named them.
     """
     notes = [f"{missing.message}: {missing.hint}" for missing in listing.missing_lists]
     if listing.unfollowed_links:
-        notes.append(f"{counted(listing.unfollowed_links, 'link')} to folders left alone (--follow-links follows them)")
+        notes.append(
+            f"{counted(listing.unfollowed_links, 'link')} to folders not followed (--follow-links follows them)"
+        )
     outside = sum(skipped.status is Status.LINK_OUTSIDE for skipped in listing.skipped.values())
     if outside:
-        notes.append(f"{counted(outside, 'link')} out of the sources left alone (--follow-links reads them)")
+        notes.append(f"{counted(outside, 'link')} out of the sources not followed (--follow-links reads them)")
     if drawn_and_named:
-        notes.append(f"named outright and so taken: {counted(drawn_and_named, 'picture')} that internvit drew itself")
+        notes.append(
+            f"{counted(drawn_and_named, 'picture')} drawn by internvit itself, taken because the sources name them"
+        )
     return notes

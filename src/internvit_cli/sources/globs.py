@@ -1,4 +1,4 @@
-"""Patterns that the shell did not expand: `*`, `?`, `[...]` within a name, `**` for any number of folders."""
+"""Expand patterns that the shell did not: `*`, `?`, `[...]` within a name, `**` for any number of folders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from internvit_cli.sources.interface import FolderProblem, child
+from internvit_cli.sources.interface import FolderProblem, child_path
 from internvit_cli.sources.walk import folder_problem
 
 if TYPE_CHECKING:
@@ -20,48 +20,48 @@ _ANY_DEPTH = b"**"
 
 @dataclass(slots=True)
 class Matches:
-    """Paths that fit a pattern, in no particular order, relative when the pattern is."""
+    """Paths that match a pattern, in no particular order; relative if the pattern is."""
 
     base: bytes
-    """The folder before the first wildcard, which rules are relative to; empty for the working directory."""
+    """The folder before the first wildcard, to which rules are relative; empty for the working directory."""
 
     files: list[bytes] = field(default_factory=list)
-    """Those that the selection takes; links are not resolved."""
+    """Matching files that the selection takes; links are not resolved."""
     folders: list[bytes] = field(default_factory=list)
-    """As the shell gives them; none for a pattern with `**`, whose files are below them already."""
+    """Matching folders, as in the shell; none for a pattern with `**`, which matches the files below them."""
     unreadable_folders: list[FolderProblem] = field(default_factory=list)
 
 
-def is_pattern(text: bytes) -> bool:
-    """Whether a name has a wildcard."""
+def has_wildcard(text: bytes) -> bool:
+    """Return whether a name contains a wildcard."""
     return _MAGIC.search(text) is not None
 
 
 def expand(pattern: bytes, selection: FileSelection) -> Matches:
-    """Find what fits a pattern, listing each folder once.
+    """Find the files and folders that match a pattern, listing each folder once.
 
     As in the shell, a wildcard does not match a leading dot, and `**` follows no links to folders.
 
     Args:
-        pattern: a path with at least one wildcard.
-        selection: what of the files that fit is taken, and which folders are not even listed.
+        pattern: A path with at least one wildcard.
+        selection: Decides which matching files are taken, and which folders are not listed.
 
     Returns:
-        The matches; a folder that could not be listed is among its problems.
+        The matches, with the folders that could not be listed.
     """
     parts = [part for part in pattern.split(b"/") if part]
-    literal = next(i for i, part in enumerate(parts) if is_pattern(part))
+    literal = next(i for i, part in enumerate(parts) if has_wildcard(part))
     base = b"/" if pattern.startswith(b"/") else b""
     base = os.path.join(base, *parts[:literal]) if literal else base
     return _Expansion(parts[literal:], base, selection).run()
 
 
 _Below = tuple[bytes, frozenset[int], bool]
-"""A folder relative to the base, the parts that what is in it may fit, and whether an `--include` fits the folder."""
+"""A folder relative to the base, the pattern parts its entries may match, and whether an `--include` matches it."""
 
 
 class _Expansion:
-    """Walks with the set of pattern parts that may fit next, so that several `**` cost no second walk."""
+    """Walks with the set of pattern parts that may match next, so that several `**` need no second walk."""
 
     def __init__(self, parts: list[bytes], base: bytes, selection: FileSelection) -> None:
         if parts[-1] == _ANY_DEPTH:
@@ -80,26 +80,26 @@ class _Expansion:
             try:
                 with os.scandir(folder or b".") as entries:
                     for entry in entries:
-                        path = child(relative, entry.name) if relative else entry.name
+                        path = child_path(relative, entry.name) if relative else entry.name
                         following = self._entry(entry, path, positions, wanted=wanted)
                         if following:
                             inner = self.selection.enters(path, wanted=wanted)
                             if inner is not None:
                                 stack.append((path, following, inner))
             except (FileNotFoundError, NotADirectoryError):
-                continue  # A pattern may name a folder that is not there: then nothing fits.
+                continue  # the pattern names a folder that does not exist, so nothing matches
             except OSError as error:
                 self.matches.unreadable_folders.append(folder_problem(folder or b".", error))
         return self.matches
 
     def _path(self, relative: bytes) -> bytes:
-        """From a path below the base to one from where we are."""
+        """Return a path below the base as a path from the working directory."""
         if not relative:
             return self.matches.base
-        return child(self.matches.base, relative) if self.matches.base else relative
+        return child_path(self.matches.base, relative) if self.matches.base else relative
 
     def _closure(self, positions: set[int]) -> frozenset[int]:
-        """A `**` may also stand for no folder at all."""
+        """Add the parts after each `**`, which may also match no folder at all."""
         reached = set(positions)
         for position in range(len(self.parts)):
             if position in reached and self.parts[position] == _ANY_DEPTH:
@@ -109,7 +109,7 @@ class _Expansion:
     def _entry(
         self, entry: os.DirEntry[bytes], path: bytes, positions: frozenset[int], *, wanted: bool
     ) -> frozenset[int]:
-        """Record an entry that fits; returns the parts that what is below it may fit."""
+        """Record a matching entry; return the parts that entries below it may match."""
         text, following = os.fsdecode(entry.name), set()
         for position in positions:
             part = self.parts[position]
@@ -137,5 +137,5 @@ class _Expansion:
 def _leads_to_folder(entry: os.DirEntry[bytes]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # A loop of links is no folder, and no reason to give up its neighbors.
+    except OSError:  # a loop of links is not a folder
         return False

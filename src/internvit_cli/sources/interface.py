@@ -1,4 +1,4 @@
-"""What discovery takes and gives: frozen records, names as bytes throughout."""
+"""Define the options and results of discovery; names are bytes throughout."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A folder that keys are relative to."""
+    """A folder to which keys are relative."""
 
     root: bytes
     """Absolute path of the folder."""
     name: bytes = b""
-    """NAME of `NAME=DIR`: the first part of all its keys; empty for none."""
+    """NAME of `NAME=DIR`, the first part of all its keys; empty if there is none."""
 
     @property
     def prefix(self) -> bytes:
-        """What its keys start with."""
+        """The start of all its keys, including the slash."""
         return self.name + b"/" if self.name else b""
 
     def path(self, key: bytes) -> bytes:
-        """The file of one of its keys."""
-        return child(self.root, key[len(self.prefix) :])
+        """Return the path of the file with a key."""
+        return child_path(self.root, key[len(self.prefix) :])
 
 
 @dataclass(frozen=True, slots=True)
 class FolderProblem:
-    """A folder that could not be listed: one entry of the report, without a row."""
+    """A folder that could not be listed; it is reported, and has no row."""
 
     path: bytes
     skipped: Skipped
@@ -45,80 +45,80 @@ class FolderProblem:
 
 @dataclass(frozen=True, slots=True)
 class DiscoverOptions:
-    """The options that decide which files are found and what they are called."""
+    """The options that decide which files are found, and their keys."""
 
     files_from: str | None = None
-    """A file with one path a line; `-` is standard input."""
+    """A file with one path per line; `-` is standard input."""
     null_separated: bool = False
-    """Paths of lists end in NUL instead of a line end."""
+    """Paths in lists end in NUL instead of a newline."""
     root: str | None = None
-    """What the keys of files, globs and lists are relative to."""
+    """The folder to which the keys of files, globs and lists are relative."""
     follow_links: bool = False
     """Follow links that leave their source, and links to folders."""
     exclude: tuple[str, ...] = ()
-    """Patterns as in .gitignore of what is left out."""
+    """Patterns of what is left out, as in a .gitignore."""
     include: tuple[str, ...] = ()
-    """With any, only files that one of them fits are taken."""
+    """If there are any, only files that match one of these patterns are taken."""
     default_excludes: bool = True
-    """Leave out what `rules.DEFAULT_EXCLUDES` names."""
+    """Leave out what matches `rules.DEFAULT_EXCLUDES`."""
     sniff: bool = False
-    """Look at the first bytes of files that are no pictures by their names."""
+    """Look at the first bytes of files without a picture's extension."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listing:
     """All files found, in the order of their keys' bytes.
 
-    About 80 bytes of memory a file beyond the key itself.
+    It takes about 80 bytes of memory per file beyond the key itself.
     """
 
     sources: tuple[Source, ...]
     keys: list[bytes]
-    """Unique, sorted by bytes."""
+    """The unique keys, sorted by their bytes."""
     source_index: array[int]
     """For each key, the index of its source."""
     skipped: dict[int, Skipped]
-    """Entries that must not be opened, by index: links that leave their source, and what is no regular file."""
+    """Entries that must not be opened, by index: links that leave their source, and files that are not regular."""
     unreadable_folders: tuple[FolderProblem, ...]
     unfollowed_links: int
-    """Links to folders that were left alone, for want of `follow_links`."""
+    """Number of links to folders that were not followed because `follow_links` is off."""
     named: bytes = b""
-    """For each key, 1 when a user named its file outright, 0 when it was found; empty when all were found."""
+    """For each key, 1 if a user named its file, 0 if it was found; empty if all were found."""
     left_out: LeftOut = field(default_factory=LeftOut)
-    """What lies in the sources beside the files found."""
+    """Files in the sources that were not taken."""
     missing_lists: tuple[MissingList, ...] = ()
-    """Lists of which not one file is there."""
+    """Lists of which no file exists."""
     empty_lists: tuple[str, ...] = ()
-    """Paths of lists that name nothing; standard input's is empty."""
+    """Paths of lists that name no files; that of standard input is empty."""
     is_missing: bool = False
     """Whether all files come from such lists."""
     selection: FileSelection | None = None
     tops: tuple[bytes, ...] = ()
-    """The folders that the selection's patterns are relative to."""
+    """The folders to which the patterns of the selection are relative."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def path(self, index: int) -> bytes:
-        """The file behind one entry."""
+        """Return the path of one entry's file."""
         return self.sources[self.source_index[index]].path(self.keys[index])
 
     def is_named(self, index: int) -> bool:
-        """Whether a user named the file of an entry outright, on the command line or in a list."""
+        """Return whether a user named the file of an entry, on the command line or in a list."""
         return bool(self.named and self.named[index])
 
     def excludes(self, path: bytes) -> bool:
-        """Whether a pattern leaves out a file that an earlier listing may have had.
+        """Return whether a pattern leaves out a file that an earlier listing may have contained.
 
         Args:
-            path: absolute.
+            path: The absolute path of the file.
         """
         selection = self.selection
-        below_tops = (inside for top in self.tops if (inside := below(path, top)) is not None)
+        below_tops = (inside for top in self.tops if (inside := path_below(path, top)) is not None)
         return selection is not None and any(selection.excludes(inside) for inside in below_tops)
 
     def without_drawn(self, entries: Sequence[int]) -> Listing:
-        """Return the listing without some entries, pictures that this program drew, which count as left out."""
+        """Return the listing without entries that internvit drew itself, which then count as left out."""
         if not entries:
             return self
         dropped = set(entries)
@@ -134,12 +134,12 @@ class Listing:
         )
 
 
-def child(folder: bytes, name: bytes) -> bytes:
-    """A path below a folder, which may be `/`."""
+def child_path(folder: bytes, name: bytes) -> bytes:
+    """Return the path of a name in a folder, which may be `/`."""
     return folder + name if folder.endswith(b"/") else folder + b"/" + name
 
 
-def below(path: bytes, folder: bytes) -> bytes | None:
-    """The part of a normalized absolute path below a folder; None when it lies elsewhere or is the folder itself."""
-    top = child(folder, b"")
+def path_below(path: bytes, folder: bytes) -> bytes | None:
+    """Return the part of a normalized absolute path below a folder; None if it does not lie below it."""
+    top = child_path(folder, b"")
     return path[len(top) :] if path.startswith(top) and len(path) > len(top) else None

@@ -1,4 +1,4 @@
-"""What files are that are no pictures this program reads, by their extensions, and what would make pictures of them."""
+"""Describe other kinds of files by their extensions, and say how to turn them into pictures."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ _CONVERT = "convert them to JPEG or PNG"
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Files of one purpose."""
+    """A kind of files that are not taken as pictures."""
 
     name: str
-    """In the singular, with its article."""
+    """The name in the singular, with its article."""
     plural: str
     extensions: frozenset[bytes]
-    """Lower case, without the dot."""
+    """The extensions in lower case, without the dot."""
     remedy: str = ""
-    """What makes pictures of them; empty for files that nobody takes for pictures."""
+    """How to turn them into pictures; empty for files that nobody takes for pictures."""
 
     @property
     def remedy_for_one(self) -> str:
-        """What makes a picture of one of them."""
+        """The remedy for one file."""
         singular = {"them": "it", "their": "its"}
         return re.sub(r"\b(?:them|their)\b", lambda found: singular[found[0]], self.remedy)
 
@@ -37,21 +37,21 @@ HEIF = _kind(
     "a HEIF picture",
     "HEIF pictures",
     "heic heics heif heifs hif avci avcs",
-    f"{_CONVERT}, such as with heif-convert or ImageMagick",
+    f"{_CONVERT}, for example with heif-convert or ImageMagick",
 )
-JPEG_XL = _kind("a JPEG XL picture", "JPEG XL pictures", "jxl", f"{_CONVERT}, such as with djxl")
+JPEG_XL = _kind("a JPEG XL picture", "JPEG XL pictures", "jxl", f"{_CONVERT}, for example with djxl")
 RAW = _kind(
     "a raw photograph",
     "raw photographs",
     "3fr ari arw bay cap cr2 cr3 crw dcr dcs dng drf eip erf fff gpr iiq k25 kdc mdc mef mos mrw nef nrw orf pef ptx "
     "raf raw rw2 rwl rwz sr2 srf srw x3f",
-    "develop them to JPEG or TIFF, such as with darktable-cli",
+    "develop them to JPEG or TIFF, for example with darktable-cli",
 )
 DRAWING = _kind(
     "a vector drawing",
     "vector drawings",
     "ai cdr emf eps ps svg svgz wmf",
-    "render them to PNG, such as with rsvg-convert or Inkscape",
+    "render them to PNG, for example with rsvg-convert or Inkscape",
 )
 WORK = _kind(
     "a file of an image editor",
@@ -63,7 +63,7 @@ RANGE = _kind(
     "a high dynamic range picture",
     "high dynamic range pictures",
     "exr hdr",
-    "map them to 8 bits first, such as with ImageMagick",
+    "map them to 8 bits first, for example with ImageMagick",
 )
 SCIENCE = _kind(
     "a medical or microscope picture",
@@ -75,13 +75,13 @@ VIDEO = _kind(
     "a video",
     "videos",
     "3g2 3gp asf avi flv insv lrv m2ts m2v m4v mkv mov mp4 mpeg mpg mts mxf ogv vob webm wmv",
-    "take frames out of them, such as with: ffmpeg -i VIDEO -vf fps=1 frames/%06d.jpg",
+    "take frames out of them, for example with: ffmpeg -i VIDEO -vf fps=1 frames/%06d.jpg",
 )
 DOCUMENT = _kind(
     "a document",
     "documents",
     "djvu doc docx epub odp odt oxps pdf ppt pptx xps",
-    "render their pages, such as with: pdftoppm -r 150 -png DOCUMENT.pdf page",
+    "render their pages, for example with: pdftoppm -r 150 -png DOCUMENT.pdf page",
 )
 ARCHIVE = _kind(
     "an archive",
@@ -90,8 +90,8 @@ ARCHIVE = _kind(
     "unpack them, and name the folder",
 )
 PACKED = _kind(
-    "a packed data set",
-    "packed data sets",
+    "a packed dataset",
+    "packed datasets",
     "arrow avro beton feather lmdb mdb msgpack orc parquet rec recordio tfrecord tfrecords",
     "write their pictures to files first",
 )
@@ -113,13 +113,13 @@ KINDS = (
     *(HEIF, JPEG_XL, RAW, DRAWING, WORK, RANGE, SCIENCE, VIDEO, DOCUMENT, ARCHIVE, PACKED),
     *(ARRAYS, TABLE, TEXT, SIDE),
 )
-"""In the order in which they are told of."""
+"""All kinds, in the order in which they are reported."""
 
 _BY_EXTENSION = {extension: kind for kind in KINDS for extension in kind.extensions}
 assert sum(len(kind.extensions) for kind in KINDS) == len(_BY_EXTENSION), "an extension has one kind"
-assert not EXTENSIONS & _BY_EXTENSION.keys(), "what is read needs no remedy"
+assert not EXTENSIONS & _BY_EXTENSION.keys(), "a supported picture needs no remedy"
 
 
-def kind_of(extension: bytes) -> Kind | None:
+def kind_by_extension(extension: bytes) -> Kind | None:
     """Return the kind of files with an extension, lower case and without the dot; None for an unknown one."""
     return _BY_EXTENSION.get(extension)

@@ -1,4 +1,4 @@
-"""What lies in the sources and is not taken: counted on the way, told at the end, with what makes pictures of it."""
+"""Count files of the sources that are not taken, and say how to turn them into pictures."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.errors import NoImagesError
 from internvit_cli.runtime.words import counted
 from internvit_cli.sources.extensions import NO_EXTENSION, label_of
-from internvit_cli.sources.kinds import KINDS, Kind, kind_of
+from internvit_cli.sources.kinds import KINDS, Kind, kind_by_extension
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST_COUNTED = 1000
-"""Different extensions that are counted apart: names of random letters must not fill the memory."""
+"""Largest number of extensions that are counted separately, so that random names cannot fill the memory."""
 MOST_TOLD = 5
 MOST_IN_JSON = 1000
 OTHERS = "others"
@@ -23,63 +23,63 @@ OTHERS = "others"
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Files that were found and not taken. They have no rows, and stand beside the counts of images."""
+    """Files that were found but not taken; they have no rows, and are not part of the counts of images."""
 
     extensions: Mapping[str, int] = field(default_factory=dict)
-    """Files that are no pictures by their names, by what `extensions.label_of` says of them."""
+    """Numbers of files without a picture's extension, by the label from `extensions.label_of`."""
     excluded: Mapping[str, int] = field(default_factory=dict)
-    """Files, and folders that were not walked, by the pattern that excludes them."""
+    """Numbers of excluded files and folders, by the pattern that excludes them."""
     drawn: int = 0
-    """Pictures that this program drew."""
+    """Number of pictures that internvit drew itself."""
     sniffed: bool = False
-    """Whether the first bytes of the files under `extensions` were looked at."""
+    """Whether the first bytes of the files in `extensions` were checked."""
 
     @property
     def total(self) -> int:
-        """All of them; what an excluded folder holds is not known."""
+        """The number of all files; an excluded folder counts as one."""
         return sum(self.extensions.values()) + sum(self.excluded.values()) + self.drawn
 
     @property
     def lines(self) -> list[str]:
-        """What a user should know, one line each; those first that look like pictures somebody wants."""
+        """Return the lines of a report, beginning with files that a user may want as pictures."""
         told = [
             f"{_listed(counts)} ({kind.plural} are not read: {kind.remedy})"
             for kind, counts in self._by_kind().items()
             if kind is not None and kind.remedy
         ]
         if unknown := self._by_kind().get(None):
-            look = "no pictures by their first bytes either" if self.sniffed else "--sniff looks at their first bytes"
+            look = "not pictures by their first bytes either" if self.sniffed else "--sniff checks their first bytes"
             told.append(f"{_listed(unknown)} ({look})")
         if side := self._side_files():
             told.append(f"{counted(sum(side.values()), 'side file')} ({_listed(side)})")
         return told + self._refused()
 
     def no_images(self, message: str) -> NoImagesError:
-        """Return the error that no picture was found, with what was found in its place and what would help."""
+        """Return the error that no picture was found; it says what was found instead, and what would help."""
         found = ([_listed(self.extensions)] if self.extensions else []) + self._refused()
         return NoImagesError(f"{message}: {', '.join(found)}" if found else message, self._remedy())
 
     def _refused(self) -> list[str]:
-        """Pictures by their names that were left out all the same."""
+        """Return texts on files with a picture's extension that were left out."""
         told = [f"{counted(self.drawn, 'picture')} that internvit drew itself"] if self.drawn else []
         if self.excluded:
             told.append(f"{sum(self.excluded.values()):,} excluded ({_listed(self.excluded, 'by ')})")
         return told
 
     def _remedy(self) -> str:
-        """What makes pictures of most of what was left out."""
+        """Return a hint for the most frequent kind of files left out."""
         kinds = {kind: sum(counts.values()) for kind, counts in self._by_kind().items() if _is_meant(kind)}
         if self.sniffed:
             kinds.pop(None, None)
         if kinds:
             most = max(kinds, key=lambda kind: kinds[kind])
-            return f"{most.plural} are not read: {most.remedy}" if most else "--sniff looks at the first bytes of files"
+            return f"{most.plural} are not read: {most.remedy}" if most else "--sniff checks the first bytes of files"
         if self.excluded:
-            return "look at --exclude, --include and --no-default-excludes"
-        return "pictures are found by their extension, such as .jpg or .png; --sniff and --files-from take others too"
+            return "check --exclude, --include and --no-default-excludes"
+        return "pictures are found by their extension, such as .jpg or .png; --sniff and --files-from also take others"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the counts as JSON has them; of many different ones the most frequent."""
+        """Return the counts as JSON, only the most frequent if there are many."""
         extensions, other_extensions = _most_frequent(self.extensions, MOST_IN_JSON)
         excluded, other_excluded = _most_frequent(self.excluded, MOST_IN_JSON)
         return {
@@ -92,10 +92,10 @@ class LeftOut:
         }
 
     def _by_kind(self) -> dict[Kind | None, dict[str, int]]:
-        """The counts of each kind, in the order of `KINDS`; under None those of unknown names."""
+        """Return the counts by kind, in the order of `KINDS`; those of unknown extensions are under None."""
         found: dict[Kind | None, dict[str, int]] = {}
         for label, count in self.extensions.items():
-            found.setdefault(kind_of(label.removeprefix(".").encode()), {})[label] = count
+            found.setdefault(kind_by_extension(label.removeprefix(".").encode()), {})[label] = count
         return {kind: found[kind] for kind in (*KINDS, None) if kind in found}
 
     def _side_files(self) -> dict[str, int]:
@@ -108,14 +108,14 @@ class LeftOut:
 
 
 class LeftOutCounter:
-    """Counts what is left out while the sources are walked."""
+    """Counts files that are left out while the sources are walked."""
 
     def __init__(self) -> None:
         self._extensions: Counter[str] = Counter()
         self._excluded: Counter[str] = Counter()
 
     def unread(self, name: bytes) -> None:
-        """Count a file that is no picture by its name."""
+        """Count a file without a picture's extension."""
         label = label_of(name)
         if label not in self._extensions and len(self._extensions) >= MOST_COUNTED:
             label = OTHERS
@@ -126,17 +126,17 @@ class LeftOutCounter:
         self._excluded[pattern] += 1
 
     def result(self, *, sniffed: bool) -> LeftOut:
-        """Return all that was counted."""
+        """Return the counts."""
         return LeftOut(dict(self._extensions), dict(self._excluded), sniffed=sniffed)
 
 
 def _is_meant(kind: Kind | None) -> bool:
-    """Whether somebody may take files of a kind for pictures; those of unknown names too."""
+    """Return whether a user may want files of a kind as pictures, which includes unknown extensions."""
     return kind is None or bool(kind.remedy)
 
 
 def _listed(counts: Mapping[str, int], preposition: str = "") -> str:
-    """The most frequent, such as `3,000 .heic, 2 .heif and 7 others`."""
+    """Return the most frequent counts in words, such as `3,000 .heic, 2 .heif and 7 others`."""
     kept, others = _most_frequent(counts, MOST_TOLD)
     listed = ", ".join(f"{count:,} {preposition}{_told(label)}" for label, count in kept.items())
     return f"{listed} and {counted(others, 'other')}" if others else listed
@@ -147,7 +147,7 @@ def _told(label: str) -> str:
 
 
 def _most_frequent(counts: Mapping[str, int], most: int) -> tuple[dict[str, int], int]:
-    """So many entries, the most frequent first, and how many files the rest stands for."""
+    """Return the `most` most frequent entries, and the number of files in the other entries."""
     ranked = sorted(counts.items(), key=lambda entry: (entry[0] == OTHERS, -entry[1], entry[0]))
     kept = dict(entry for entry in ranked[:most] if entry[0] != OTHERS)
     return kept, sum(counts.values()) - sum(kept.values())

@@ -1,4 +1,4 @@
-"""Lists of paths, one a line or ended by NUL, read as a stream."""
+"""Read lists of paths, separated by newlines or NUL, as a stream."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _QUOTES = (b'"', b"'")
 
 
 def read_list(stream: BinaryIO, null_separated: bool) -> Iterator[bytes]:
-    """Return the paths of a list, in order; empty ones are left out, and so is a mark of UTF-8 in front.
+    """Yield the paths of a list in order, without empty ones and without a UTF-8 byte order mark.
 
-    In a list of lines a carriage return before the line end is dropped with it, so a name that ends in one, or that
-    has a line end within, needs a NUL-separated list.
+    In a list of lines, a carriage return before a newline is dropped. A name that ends in a carriage return or contains
+    a newline needs a NUL-separated list.
 
     Raises:
-        UsageError: it is no list of names: UTF-16, packed, or NUL bytes where lines were expected.
+        UsageError: The file is not a list of names: it is in UTF-16, compressed, or has NUL bytes in its lines.
     """
     paths = _null_ended(stream) if null_separated else _lines(stream)
     yield from filter(None, (path.removeprefix(BOM_UTF8) for path in _first(paths)))
@@ -32,7 +32,7 @@ def read_list(stream: BinaryIO, null_separated: bool) -> Iterator[bytes]:
 
 
 def unquoted(line: bytes, root: bytes) -> bytes:
-    """Return a line without the quotes around it, where a file below the root is named so and none with them."""
+    """Return a line without its quotes, if a file below the root exists without them and none with them."""
     if len(line) < 3 or line[:1] not in _QUOTES or line[-1:] != line[:1] or os.path.lexists(os.path.join(root, line)):
         return line
     inner = line[1:-1].replace(2 * line[:1], line[:1])
@@ -53,7 +53,7 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
             kind = kind_by_bytes(line)
             if kind or is_picture(line):
                 what = kind.name if kind else "a picture"
-                raise UsageError(f"the list is {what}", "give the paths as plain text, one a line")
+                raise UsageError(f"the list is {what}", "give the paths as plain text, one per line")
         path = line.removesuffix(b"\n").removesuffix(b"\r")
         if b"\0" in path:
             raise _holds_nul(line, is_marked=is_marked)
@@ -62,12 +62,12 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def _holds_nul(line: bytes, *, is_marked: bool) -> UsageError:
-    """What a list of lines is that has a NUL in it."""
-    if is_marked or 3 * line.count(0) > len(line):  # of Latin letters in UTF-16 every other byte is a NUL
+    """Return the error for a list of lines with a NUL byte."""
+    if is_marked or 3 * line.count(0) > len(line):  # every other byte of Latin text in UTF-16 is NUL
         return UsageError(
-            "the list is text in UTF-16", "save it as UTF-8, such as with: iconv -f UTF-16 -t UTF-8 LIST > list.txt"
+            "the list is text in UTF-16", "save it as UTF-8, for example with: iconv -f UTF-16 -t UTF-8 LIST > list.txt"
         )
-    return UsageError("the list holds NUL bytes", "give -0 for a list whose names end in NUL")
+    return UsageError("the list holds NUL bytes", "add -0 if the names of the list end in NUL")
 
 
 def _null_ended(stream: BinaryIO) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""What a list seems to be that names no file that is there: a table, URLs, or paths relative to another folder."""
+"""Explain a list of which no file exists: it may be a table, URLs, or paths relative to another folder."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 LOOKED_AT = 100
-"""Lines of a list that are looked at."""
+"""Number of lines that are examined."""
 _TABLES = {".csv": "a table (csv)", ".tsv": "a table (tsv)"}
 _JSON = (".json", ".jsonl", ".ndjson")
 
 
 class _Separator(NamedTuple):
-    """What parts the columns of a table."""
+    """The separator between the columns of a table."""
 
     character: str
     name: str
@@ -40,21 +40,21 @@ _SEPARATORS = (
 
 @dataclass(frozen=True, slots=True)
 class MissingList:
-    """Why a list names no file that is there, and what to do."""
+    """The message and the hint for a list of which no file exists."""
 
     message: str
     hint: str
 
 
 def explain_missing(lines: Sequence[bytes], name: str, root: bytes) -> MissingList:
-    """Return what a list seems to be.
+    """Explain why no file of a list exists.
 
     Args:
-        lines: the first `LOOKED_AT` of it, at least one.
-        name: its path; empty for standard input.
-        root: the folder that it was taken to be relative to.
+        lines: The first `LOOKED_AT` lines, at least one.
+        name: The path of the list; empty for standard input.
+        root: The folder to which its paths were taken to be relative.
     """
-    told = f"the list {one_line(name) if name else 'on standard input'} names no file that is there"
+    told = f"the list {one_line(name) if name else 'on standard input'} names no file that exists"
     if all(b"://" in line for line in lines):
         return MissingList(f"{told}: it names URLs", _how_to_list_urls(lines, name))
     beside = os.path.dirname(os.path.abspath(os.fsencode(name))) if name else root
@@ -67,39 +67,39 @@ def explain_missing(lines: Sequence[bytes], name: str, root: bytes) -> MissingLi
     if shape := _foreign_paths(lines):
         return MissingList(f"{told}: {shape[0]}", f"{shape[1]}; {relative}")
     if table := _looks_like(lines, name):
-        return MissingList(f"{told}: it looks like {table}", f"list the paths alone, one a line; {relative}")
+        return MissingList(f"{told}: it looks like {table}", f"list only the paths, one per line; {relative}")
     return MissingList(told, relative)
 
 
 def _how_to_list_urls(lines: Sequence[bytes], name: str) -> str:
     if all(line.startswith(b"file://") for line in lines):
         return f"list paths, not URLs: sed 's|^file://||' {_shown(name)}"
-    return "download them first, and list the files"
+    return "download the files first, and list their paths"
 
 
 def _foreign_paths(lines: Sequence[bytes]) -> tuple[str, str] | None:
-    """Paths as only shells or other systems know them, and what to do; None for others."""
+    """Explain paths that only shells or other systems understand; return None for others."""
     if all(line.startswith(b"~/") for line in lines):
-        return "~ means a folder only in shells", "write that folder out"
+        return "only a shell expands ~", "write the full path of the folder"
     if all(b"\\" in line and b"/" not in line for line in lines):
-        return "it has paths of Windows", "write / instead of \\"
+        return "it has Windows paths", "write / instead of \\"
     return None
 
 
 def how_to_cut(lines: Sequence[bytes], name: str, folder: bytes, root: bytes) -> str:
-    """Return how to make a list of a table that has a column of paths; empty for what is none.
+    """Return a hint on how to extract the column of paths from a table; empty if there is none.
 
     Args:
-        lines: the first of it, at least one.
-        name: its path; empty for standard input.
-        folder: the folder that its paths may be relative to.
-        root: the folder that they are taken to be relative to.
+        lines: Its first lines, at least one.
+        name: Its path; empty for standard input.
+        folder: The folder to which its paths may be relative.
+        root: The folder to which they are taken to be relative.
     """
     command = _cutting(lines, folder)
     if not command:
         return ""
     listing = command.replace("LIST", _shown(name))
-    return f"cut out the column of paths: {listing} | internvit extract -{_root_option(folder, root)} ..."
+    return f"extract the column of paths: {listing} | internvit extract -{_root_option(folder, root)} ..."
 
 
 def _shown(name: str) -> str:
@@ -115,7 +115,7 @@ def _any_there(paths: Iterable[bytes], folder: bytes) -> bool:
 
 
 def _cutting(lines: Sequence[bytes], folder: bytes) -> str:
-    """The command that cuts the paths out of a table called LIST; empty where no column holds any."""
+    """Return the command that extracts the paths from a table called LIST; empty if no column has paths."""
     for field, values in _fields(lines).items():
         if _any_there(values, folder):
             return f"jq -r {shlex.quote('.' + field)} LIST"
@@ -129,7 +129,7 @@ def _cutting(lines: Sequence[bytes], folder: bytes) -> str:
 
 
 def _columns(lines: Sequence[bytes], separator: str) -> Iterator[list[bytes]]:
-    """The columns of a table; none where its lines have a single one."""
+    """Yield the columns of a table; none if there is only one."""
     try:
         rows = list(csv.reader(map(os.fsdecode, lines), delimiter=separator))
     except csv.Error:
@@ -140,7 +140,7 @@ def _columns(lines: Sequence[bytes], separator: str) -> Iterator[list[bytes]]:
 
 
 def _fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
-    """The texts of lines that are objects of JSON, by their field."""
+    """Return the texts of lines with JSON objects, by field."""
     found: dict[str, list[bytes]] = {}
     for line in lines:
         try:
@@ -154,11 +154,11 @@ def _fields(lines: Sequence[bytes]) -> dict[str, list[bytes]]:
 
 
 def _looks_like(lines: Sequence[bytes], name: str) -> str:
-    """What kind of table it is by its name or its lines; empty for none."""
+    """Return the kind of table that the name or the lines suggest; empty for none."""
     extension = os.path.splitext(name)[1].lower()
     if extension in _JSON or lines[0].lstrip()[:1] in {b"{", b"["}:
         return "JSON"
     if extension in _TABLES:
         return _TABLES[extension]
     parting = (one for one in _SEPARATORS[:-1] if all(one.character.encode() in line for line in lines))
-    return next((f"a table with columns between {one.name}" for one in parting), "")
+    return next((f"a table with columns separated by {one.name}" for one in parting), "")

@@ -1,9 +1,9 @@
-"""Patterns as .gitignore files have them, for names that are bytes.
+"""Match patterns like those of .gitignore against names that are bytes.
 
-As git has it: a pattern with a slash at its start or within is anchored to the folder that is walked, any other fits
-a name at any depth; one that ends in a slash fits folders only; `**` stands for any number of folders; `!` takes back
-what an earlier pattern says, and the last one that fits decides. A pattern is a word of the command line, not a line
-of a file: `#` starts no comment, and spaces at its end count.
+As in git, a pattern with a slash at its start or within is anchored to the walked folder; any other matches a name at
+any depth. A pattern that ends in a slash matches only folders; `**` matches any number of folders; `!` takes back what
+an earlier pattern excludes, and the last pattern that matches decides. Patterns come from the command line, not from
+the lines of a file, so `#` starts no comment, and trailing spaces count.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class Pattern:
     """One pattern, translated."""
 
     text: str
-    """As it was given."""
+    """The pattern as given."""
     expression: bytes
-    """A regular expression, without capturing groups, of whole paths relative to the walked folder."""
+    """A regular expression without capturing groups for whole paths relative to the walked folder."""
     takes_back: bool
-    """It began with `!`."""
+    """Whether the pattern begins with `!`."""
     folders_only: bool
     is_literal: bool
-    """It has no wildcard: whoever wrote it meant just this name."""
+    """Whether the pattern has no wildcard, and so names exactly one thing."""
 
 
 class Patterns:
-    """An ordered list of patterns, the last of which that fits decides."""
+    """An ordered list of patterns, of which the last that matches decides."""
 
     def __init__(self, patterns: Sequence[Pattern]) -> None:
-        # The first alternative that fits is the one that matches, so the last pattern stands first.
+        # A regular expression takes the first alternative that matches, so the last pattern comes first.
         self._of_folders = tuple(reversed(patterns))
         self._of_files = tuple(pattern for pattern in self._of_folders if not pattern.folders_only)
         self._folder = _alternatives(self._of_folders)
@@ -61,11 +61,11 @@ class Patterns:
         return bool(self._of_folders)
 
     def folder(self, path: bytes) -> Pattern | None:
-        """Return the pattern that decides on a folder; None when none fits."""
+        """Return the pattern that decides on a folder; None if none matches."""
         return _first(self._folder, self._of_folders, path)
 
     def file(self, path: bytes) -> Pattern | None:
-        """Return the pattern that decides on a file; None when none fits."""
+        """Return the pattern that decides on a file; None if none matches."""
         return _first(self._file, self._of_files, path)
 
 
@@ -73,12 +73,12 @@ def parse_pattern(text: str, option: str, *, ignore_case: bool = False) -> Patte
     """Translate one pattern.
 
     Args:
-        text: the pattern.
-        option: where it stood, for the message.
-        ignore_case: letters fit in either case.
+        text: The pattern.
+        option: The option that gave it, for messages.
+        ignore_case: Whether upper and lower case are the same.
 
     Raises:
-        UsageError: it can fit nothing, such as an open bracket.
+        UsageError: The pattern cannot match anything, for example because a bracket is not closed.
     """
     path = os.fsencode(text)
     takes_back = path.startswith(b"!")
@@ -90,14 +90,15 @@ def parse_pattern(text: str, option: str, *, ignore_case: bool = False) -> Patte
         parts = parts[1:]
     if not all(parts) or any(part in {b".", b".."} for part in parts):
         raise UsageError(
-            f"{option} {one_line(text)!r}: a pattern that fits nothing", "give one such as thumbs/ or '*.png' or /a/b"
+            f"{option} {one_line(text)!r}: the pattern matches nothing",
+            "give a pattern such as thumbs/ or '*.png' or /a/b",
         )
     try:
         expression = _path_expression(parts if is_anchored else [b"**", *parts])
         re.compile(expression)
     except (ValueError, re.error) as error:
         raise UsageError(
-            f"{option} {one_line(text)!r}: {error}", "write a backslash before a bracket that means itself"
+            f"{option} {one_line(text)!r}: {error}", "write a backslash before a literal bracket"
         ) from error
     expression = b"(?i:" + expression + b")" if ignore_case else expression
     return Pattern(text, expression, takes_back, folders_only, is_literal=_MAGIC.search(path) is None)
@@ -115,7 +116,7 @@ def _first(expression: re.Pattern[bytes] | None, patterns: Sequence[Pattern], pa
 
 
 def _path_expression(parts: Sequence[bytes]) -> bytes:
-    """The expression of whole paths; a `**` that ends it stands for what is below, not for the folder itself."""
+    """Return the expression for whole paths; a final `**` matches what is below, not the folder itself."""
     expression, last = b"", len(parts) - 1
     for number, part in enumerate(parts):
         if part != b"**":
@@ -145,13 +146,13 @@ def _name_expression(part: bytes) -> bytes:
                 letter = part[position : position + 1]
                 position += 1
                 if not letter:
-                    raise ValueError("a backslash at its end")
+                    raise ValueError("it ends in a backslash")
             expression += re.escape(letter)
     return expression
 
 
 def _end_of_bracket(part: bytes, start: int) -> int:
-    """Where a bracket's `]` is: not the first letter, not in a named class, and not behind a backslash."""
+    """Return the position of a bracket's `]`, which is not its first character, in a class, or after a backslash."""
     position = start + (part[start : start + 1] in {b"!", b"^"})
     first = position
     while position < len(part):
@@ -161,17 +162,17 @@ def _end_of_bracket(part: bytes, start: int) -> int:
             position = named.end()
         else:
             position += 2 if part[position : position + 1] == b"\\" else 1
-    raise ValueError("a bracket that is not closed")
+    raise ValueError("a bracket is not closed")
 
 
 def _bracket(inside: bytes) -> bytes:
-    """The expression of one letter, which is never a slash."""
+    """Return the expression for one character, which is never a slash."""
     is_negated = inside[:1] in {b"!", b"^"}
     letters, position, inside = b"", 0, inside[is_negated:]
     while position < len(inside):
         if named := _NAMED_CLASS.match(inside, position):
             if named[1] not in _CLASSES:
-                raise ValueError(f"no class of letters is called {one_line(named[1])}")
+                raise ValueError(f"there is no character class {one_line(named[1])}")
             letters += _CLASSES[named[1]]
             position = named.end()
             continue

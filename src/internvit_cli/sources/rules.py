@@ -1,4 +1,4 @@
-"""Which files and folders the names alone rule out: what no source means to hold, and what the user excludes."""
+"""Decide by name which files and folders are left out: the default excludes and the user's patterns."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DEFAULT_EXCLUDES = (
-    # Beside pictures on disks that a Mac has written to: halves of files, and its own folders.
+    # Parts of files and system folders on disks that a Mac has written to.
     *("._*", "__MACOSX/", ".AppleDouble/", ".AppleDB/", ".Spotlight-V100/", ".fseventsd/", ".TemporaryItems/"),
     ".DocumentRevisions-V100/",
     # Thumbnails.
     *("@eaDir/", ".@__thumb/", ".thumbnails/", ".thumbs/", ".picasaoriginals/"),
-    # What was deleted.
+    # Deleted files.
     *(".Trash/", ".Trash-*/", ".Trashes/", "$RECYCLE.BIN/", "RECYCLER/", "#recycle/", "@Recycle/", ".dtrash/"),
     *(".trashed-*", ".stversions/"),
-    # Snapshots, in which every picture lies once more.
+    # Snapshots, which hold every picture a second time.
     *(".snapshot/", ".snapshots/", "#snapshot/", "@Recently-Snapshot/", ".zfs/"),
-    # What programs and file systems keep for themselves.
+    # Folders of programs and file systems.
     *(".ipynb_checkpoints/", "__pycache__/", ".git/", ".hg/", ".svn/", "System Volume Information/", "lost+found/"),
     *("@tmp/", ".sync/", ".dropbox.cache/", ".pending-*"),
 )
-"""Patterns that every walk excludes, whatever the case of letters, unless `--no-default-excludes` is given."""
+"""Patterns that every walk excludes, in upper and lower case, unless `--no-default-excludes` is given."""
 
 NOT_INCLUDED = "no --include"
-"""Stands for the pattern of what is left out because no `--include` fits."""
+"""Stands for the pattern of files that are left out because no `--include` matches them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Patterns to be asked about paths relative to the walked folder."""
+    """The patterns of a walk, which decide on paths relative to the walked folder."""
 
     excludes: Patterns
     includes: Patterns
     literal_includes: Patterns
-    """Those without a wildcard: what they name is walked though a default excludes it."""
+    """Includes without a wildcard; they override the default excludes."""
     defaults: frozenset[Pattern]
     asks_of_every_file: bool
-    """Without patterns of the user only files with a dot in front can be excluded: no others need be asked about."""
+    """Whether only files with a leading dot can be excluded, so that others need not be matched."""
 
     def folder(self, path: bytes, *, wanted: bool) -> tuple[str, bool]:
-        """Judge a folder.
+        """Decide whether a folder is walked.
 
         Args:
-            path: relative to the walked folder.
-            wanted: whether an `--include` fits a folder that it lies in.
+            path: Its path relative to the walked folder.
+            wanted: Whether an `--include` matches a folder above it.
 
         Returns:
-            The pattern that keeps it from being walked, empty for none, and whether what lies in it is wanted.
+            The pattern that excludes it, empty for none, and whether the files in it are wanted.
         """
         excluding = self._excluding(self.excludes.folder(path), self.literal_includes.folder(path))
         return excluding, self._is_wanted(self.includes.folder(path), wanted=wanted)
 
     def file(self, path: bytes, *, wanted: bool) -> str:
-        """Return the pattern that leaves a file out, empty for none; the arguments are those of `folder`."""
+        """Return the pattern that excludes a file, empty for none; the arguments are those of `folder`."""
         excluding = self._excluding(self.excludes.file(path), self.literal_includes.file(path))
         if excluding or not self.includes:
             return excluding
@@ -76,14 +76,14 @@ class Rules:
 
 
 class WholePaths:
-    """Rules for files that no walk leads to: lines of lists, and rows of earlier runs."""
+    """Rules for files that are not found by a walk: lines of lists, and rows of earlier runs."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
         self._folder = lru_cache(maxsize=4096)(self._judge)
 
     def file(self, path: bytes) -> str:
-        """Return the pattern that leaves a file out, or a folder that it lies in; empty for none."""
+        """Return the pattern that excludes a file or a folder above it; empty for none."""
         folder = path.rpartition(b"/")[0]
         excluding, wanted = self._folder(folder) if folder else ("", False)
         return excluding or self._rules.file(path, wanted=wanted)
@@ -101,12 +101,12 @@ def make_rules(excludes: Sequence[str] = (), includes: Sequence[str] = (), *, de
     """Translate the patterns of a command line.
 
     Args:
-        excludes: of `--exclude`, in order.
-        includes: of `--include`, in order; with any, only files that one of them fits are taken.
-        defaults: whether `DEFAULT_EXCLUDES` stand before the others.
+        excludes: The values of `--exclude`, in order.
+        includes: The values of `--include`, in order; if there are any, only files that match one of them are taken.
+        defaults: Whether `DEFAULT_EXCLUDES` come before the others.
 
     Raises:
-        UsageError: a pattern that can fit nothing.
+        UsageError: A pattern cannot match anything.
     """
     ours = [parse_pattern(text, "default", ignore_case=True) for text in (DEFAULT_EXCLUDES if defaults else ())]
     theirs = [parse_pattern(text, "--exclude") for text in excludes]

@@ -1,4 +1,4 @@
-"""What of a folder is taken: one place that asks the names, the patterns and, on request, the first bytes."""
+"""Decide which files of a folder are taken, by their names, the patterns and, with `--sniff`, their first bytes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class FileSelection:
     """Decides on every file and folder that a walk meets, and counts what it leaves out."""
 
     def __init__(self, options: DiscoverOptions) -> None:
-        """Translate the patterns of the options.
+        """Compile the patterns of the options.
 
         Raises:
-            UsageError: one of them can fit nothing.
+            UsageError: A pattern cannot match anything.
         """
         patterns = options.exclude, options.include
         self._rules = make_rules(*patterns, defaults=options.default_excludes)
@@ -34,15 +34,15 @@ class FileSelection:
 
     @property
     def left_out(self) -> LeftOut:
-        """What was left out so far."""
+        """The files that were left out so far."""
         return self._counter.result(sniffed=self._sniffs)
 
     def enters(self, path: bytes, *, wanted: bool) -> bool | None:
-        """Return whether all that lies in a folder is wanted, or None when the folder is not walked.
+        """Return whether the files in a folder are wanted, or None if the folder is not walked.
 
         Args:
-            path: relative to the folder of the source.
-            wanted: whether an `--include` fits a folder that it lies in.
+            path: Its path relative to the folder of the source.
+            wanted: Whether an `--include` matches a folder above it.
         """
         excluding, wanted = self._rules.folder(path, wanted=wanted)
         if excluding:
@@ -54,10 +54,10 @@ class FileSelection:
         """Return whether a file is taken.
 
         Args:
-            path: relative to the folder of the source.
-            entry: the file, or a link to one.
-            wanted: whether an `--include` fits a folder that it lies in.
-            may_open: whether its first bytes may be looked at.
+            path: Its path relative to the folder of the source.
+            entry: The file, or a link to one.
+            wanted: Whether an `--include` matches a folder above it.
+            may_open: Whether its first bytes may be read.
         """
         name = entry.name
         is_asked = self._asks_of_every_file or name.startswith(b".")
@@ -74,10 +74,10 @@ class FileSelection:
         return False
 
     def takes_named(self, path: bytes) -> bool:
-        """Return whether a file that is named outright is taken: the user's patterns alone decide.
+        """Return whether a file that the user named is taken, which only the user's patterns decide.
 
         Args:
-            path: relative to its root.
+            path: Its path relative to its root.
         """
         excluding = self._of_named.file(path) if self._of_named else ""
         if excluding:
@@ -85,9 +85,9 @@ class FileSelection:
         return not excluding
 
     def excludes(self, path: bytes) -> bool:
-        """Return whether a walk would leave out a file because of a pattern; counts nothing.
+        """Return whether a walk would exclude a file because of a pattern, without counting it.
 
         Args:
-            path: relative to the folder of the source.
+            path: Its path relative to the folder of the source.
         """
         return bool(self._whole_paths.file(path))

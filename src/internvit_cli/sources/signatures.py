@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, for files whose names do not tell: pictures, and what people take for them."""
+"""Recognize pictures and other kinds of files by their first bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.runtime.untrusted import opened
 from internvit_cli.sources import kinds
-from internvit_cli.sources.kinds import kind_of
+from internvit_cli.sources.kinds import kind_by_extension
 
 if TYPE_CHECKING:
     from internvit_cli.sources.kinds import Kind
@@ -46,7 +46,7 @@ _PICTURES = (
     (_pattern(rb"\x59\xa6\x6a\x95"), "SUN"),
     (_pattern(rb"/\*\x20XPM\x20\*/"), "XPM"),
 )
-"""Pillow's names of the formats that are read, and how files in them begin."""
+"""Pillow's names of the supported formats, and patterns of their first bytes."""
 _TIFF = _pattern(rb"II[*+]\0|MM\0[*+]")
 _OTHERS = (
     (_pattern(rb"\xff\x0a|\0\0\0\x0cJXL \r\n"), "a JPEG XL picture", kinds.JPEG_XL),
@@ -70,36 +70,36 @@ _OTHERS = (
     (_pattern(rb"7z\xbc\xaf"), "a 7z archive", kinds.ARCHIVE),
     (_pattern(rb"Rar!\x1a"), "a RAR archive", kinds.ARCHIVE),
     (_pattern(rb"\x28\xb5\x2f\xfd"), "a zstd archive", kinds.ARCHIVE),
-    (_pattern(rb"PAR1\x15|ARROW1\0\0|ORC[\0-\x1f]|Obj\x01"), "a packed data set", kinds.PACKED),
+    (_pattern(rb"PAR1\x15|ARROW1\0\0|ORC[\0-\x1f]|Obj\x01"), "a packed dataset", kinds.PACKED),
     (_pattern(rb"\x89HDF\r\n"), "an HDF5 file", kinds.ARRAYS),
-    (_pattern(rb"\x93NUMPY"), "an array of NumPy", kinds.ARRAYS),
+    (_pattern(rb"\x93NUMPY"), "a NumPy array", kinds.ARRAYS),
     (_pattern(rb"SQLite format 3\0"), "a SQLite database", kinds.TABLE),
     (_pattern(rb"\x76\x2f\x31\x01"), "an OpenEXR picture", kinds.RANGE),
     (_pattern(rb"#\?RADIANCE"), "a Radiance picture", kinds.RANGE),
 )
-"""How other files begin, with a name that is more exact than their kind's."""
+"""Patterns of the first bytes of other files, with a more precise name than that of their kind."""
 _AGAIN = "download or copy it again"
 _TEXTS = (
     (_pattern(rb"version https://git-lfs\.github\.com/"), "a Git LFS pointer", "run `git lfs pull`"),
     (_pattern(rb"(?:\.\./)*(?:\.git)?/annex/objects/"), "a git-annex pointer", "run `git annex get`"),
     (
         _pattern(rb"(?i)\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body|title)\b"),
-        "a web page, as a failed download leaves it",
+        "a web page, which a failed download may leave",
         "download the picture again",
     ),
     (_pattern(rb"(?i)\s*<[?!a-z]"), "an XML file", ""),
-    (_pattern(rb"\s*(?:\{\s*[\"}]|\[\s*[\[\]{\"\d-])"), "a JSON text, as a server's answer may be", _AGAIN),
+    (_pattern(rb"\s*(?:\{\s*[\"}]|\[\s*[\[\]{\"\d-])"), "a JSON text, such as the error message of a server", _AGAIN),
     (
         _pattern(rb".?PNG[\r\n]|.{10,12}IHDR"),
-        "a PNG whose first bytes were changed, as a transfer in text mode does",
+        "a PNG with changed first bytes, such as after a transfer in text mode",
         _AGAIN,
     ),
 )
-"""Files that are no pictures whatever they are called: how they begin, what they are, and what helps."""
+"""Files that are never pictures: patterns of their first bytes, what they are, and what to do."""
 
 
 def picture_format(first: bytes) -> str | None:
-    """Return Pillow's name of the format that a file's first bytes are those of; None when they are of no picture."""
+    """Return Pillow's name of the format that the first bytes of a file indicate; None if it is not a picture."""
     if _AVIF_BRANDS & _brands(first):
         return "AVIF"
     if _TIFF.match(first):
@@ -108,35 +108,35 @@ def picture_format(first: bytes) -> str | None:
 
 
 def is_picture(first: bytes, name: bytes = b"") -> bool:
-    """Return whether a file is of a format that is read.
+    """Return whether a file has a supported picture format.
 
-    Raw photographs and scans of microscopes lie in TIFF files of which Pillow would read a small preview: a TIFF file
-    whose name says that it is one of them is none for us.
+    Raw photographs and microscope scans are often TIFF files, of which Pillow would read a small preview. A TIFF file
+    with an extension of these kinds does not count as a picture.
 
     Args:
-        first: its first `FIRST_BYTES` bytes, or all of a shorter one.
-        name: its name; empty where it does not matter.
+        first: Its first `FIRST_BYTES` bytes, or all of a shorter file.
+        name: Its name; empty if it does not matter.
     """
     found = picture_format(first)
     if found == "TIFF":
-        return kind_of(name.rpartition(b".")[2].lower()) not in (kinds.RAW, kinds.SCIENCE)
+        return kind_by_extension(name.rpartition(b".")[2].lower()) not in (kinds.RAW, kinds.SCIENCE)
     return found is not None
 
 
 def kind_by_bytes(first: bytes) -> Kind | None:
-    """Return the kind of a file that begins so; None where that does not tell, or it may be a picture that is read."""
+    """Return the kind of a file by its first bytes; None if it is unknown, or may be a supported picture."""
     return _other(first)[1]
 
 
 def describe(first: bytes, size: int) -> str:
-    """Return what a file that is no picture is by its first bytes, and what helps.
+    """Describe a file that is not a picture by its first bytes, and say what to do.
 
     Args:
-        first: its first `FIRST_BYTES` bytes, or all of a shorter one.
-        size: of the whole file, bytes.
+        first: Its first `FIRST_BYTES` bytes, or all of a shorter file.
+        size: The size of the whole file, in bytes.
     """
     if not first.strip(b"\0"):
-        what = "the file is empty" if not size else "it begins with zeros alone, as an unfinished copy does"
+        what = "the file is empty" if not size else "it begins with only zeros, like an unfinished copy"
         return f"{what}; {_AGAIN}"
     name, kind = _other(first)
     if kind is not None:
@@ -146,7 +146,7 @@ def describe(first: bytes, size: int) -> str:
         if signature.match(text):
             return _sentence(name, remedy)
     if _is_text(text):
-        return f"it is a text that begins {text[:_SHOWN_BYTES].decode(errors='ignore')!r}"
+        return f"it is a text that begins with {text[:_SHOWN_BYTES].decode(errors='ignore')!r}"
     return f"it begins with the bytes {first[:_SHOWN_BYTES].hex(' ')}"
 
 
@@ -156,7 +156,7 @@ def _sentence(name: str, remedy: str) -> str:
 
 def _is_text(first: bytes) -> bool:
     try:
-        # The last character may be cut.
+        # The last character may be cut off.
         text = first.decode() if len(first) < FIRST_BYTES else first[:-4].decode(errors="ignore")
     except UnicodeDecodeError:
         return False
@@ -168,7 +168,7 @@ def _is_printed(character: str) -> bool:
 
 
 def _other(first: bytes) -> tuple[str, Kind | None]:
-    """Name and kind of a file that begins so; no kind where that does not tell."""
+    """Return the name and the kind of a file by its first bytes; the kind is None if it is unknown."""
     if brands := _brands(first):
         return _of_brands(brands)
     if first[_TAR_MAGIC] == b"ustar":
@@ -187,7 +187,7 @@ def _of_brands(brands: set[bytes]) -> tuple[str, Kind | None]:
 
 
 def _brands(first: bytes) -> set[bytes]:
-    """What a file of ISO's media format calls itself; nothing for another."""
+    """Return the brands of a file in the ISO base media format; empty for other files."""
     if first[4:8] != b"ftyp":
         return set()
     end = min(int.from_bytes(first[:4], "big"), len(first))
@@ -195,7 +195,7 @@ def _brands(first: bytes) -> set[bytes]:
 
 
 def first_bytes(path: bytes) -> bytes:
-    """Return the first bytes of a regular file; none of what cannot be opened or is no regular file."""
+    """Return the first bytes of a regular file; empty if it cannot be opened or is not regular."""
     try:
         with opened(path) as file:
             return file.read(FIRST_BYTES)

@@ -1,4 +1,4 @@
-"""One walk through a folder: pictures, and what must not be opened."""
+"""Walk through a folder to find its pictures, and the entries that must not be opened."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.config import Skipped, Status
 from internvit_cli.errors import one_line
-from internvit_cli.sources.interface import FolderProblem, below, child
+from internvit_cli.sources.interface import FolderProblem, child_path, path_below
 
 if TYPE_CHECKING:
     from internvit_cli.sources.selection import FileSelection
 
 _KERNEL_FOLDERS = (b"/proc", b"/sys", b"/dev")
 _SHARED_MEMORY = b"/dev/shm"
-"""The one place below them that holds plain files."""
+"""The only folder below them that holds ordinary files."""
 _MOST_LINKS = 40
-"""Linux gives up after as many."""
+"""Linux gives up after the same number of links."""
 
 
 @dataclass(slots=True)
 class WalkResult:
-    """What a walk found, in no particular order."""
+    """The results of a walk, in no particular order."""
 
     keys: list[bytes] = field(default_factory=list)
-    """Paths relative to the walk's root."""
+    """Paths relative to the root of the walk."""
     skipped: dict[int, Skipped] = field(default_factory=dict)
     unreadable_folders: list[FolderProblem] = field(default_factory=list)
     unfollowed_links: int = 0
 
 
 def walk(root: bytes, selection: FileSelection, *, follow_links: bool) -> WalkResult:
-    """Find all pictures below a folder with one `os.scandir` of each.
+    """Find all pictures below a folder, with one `os.scandir` per folder.
 
-    Links to files are followed as long as they stay below the root. `follow_links` lifts that, and follows links to
-    folders, each real folder once, after all real ones, in the order of their keys, so that the outcome does not
-    depend on the order in which the file system lists them.
+    Links to files are followed if they stay below the root. `follow_links` removes that restriction, and also follows
+    links to folders: each real folder once, after all real folders, in the order of their keys, so that the result does
+    not depend on the order in which the file system lists them.
 
     Args:
-        root: absolute path of a folder; it may itself be a link.
-        selection: what is taken, and which folders are not even listed.
-        follow_links: follow links to folders, and links that leave the root.
+        root: The absolute path of a folder, which may itself be a link.
+        selection: Decides which files are taken, and which folders are listed.
+        follow_links: Whether to follow links to folders, and links that leave the root.
 
     Returns:
-        The pictures; folders that could not be listed are among its problems, never an exception.
+        The pictures, and the folders that could not be listed, which never raise an exception.
     """
     walker = _Walker(root, selection, follow_links=follow_links)
     walker.tree((b"", False))
@@ -57,7 +57,7 @@ def walk(root: bytes, selection: FileSelection, *, follow_links: bool) -> WalkRe
 
 
 _Folder = tuple[bytes, bool]
-"""A folder's key, empty for the root, and whether an `--include` fits it."""
+"""The key of a folder, empty for the root, and whether an `--include` matches it."""
 
 
 class _Walker:
@@ -72,11 +72,11 @@ class _Walker:
         self._real_root = os.path.realpath(root)
 
     def tree(self, top: _Folder) -> None:
-        """Walk a folder and the real folders below it; an explicit stack, since trees can be deeper than Python's."""
+        """Walk a folder and the real folders below it; the stack is explicit because trees can be very deep."""
         stack = [top]
         while stack:
             folder, wanted = stack.pop()
-            path = child(self.root, folder) if folder else self.root
+            path = child_path(self.root, folder) if folder else self.root
             try:
                 if not self.follow_links or self._first_visit(path):
                     stack += self._folder(path, folder + b"/" if folder else b"", wanted=wanted)
@@ -92,7 +92,7 @@ class _Walker:
         return True
 
     def _folder(self, path: bytes, prefix: bytes, *, wanted: bool) -> list[_Folder]:
-        """Take the pictures of one folder; returns its real subfolders."""
+        """Add the pictures of one folder, and return its real subfolders."""
         keys, selection, subfolders = self.found.keys, self._selection, []
         with os.scandir(path) as entries:
             for entry in entries:
@@ -110,12 +110,12 @@ class _Walker:
         return subfolders
 
     def _link(self, key: bytes, entry: os.DirEntry[bytes], *, wanted: bool) -> None:
-        path = child(self.root, key)
+        path = child_path(self.root, key)
         end = self._end_of_link(path)
         try:
             mode: int | None = None if _of_kernel(end) else os.stat(path).st_mode
         except OSError:
-            mode = None  # Dangling, or a loop: whoever opens it finds out which.
+            mode = None  # dangling, or a loop; opening it reports which
         if mode is not None and stat.S_ISDIR(mode):
             self._link_to_folder(key, wanted=wanted)
             return
@@ -139,19 +139,19 @@ class _Walker:
             return _not_regular(f"links to {one_line(end)}")
         if mode is not None and not stat.S_ISREG(mode):
             return _not_regular("links to a pipe, socket or device")
-        if not self.follow_links and below(end, self._real_root) is None:
+        if not self.follow_links and path_below(end, self._real_root) is None:
             return Skipped(
                 Status.LINK_OUTSIDE, "", f"links to {one_line(end)}, outside its source; --follow-links reads it"
             )
         return None
 
     def _end_of_link(self, path: bytes) -> bytes:
-        """Where a link ends, its folder resolved; stops early at /proc, /sys and /dev, whose links lie."""
+        """Return the target of a link with its folder resolved; stop at /proc, /sys and /dev, whose links mislead."""
         for _ in range(_MOST_LINKS):
             folder, name = os.path.split(path)
             if name in (b"", b".", b".."):
                 return os.path.realpath(path)
-            path = child(self._real_folder(folder), name)
+            path = child_path(self._real_folder(folder), name)
             if _of_kernel(path):
                 return path
             try:
@@ -163,7 +163,7 @@ class _Walker:
 
 
 def folder_problem(path: bytes, error: OSError) -> FolderProblem:
-    """The report's entry for a folder that could not be listed."""
+    """Return the problem to report for a folder that could not be listed."""
     status = Status.VANISHED if isinstance(error, FileNotFoundError) else Status.UNREADABLE
     return FolderProblem(path, Skipped(status, type(error).__name__, one_line(error.strerror or str(error))))
 
@@ -173,6 +173,6 @@ def _not_regular(message: str) -> Skipped:
 
 
 def _of_kernel(path: bytes) -> bool:
-    if below(path, _SHARED_MEMORY) is not None:
+    if path_below(path, _SHARED_MEMORY) is not None:
         return False
-    return any(path == folder or below(path, folder) is not None for folder in _KERNEL_FOLDERS)
+    return any(path == folder or path_below(path, folder) is not None for folder in _KERNEL_FOLDERS)

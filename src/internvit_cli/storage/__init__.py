@@ -1,1 +1,1 @@
-"""Feature files: what they hold, how rows get into them so that nothing is ever lost, and how they are read."""
+"""Define feature files, write rows to them so that nothing is lost, and read them."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from internvit_cli.errors import ENOTSUPP, RESTORE, NoSpaceError, OutputError, system_words
-from internvit_cli.runtime.untrusted import kind_of
+from internvit_cli.runtime.untrusted import file_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -236,7 +236,7 @@ def refuse_special(path: str) -> None:
         return
     if not stat.S_ISREG(mode):
         raise OutputError(
-            f"{path} is {kind_of(mode)}, where a file of internvit belongs", "move it away, or choose another name"
+            f"{path} is {file_kind(mode)}, where a file of internvit belongs", "move it away, or choose another name"
         )
 
 

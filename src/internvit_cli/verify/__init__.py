@@ -1,1 +1,1 @@
-"""Whether an output still is what was committed, and what a sample of it becomes when it is encoded again."""
+"""Check whether an output still holds what was committed, and encode a sample of it again."""

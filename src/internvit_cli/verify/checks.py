@@ -1,7 +1,7 @@
-"""`internvit verify`: whether an output still is what was committed.
+"""Check whether an output still holds what was committed, for `internvit verify`.
 
-Index, recipe, manifest and datasets are held against each other, every committed row against its CRC, the digests
-against the pictures where those are still there, and on request a sample against an encoding anew.
+Index, recipe, manifest and datasets are compared with each other, every committed row with its CRC, and the digests
+with the pictures that still exist. On request, a sample is compared with a new encoding.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from internvit_cli.extract.changes import stored_sources
 from internvit_cli.options import named_path
 from internvit_cli.plan.table import count_statuses
 from internvit_cli.runtime.observer import BYTES, SILENT, Observer
-from internvit_cli.runtime.untrusted import kind_of
+from internvit_cli.runtime.untrusted import file_kind
 from internvit_cli.runtime.words import counted, counted_of
 from internvit_cli.runtime.workers import usable_cpus
 from internvit_cli.storage.check.checksums import CommittedRows
@@ -31,8 +31,8 @@ from internvit_cli.storage.output_names import PARTIAL, missing
 from internvit_cli.storage.read.places import ShardPlace, places_in
 from internvit_cli.storage.same_file import ReplacedError
 from internvit_cli.storage.skipped import read_skip_log
-from internvit_cli.verify.result import Finding, LoadedShard, PictureCheck, Row, VerifyResult
-from internvit_cli.verify.source_files import PictureState, look_at_pictures
+from internvit_cli.verify.result import Finding, LoadedShard, PictureCheck, StoredRow, VerifyResult
+from internvit_cli.verify.source_files import PictureState, check_pictures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,17 +45,17 @@ NO_DIGEST = bytes(32)
 
 
 def verify(options: VerifyOptions, observer: Observer = SILENT) -> VerifyResult:
-    """Check an output; nothing is written, and a run that fills it is not disturbed.
+    """Check an output without writing anything, and without disturbing a run that is filling it.
 
     Args:
-        options: the output, and what to check.
-        observer: told how it goes; findings and notes come with the verdict.
+        options: The output, and what to check.
+        observer: Receives progress; findings and notes are in the result.
 
     Returns:
         What was checked and what is wrong; damage is a finding, not an error.
 
     Raises:
-        OutputError: there is no output at the path.
+        OutputError: There is no output at the path.
     """
     return _Verification(options, observer).run()
 
@@ -68,7 +68,7 @@ class _RowTotals:
 
 
 class _Verification:
-    """One verification: finds the shards, then runs check after check."""
+    """The state of a verification, which finds the shards and runs all checks."""
 
     def __init__(self, options: VerifyOptions, observer: Observer) -> None:
         self._options = options
@@ -79,7 +79,7 @@ class _Verification:
         self._notes: list[str] = []
 
     def run(self) -> VerifyResult:
-        """All checks, the cheap ones first."""
+        """Run all checks, the cheap ones first."""
         with self._observer.phase("reading the index"):
             shards = list(self._shards())
             self._check_together(shards)
@@ -123,11 +123,11 @@ class _Verification:
             yield from self._folder_shards(output)
             return
         if not stat.S_ISREG(mode):
-            raise OutputError(f"{self._path} is {kind_of(mode)}, not a feature file", "name the output of a run")
+            raise OutputError(f"{self._path} is {file_kind(mode)}, not a feature file", "name the output of a run")
         if not output.is_file:
             raise OutputError(f"{self._path} is not a feature file", "feature files end in .h5 or .hdf5")
         if self._path == output.path and os.path.exists(output.partial_path(0)):
-            self._note(f"an unfinished run's rows are in {output.partial_path(0)}, and can be verified by that name")
+            self._note(f"an unfinished run has rows in {output.partial_path(0)}; verify that file too")
         yield from self._load(ShardPlace(self._path, output.backend))
 
     def _folder_shards(self, output: Output) -> Iterator[LoadedShard]:
@@ -146,12 +146,12 @@ class _Verification:
         if os.path.exists(partial):
             yield from self._load(ShardPlace(partial, output.backend))
         elif not places and any(SHARD_FILE.fullmatch(name) for name in names_in(self._path)):
-            self._report("manifest", manifest, None, "it names no shard, and there are shards beside it")
+            self._report("manifest", manifest, None, "it names no shard, but there are shards beside it")
         elif not places:
             raise OutputError(f"{self._path} holds no features", f"a feature folder has a {MANIFEST} and its shards")
 
     def _load(self, place: ShardPlace) -> Iterator[LoadedShard]:
-        """The shard, or nothing and a finding."""
+        """Yield the shard, or report a finding."""
         path = place.path
         try:
             found = place.load()
@@ -160,7 +160,7 @@ class _Verification:
             sources = stored_sources(found.stored.attributes, path)
         except OutputError as error:
             if isinstance(error, ForeignFileError) and path == self._path:
-                raise  # there is nothing of ours to find fault with
+                raise  # this is not a feature file
             self._report("index", path, None, error.message)
             return
         yield LoadedShard(found, recipe, sources, digests, checksums, is_partial=found.is_partial)
@@ -175,7 +175,7 @@ class _Verification:
             self._report("manifest", manifest, key, f"superseded in {entry.name}, which has no such row")
 
     def _check_together(self, shards: list[LoadedShard]) -> None:
-        """Shards of one output have one recipe and rows of one size, and each image counts once."""
+        """Check that all shards have one recipe and rows of one size, and that each image counts once."""
         try:
             check_alike([(shard.path, shard.found.stored.specs) for shard in shards])
         except OutputError as error:
@@ -188,7 +188,7 @@ class _Verification:
                 problem = f"its recipe differs from that of {shards[0].path} in {', '.join(different)}"
                 self._report("recipe", shard.path, None, problem)
             if shard.is_partial:
-                continue  # its rows take the place of older ones when it is finished
+                continue  # its rows replace older ones once it is finished
             if len(shards) == 1:
                 return
             keys = [shard.table.keys[row] for row in shard.live_rows.tolist()]
@@ -220,7 +220,7 @@ class _Verification:
             self._report("rows", shard.path, None, f"{error.message}; verify it again")
 
     def _check_records(self, shard: LoadedShard) -> None:
-        """Statuses against digests, and pending rows."""
+        """Check statuses against digests, and report pending rows."""
         has_digest = shard.digests.any(axis=1)
         status, keys = shard.table.status, shard.table.keys
         for row in np.flatnonzero((status == Status.DONE) & ~has_digest).tolist():
@@ -235,7 +235,7 @@ class _Verification:
             self._report("rows", shard.path, os.fsdecode(keys[row]), "it is pending in a finished file")
 
     def _check_skip_log(self, shards: list[LoadedShard]) -> None:
-        """A skipped image has its reason in the list of skipped ones."""
+        """Check that each skipped image has its reason in the list of skipped images."""
         path = Output(self._path.removesuffix(PARTIAL)).skipped_path
         reasons: dict[str, set[str]] = {}
         try:
@@ -254,7 +254,7 @@ class _Verification:
                 problem = f"it was skipped as {word}; {path} says {', '.join(sorted(listed))}"
                 self._report("rows", row.shard.path, row.key, problem)
         if unlisted:
-            self._note(f"{counted(unlisted, 'skipped image')} without a line in {path}, which says why")
+            self._note(f"{counted(unlisted, 'skipped image')} without a reason in {path}")
 
     # -------------------------------------------------------------------------------------------- pictures and encoding
 
@@ -263,11 +263,11 @@ class _Verification:
         started, nbytes = time.perf_counter(), 0
         keys: dict[PictureState, list[str]] = {state: [] for state in PictureState}
         with self._observer.phase("checking pictures", "picture", len(rows)) as phase:
-            for number, (row, picture) in enumerate(look_at_pictures(rows, self._threads), 1):
+            for number, (row, picture) in enumerate(check_pictures(rows, self._threads), 1):
                 keys[picture.state].append(row.key)
                 nbytes += picture.nbytes
                 if picture.state is PictureState.CONTRADICTS:
-                    problem = "its picture has another digest, though its size and time are those of then"
+                    problem = "its picture has another digest, although its size and time are unchanged"
                     self._report("pictures", row.shard.path, row.key, problem)
                 phase.at(number)
         return PictureCheck(
@@ -294,6 +294,6 @@ def _committed(shard: LoadedShard) -> CommittedRows:
     return CommittedRows(extents, shard.table, shard.checksums, shard.found.files)
 
 
-def _rows(shards: list[LoadedShard], statuses: set[Status]) -> Iterator[Row]:
-    """The rows of some statuses that count."""
-    return (Row(shard, row) for shard in shards for row in shard.rows_with(statuses).tolist())
+def _rows(shards: list[LoadedShard], statuses: set[Status]) -> Iterator[StoredRow]:
+    """Yield the rows with some statuses that count."""
+    return (StoredRow(shard, row) for shard in shards for row in shard.rows_with(statuses).tolist())

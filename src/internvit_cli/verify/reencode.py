@@ -1,4 +1,4 @@
-"""A random sample of stored images, decoded and encoded again under the stored recipe, and held against their rows."""
+"""Decode and encode a random sample of stored images again with the stored recipe, and compare it with their rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from internvit_cli.storage.format.layout import (
 from internvit_cli.storage.image_rows import image_arrays
 from internvit_cli.storage.read.reader import OpenShard
 from internvit_cli.verify.result import ReencodeComparison
-from internvit_cli.verify.tolerance import Differences, compare, tolerance
+from internvit_cli.verify.tolerance import Differences, compare_values, tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,50 +39,50 @@ if TYPE_CHECKING:
     from internvit_cli.config import Recipe
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.runtime.observer import Observer
-    from internvit_cli.verify.result import Row, VerifyOptions
+    from internvit_cli.verify.result import StoredRow, VerifyOptions
 
 DECODE_SECONDS = 60.0
 DECODE_MEMORY = 4 << 30
 
 
 class TileEncoder(Protocol):
-    """What encodes the sample."""
+    """Encodes the sample."""
 
     check: str
-    """The check that it is for."""
+    """The name of the check."""
     activity: str
-    """What it does, for whoever watches."""
+    """The name of the work, for progress."""
     name: str
-    """For the report."""
+    """The name of the encoder in results."""
 
     def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
-        """Features of uint8 tiles [n,S,S,3], in parts, each layer by layer, tokens in the stored type or in float32."""
+        """Return features of uint8 tiles [n,S,S,3] in parts, by layer, with tokens in the stored type or float32."""
         ...
 
     def close(self) -> None:
-        """Let the device go."""
+        """Release the device."""
         ...
 
 
 class ReExtraction:
-    """The sample of one verification."""
+    """Encodes the sample of a verification again."""
 
     def __init__(
         self,
         options: VerifyOptions,
-        rows: list[Row],
+        rows: list[StoredRow],
         observer: Observer,
         note: Callable[[str], None],
         report: Callable[[str, str, str | None, str], None],
     ) -> None:
-        """Prepare; nothing is read.
+        """Prepare the sample without reading anything.
 
         Args:
-            options: how many images, which, and with what.
-            rows: done rows to choose from.
-            observer: told of progress.
-            note: takes what is worth knowing.
-            report: takes what is wrong: check, path, key, problem.
+            options: The options of the verification.
+            rows: Done rows to choose from.
+            observer: Receives progress.
+            note: Receives notes.
+            report: Receives findings: check, path, key and problem.
         """
         self._options = options
         self._rows = rows
@@ -92,21 +92,21 @@ class ReExtraction:
         self._is_sample_settled = False
 
     def comparisons(self) -> Iterator[ReencodeComparison]:
-        """Encode the sample with ours, then, if asked for, with transformers' class; one comparison each.
+        """Encode the sample with internvit's encoder and, if requested, with transformers' class, and compare each.
 
-        What keeps it from being done (no pictures, no weights, other weights) is reported as wrong: it was asked for.
+        If that is not possible (no pictures, no weights, other weights), it is reported as a finding.
         """
         rows = list(self._rows)
         random.Random(self._options.seed).shuffle(rows)  # noqa: S311 - a sample, not a secret
         if not rows:
             self._report("re-extract", self._options.path, None, "no image is done, so none can be encoded again")
             return
-        # Shards of other recipes are wrong by themselves; the sample is of the newest one's.
+        # Shards with other recipes are reported elsewhere; the sample has the recipe of the newest shard.
         recipe, attributes = rows[0].shard.recipe, rows[0].shard.found.stored.attributes
         rows = [row for row in rows if row.shard.recipe == recipe]
-        loaders: list[Callable[[_Model], TileEncoder]] = [_Ours]
+        loaders: list[Callable[[_RecipeModel], TileEncoder]] = [_InternvitEncoder]
         if self._options.reference:
-            loaders.append(_Native)
+            loaders.append(_TransformersEncoder)
         try:
             model = self._open_model(recipe, attributes)
             wanted = min(self._options.re_extract, len(rows))
@@ -124,15 +124,15 @@ class ReExtraction:
             self._report("re-extract", self._options.path, None, f"{error.message} ({error.hint})")
 
     def _compare(
-        self, encoder: TileEncoder, candidates: list[Row], wanted: int, recipe: Recipe
-    ) -> tuple[list[Row], ReencodeComparison]:
-        """The rows that were compared, at most `wanted`, and the outcome."""
+        self, encoder: TileEncoder, candidates: list[StoredRow], wanted: int, recipe: Recipe
+    ) -> tuple[list[StoredRow], ReencodeComparison]:
+        """Compare at most `wanted` candidates; return their rows and the comparison."""
         limit = tolerance(recipe)
-        taken: list[Row] = []
-        unusable: list[tuple[Row, str]] = []
+        taken: list[StoredRow] = []
+        unavailable: list[tuple[StoredRow, str]] = []
         total = Differences()
         with self._observer.phase(encoder.activity, "image", min(wanted, len(candidates))) as phase:
-            for row, tiles in _decoded(candidates, wanted, recipe, unusable):
+            for row, tiles in _decoded(candidates, wanted, recipe, unavailable):
                 difference = _differences(row, recipe, encoder.encode(tiles))
                 if not difference.is_within(limit):
                     problem = f"{encoder.name} gives other values: {difference.words(limit)}"
@@ -141,7 +141,7 @@ class ReExtraction:
                 taken.append(row)
                 phase.at(len(taken))
         if not self._is_sample_settled:
-            self._tell_of_missing(taken, unusable)
+            self._tell_of_missing(taken, unavailable)
             self._is_sample_settled = True
         return taken, ReencodeComparison(
             encoder.check,
@@ -154,54 +154,54 @@ class ReExtraction:
             *limit,
         )
 
-    def _open_model(self, recipe: Recipe, attributes: dict[str, Any]) -> _Model:
-        """Find the weights and check that they are those of the recipe.
+    def _open_model(self, recipe: Recipe, attributes: dict[str, Any]) -> _RecipeModel:
+        """Find the weights, and check that they are those of the recipe.
 
         Raises:
-            ModelError: they cannot be had, or are others.
+            ModelError: The weights are not available, or are different ones.
         """
         options = self._options
         checkpoint = open_recorded(recipe, attributes, options.model, self._observer)
-        return _Model(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
+        return _RecipeModel(checkpoint, recipe, int(attributes.get("batch_tiles", 0)) or None, options.device)
 
-    def _tell_of_missing(self, taken: list[Row], unusable: list[tuple[Row, str]]) -> None:
+    def _tell_of_missing(self, taken: list[StoredRow], unavailable: list[tuple[StoredRow, str]]) -> None:
         asked = self._options.re_extract
         if not taken:
-            row, why = unusable[0]
-            problem = f"no picture is as it was, so none can be encoded again; {row.key!r}: {why}"
+            row, why = unavailable[0]
+            problem = f"no picture is unchanged, so none can be encoded again; {row.key!r}: {why}"
             self._report("re-extract", self._options.path, None, problem)
         elif len(taken) < asked:
-            self._note(f"{counted_of(len(taken), asked, 'image')} encoded again: no more are as they were")
+            self._note(f"{counted_of(len(taken), asked, 'image')} encoded again: no other pictures are unchanged")
 
 
 # --------------------------------------------------------------------------------------------------------- the pictures
 
 
 def _decoded(
-    candidates: list[Row], wanted: int, recipe: Recipe, unusable: list[tuple[Row, str]]
-) -> Iterator[tuple[Row, NDArray[Any]]]:
-    """Tiles, uint8 [n,S,S,3], of the first `wanted` candidates whose pictures still are the files of then."""
+    candidates: list[StoredRow], wanted: int, recipe: Recipe, unavailable: list[tuple[StoredRow, str]]
+) -> Iterator[tuple[StoredRow, NDArray[Any]]]:
+    """Yield tiles, uint8 [n,S,S,3], of the first `wanted` candidates whose pictures are unchanged."""
     upcoming = iter(candidates)
     found = 0
     while found < wanted:
-        jobs: list[tuple[Row, DecodeJob]] = []
+        jobs: list[tuple[StoredRow, DecodeJob]] = []
         for row in upcoming:
             job = _job(row, len(jobs))
             if isinstance(job, str):
-                unusable.append((row, job))
+                unavailable.append((row, job))
             else:
                 jobs.append((row, job))
             if len(jobs) == wanted - found:
                 break
         if not jobs:
             return
-        for row, tiles in _decode(jobs, recipe, unusable):
+        for row, tiles in _decode(jobs, recipe, unavailable):
             found += 1
             yield row, tiles
 
 
-def _job(row: Row, number: int) -> DecodeJob | str:
-    """What decodes a row's picture, or why it cannot be the same picture."""
+def _job(row: StoredRow, number: int) -> DecodeJob | str:
+    """Return the job that decodes a row's picture, or why the picture cannot be the same."""
     table, at = row.shard.table, row.number
     try:
         now = os.stat(row.picture)
@@ -214,10 +214,10 @@ def _job(row: Row, number: int) -> DecodeJob | str:
 
 
 def _decode(
-    jobs: list[tuple[Row, DecodeJob]], recipe: Recipe, unusable: list[tuple[Row, str]]
-) -> Iterator[tuple[Row, NDArray[Any]]]:
+    jobs: list[tuple[StoredRow, DecodeJob]], recipe: Recipe, unavailable: list[tuple[StoredRow, str]]
+) -> Iterator[tuple[StoredRow, NDArray[Any]]]:
     pixels = max(job.header.width * job.header.height for _, job in jobs)
-    rule = pixel_rule(recipe, max(DEFAULT_MAX_PIXELS, pixels))  # they were within the limit of their run
+    rule = pixel_rule(recipe, max(DEFAULT_MAX_PIXELS, pixels))  # all pictures were within the limit of their run
     most = max(int(row.shard.table.tile_counts[row.number]) for row, _ in jobs)
     tiles = 1 if rule.global_view_only else most
     decoder = Decoder(DecodeOptions(rule, tiles, 1, DECODE_SECONDS, DECODE_MEMORY))
@@ -225,9 +225,9 @@ def _decode(
         for image in decoder.run(job for _, job in jobs):
             row = jobs[image.row][0]
             if not isinstance(image, DecodedImage):
-                unusable.append((row, image.skipped.message))
+                unavailable.append((row, image.skipped.message))
             elif image.digest != row.digest:
-                unusable.append((row, "it changed"))
+                unavailable.append((row, "it changed"))
             else:
                 yield row, image.tiles
             if isinstance(image, DecodedImage):
@@ -240,8 +240,8 @@ def _decode(
 
 
 @dataclass(frozen=True)
-class _Model:
-    """The weights of a recipe, and what is made of them."""
+class _RecipeModel:
+    """The weights of a recipe, and the features to compute."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -249,13 +249,13 @@ class _Model:
     device: str
 
 
-class _Ours:
-    """Our own encoder, as `extract` runs it."""
+class _InternvitEncoder:
+    """internvit's encoder, as `extract` uses it."""
 
     check = "re-extract"
     activity = "encoding again"
 
-    def __init__(self, model: _Model) -> None:
+    def __init__(self, model: _RecipeModel) -> None:
         from internvit_cli.encode.encoder import Encoder
 
         options = encoder_options(model.recipe, model.device, model.batch_tiles)
@@ -264,7 +264,7 @@ class _Ours:
         self.name = f"internvit in {info.dtype.value} on {info.device_name}"
 
     def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
-        """Features as they would be stored."""
+        """Return the features as they would be stored."""
         size = self._encoder.info.batch_tiles
         return [
             self._encoder.submit(list(tiles[start : start + size])).result().layers
@@ -272,17 +272,17 @@ class _Ours:
         ]
 
     def close(self) -> None:
-        """End its threads."""
+        """End the threads of the encoder."""
         self._encoder.close()
 
 
-class _Native:
-    """transformers' own class in float32, a tile at a time."""
+class _TransformersEncoder:
+    """transformers' own class in float32, one tile at a time."""
 
     check = "reference"
     activity = "encoding with transformers"
 
-    def __init__(self, model: _Model) -> None:
+    def __init__(self, model: _RecipeModel) -> None:
         from internvit_cli.encode.devices import find_device
         from internvit_cli.encode.encoder import feature_spec
         from internvit_cli.model.native import NativeModel
@@ -293,7 +293,7 @@ class _Native:
         self.name = f"transformers' InternVLVisionModel in float32 on {self._model.device}"
 
     def encode(self, tiles: NDArray[Any]) -> list[Sequence[LayerFeatures]]:
-        """Features in float32, tokens clamped where the rows were."""
+        """Return the features in float32, with tokens clamped if the recipe clamps them."""
         parts = [self._model.features(tiles[start : start + 1]) for start in range(len(tiles))]
         return [[LayerFeatures(self._clamped(layer.tokens), layer.pooled) for layer in part] for part in parts]
 
@@ -301,32 +301,32 @@ class _Native:
         return None if tokens is None else np.clip(tokens, -self._limit, self._limit)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
 
 def _largest(recipe: Recipe) -> float:
-    """The largest value that a token can have."""
+    """Return the largest value that a token can have."""
     if recipe.on_overflow is OnOverflow.CLAMP and recipe.store_dtype is StoreDtype.FLOAT16:
         return float(np.finfo(np.float16).max)
     return float("inf")
 
 
-def _differences(row: Row, recipe: Recipe, parts: list[Sequence[LayerFeatures]]) -> Differences:
-    """One image's stored rows against its new features, all layers together."""
+def _differences(row: StoredRow, recipe: Recipe, parts: list[Sequence[LayerFeatures]]) -> Differences:
+    """Compare the stored rows of an image with its new features, over all layers."""
     anew = {name: np.concatenate(blocks) for name, blocks in image_arrays(parts, recipe).items()}
     stored = _stored_arrays(row, recipe)
     figures = []
     for name in anew:
         if feature_name(name).kind in SCALE_DATASETS:
-            continue  # compared as part of the numbers that they scale
+            continue  # compared as part of the tokens that they scale
         dtype = recipe.store_dtype if is_tokens(name) and not recipe.store_dtype.is_scaled else StoreDtype.FLOAT32
-        figures.append(compare(_numbers(stored, name, recipe), _numbers(anew, name, recipe), dtype))
+        figures.append(compare_values(_numbers(stored, name, recipe), _numbers(anew, name, recipe), dtype))
     total = reduce(Differences.worst, figures)
     return replace(total, bit_equal=int(total.bit_equal == len(figures)))
 
 
-def _stored_arrays(row: Row, recipe: Recipe) -> dict[str, NDArray[Any]]:
-    """One image's rows by dataset."""
+def _stored_arrays(row: StoredRow, recipe: Recipe) -> dict[str, NDArray[Any]]:
+    """Return the rows of an image by dataset."""
     shard = OpenShard(row.shard.found)
     tiles = [int(offset) for offset in row.shard.table.tile_offset[row.number : row.number + 2]]
     places = {
@@ -337,7 +337,7 @@ def _stored_arrays(row: Row, recipe: Recipe) -> dict[str, NDArray[Any]]:
 
 
 def _numbers(arrays: dict[str, NDArray[Any]], name: str, recipe: Recipe) -> NDArray[Any]:
-    """One dataset's values; of tokens with scales, the numbers that they stand for."""
+    """Return the values of a dataset, with scaled tokens dequantized."""
     scales = dataset_of(recipe.tokens.scales_dataset, feature_name(name).layer)
     if not is_tokens(name) or scales not in arrays:
         return arrays[name]

@@ -1,4 +1,4 @@
-"""What a verification takes, tells and returns."""
+"""Define the options and the result of a verification."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """What to verify, and how closely."""
+    """The options of a verification."""
 
     path: str
     pictures: bool = True
-    """Hold digests against the pictures that are still there."""
+    """Whether to compare digests with the pictures that still exist."""
     re_extract: int = 0
-    """How many random images to encode again."""
+    """The number of random images to encode again."""
     reference: bool = False
-    """Those also with transformers' own class in float32."""
+    """Whether to encode them with transformers' own class in float32 too."""
     model: str | None = None
-    """Where the weights are; None is what the output names."""
+    """Where the weights are; None means where the output says."""
     seed: int = 0
-    """Of the choice of images."""
+    """The seed for the choice of images."""
     device: str = "auto"
     threads: int | None = None
-    """That read rows and pictures; None is one a core."""
+    """The number of threads that read rows and pictures; None means one per core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,45 +47,45 @@ class Finding:
     """Something that is wrong."""
 
     check: str
-    """What found it: file, manifest, index, recipe, datasets, rows, pictures, re-extract or reference."""
+    """The check: file, manifest, index, recipe, datasets, rows, pictures, re-extract or reference."""
     path: str
     """The file or shard."""
     key: str | None
-    """The image; None for what is wrong with the whole file."""
+    """The key of the image; None if the finding concerns the whole file."""
     problem: str
 
 
 @dataclass(frozen=True, slots=True)
 class PictureCheck:
-    """How the pictures stand to the digests."""
+    """The comparison of pictures with their digests."""
 
     unchanged: int = 0
     changed: tuple[str, ...] = ()
-    """Keys whose file is another one now."""
+    """Keys of images whose file has changed."""
     missing: tuple[str, ...] = ()
-    """Keys whose file is gone, or cannot be read."""
+    """Keys of images whose file is gone, or cannot be read."""
     bytes: int = 0
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ReencodeComparison:
-    """Stored rows against those of an encoding anew."""
+    """The comparison of stored rows with a new encoding."""
 
     check: str
     """`re-extract`, or `reference` for transformers' class."""
     encoder: str
-    """What encoded, in which type, on which device."""
+    """The encoder, its type and its device."""
     images: int
     """Compared."""
     bit_equal: int
-    """Images all of whose stored values came out the same to the last bit."""
+    """The number of images whose values are all equal bit for bit."""
     difference: float
-    """Largest absolute difference of two values."""
+    """The largest absolute difference of two values."""
     relative: float
-    """Largest difference as a share of the largest stored magnitude of the same image and dataset."""
+    """The largest difference, relative to the largest stored magnitude of the same image and dataset."""
     cosine: float
-    """Lowest cosine of two tokens, or two vectors."""
+    """The lowest cosine of two tokens, or two vectors."""
     relative_limit: float
     cosine_limit: float
 
@@ -103,13 +103,13 @@ class VerifyResult:
     model: str
     shards: int
     images: dict[str, int]
-    """By status, superseded rows left out."""
+    """The number of images by status, without superseded rows."""
     rows: int
-    """Committed rows whose bytes were checked, superseded ones too."""
+    """The number of committed rows that were checked, including superseded ones."""
     bytes: int
-    """Of those rows."""
+    """The size of those rows in bytes."""
     seconds: float
-    """That checking them took."""
+    """The time of checking them, in seconds."""
     pictures: PictureCheck | None
     comparisons: tuple[ReencodeComparison, ...]
     findings: tuple[Finding, ...]
@@ -117,74 +117,74 @@ class VerifyResult:
 
     @property
     def exit_code(self) -> ExitCode:
-        """0 when all is right, 1 when anything is not."""
+        """0 if everything is right, 1 if anything is wrong."""
         return ExitCode.CANNOT_RUN if self.findings else ExitCode.DONE
 
     @property
     def rate(self) -> float:
-        """Bytes a second of the check of rows."""
+        """The speed of checking rows, in bytes per second."""
         return self.bytes / self.seconds if self.seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The flat object of `--json`."""
+        """Return the flat object of `--json`."""
         values = asdict(self) | {"bytes_per_second": round(self.rate)}
         for comparison in values["comparisons"]:
-            # JSON has no infinity, which is what a value that is not a number differs by.
+            # JSON has no infinity, which is the difference to a NaN.
             comparison.update({name: None for name, value in comparison.items() if value == float("inf")})
         return values
 
 
-class Row(NamedTuple):
-    """A row that counts, and the picture it came from."""
+class StoredRow(NamedTuple):
+    """A row that counts, with its picture."""
 
     shard: LoadedShard
     number: int
 
     @property
     def key(self) -> str:
-        """The image's name."""
+        """The key of the image."""
         return os.fsdecode(self.shard.table.keys[self.number])
 
     @property
     def picture(self) -> bytes:
-        """Where the picture was."""
+        """The path of the picture when it was encoded."""
         table = self.shard.table
         return self.shard.sources[int(table.source[self.number])].path(table.keys[self.number])
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the picture, as stored."""
+        """The stored SHA-256 of the picture."""
         return bytes(self.shard.digests[self.number].tobytes())
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedShard:
-    """A shard whose index is sound."""
+    """A shard with a valid index."""
 
     found: FinishedShard
     recipe: Recipe
     sources: list[Source]
     digests: NDArray[Any]
-    """[n, 32] uint8."""
+    """SHA-256 of the pictures, [n, 32] uint8."""
     checksums: NDArray[Any]
     """[n] uint32."""
     is_partial: bool
 
     @property
     def path(self) -> str:
-        """Its file, or what its files' names begin with."""
+        """The path of the file, or the common prefix of the shard's files."""
         return self.found.path
 
     @property
     def table(self) -> ImageTable:
-        """Its index."""
+        """The index of the shard."""
         return self.found.stored.table
 
     @cached_property
     def live_rows(self) -> NDArray[Any]:
-        """Numbers of the rows that count, [k] int64."""
+        """The indices of the rows that count, [k] int64."""
         return self.found.live_rows
 
     def rows_with(self, statuses: Collection[int]) -> NDArray[Any]:
-        """Live rows of some statuses."""
+        """Return the rows with some statuses that count."""
         return self.live_rows[np.isin(self.table.status[self.live_rows], list(statuses))]

@@ -1,4 +1,4 @@
-"""Whether the pictures that rows came from still are the same files."""
+"""Check whether the pictures of rows are still the same files."""
 
 from __future__ import annotations
 
@@ -11,67 +11,67 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from internvit_cli.config import Skipped
 from internvit_cli.plan.table import modified_ns
-from internvit_cli.sources.files import open_regular
+from internvit_cli.sources.files import open_or_skip
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from internvit_cli.verify.result import Row
+    from internvit_cli.verify.result import StoredRow
 
 HASH_BLOCK = 1 << 20
 PICTURES_AHEAD = 8
-"""Pictures a thread that wait to be read."""
+"""Queued pictures per thread."""
 
 
 class PictureState(Enum):
-    """How a picture stands to the digest of its row."""
+    """The state of a picture compared with the digest of its row."""
 
     UNCHANGED = "unchanged"
     CHANGED = "changed"
-    """Another size, or another time and other bytes."""
+    """The size differs, or the time and the bytes differ."""
     MISSING = "missing"
-    """Gone, or not to be read."""
+    """The file is gone, or cannot be read."""
     CONTRADICTS = "contradicts"
-    """Size and time are those of then, and the digest is not: the stored digest is wrong, or the picture decayed."""
+    """Size and time are unchanged, but the digest differs: the digest or the picture was damaged."""
 
 
-class Picture(NamedTuple):
-    """What became of one picture."""
+class CheckedPicture(NamedTuple):
+    """The state of a picture, and the bytes read."""
 
     state: PictureState
     nbytes: int
     """Read."""
 
 
-def look_at_pictures(rows: Sequence[Row], threads: int) -> Iterator[tuple[Row, Picture]]:
-    """Read the pictures of some rows, several at a time, in order; those of another size are not read."""
-    waiting: deque[tuple[Row, Future[Picture]]] = deque()
+def check_pictures(rows: Sequence[StoredRow], threads: int) -> Iterator[tuple[StoredRow, CheckedPicture]]:
+    """Check the pictures of some rows in parallel, and yield them in order; those of another size are not read."""
+    waiting: deque[tuple[StoredRow, Future[CheckedPicture]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="pictures") as pool:
         for row in rows:
             if len(waiting) == threads * PICTURES_AHEAD:
                 first, picture = waiting.popleft()
                 yield first, picture.result()
-            waiting.append((row, pool.submit(look_at_picture, row)))
+            waiting.append((row, pool.submit(check_picture, row)))
         for last, picture in waiting:
             yield last, picture.result()
 
 
-def look_at_picture(row: Row) -> Picture:
-    """Hold one row's digest against its picture."""
-    opened = open_regular(row.picture)
+def check_picture(row: StoredRow) -> CheckedPicture:
+    """Compare the digest of a row with its picture."""
+    opened = open_or_skip(row.picture)
     if isinstance(opened, Skipped):
-        return Picture(PictureState.MISSING, 0)
+        return CheckedPicture(PictureState.MISSING, 0)
     with os.fdopen(opened.descriptor, "rb", buffering=0) as file:
         if opened.status.st_size != int(row.shard.table.file_size[row.number]):
-            return Picture(PictureState.CHANGED, 0)
+            return CheckedPicture(PictureState.CHANGED, 0)
         hasher, nbytes = hashlib.sha256(), 0
         try:
             while block := file.read(HASH_BLOCK):
                 hasher.update(block)
                 nbytes += len(block)
         except OSError:
-            return Picture(PictureState.MISSING, nbytes)
+            return CheckedPicture(PictureState.MISSING, nbytes)
     if hasher.digest() == row.digest:
-        return Picture(PictureState.UNCHANGED, nbytes)
+        return CheckedPicture(PictureState.UNCHANGED, nbytes)
     is_untouched = modified_ns(opened.status) == int(row.shard.table.file_mtime_ns[row.number])
-    return Picture(PictureState.CONTRADICTS if is_untouched else PictureState.CHANGED, nbytes)
+    return CheckedPicture(PictureState.CONTRADICTS if is_untouched else PictureState.CHANGED, nbytes)

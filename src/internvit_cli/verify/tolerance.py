@@ -1,4 +1,4 @@
-"""How far two encodings of the same pictures are apart, and how far they may be."""
+"""Measure how much two encodings of the same pictures differ, and define how much they may differ."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class Tolerance(NamedTuple):
-    """How far values may be from the stored ones."""
+    """The allowed difference from stored values."""
 
     relative: float
-    """Largest difference, as a share of the largest stored magnitude in the image's rows of one dataset."""
+    """The largest difference, relative to the largest stored magnitude of the image in a dataset."""
     cosine: float
-    """Lowest cosine of two tokens, or of two vectors."""
+    """The lowest cosine of two tokens, or of two vectors."""
 
 
 COMPUTE_TOLERANCE = {
@@ -31,7 +31,7 @@ COMPUTE_TOLERANCE = {
     ComputeDtype.BFLOAT16: Tolerance(0.1, 0.99),
     ComputeDtype.FP8: Tolerance(0.2, 0.98),
 }
-"""What the arithmetic of a type may differ by, between devices and versions or from float32."""
+"""Allowed difference of the arithmetic in a type, between devices and versions or from float32."""
 STORE_TOLERANCE = {
     StoreDtype.FLOAT32: Tolerance(0.0, 1.0),
     StoreDtype.FLOAT16: Tolerance(2.0**-10, 1 - 1e-6),
@@ -39,12 +39,12 @@ STORE_TOLERANCE = {
     StoreDtype.INT8: Tolerance(1 / 127, 0.96),
     StoreDtype.FP8: Tolerance(2.0**-3, 0.99),
 }
-"""What rounding to the stored type adds: one unit in the last place. In int8 that unit is a share of the token's
-largest value, and the cosine what becomes of a token of ten thousand values whose largest outweighs all others."""
+"""Additional difference from rounding to the stored type: one unit in the last place. In int8, that unit is relative to
+the largest value of a token; the cosine is that of a token with ten thousand values of which one dominates."""
 
 
 def tolerance(recipe: Recipe) -> Tolerance:
-    """What an encoding anew may differ by from rows of a recipe."""
+    """Return the allowed difference of a new encoding from rows of a recipe."""
     compute = COMPUTE_TOLERANCE[recipe.compute_dtype]
     store = STORE_TOLERANCE[recipe.store_dtype]
     return Tolerance(compute.relative + store.relative, compute.cosine + store.cosine - 1)
@@ -52,19 +52,19 @@ def tolerance(recipe: Recipe) -> Tolerance:
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """How two sets of values differ; of several, the worst of each figure."""
+    """How two sets of values differ; for several pairs, the worst of each figure."""
 
     bit_equal: int = 0
-    """How many of them are the same to the last bit."""
+    """The number of values that are equal bit for bit."""
     largest: float = 0.0
     """Absolute difference."""
     relative: float = 0.0
-    """The same, as a share of the largest stored magnitude."""
+    """The largest difference, relative to the largest stored magnitude."""
     cosine: float = 1.0
-    """Of two tokens, or of two vectors."""
+    """The lowest cosine of two tokens, or of two vectors."""
 
     def worst(self, other: Differences) -> Differences:
-        """Both together."""
+        """Return the worst of both in each figure."""
         return Differences(
             self.bit_equal + other.bit_equal,
             max(self.largest, other.largest),
@@ -73,31 +73,31 @@ class Differences:
         )
 
     def is_within(self, limit: Tolerance) -> bool:
-        """Whether both figures keep to the limit."""
+        """Return whether both figures are within the limit."""
         return self.relative <= limit.relative and self.cosine >= limit.cosine
 
     def words(self, limit: Tolerance) -> str:
-        """The figures, with their limits."""
+        """Return the figures and their limits in words."""
         return (
             f"largest difference {self.largest:.3g}, which is {self.relative:.2g} of the largest value "
             f"(limit {limit.relative:.2g}); lowest cosine {self.cosine:.6f} (limit {limit.cosine:.6f})"
         )
 
 
-def compare(stored: NDArray[Any], anew: NDArray[Any], dtype: StoreDtype) -> Differences:
-    """The figures of one dataset of one image, tile by tile.
+def compare_values(stored: NDArray[Any], anew: NDArray[Any], dtype: StoreDtype) -> Differences:
+    """Compare two versions of a dataset of an image, tile by tile.
 
     Args:
-        stored: [n,...,C], as it lies on the disk.
-        anew: the same shape, in the stored type or in float32.
-        dtype: the stored type.
+        stored: The stored values, [n,...,C].
+        anew: The new values of the same shape, in the stored type or in float32.
+        dtype: The stored type.
     """
     same = stored.dtype == anew.dtype and stored.tobytes() == anew.tobytes()
     largest, cosine, scale = 0.0, 1.0, 0.0
     for one, other in zip(stored, anew, strict=True):
         x = _as_float(one, dtype)
         y = _as_float(other, dtype if other.dtype == stored.dtype else StoreDtype.FLOAT32)
-        # What is not a number differs as much as can be.
+        # A NaN differs infinitely.
         largest = max(largest, float(np.nan_to_num(np.abs(x - y), nan=np.inf, posinf=np.inf).max()))
         scale = max(scale, float(np.abs(x, where=np.isfinite(x), out=np.zeros_like(x)).max()))
         cosine = min(cosine, float(_cosines(x, y).min()))
@@ -106,13 +106,13 @@ def compare(stored: NDArray[Any], anew: NDArray[Any], dtype: StoreDtype) -> Diff
 
 
 def _as_float(values: NDArray[Any], dtype: StoreDtype) -> NDArray[Any]:
-    """Vectors [k,C] float64 of stored or new values."""
+    """Return stored or new values as vectors [k,C] float64."""
     floats: NDArray[Any] = decode_values(values, dtype).astype(np.float64)
     return floats.reshape(-1, values.shape[-1])
 
 
 def _cosines(x: NDArray[Any], y: NDArray[Any]) -> NDArray[Any]:
-    """Cosine of each pair of rows, [k]; 1 for two rows of zeros."""
+    """Return the cosine of each pair of rows, [k]; 1 for two rows of zeros."""
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     dots = np.einsum("kc,kc->k", x, y)
     cosines: NDArray[Any] = np.where(norms > 0, dots / np.where(norms > 0, norms, 1), (x == y).all(axis=1))

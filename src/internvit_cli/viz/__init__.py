@@ -1,1 +1,1 @@
-"""Features over their photographs."""
+"""Draw features over their photographs."""

@@ -1,7 +1,7 @@
-"""What tokens look like: their principal components, their lengths, their similarity to one of them.
+"""Compute maps of tokens: their principal components, their lengths, and their similarity to one token.
 
-Everything that sets colors is fitted over all images together, so that equal colors mean the same in all of them.
-Letters: n tokens of C values; a map is [h, w] tokens over the picture.
+Everything that decides colors is fitted to all images together, so that equal colors mean the same in all of them.
+In shapes, n is the number of tokens, C that of their values, and a map has [h, w] tokens over the picture.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FITTED_BYTES = 128 << 20
-"""Tokens that components are fitted to, in float32; of more, evenly spread ones."""
+"""Bytes of float32 tokens to which components are fitted; of more, evenly spread ones are used."""
 SMALL = 1024
-"""Up to so many rows or columns, components come from an exact eigendecomposition."""
+"""Up to this many rows or columns, components come from an exact eigendecomposition."""
 COLOR_PERCENTILES = (1.0, 99.0)
 FAR_OUT = 3.0
-"""Tukey's fence: a length beyond the upper quartile by so many interquartile ranges is an outlier."""
+"""Tukey's fence: lengths this many interquartile ranges above the upper quartile are outliers."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMap:
-    """Tokens over a picture."""
+    """The tokens of a picture as a map."""
 
     lengths: NDArray[Any]
-    """L2 norms, [h, w] float32."""
+    """L2 norms of the tokens, [h, w] float32."""
     directions: NDArray[Any]
-    """The tokens at length one, without what their places in the tile share where that is wanted, [h, w, C] float32."""
+    """The tokens scaled to length one, optionally without the part that depends on the position, [h, w, C] float32."""
 
     @classmethod
     def of(cls, tokens: NDArray[Any], pattern: NDArray[Any] | None = None) -> TokenMap:
-        """The map of tokens [h, w, C], less a pattern [s, s, C] that repeats tile by tile."""
-        lengths, directions = np.linalg.norm(tokens.astype(np.float32), axis=-1), unit(tokens)
+        """Build the map of tokens [h, w, C], minus a pattern [s, s, C] that repeats in each tile."""
+        lengths, directions = np.linalg.norm(tokens.astype(np.float32), axis=-1), unit_vectors(tokens)
         if pattern is not None:
             side = len(pattern)
             directions -= np.tile(pattern, (tokens.shape[0] // side, tokens.shape[1] // side, 1))
@@ -48,59 +48,59 @@ class TokenMap:
 
 @dataclass(frozen=True, slots=True)
 class MapFit:
-    """What the maps of several images have in common."""
+    """What is fitted to the maps of several images together."""
 
     mean: NDArray[Any]
-    """Of the directions, [C] float32."""
+    """The mean of the directions, [C] float32."""
     axes: NDArray[Any]
     """The first three principal components of the directions, [3, C]."""
     low: NDArray[Any]
-    """The component values that are dark, [3]."""
+    """The component values that are drawn dark, [3]."""
     high: NDArray[Any]
-    """And those that are full, [3]."""
+    """The component values that are drawn bright, [3]."""
     explained: tuple[float, ...]
-    """Shares of the variance."""
+    """The shares of the variance of the components."""
     lengths: Scale
     outlier: float
     """A length above this is an outlier."""
     foreground: Foreground | None
 
     def colors(self, tokens: TokenMap) -> NDArray[np.uint8]:
-        """The three components of every token as red, green and blue, [h, w, 3] uint8."""
+        """Return the three components of every token as red, green and blue, [h, w, 3] uint8."""
         return unit_colors((tokens.directions - self.mean) @ self.axes.T, self.low, self.high)
 
     def mask(self, tokens: TokenMap) -> NDArray[Any] | None:
-        """Which tokens are foreground, [h, w] bool; None when that was not fitted."""
+        """Return a mask of the foreground, [h, w] bool; None if it was not fitted."""
         return None if self.foreground is None else self.foreground.mask(tokens.directions - self.mean)
 
 
 @dataclass(frozen=True, slots=True)
 class Foreground:
-    """Where the first component over all tokens tells things from what is around them."""
+    """A split of all tokens by their first component into foreground and background."""
 
     axis: NDArray[Any]
-    """[C]; the foreground is on its positive side."""
+    """The direction, [C]; the foreground is on its positive side."""
     threshold: float
 
     def mask(self, centered: NDArray[Any]) -> NDArray[Any]:
-        """Which directions, centered [..., C], are foreground."""
+        """Return a mask of the foreground among centered directions [..., C]."""
         mask: NDArray[Any] = centered @ self.axis > self.threshold
         return mask
 
 
-def fit(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> MapFit:
-    """Fit components, colors and limits over several images' maps.
+def fit_maps(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> MapFit:
+    """Fit components, colors and limits to the maps of several images.
 
     Args:
-        maps: gives the maps, one at a time.
-        count: how many they are.
-        foreground: fit the components to the foreground alone.
+        maps: The maps, which are read one at a time.
+        count: The number of maps.
+        foreground: Whether to fit the components only to the foreground.
     """
     lengths, samples, borders = [], [], []
     for tokens in maps:
         width = tokens.directions.shape[2]
         flat = tokens.directions.reshape(-1, width)
-        chosen = spread(len(flat), max(16, FITTED_BYTES // (4 * width * count)))
+        chosen = evenly_spread(len(flat), max(16, FITTED_BYTES // (4 * width * count)))
         lengths.append(tokens.lengths.ravel())
         samples.append(flat[chosen])
         borders.append(_is_border(tokens.lengths.shape).ravel()[chosen])
@@ -115,28 +115,28 @@ def fit(maps: Iterable[TokenMap], count: int, *, foreground: bool = False) -> Ma
 
 
 def _length_limits(lengths: NDArray[Any]) -> tuple[Scale, float]:
-    """The colors of ordinary lengths, and the length above which one is an outlier."""
+    """Return the color scale of ordinary lengths, and the length above which a token is an outlier."""
     quartiles = np.percentile(lengths, [25, 75])
     outlier = float(quartiles[1] + FAR_OUT * (quartiles[1] - quartiles[0]))
     low, high = np.percentile(lengths[lengths <= outlier], COLOR_PERCENTILES)
     return Scale(float(low), float(high)), outlier
 
 
-def similarity(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None) -> NDArray[Any]:
-    """Cosine of every token with one, [h, w].
+def similarity_map(tokens: TokenMap, one: NDArray[Any], center: NDArray[Any] | None) -> NDArray[Any]:
+    """Return the cosine of every token with one direction, [h, w].
 
     Args:
-        tokens: of a picture.
-        one: a direction, [C].
-        center: what is taken off every direction first, [C]; None for plain cosines.
+        tokens: The tokens of a picture.
+        one: The direction, [C].
+        center: The mean to subtract from every direction first, [C]; None for plain cosines.
     """
     shift = 0.0 if center is None else center
-    cosines: NDArray[Any] = unit(tokens.directions - shift) @ unit(one - shift)
+    cosines: NDArray[Any] = unit_vectors(tokens.directions - shift) @ unit_vectors(one - shift)
     return cosines
 
 
 def similarity_scale(cosines: Iterable[NDArray[Any]], *, centered: bool) -> Scale:
-    """The colors of similarity over all maps: around 0 when centered, else over the range that there is."""
+    """Return the color scale of similarity over all maps: around 0 if centered, otherwise over their range."""
     values = np.concatenate([cosine.ravel() for cosine in cosines])
     low, high = (float(value) for value in np.percentile(values, (0.5, 99.5)))
     if not centered:
@@ -146,14 +146,16 @@ def similarity_scale(cosines: Iterable[NDArray[Any]], *, centered: bool) -> Scal
 
 
 def tile_pattern(tiles: Iterable[NDArray[Any]]) -> NDArray[Any]:
-    """What tokens owe to their place in the tile: the mean direction at each place less that of all, [s, s, C].
+    """Return the part of tokens that depends on their position in the tile, [s, s, C].
+
+    It is the mean direction at each position minus the mean over all positions.
 
     Args:
-        tiles: tokens of tiles, [T, C] each, of many pictures.
+        tiles: Tokens of tiles from many pictures, [T, C] each.
     """
     total, count = np.zeros(1), 0
-    for count, tokens in enumerate(tiles, 1):  # noqa: B007 - the last one counts
-        total = total + unit(tokens)
+    for count, tokens in enumerate(tiles, 1):  # noqa: B007 - the last value is used
+        total = total + unit_vectors(tokens)
     mean = (total / max(1, count)).astype(np.float32)
     side = round(len(mean) ** 0.5)
     pattern: NDArray[Any] = (mean - mean.mean(axis=0)).reshape(side, side, -1)
@@ -161,13 +163,13 @@ def tile_pattern(tiles: Iterable[NDArray[Any]]) -> NDArray[Any]:
 
 
 def components(centered: NDArray[Any], count: int = 3) -> tuple[NDArray[Any], tuple[float, ...]]:
-    """Principal components, [count, C], their signs fixed, and the share of the variance of each.
+    """Return principal components, [count, C], and the share of the variance of each.
+
+    The sign of each makes its largest weight positive.
 
     Args:
-        centered: [n, C].
-        count: how many.
-
-    The sign of each is that in which its largest weight is positive.
+        centered: Centered directions, [n, C].
+        count: The number of components.
     """
     total = float(np.einsum("nc,nc->", centered, centered, dtype=np.float64))
     rows, columns = centered.shape
@@ -188,7 +190,7 @@ def components(centered: NDArray[Any], count: int = 3) -> tuple[NDArray[Any], tu
 
 
 def _subspace(centered: NDArray[Any], count: int, rounds: int = 60) -> NDArray[Any]:
-    """The leading right singular vectors, by iteration from a fixed start."""
+    """Return the leading right singular vectors, by iteration from a fixed start."""
     start = np.random.default_rng(0).standard_normal((centered.shape[1], count + 8), np.float32)
     basis = np.linalg.qr(start)[0]
     for _ in range(rounds):
@@ -200,7 +202,7 @@ def _subspace(centered: NDArray[Any], count: int, rounds: int = 60) -> NDArray[A
 
 
 def _foreground(sample: NDArray[Any], is_border: NDArray[Any]) -> Foreground:
-    """Split tokens in two by their first component; what fills the pictures' borders is not the foreground."""
+    """Split tokens by their first component; the side that fills the borders of the pictures is the background."""
     axis = components(sample)[0][0]
     values = sample @ axis
     threshold = _best_split(values)
@@ -212,27 +214,27 @@ def _foreground(sample: NDArray[Any], is_border: NDArray[Any]) -> Foreground:
 
 
 def _best_split(values: NDArray[Any]) -> float:
-    """Otsu's threshold: the one that leaves the least variance within the two sides."""
+    """Return Otsu's threshold, which leaves the least variance within the two sides."""
     counts, edges = np.histogram(values, 256)
-    centres = (edges[:-1] + edges[1:]) / 2
+    centers = (edges[:-1] + edges[1:]) / 2
     below = np.cumsum(counts)
-    sums = np.cumsum(counts * centres)
+    sums = np.cumsum(counts * centers)
     above = below[-1] - below
     with np.errstate(invalid="ignore", divide="ignore"):
         apart = below * above * (sums / below - (sums[-1] - sums) / above) ** 2
-    return float(edges[1:][np.nanargmax(apart)]) if np.isfinite(apart).any() else float(centres[0])
+    return float(edges[1:][np.nanargmax(apart)]) if np.isfinite(apart).any() else float(centers[0])
 
 
-def unit(vectors: NDArray[Any]) -> NDArray[Any]:
-    """Vectors of length one, float32, [..., C]; zeros stay zeros."""
+def unit_vectors(vectors: NDArray[Any]) -> NDArray[Any]:
+    """Scale vectors to length one, float32 [..., C]; zeros stay zeros."""
     floats = vectors.astype(np.float32)
     lengths = np.linalg.norm(floats, axis=-1, keepdims=True)
     scaled: NDArray[Any] = floats / np.where(lengths > 0, lengths, 1)
     return scaled
 
 
-def spread(count: int, most: int) -> NDArray[Any]:
-    """At most so many of `count` numbers, evenly spread."""
+def evenly_spread(count: int, most: int) -> NDArray[Any]:
+    """Return at most `most` evenly spread indices below `count`."""
     return np.arange(count) if count <= most else np.linspace(0, count - 1, most).round().astype(np.int64)
 
 

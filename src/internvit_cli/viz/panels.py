@@ -1,4 +1,4 @@
-"""The pictures of a figure: tiles, components, lengths, similarity, each laid over the photograph."""
+"""Draw the panels of a figure over the photograph: tiles, components, lengths and similarity."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.image import ImageFeatures
 
 GONE = (214, 214, 214)
-"""Stands for a photograph that cannot be shown."""
+"""Color that replaces a photograph that cannot be shown."""
 DIMMED = 0.35
-"""How much of the photograph is left where a mask hides the map."""
+"""Brightness of the photograph where a mask hides the map."""
 MARK = (255, 0, 170)
 MOST_LABELLED = 60
 LEAST_SIDE = 120
-"""Pixels of a map's shorter side, where the longer one has room for it."""
+"""Smallest shorter side of a map in pixels, if the longer side may grow for it."""
 WIDEST = 2.5
-"""How much longer than asked for a map may become for that."""
+"""Largest factor by which the longer side may grow for that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """The photograph at the size at which everything about an image is drawn."""
+    """The photograph at the size of the maps of an image."""
 
     image: ImageFeatures
     photograph: Image.Image
-    """RGB; one flat color when the picture cannot be shown."""
+    """The photograph in RGB; a single color if it cannot be shown."""
     opacity: float
-    """Of maps over the photograph, 0 to 1."""
+    """The opacity of maps over the photograph, 0 to 1."""
 
     @classmethod
     def of(cls, image: ImageFeatures, photograph: Image.Image | None, side: int, opacity: float) -> Canvas:
-        """A canvas whose longer side has so many pixels, or more where the shorter one would be a mere strip."""
+        """Return a canvas with a longer side of `side` pixels, or more if the shorter one would be too small."""
         longer, shorter = max(image.width, image.height), min(image.width, image.height)
         factor = max(side / longer, min(LEAST_SIDE / shorter, WIDEST * side / longer))
         size = max(8, round(image.width * factor)), max(8, round(image.height * factor))
@@ -50,13 +50,13 @@ class Canvas:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Where the tokens lie: left, top, right, bottom, pixels of the canvas."""
+        """The area of the tokens: left, top, right, bottom, in pixels of the canvas."""
         across, down = self.photograph.width / self.image.width, self.photograph.height / self.image.height
         left, top, right, bottom = self.image.covered
         return round(left * across), round(top * down), round(right * across), round(bottom * down)
 
     def tiles(self) -> Image.Image:
-        """The photograph with the edges and numbers of its tiles."""
+        """Draw the photograph with the edges and numbers of its tiles."""
         picture, grid = self.photograph.copy(), self.image.grid
         left, top, right, bottom = self.box
         draw = ImageDraw.Draw(picture)
@@ -72,11 +72,11 @@ class Canvas:
         return picture
 
     def overlay(self, colors: NDArray[np.uint8], mask: NDArray[Any] | None = None) -> Image.Image:
-        """A map over the photograph in grey; outside of the mask the photograph alone, dimmed.
+        """Draw a map over the photograph in gray, and only the dimmed photograph outside the mask.
 
         Args:
-            colors: [h, w, 3] uint8, one color a token.
-            mask: [h, w] bool.
+            colors: One color per token, [h, w, 3] uint8.
+            mask: The tokens to draw, [h, w] bool; None for all.
         """
         left, top, right, bottom = self.box
         size = right - left, bottom - top
@@ -89,28 +89,28 @@ class Canvas:
         picture.paste(shown, (left, top), stencil)
         return picture
 
-    def centre(self, shape: tuple[int, ...], row: int, column: int) -> tuple[float, float]:
-        """The middle of a token of an [h, w] map on the canvas."""
+    def center(self, shape: tuple[int, ...], row: int, column: int) -> tuple[float, float]:
+        """Return the center of a token of an [h, w] map on the canvas."""
         left, top, right, bottom = self.box
         height, width = shape
         return left + (column + 0.5) * (right - left) / width, top + (row + 0.5) * (bottom - top) / height
 
     def cell(self, shape: tuple[int, ...]) -> float:
-        """The smaller side of a token of an [h, w] map, pixels."""
+        """Return the shorter side of a token of an [h, w] map in pixels."""
         left, top, right, bottom = self.box
         return min((right - left) / shape[1], (bottom - top) / shape[0])
 
 
 def mark_outliers(canvas: Canvas, picture: Image.Image, outliers: NDArray[Any]) -> None:
-    """Ring every token of a mask, [h, w] bool."""
+    """Draw a ring around every token of a mask, [h, w] bool."""
     draw, radius = ImageDraw.Draw(picture), max(3.0, 0.7 * canvas.cell(outliers.shape))
     for row, column in np.argwhere(outliers).tolist():
-        x, y = canvas.centre(outliers.shape, row, column)
+        x, y = canvas.center(outliers.shape, row, column)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=MARK, width=2)
 
 
 def mark_point(picture: Image.Image, x: float, y: float) -> None:
-    """A cross that shows on any color."""
+    """Draw a cross that is visible on any color."""
     draw, arm = ImageDraw.Draw(picture), 11
     for width, color in ((5, (0, 0, 0)), (2, (255, 255, 255))):
         draw.line((x - arm, y, x + arm, y), fill=color, width=width)
@@ -118,7 +118,7 @@ def mark_point(picture: Image.Image, x: float, y: float) -> None:
 
 
 def outlier_caption(lengths: NDArray[Any], outlier: float) -> str:
-    """What is marked, in words."""
+    """Return a caption for the outliers."""
     count = int((lengths > outlier).sum())
     if not count:
         return f"no outliers (longer than {short_number(outlier)})"

@@ -1,4 +1,4 @@
-"""`internvit show`: pictures of an image's tokens that a person can read."""
+"""Draw figures of the tokens of images, for `internvit show`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,15 @@ from internvit_cli.storage.durable import folder_for, write_file
 from internvit_cli.storage.read.reader import Features, SkippedImageError, bounded, open_features
 from internvit_cli.viz.draw.figure import Panel, figure
 from internvit_cli.viz.draw.png import encode_png
-from internvit_cli.viz.maps import MapFit, TokenMap, fit, similarity, similarity_scale, spread, tile_pattern
+from internvit_cli.viz.maps import (
+    MapFit,
+    TokenMap,
+    evenly_spread,
+    fit_maps,
+    similarity_map,
+    similarity_scale,
+    tile_pattern,
+)
 from internvit_cli.viz.panels import Canvas, mark_outliers, mark_point, outlier_caption
 from internvit_cli.viz.photograph import Photograph, PictureFile, read_photographs
 
@@ -32,51 +40,49 @@ if TYPE_CHECKING:
     from internvit_cli.viz.draw.palette import Scale
 
 MOST_IMAGES = 100
-"""Images that patterns of keys may mean."""
+"""Largest number of images that patterns of keys may match."""
 PATTERN_TILES = 256
-"""Tiles of the whole file that show what tokens owe to their place in the tile."""
+"""Number of tiles of the whole file from which the position-dependent part of tokens is computed."""
 LONGEST_CAPTION = 60
-"""Characters of a key in a caption."""
+"""Longest key in a caption, in characters."""
 LONGEST_NAME = 200
-"""Bytes of a file's name; filesystems allow 255."""
+"""Longest file name in bytes; filesystems allow 255."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShowOptions:
-    """What to draw, and how."""
+    """The options of a drawing."""
 
     path: str
     keys: Sequence[str]
-    """Keys of images, and patterns of keys."""
+    """Keys of images and patterns of keys."""
     maps: Sequence[TokenMapKind] = ()
-    """None named: all that there are."""
+    """The maps to draw; empty for all that the output allows."""
     point: tuple[float, float] | None = None
-    """x and y, pixels of the first image after orientation."""
+    """x and y in pixels of the first image after orientation."""
     foreground: bool = False
     position: bool = True
-    """Leave in the tokens what they owe to their place in the tile."""
+    """Whether to keep the part of tokens that depends on their position in the tile."""
     raw: bool = False
-    """Plain cosines, without taking the mean off."""
+    """Whether to use plain cosines without subtracting the mean."""
     opacity: float = 0.75
     size: int = 640
-    """The longer side of a panel, pixels."""
+    """The longer side of a map in pixels."""
     pictures: str | None = None
-    """The folder to look for pictures in; None is where they were when they were encoded."""
+    """The folder that holds the pictures; None means where they were when they were encoded."""
     layer: int | None = None
-    """Which of several stored layers to draw; None is the deepest."""
+    """The stored layer to draw; None means the deepest."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.opacity <= 1:
-            raise UsageError(f"--opacity {self.opacity}: not from 0 to 1", "give a share, such as 0.75")
+            raise UsageError(f"--opacity {self.opacity} is not from 0 to 1", "give a value such as 0.75")
         if TokenMapKind.SIMILARITY in self.maps and self.point is None:
-            raise UsageError(
-                "--map similarity without --point", "say which token: --point 320,240, pixels of the picture"
-            )
+            raise UsageError("--map similarity needs --point", "name a pixel of the picture, such as --point 320,240")
 
 
 @dataclass(frozen=True, slots=True)
 class FigureResult:
-    """What came of one image."""
+    """The figure of an image."""
 
     key: str
     panels: tuple[Panel, ...]
@@ -88,39 +94,39 @@ class FigureResult:
 
 @dataclass(slots=True)
 class _ReferenceToken:
-    """The token that all are compared with."""
+    """The token with which all others are compared."""
 
     one: NDArray[Any]
     center: NDArray[Any] | None
     token: tuple[int, int]
-    """Row and column in the first image's map."""
+    """The row and column in the map of the first image."""
     scale: Scale = field(init=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of the named images, each made when it is asked for."""
+    """The figures of the named images, which are drawn during iteration."""
 
     shown: Iterator[FigureResult]
     skipped: tuple[str, ...]
-    """Keys of those that have no features, and no figure."""
+    """Keys of images without features, which have no figure."""
     notes: tuple[str, ...]
-    """What a reader should know first."""
+    """Warnings for the reader."""
 
     def __iter__(self) -> Iterator[FigureResult]:
         return self.shown
 
 
 def show(options: ShowOptions, observer: Observer = SILENT) -> Figures:
-    """Draw the named images, one after another.
+    """Draw the named images, one after the other.
 
     Args:
-        options: what to draw, and how.
-        observer: told how it goes.
+        options: What to draw, and how.
+        observer: Receives progress.
 
     Raises:
-        UsageError: a key, a layer or a point that is not there, or a map that the file cannot give.
-        SkippedImageError: not one of them has features.
+        UsageError: A key, a layer or a point does not exist, or the output does not allow a map.
+        SkippedImageError: None of the images has features.
     """
     with observer.phase("reading the output"):
         features = open_features(options.path, options.layer)
@@ -152,7 +158,7 @@ def _drawn(
 
 
 class _Drawing:
-    """All that the figures of one command share."""
+    """What all figures of a command share."""
 
     def __init__(self, options: ShowOptions, features: Features, images: list[ImageFeatures]) -> None:
         self._options = options
@@ -166,12 +172,12 @@ class _Drawing:
             if not options.position:
                 self._pattern = tile_pattern(_sampled_tiles(features.done))
             count = len(images)
-            self._fitted = fit((self._token_map(image) for image in images), count, foreground=options.foreground)
+            self._fitted = fit_maps((self._token_map(image) for image in images), count, foreground=options.foreground)
         if TokenMapKind.SIMILARITY in self._maps:
             self._compared = self._chosen_token()
 
     def draw(self, image: ImageFeatures, photograph: Photograph) -> FigureResult:
-        """One image's figure."""
+        """Draw the figure of an image."""
         options = self._options
         canvas = Canvas.of(image, photograph.picture, options.size, options.opacity)
         facts: dict[str, Any] = {"photograph": photograph.note if photograph.problem else "as it was encoded"}
@@ -182,7 +188,7 @@ class _Drawing:
             panels += self._token_panels(image, canvas, self._fitted, facts)
         notes = [f"the picture of {one_line(image.key)} is not shown: {photograph.note}"] if photograph.problem else []
         if image.recipe.tokens is Tokens.NONE:
-            notes.append(f"{options.path} holds no tokens: only the tiles are drawn (extract with --tokens visual)")
+            notes.append(f"{options.path} holds no tokens, so only the tiles are drawn (extract with --tokens visual)")
         sheet = figure(image.key, _facts_line(image, self._model), panels)
         return FigureResult(image.key, tuple(panels), sheet, facts, tuple(notes))
 
@@ -200,7 +206,7 @@ class _Drawing:
                 title,
                 canvas.overlay(fitted.colors(tokens), mask),
                 self._component_captions(fitted),
-                meaning="Tokens that are similar have similar colors, in every image of this command.",
+                meaning="Similar tokens have similar colors in all images of this command.",
             )
         if TokenMapKind.LENGTH in self._maps:
             yield _length_panel(canvas, fitted, tokens, facts)
@@ -226,28 +232,28 @@ class _Drawing:
     def _similarity_panel(self, image: ImageFeatures, canvas: Canvas, tokens: TokenMap, facts: dict[str, Any]) -> Panel:
         chosen = self._compared
         assert chosen is not None
-        cosines = similarity(tokens, chosen.one, chosen.center)
+        cosines = similarity_map(tokens, chosen.one, chosen.center)
         picture = canvas.overlay(chosen.scale.colors(cosines))
         is_first = image.key == self._images[0].key
         best = chosen.token if is_first else divmod(int(cosines.argmax()), cosines.shape[1])
-        mark_point(picture, *canvas.centre(cosines.shape, *best))
+        mark_point(picture, *canvas.center(cosines.shape, *best))
         x, y = self._options.point or (0, 0)
         cross = "the cross: that token" if is_first else f"the cross: the best match, {cosines.max():.2f}"
         whose = () if is_first else (f"a token of {_shortened(self._images[0].key)}",)
         facts["similarity"] = {"row": int(best[0]), "column": int(best[1]), "highest": float(cosines.max())}
         how = "plain cosine" if chosen.center is None else "cosine, mean token subtracted"
         title = f"similarity to the token at {x:g}, {y:g}"
-        meaning = "The more similar a token is to the one that was chosen, the nearer its color is to the right end."
+        meaning = "The more similar a token is to the chosen one, the nearer its color is to the right end."
         return Panel(TokenMapKind.SIMILARITY.value, title, picture, (*whose, f"{how}; {cross}"), chosen.scale, meaning)
 
     def _chosen_token(self) -> _ReferenceToken:
-        """The token at the point, and the colors of similarity to it over all images."""
+        """Return the token at the point, and the color scale of similarity to it over all images."""
         assert self._options.point is not None and self._fitted is not None
         tokens = self._token_map(self._images[0])
         row, column = token_at(self._images[0], self._options.point, tokens.lengths.shape)
         center = None if self._options.raw else self._fitted.mean
         chosen = _ReferenceToken(tokens.directions[row, column], center, (row, column))
-        cosines = [similarity(self._token_map(image), chosen.one, center) for image in self._images]
+        cosines = [similarity_map(self._token_map(image), chosen.one, center) for image in self._images]
         chosen.scale = similarity_scale(cosines, centered=center is not None)
         return chosen
 
@@ -256,16 +262,16 @@ class _Drawing:
 
 
 def token_at(image: ImageFeatures, point: tuple[float, float], shape: tuple[int, ...]) -> tuple[int, int]:
-    """Row and column of the token that a point of the upright picture, pixels, lies in.
+    """Return the row and column of the token at a point of the upright picture, in pixels.
 
     Raises:
-        UsageError: the encoder saw nothing there.
+        UsageError: The point is outside of what was encoded.
     """
     left, top, right, bottom = image.covered
     x, y = point
     if not (left <= x < right and top <= y < bottom):
         raise UsageError(
-            f"--point {x:g},{y:g} is outside of what was encoded of {one_line(image.key)}",
+            f"--point {x:g},{y:g} is outside the encoded part of {one_line(image.key)}",
             f"give x from {left:g} to {right:g} and y from {top:g} to {bottom:g}",
         )
     height, width = shape
@@ -273,39 +279,39 @@ def token_at(image: ImageFeatures, point: tuple[float, float], shape: tuple[int,
 
 
 def _shortened(key: str) -> str:
-    """A key for a caption: of a long one the beginning and the end, which tells it apart."""
+    """Return a key for a caption, shortened to its beginning and its end, which usually identifies it."""
     key = one_line(key, limit=None)
     return key if len(key) <= LONGEST_CAPTION else f"{key[: LONGEST_CAPTION // 3]}...{key[-2 * LONGEST_CAPTION // 3 :]}"
 
 
 def file_name(key: str, kind: str = "show") -> str:
-    """A name for a key's figure in a flat folder; different keys have different names.
+    """Return a file name for a key's figure; different keys have different names.
 
     Args:
-        key: of the image.
-        kind: one word for what the file shows.
+        key: The key of the image.
+        kind: One word for what the file shows.
     """
     flat = key.replace("/", "__")
     safe = "".join(char if char.isprintable() else "_" for char in flat)
     kept = os.fsencode(safe)[:LONGEST_NAME].decode("utf-8", "ignore")
     is_exact = kept == flat and "__" not in key and not key.startswith(".")
-    # What was lost on the way to the name is made up for by a digest.
+    # A digest keeps names different if characters were replaced.
     mark = "" if is_exact else "-" + hashlib.sha256(os.fsencode(key)).hexdigest()[:8]
     return f"{kept.lstrip('.')}{mark}.{kind}.png"
 
 
 def save_png(image: Image.Image, path: str) -> None:
-    """Write a picture that is either there and whole, or not there; its folder is made if need be.
+    """Write a picture completely or not at all, and create its folder if needed.
 
     Raises:
-        InternvitError: it cannot be written.
+        InternvitError: The picture cannot be written.
     """
     with folder_for(path):
         write_file(path, encode_png(image))
 
 
 def _choose_maps(options: ShowOptions, images: list[ImageFeatures]) -> list[TokenMapKind]:
-    """The maps to draw: those asked for, or all that there are."""
+    """Return the requested maps, or all that the output allows."""
     kind = images[0].recipe.tokens
     wanted = list(options.maps) or [
         one for one in TokenMapKind if one is not TokenMapKind.SIMILARITY or options.point is not None
@@ -315,16 +321,16 @@ def _choose_maps(options: ShowOptions, images: list[ImageFeatures]) -> list[Toke
     asked = set(options.maps) - {TokenMapKind.TILES}
     if asked or options.point is not None or options.foreground:
         raise UsageError(
-            f"{options.path} holds no tokens, only one vector an image", "extract with --tokens visual or patch"
+            f"{options.path} holds no tokens, only one vector per image", "extract with --tokens visual or patch"
         )
     return [TokenMapKind.TILES]
 
 
 def _sampled_tiles(features: Features) -> Iterator[NDArray[Any]]:
-    """Tokens of tiles, [T, C], evenly over a file, thumbnails left out."""
+    """Yield the tokens of evenly spread tiles, [T, C] each, without thumbnails."""
     counts = features.column("columns").astype(np.int64) * features.column("rows")
     first = np.concatenate([[0], np.cumsum(counts)])
-    for tile in spread(int(first[-1]), PATTERN_TILES).tolist():
+    for tile in evenly_spread(int(first[-1]), PATTERN_TILES).tolist():
         position = int(np.searchsorted(first, tile, side="right")) - 1
         yield features[position].tile_tokens(tile - int(first[position]))
 
@@ -342,7 +348,7 @@ def _length_panel(canvas: Canvas, fitted: MapFit, tokens: TokenMap, facts: dict[
     captions = (outlier_caption(lengths, fitted.outlier),)
     title = "length of tokens (L2 norm)"
     meaning = (
-        "How long each token is as a vector; the few that are far longer than all others rarely say what lies there."
+        "The length of each token as a vector; a few tokens are far longer, and rarely describe what is at their place."
     )
     return Panel(TokenMapKind.LENGTH.value, title, picture, captions, fitted.lengths, meaning)
 
@@ -351,16 +357,16 @@ def _tiles_panel(image: ImageFeatures, canvas: Canvas, photograph: Photograph) -
     captions = _tile_captions(image)
     if photograph.problem:
         captions = (*captions, f"The picture is not shown: {photograph.problem}")
-    meaning = "The picture with the tiles that the encoder saw, numbered as they are stored."
+    meaning = "The picture with the tiles that the encoder saw, numbered in the stored order."
     return Panel(TokenMapKind.TILES.value, "tiles", canvas.tiles(), captions, meaning=meaning)
 
 
 def _tile_captions(image: ImageFeatures) -> tuple[str, ...]:
     if image.recipe.preprocess is Preprocess.CLIP:
-        return ("one tile: the middle of the picture",)
+        return ("one tile: the center of the picture",)
     if image.tiles == 1:
         return ("one tile: the whole picture",)
-    thumbnail = ", and the whole picture once more as a thumbnail" if image.has_thumbnail else ""
+    thumbnail = ", and the whole picture as a thumbnail" if image.has_thumbnail else ""
     return (f"{image.grid.columns} x {image.grid.rows} tiles of {image.recipe.tile_size} px{thumbnail}",)
 
 

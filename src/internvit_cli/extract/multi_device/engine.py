@@ -1,8 +1,8 @@
-"""Several devices on one plan: a process for each, all writing rows of the same shard, and one parent that commits.
+"""Run several devices, with a process for each that writes rows of the same shard, and one parent that commits.
 
-Images go to whichever device has room. Rows of different images share no byte, so the processes need no lock; only the
-parent writes digests, CRCs and statuses, after a sync that covers what the processes wrote. When a process dies, its
-images are given to the others.
+Images go to any device with room. Rows of different images do not overlap, so the processes need no lock. Only the
+parent writes digests, CRCs and statuses, after a sync of what the processes wrote. If a process dies, its images go to
+the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from internvit_cli.extract.multi_device.worker import (
     serve_device,
 )
 from internvit_cli.model.accuracy import Accuracy
-from internvit_cli.runtime.workers import ending, start_process, usable_cpus
+from internvit_cli.runtime.workers import describe_exit, start_process, usable_cpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,10 +39,10 @@ ALL_DEVICES = "all"
 
 
 def find_devices(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The devices behind `--devices`: `all` is every CUDA device that PyTorch sees.
+    """Return the devices for `--devices`; `all` means every CUDA device that PyTorch sees.
 
     Raises:
-        DeviceError: it sees none.
+        DeviceError: PyTorch sees none.
     """
     if names != (ALL_DEVICES,):
         return names
@@ -58,12 +58,12 @@ def start_engine(checkpoint: Checkpoint, options: EngineOptions, workload: Workl
     """Start decode workers and load the encoder, or one on each of several devices.
 
     Args:
-        checkpoint: the weights.
-        options: how to decode and encode.
-        workload: what is known of the work; None when there is none, and only the types are of interest.
+        checkpoint: The weights.
+        options: How to decode and encode.
+        workload: The amount of work; None if there is none, and only the compute type is needed.
 
     Raises:
-        InternvitError: a device is not there, or the model does not fit, or its weights cannot be read.
+        InternvitError: A device does not exist, the model does not fit, or its weights cannot be read.
     """
     if len(options.devices) > 1:
         return DeviceEngine.start(checkpoint, options, workload)
@@ -71,7 +71,7 @@ def start_engine(checkpoint: Checkpoint, options: EngineOptions, workload: Workl
 
 
 class DeviceEngine:
-    """An engine of several devices."""
+    """An engine for several devices."""
 
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
@@ -80,10 +80,10 @@ class DeviceEngine:
 
     @classmethod
     def start(cls, checkpoint: Checkpoint, options: EngineOptions, workload: Workload | None) -> Self:
-        """Start all processes; the first one's type and batch are those of all, so that all make the same rows.
+        """Start all processes with the type and batch of the first device, so that all compute the same rows.
 
         Raises:
-            InternvitError: a device cannot be used.
+            InternvitError: A device cannot be used.
         """
         engine = cls(options)
         try:
@@ -98,7 +98,7 @@ class DeviceEngine:
 
     @property
     def info(self) -> EncoderInfo:
-        """That of the first device, whose type and batch are those of all, with the names of all."""
+        """Facts about the first device's encoder, whose type and batch all share, with the names of all devices."""
         infos = [device.info for device in self._devices if device.info]
         return replace(
             infos[0],
@@ -108,18 +108,18 @@ class DeviceEngine:
 
     @property
     def workers(self) -> int:
-        """Decode processes of all devices."""
+        """The number of decode processes of all devices."""
         each = decode_options(self._options, Workload(1 << 30, 1)).workers
         return each * len(self._devices)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What went wrong with devices and cost no image."""
+        """Problems of devices that cost no image."""
         halved = [device.name for device in self._devices if device.info and device.info.halved]
         return tuple(self._notes + [halved_note(", ".join(halved))] * bool(halved))
 
     def measure(self, jobs: Sequence[DecodeJob], workload: Workload, stop: Stop) -> Accuracy:  # noqa: ARG002
-        """What the coarse types in use cost, on the first device."""
+        """Measure the accuracy of low-precision types on the first device."""
         first = self._devices[0]
         first.connection.send(Measure(tuple(jobs), decode_options(self._options, workload)))
         message = _answer(first, "while it measured")
@@ -128,7 +128,7 @@ class DeviceEngine:
         return message
 
     def encode(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
-        """Have the devices decode, encode and write what is missing in a shard."""
+        """Let the devices decode, encode and write what is missing in a shard."""
         scheduler = ShardScheduler(self._devices, self._options, job, stop, on_progress)
         try:
             return scheduler.run()
@@ -160,7 +160,7 @@ class DeviceEngine:
             device.info = _loaded(device)
 
     def _threads(self, name: str) -> int | None:
-        """Of an encoder on a CPU: those that take part in the same processor share it."""
+        """Return the threads of an encoder on a CPU, which several encoders share."""
         alike = sum(other.startswith("cpu") for other in self._options.devices)
         if not name.startswith("cpu"):
             return None
@@ -175,16 +175,16 @@ def _loaded(device: Device) -> EncoderInfo:
 
 
 def _answer(device: Device, when: str) -> Any:
-    """What a device's process says next.
+    """Return the next message of a device's process.
 
     Raises:
-        InternvitError: that it failed, or nothing, for it has ended.
+        InternvitError: The process reports a failure, or has ended.
     """
     try:
         message = device.connection.recv()
     except (EOFError, OSError) as error:
         raise InternvitError(
-            f"the process of {device.name} ended {when} ({ending(device.process)})",
+            f"the process of {device.name} ended {when} ({describe_exit(device.process)})",
             "check that there is memory for one encoder a device",
         ) from error
     if isinstance(message, Failure):

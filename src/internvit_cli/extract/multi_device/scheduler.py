@@ -1,6 +1,6 @@
-"""Images of one shard on their way to several devices and back.
+"""Distribute the images of a shard over several devices.
 
-Images go to whichever device has room. When a process dies, its images are given to the others.
+Images go to any device with room. If a process dies, its images go to the others.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from internvit_cli.extract.multi_device.worker import BeginShard, Failure, NoMor
 from internvit_cli.extract.results import Stages, Tally
 from internvit_cli.extract.writer_thread import SkippedImage
 from internvit_cli.plan.tiling import decoded_tile_count
-from internvit_cli.runtime.workers import ending
+from internvit_cli.runtime.workers import describe_exit
 from internvit_cli.storage.write.commit import WrittenImage
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from internvit_cli.runtime.signals import Stop
 
 BATCHES_AHEAD = 3
-"""What a device is given: so many batches of tiles, and at least so many images a worker."""
+"""Work that a device holds: this many batches of tiles, and at least this many images per worker."""
 IMAGES_AHEAD = 4
 POLL_SECONDS = 0.5
 
 
 @dataclass(eq=False, slots=True)
 class Device:
-    """A device's process and what it has in hand."""
+    """The process of a device, and the images that it holds."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -48,21 +48,21 @@ class Device:
     """None until its encoder is loaded."""
     given: dict[int, Task] = field(default_factory=dict)
     tiles: int = 0
-    """Of the images that it was given and has not finished."""
+    """The number of tiles of its unfinished images."""
     is_filling: bool = False
-    """Whether a shard has begun and not ended."""
+    """Whether a shard has begun but not ended."""
     is_told: bool = False
-    """Whether it knows that the shard has no more for it."""
+    """Whether it was told that the shard has no more images."""
 
     def kill(self) -> None:
-        """End it now, whatever it is doing."""
+        """End the process at once."""
         self.connection.close()
         self.process.kill()
         self.process.wait()
 
 
 def error_of(failure: Failure, device: Device) -> InternvitError:
-    """What a device's process ended with, as an error of ours that names the device."""
+    """Return the failure of a device's process as an error that names the device."""
     kind = getattr(errors, failure.kind, InternvitError)
     message = failure.message if device.name in failure.message else f"{device.name}: {failure.message}"
     error: InternvitError = kind(message, failure.hint)
@@ -70,7 +70,7 @@ def error_of(failure: Failure, device: Device) -> InternvitError:
 
 
 class ShardScheduler:
-    """One shard's images on their way to the devices and back."""
+    """Distributes the images of a shard over the devices, and receives the results."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class ShardScheduler:
         self._ends: list[ShardEnd] = []
 
     def run(self) -> EncodeResult:
-        """Rounds until no image is left: a second one when a device died and its images came back."""
+        """Run rounds until no image is left; a second one is needed if a device died and its images came back."""
         started = time.perf_counter()
         try:
             self._round()
@@ -105,7 +105,7 @@ class ShardScheduler:
 
     @property
     def _is_ending(self) -> bool:
-        """Whether no more images are begun."""
+        """Return whether no more images are started."""
         return bool(self._stop.signal or self._failure)
 
     def _all_tasks(self) -> Iterator[Task]:
@@ -129,7 +129,7 @@ class ShardScheduler:
             raise InternvitError("no device is left: " + "; ".join(self.notes), "run the same command to continue")
 
     def _give(self, devices: list[Device]) -> None:
-        """Hand out images while any device has room, and say so when there are no more."""
+        """Distribute images while a device has room, and tell the devices when there are no more."""
         while not self._is_ending:
             able = [device for device in devices if device.is_filling and not device.is_told and self._has_room(device)]
             if not able:
@@ -175,9 +175,9 @@ class ShardScheduler:
                 device.is_filling = False
                 device.info = message.info
                 self._ends.append(message)
-                device.given.clear()  # left alone after a stop
+                device.given.clear()  # not encoded because of a stop
                 device.tiles = 0
-            case Failure():  # the others finish what they have begun, and all of it is committed
+            case Failure():  # the others finish what they started, and it is committed
                 self._failure = self._failure or error_of(message, device)
                 device.is_filling = False
 
@@ -188,13 +188,15 @@ class ShardScheduler:
         self._on_progress(self._tally)
 
     def _drop_device(self, device: Device) -> None:
-        """A process died: its images go to the others."""
+        """Remove a device whose process died, and give its images to the others."""
         if device not in self._devices:
             return
         self._devices.remove(device)
         device.is_filling = False
         device.kill()
-        self.notes.append(f"the process of {device.name} ended ({ending(device.process)}); the others did its images")
+        self.notes.append(
+            f"the process of {device.name} ended ({describe_exit(device.process)}); the others did its images"
+        )
         self._again += device.given.values()
 
     def _result(self, wall: float) -> EncodeResult:

@@ -1,1 +1,1 @@
-"""The operations of the network between its matrix products: plain PyTorch for any device, Triton for CUDA."""
+"""Implement the operations of the network between matrix products: in plain PyTorch, and in Triton for CUDA."""

@@ -1,6 +1,6 @@
-"""Which operations run: decided once for a device and dtype, by trying Triton's on that very card against their twins.
+"""Choose the operations for a device and dtype once, by comparing Triton's on that card with plain PyTorch.
 
-A kernel that does not compile there, or gives something else, is replaced by its twin in plain PyTorch, and the name
+A kernel that does not compile, or gives a different result, is replaced by its version in plain PyTorch, and the name
 of the table says so.
 """
 
@@ -22,7 +22,7 @@ from internvit_cli.model.kernels.fp8 import (
     scaled_linear,
 )
 from internvit_cli.model.kernels.plain import best_attention, plain_kernels
-from internvit_cli.model.kernels.probes import LARGEST_DIFFERENCE, Case, Probe, difference, probes
+from internvit_cli.model.kernels.probes import LARGEST_DIFFERENCE, Probe, ProbeSizes, difference, probes
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     from internvit_cli.model.kernels.interface import Kernels
 
 TRITON_CAPABILITY = (8, 0)
-"""Ampere: what came before has no bfloat16."""
+"""Ampere, the first generation with bfloat16."""
 FP8_CAPABILITY = (9, 0)
-"""Hopper: scales of single rows need its matrix units."""
+"""Hopper, whose matrix units support a scale per row."""
 
 
-def kernels_for(device: torch.device, dtype: torch.dtype, case: Case | None = None) -> Kernels:
-    """The fastest operations that work here.
+def kernels_for(device: torch.device, dtype: torch.dtype, case: ProbeSizes | None = None) -> Kernels:
+    """Return the fastest operations that work on a device.
 
     Args:
-        device: where they run.
-        dtype: the compute dtype; float8_e4m3fn is fp8 in linear layers and bfloat16 elsewhere.
-        case: what to try Triton's kernels with; without one they are not used.
+        device: The device.
+        dtype: The compute dtype; float8_e4m3fn means fp8 in linear layers and bfloat16 elsewhere.
+        case: The sizes with which to try Triton's kernels; without them, the kernels are not used.
 
     Raises:
-        DeviceError: fp8 on a CUDA card that can't, or that computes something else.
+        DeviceError: The CUDA card does not support fp8, or its results are wrong.
     """
     if device.type != "cuda":
         return plain_for(device, dtype)
-    with current(device), torch.inference_mode():
+    with as_current_device(device), torch.inference_mode():
         if dtype is FP8:
             check_fp8_products(device)
         if case is None:
@@ -60,30 +60,30 @@ def kernels_for(device: torch.device, dtype: torch.dtype, case: Case | None = No
         except ImportError as error:
             return plain_for(device, dtype, f"plain PyTorch (triton: {error})")
         candidates = triton_kernels(dtype, best_attention(device, base_dtype(dtype)))
-        return tried(candidates, plain_for(device, dtype), probes(case, device, dtype))
+        return replace_failing(candidates, plain_for(device, dtype), probes(case, device, dtype))
 
 
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """Makes a card the current one of this thread: Triton starts kernels there, whatever its arguments are on."""
+def as_current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a card the current one of this thread, on which Triton starts kernels whatever their arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def plain_for(device: torch.device, dtype: torch.dtype, name: str = "plain PyTorch") -> Kernels:
-    """The operations in plain PyTorch, on any device."""
+    """Return the operations in plain PyTorch, for any device."""
     build = plain_fp8_kernels if dtype is FP8 else plain_kernels
     return build(best_attention(device, base_dtype(dtype)), name)
 
 
 def base_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What everything but the inputs of linear layers is computed in."""
+    """Return the dtype of everything except the inputs of linear layers."""
     return torch.bfloat16 if dtype is FP8 else dtype
 
 
 def check_fp8_products(device: torch.device) -> None:
-    """Try the card's fp8 matrix products against the same in float32.
+    """Compare the card's fp8 matrix products with float32.
 
     Raises:
-        DeviceError: the card has none, this PyTorch can't use them, or they give something else.
+        DeviceError: The card has none, this PyTorch does not support them, or their results are wrong.
     """
     check_fp8_card(device)
     hint = "use --dtype bfloat16"
@@ -95,7 +95,9 @@ def check_fp8_products(device: torch.device) -> None:
     try:
         actual = scaled_linear(rows, fp8)
     except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-        raise DeviceError(f"--dtype fp8: this PyTorch ({torch.__version__}) can't: {_line(error)}", hint) from error
+        raise DeviceError(
+            f"--dtype fp8: this PyTorch ({torch.__version__}) does not support it: {_line(error)}", hint
+        ) from error
     if not difference([actual], [emulated_linear(rows, fp8)]) < LARGEST_DIFFERENCE[torch.bfloat16]:
         raise DeviceError("--dtype fp8: the card's fp8 products are wrong", hint)
 
@@ -104,22 +106,22 @@ def check_fp8_card(device: torch.device) -> None:
     """Refuse a card without fp8 matrix products.
 
     Raises:
-        DeviceError: it has none.
+        DeviceError: The card has none.
     """
     if torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
         raise DeviceError(
-            f"--dtype fp8: {torch.cuda.get_device_name(device)} has no fp8 with scales of rows",
+            f"--dtype fp8: {torch.cuda.get_device_name(device)} does not support fp8 with a scale per row",
             "use --dtype bfloat16",
         )
 
 
-def tried(kernels: Kernels, twin: Kernels, tries: dict[str, tuple[Probe, float]]) -> Kernels:
-    """`kernels`, with those operations replaced by the twin's that fail or give something else.
+def replace_failing(kernels: Kernels, twin: Kernels, tries: dict[str, tuple[Probe, float]]) -> Kernels:
+    """Return `kernels` with operations that fail or give other results replaced by those of `twin`.
 
     Args:
-        kernels: the candidates.
-        twin: what they should give.
-        tries: by field of `Kernels`: how to run it, and the largest difference allowed.
+        kernels: The candidates.
+        twin: The operations with the right results.
+        tries: By field of `Kernels`, how to run the operation, and the largest allowed difference.
     """
     reasons = {}
     for field, (probe, allowed) in tries.items():
@@ -136,7 +138,7 @@ def tried(kernels: Kernels, twin: Kernels, tries: dict[str, tuple[Probe, float]]
 
 
 def _failure(probe: Probe, kernels: Kernels, twin: Kernels, allowed: float) -> str:
-    """Why an operation cannot be used; empty when it can."""
+    """Return why an operation cannot be used; empty if it can."""
     expected = probe(twin)
     try:
         error = difference(probe(kernels), expected)
@@ -148,6 +150,6 @@ def _failure(probe: Probe, kernels: Kernels, twin: Kernels, allowed: float) -> s
 
 
 def _line(error: BaseException) -> str:
-    """An exception in one line."""
+    """Format an exception in one line."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__

@@ -1,7 +1,7 @@
-"""Linear layers in fp8 (e4m3): every row of activations and of weights has a scale of its own, found as it is made.
+"""Compute linear layers in fp8 (e4m3), with a scale per row of activations and of weights.
 
-On CUDA the product is `torch._scaled_mm`. Elsewhere the same arithmetic is done in float32, slowly, so that the fp8
-network can be built and tested on any machine. Letters in shapes as in vit.py; K values of a row that a layer takes.
+On CUDA, the product is `torch._scaled_mm`. Elsewhere the same arithmetic is done slowly in float32, so that the fp8
+network can be built and tested on any machine. Shapes use the letters of vit.py; K is the number of inputs of a layer.
 """
 
 # ruff: noqa: N812  (the name that everyone gives torch.nn.functional)
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class ScaledLinear(Linear, Protocol):
-        """A layer whose weights are in fp8."""
+        """A linear layer with fp8 weights."""
 
         scale: Tensor
 
@@ -30,34 +30,34 @@ if TYPE_CHECKING:
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = 448.0
 SMALLEST_ROW = 1e-12
-"""Rows whose largest magnitude is below this are scaled as if it were this: zeros stay zeros."""
+"""Smallest magnitude for the scale of a row, so that rows of zeros stay zeros."""
 
 FAST_ACCUMULATION = True
-"""Sum products in the matrix units' own, shorter accumulators: a fifth faster on Hopper. `Encoder.accuracy` is
-measured with it."""
+"""Use the shorter accumulators of the matrix units, which are a fifth faster on Hopper. The measured accuracy of an
+output includes their error."""
 
 
 def quantize(x: Tensor) -> QuantizedRows:
-    """Rows [...,K] in fp8, each divided by a 448th of its largest magnitude; a NaN in a row stays NaN."""
+    """Return rows [...,K] in fp8, each divided by 1/448 of its largest magnitude; a NaN stays NaN."""
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST_ROW)  # [...,1]
     return QuantizedRows((x * (LARGEST_FP8 / largest)).to(FP8), largest * (1 / LARGEST_FP8))
 
 
 def dequantize(rows: Rows) -> Tensor:
-    """Rows [...,K] as float32, whatever they are in."""
+    """Return rows [...,K] of any type as float32."""
     return rows.values.float() * rows.scale if isinstance(rows, QuantizedRows) else rows.float()
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose weights are fp8, one scale an output."""
+    """A linear layer with fp8 weights and a scale per output."""
 
     weight: Tensor
     """float8_e4m3fn [rows,K]."""
     scale: Tensor
     """float32 [rows]."""
     bias: Tensor | None
-    """[rows], in the dtype of the layer it was made from."""
+    """[rows], in the dtype of the original layer."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Fp8Linear(nn.Module):
 
 
 def quantize_linears(model: nn.Module) -> None:
-    """Replace every nn.Linear in a module by one in fp8, one after another, so that no second model is in memory."""
+    """Replace every nn.Linear of a module by one in fp8, one by one, so that no second model is in memory."""
     for name, child in list(model.named_children()):
         if isinstance(child, nn.Linear):
             setattr(model, name, Fp8Linear(child))
@@ -77,13 +77,13 @@ def quantize_linears(model: nn.Module) -> None:
 
 
 def scaled_linear(h: Rows, layer: Linear) -> Tensor:
-    """`Kernels.linear` of an Fp8Linear, or of a part of one: bfloat16 [...,rows]. Rows not in fp8 are quantized."""
+    """Compute `Kernels.linear` for an Fp8Linear or a part of one as bfloat16 [...,rows]; quantize rows if needed."""
     rows = h if isinstance(h, QuantizedRows) else quantize(h)
     if not rows.values.is_cuda:
         return emulated_linear(rows, layer)
     values, scale = rows.values.flatten(0, -2), rows.scale.view(-1, 1)  # [B*T,K], [B*T,1]
     fp8 = cast("ScaledLinear", layer)
-    product: Tensor = torch._scaled_mm(  # the only way to these matrix units there is in PyTorch
+    product: Tensor = torch._scaled_mm(  # PyTorch's only access to these matrix units
         values,
         fp8.weight.t(),
         scale_a=scale,
@@ -96,7 +96,7 @@ def scaled_linear(h: Rows, layer: Linear) -> Tensor:
 
 
 def emulated_linear(h: Rows, layer: Linear) -> Tensor:
-    """The same in float32, rounded once."""
+    """Compute `scaled_linear` in float32, rounded once."""
     rows = h if isinstance(h, QuantizedRows) else quantize(h)
     fp8 = cast("ScaledLinear", layer)
     product = F.linear(rows.values.float(), fp8.weight.float()) * rows.scale * fp8.scale
@@ -104,7 +104,7 @@ def emulated_linear(h: Rows, layer: Linear) -> Tensor:
 
 
 def plain_fp8_kernels(attend: Attend = attend_fused, name: str = "plain PyTorch") -> Kernels:
-    """`plain_kernels` whose linear layers are in fp8: norms and GELU are rounded to fp8 instead of to bfloat16."""
+    """Return `plain_kernels` with linear layers in fp8, for which norms and GELU are rounded to fp8."""
     base = plain_kernels(attend, name)
     return Kernels(
         name=name,

@@ -1,6 +1,6 @@
-"""What the network needs of a device: one table of operations, chosen once, so that `vit.py` asks nothing.
+"""Define the table of operations that the network needs, which is chosen once per device, so that `vit.py` need not.
 
-Letters in shapes as in vit.py; K values of a row that a linear layer takes.
+Shapes use the letters of vit.py; K is the number of inputs of a linear layer.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from internvit_cli.config import TokenOrder
 
 Norm = nn.LayerNorm | nn.RMSNorm
-"""Over the last axis, computed in float32 and rounded once."""
+"""A norm over the last axis, computed in float32 and rounded once."""
 
 
 class QuantizedRows(NamedTuple):
-    """Rows in fp8: `values * scale` is about what they were."""
+    """Rows in fp8; `values * scale` approximates the original rows."""
 
     values: Tensor
     """float8_e4m3fn [...,K]."""
     scale: Tensor
-    """float32 [...,1], of the row's largest magnitude."""
+    """float32 [...,1], from the largest magnitude of each row."""
 
 
 Rows = Tensor | QuantizedRows
-"""What a linear layer takes, [...,K]: in the compute dtype, or in fp8."""
+"""Inputs of a linear layer, [...,K], in the compute dtype or in fp8."""
 
 
 class Linear(Protocol):
-    """Weights of a linear layer: nn.Linear, one in fp8, or some of the rows of either."""
+    """Weights of a linear layer: an nn.Linear, one in fp8, or some rows of either."""
 
     @property
     def weight(self) -> Tensor:
@@ -48,23 +48,23 @@ class Linear(Protocol):
 
 
 class LinearPart(NamedTuple):
-    """Some rows of a linear layer."""
+    """Some outputs of a linear layer."""
 
     weight: Tensor
     bias: Tensor | None
     scale: Tensor | None
-    """float32 [rows] where weights are in fp8."""
+    """float32 [rows] if the weights are in fp8."""
 
 
 def linear_part(layer: Linear, rows: slice) -> LinearPart:
-    """The outputs `rows` of a layer as a layer of its own; no weight is copied."""
+    """Return the outputs `rows` of a layer as a layer, without copying weights."""
     scale = getattr(layer, "scale", None)
     bias = None if layer.bias is None else layer.bias[rows]
     return LinearPart(layer.weight[rows], bias, None if scale is None else scale[rows])
 
 
 def class_rows(h: Rows) -> Rows:
-    """The class tokens of [B,T,K] as [B,1,K]."""
+    """Return the class tokens of [B,T,K] as [B,1,K]."""
     if isinstance(h, QuantizedRows):
         return QuantizedRows(h.values[:, :1].contiguous(), h.scale[:, :1].contiguous())
     return h[:, :1].contiguous()
@@ -72,21 +72,21 @@ def class_rows(h: Rows) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class StorePlan:
-    """How token values become what is stored."""
+    """How token values are stored."""
 
     tokens: int
-    """T: stored tokens a tile."""
+    """T: stored tokens per tile."""
     token_size: int
-    """Values of each."""
+    """Values per token."""
     dtype: torch.dtype
     order: TokenOrder | None
-    """Pixel unshuffle on the way: v1 or v2; None leaves tokens as they are."""
+    """The order of pixel unshuffle, v1 or v2; None means no pixel unshuffle."""
     clamp: bool
-    """Limit values to what `dtype` holds, and count those that it would round to infinity."""
+    """Whether to limit values to the range of `dtype`, and count those that it would round to infinity."""
     infinite_from: float
     """The smallest magnitude that rounds to infinity in `dtype`."""
     mean: bool
-    """Whether the mean over a tile's rows is wanted."""
+    """Whether to compute the mean over the rows of a tile."""
 
     @property
     def is_scaled(self) -> bool:
@@ -95,28 +95,28 @@ class StorePlan:
 
 
 class StoredTokens(NamedTuple):
-    """Tokens of B tiles in their final form, and what had to be known of them."""
+    """Tokens of B tiles in their stored form, with statistics."""
 
     tokens: Tensor
-    """[B,T,token_size] in the stored type."""
+    """Tokens [B,T,token_size] in the stored type."""
     mean: Tensor | None
-    """float32 [B,C]: mean of a tile's rows before storing."""
+    """float32 [B,C]: means of the rows of each tile before storing."""
     extremes: Tensor
-    """float32 [B,2]: smallest and largest value before storing; NaN when any value is."""
+    """float32 [B,2]: smallest and largest value before storing; NaN if any value is NaN."""
     clamped: Tensor
-    """int64 [B]: values that were clamped."""
+    """int64 [B]: numbers of clamped values."""
     scales: Tensor | None = None
-    """float32 [B,T]: what a token's stored values are multiples of; None where the stored type has no scales."""
+    """float32 [B,T]: scales of the tokens; None if the stored type has no scales."""
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of every operation. Where rows are for a linear layer, an fp8 table gives them quantized."""
+    """An implementation of every operation. In an fp8 table, rows for linear layers are quantized."""
 
     name: str
-    """For the report, such as `triton`."""
+    """The name in reports, such as `triton`."""
     patch_columns: int
-    """Columns of a patch and of its weights: 588, or more, with zeros, where a device likes that better."""
+    """Columns of a patch and of its weights: 588, or more (padded with zeros) if that is faster on a device."""
 
     patches: Callable[[Tensor, int, torch.dtype], Tensor]
     """uint8 tiles [B,S,S,3], columns, dtype -> [B,N,columns]: values - 128 in a tile's order (y, x, channel)."""

@@ -1,6 +1,6 @@
-"""Every operation of `Kernels` in plain PyTorch: what it means, and what runs wherever no faster one does.
+"""Implement every operation of `Kernels` in plain PyTorch, as a reference and for devices without a faster one.
 
-Letters in shapes as in vit.py.
+Shapes use the letters of vit.py.
 """
 
 # ruff: noqa: N806, N812  (shape letters, and the name that everyone gives torch.nn.functional)
@@ -23,18 +23,18 @@ PADDED_PATCH_VALUES = 592
 """With four zeros rows of 16-bit numbers begin at multiples of 16 bytes, which matrix products need to be fast."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q, k, v [B,H,T,D] -> [B,H,T,D]."""
+"""A function from q, k and v [B,H,T,D] to [B,H,T,D]."""
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own fused attention, [B,H,T,D] each."""
+    """Compute attention with PyTorch's fused operation; all shapes are [B,H,T,D]."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def attend_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Matmul, softmax, matmul, one head at a time, so that a head's scores stay in the cache; [B,H,T,D] each.
+    """Compute attention one head at a time, so that its scores stay in the cache; all shapes are [B,H,T,D].
 
-    In bfloat16 on CPUs without AMX this takes half the time of the fused kernel, and with AMX 1.5 times.
+    In bfloat16, this takes half the time of the fused operation on CPUs without AMX, and 1.5 times as long with AMX.
     """
     B, H, T, D = q.shape
     out = q.new_empty(B, T, H, D)
@@ -46,7 +46,7 @@ def attend_by_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def best_attention(device: torch.device, dtype: torch.dtype) -> Attend:
-    """The faster one here: a fixed rule, never a measurement, because the two differ in their last bits."""
+    """Return the faster attention by a fixed rule, not a measurement, because the two differ in their last bits."""
     by_head = device.type == "cpu" and dtype is torch.bfloat16 and platform.machine() == "x86_64" and not _has_amx()
     return attend_by_head if by_head else attend_fused
 
@@ -57,11 +57,11 @@ def _has_amx() -> bool:
 
 
 def plain_kernels(attend: Attend = attend_fused, name: str = "plain PyTorch") -> Kernels:
-    """All operations of this module.
+    """Return the table of all operations of this module.
 
     Args:
-        attend: how attention is computed.
-        name: for the report, with the reason where something faster was to be had.
+        attend: The function that computes attention.
+        name: The name in reports, with the reason if faster operations cannot be used.
     """
     return Kernels(
         name=name,
@@ -114,12 +114,12 @@ def linear(h: Rows, layer: Linear) -> Tensor:
 
 def linear_gelu(h: Rows, layer: Linear) -> Tensor:
     """See `Kernels.linear_gelu`: the exact (erf) GELU."""
-    gelu: Tensor = torch.ops.aten.gelu_(linear(h, layer))  # in place: it is the widest tensor there is
+    gelu: Tensor = torch.ops.aten.gelu_(linear(h, layer))  # in place, because it is the widest tensor
     return gelu
 
 
 def plain_attention(attend: Attend) -> Callable[[Tensor, int, tuple[Norm, Norm] | None], Tensor]:
-    """`Kernels.attention` by way of q, k and v [B,H,T,D]."""
+    """Return `Kernels.attention` for a function of q, k and v [B,H,T,D]."""
 
     def attention(qkv: Tensor, heads: int, norms: tuple[Norm, Norm] | None) -> Tensor:
         B, T, width = qkv.shape
@@ -133,7 +133,7 @@ def plain_attention(attend: Attend) -> Callable[[Tensor, int, tuple[Norm, Norm] 
 
 
 def attend_class(q: Tensor, kv: Tensor, heads: int, norms: tuple[Norm, Norm] | None) -> Tensor:
-    """Attention of the class token's query alone: q [B,1,C], packed keys and values [B,T,2C] -> [B,1,C]."""
+    """Compute attention for the query of the class token: q [B,1,C], packed keys and values [B,T,2C] -> [B,1,C]."""
     B, T, width = kv.shape
     k, v = kv.chunk(2, dim=-1)  # [B,T,C] each
     if norms is not None:
@@ -160,14 +160,14 @@ def store(values: Tensor, plan: StorePlan) -> StoredTokens:
 
 
 def quantize_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Tokens as multiples of a scale each, symmetric: the largest magnitude becomes the largest that there is.
+    """Quantize tokens symmetrically with a scale per token; the largest magnitude becomes the largest of the type.
 
     Args:
-        tokens: float32 [...,C]; finite ones, or what comes out means nothing.
+        tokens: float32 [...,C], finite.
         dtype: int8, or uint8 for the bits of float8 e4m3.
 
     Returns:
-        Tokens of that type [...,C], and scales, float32 [...]. No value is further from `tokens` than half a step.
+        Tokens of that type [...,C], and scales, float32 [...]. No value is off by more than half a step.
     """
     steps = 127.0 if dtype is torch.int8 else torch.finfo(torch.float8_e4m3fn).max
     scales = (tokens.abs().amax(dim=-1) / steps).clamp_min(torch.finfo(torch.float32).tiny)
@@ -178,7 +178,7 @@ def quantize_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def _clamped(values: Tensor, plan: StorePlan) -> tuple[Tensor, Tensor]:
-    """Token values limited to what the stored type holds, when that was asked for, and how many were not."""
+    """Clamp token values to the stored type if requested, and return them with the number of clamped ones."""
     if not plan.clamp:
         return values, torch.zeros(len(values), dtype=torch.int64, device=values.device)
     beyond = values.float().abs() >= plan.infinite_from  # False for NaN

@@ -1,6 +1,6 @@
-"""Every operation of a table of kernels on small random inputs, so that two tables can be compared.
+"""Run every operation of a table of kernels on small random inputs, to compare two tables.
 
-Letters in shapes as in vit.py.
+Shapes use the letters of vit.py.
 """
 
 # ruff: noqa: N806  (shape letters)
@@ -30,28 +30,28 @@ LARGEST_DIFFERENCE = {
     torch.bfloat16: 2.0**-5,
     FP8: 2.0**-3,
 }
-"""How far a kernel may be from its twin, as a share of the largest magnitude: a few roundings of the type, and for
-fp8 one step of it. A wrong index or a lost row is far beyond."""
+"""Allowed difference of a kernel from its plain version, relative to the largest magnitude: a few roundings of the
+type, or one step of fp8. A wrong index or a lost row is far above it."""
 
 Probe = Callable[[Kernels], list[Tensor]]
-"""Runs one operation of a table; the same inputs however often it is called."""
+"""A function that runs one operation of a table, always with the same inputs."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """The sizes that kernels are tried with: those they will run with, so that Triton compiles each once."""
+class ProbeSizes:
+    """The sizes with which kernels are tried, which are those of the run, so that Triton compiles each kernel once."""
 
     vision: VisionConfig
     side: int
-    """Patches along a side of a tile."""
+    """The number of patches along a side of a tile."""
     plan: StorePlan | None = None
-    """How tokens are stored; None when none are."""
+    """How tokens are stored; None if none are."""
 
 
 class _Inputs:
-    """Random tensors of a case, the same every time."""
+    """Random tensors for a case, which are always the same."""
 
-    def __init__(self, case: Case, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, case: ProbeSizes, device: torch.device, dtype: torch.dtype) -> None:
         self.vision, self.case, self.device = case.vision, case, device
         self.dtype = dtype
         self.base = torch.bfloat16 if dtype is FP8 else dtype
@@ -79,13 +79,13 @@ class _Inputs:
         return Fp8Linear(layer) if self.dtype is FP8 else layer
 
 
-def probes(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Probe, float]]:
-    """By field of `Kernels`: how to run the operation, and how far it may be from its twin.
+def probes(case: ProbeSizes, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Probe, float]]:
+    """Return by field of `Kernels` how to run the operation, and the allowed difference.
 
     Args:
-        case: the sizes.
-        device: where.
-        dtype: the compute dtype, float8_e4m3fn for fp8.
+        case: The sizes.
+        device: The device.
+        dtype: The compute dtype, float8_e4m3fn for fp8.
     """
     make = _Inputs(case, device, dtype)
     N, C, heads = case.side**2, case.vision.hidden_size, case.vision.num_heads
@@ -112,14 +112,14 @@ def probes(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, tu
 
 
 def _tensors(*outputs: Rows | None) -> list[Tensor]:
-    """Outputs that can be compared: rows in fp8 as the numbers they stand for."""
+    """Return outputs as tensors that can be compared; rows in fp8 are dequantized."""
     return [
         dequantize(output) if isinstance(output, QuantizedRows) else output for output in outputs if output is not None
     ]
 
 
 def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference as a share of the largest magnitude, the worst of some tensors; infinite for NaN."""
+    """Return the largest difference relative to the largest magnitude over all tensors; infinite for NaN."""
     worst = 0.0
     for one, other in zip(actual, expected, strict=True):
         if one.shape != other.shape:

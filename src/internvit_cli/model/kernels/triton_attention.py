@@ -1,10 +1,10 @@
-"""Attention over packed q, k and v in Triton: nothing is transposed, and the class token costs no block of its own.
+"""Compute attention over packed q, k and v in Triton, without transposing, and without a block for the class token.
 
-A tile has T = 1 + N tokens, and N = 1024 is a whole number of blocks where 1025 is not. So the softmax of every query
-starts from the class token's key, after which the N patch keys remain; and the class token's own query, one row, is
-answered by a program without matrix units, beside those of the patches of the same tile and head.
+A tile has T = 1 + N tokens; N = 1024 is a whole number of blocks, but 1025 is not. The softmax of every query therefore
+starts from the key of the class token, after which the N patch keys remain. The query of the class token, which is one
+row, is handled by a program without matrix units, beside those of the patches of the same tile and head.
 
-Letters in shapes as in vit.py.
+Shapes use the letters of vit.py.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ LOG2_E = 1.4426950408889634
 
 
 class AttentionBlocks(NamedTuple):
-    """How the work is cut; the numbers decide the speed and the last bits."""
+    """How the work is divided, which decides the speed and the last bits."""
 
     queries: int
-    """Patch queries of one program."""
+    """Patch queries per program."""
     keys: int
-    """Patch keys of one step."""
+    """Patch keys per step."""
     class_keys: int
-    """Patch keys of one step of the class token's query."""
+    """Patch keys per step for the query of the class token."""
     warps: int
     stages: int
-    """Steps whose keys and values are on their way at once."""
+    """Number of steps whose keys and values are loaded at once."""
     ahead: bool
-    """Whether the scores of the next step are computed while this step's become weights; takes more registers."""
+    """Whether the scores of the next step are computed early, which overlaps work but needs more registers."""
 
 
 HOPPER_BLOCKS = {
@@ -41,9 +41,9 @@ HOPPER_BLOCKS = {
     64: AttentionBlocks(128, 64, 64, 8, 4, ahead=False),
     128: AttentionBlocks(128, 64, 32, 8, 3, ahead=True),
 }
-"""By head size D, for an H100; `benchmarks/encoder.py --sweep-attention` tries others. At D = 64 a multiprocessor has
-room for two programs, and one computes scores while the other computes weights. At D = 128 there is room for only one,
-which does both at a time by itself. No register is spilled, after which matrix products would wait for each other."""
+"""Blocks by head size D for an H100; `benchmarks/encoder.py --sweep-attention` tries others. At D = 64 a multiprocessor
+has room for two programs, of which one computes scores while the other computes weights. At D = 128 there is room for
+only one, which overlaps both itself. No registers are spilled, which would make matrix products wait for each other."""
 
 OTHER_BLOCKS = {
     16: AttentionBlocks(128, 64, 64, 4, 3, ahead=False),
@@ -51,27 +51,27 @@ OTHER_BLOCKS = {
     64: AttentionBlocks(128, 64, 64, 8, 3, ahead=False),
     128: AttentionBlocks(128, 64, 32, 8, 3, ahead=False),
 }
-"""For other cards, whose matrix units take everything from registers; within 99 KiB of shared memory."""
+"""Blocks for other cards, whose matrix units read everything from registers, within 99 KiB of shared memory."""
 
 HOPPER = (9, 0)
 LARGE_SHARED_MEMORY = {9, 10}
-"""Major compute capabilities with 227 KiB for a program, and matrix units that read it: Hopper, Blackwell's B200."""
+"""Major compute capabilities with 227 KiB of shared memory that matrix units can read: Hopper and Blackwell's B200."""
 
 
 def blocks_for(head_size: int, capability: tuple[int, int]) -> AttentionBlocks | None:
-    """How to cut the work for heads of that size on a card of that compute capability; None where nothing fits."""
+    """Return how to divide the work for a head size and a compute capability; None if nothing fits."""
     return (HOPPER_BLOCKS if capability[0] in LARGE_SHARED_MEMORY else OTHER_BLOCKS).get(head_size)
 
 
 @triton.jit
 def _load_rows(at: tl.tensor, row: tl.tensor, PATCHES: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """A block of rows; those after the last patch are zeros. Where blocks are whole there is nothing to mask."""
+    """Load a block of rows, with zeros after the last patch; whole blocks need no mask."""
     return tl.load(at) if PATCHES % BLOCK == 0 else tl.load(at, mask=row[:, None] < PATCHES, other=0.0)
 
 
 @triton.jit
 def _scores(q: tl.tensor, k_at: tl.tensor, row: tl.tensor, PATCHES: tl.constexpr, KEYS: tl.constexpr) -> tl.tensor:
-    """Products of queries and a block of keys, [QUERIES,KEYS]; minus infinity after the last patch."""
+    """Return products of queries and a block of keys, [QUERIES,KEYS], with minus infinity after the last patch."""
     k = _load_rows(k_at, row, PATCHES, KEYS)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     return scores if PATCHES % KEYS == 0 else tl.where(row[None, :] < PATCHES, scores, float("-inf"))
@@ -81,7 +81,7 @@ def _scores(q: tl.tensor, k_at: tl.tensor, row: tl.tensor, PATCHES: tl.constexpr
 def _weigh(
     scores: tl.tensor, v: tl.tensor, highest: tl.tensor, total: tl.tensor, out: tl.tensor, scale: tl.tensor
 ) -> tl.tensor:
-    """The softmax so far, with one more block of keys: log2 of the largest weight, sum of weights, weighed values."""
+    """Add a block of keys to the softmax: log2 of the largest weight, sum of weights, and weighted values."""
     highest_now = tl.maximum(highest, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - highest_now[:, None])
     shrink = tl.exp2(highest - highest_now)
@@ -103,7 +103,7 @@ def _attend_patches(
     KEYS: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """Patch queries block * QUERIES and following of one tile and head."""
+    """Compute a block of patch queries of one tile and head, from query block * QUERIES on."""
     stride = 3 * width  # from token to token
     channels = tl.arange(0, D)
     row = block * QUERIES + tl.arange(0, QUERIES)
@@ -154,7 +154,7 @@ def _attend_class(
     D: tl.constexpr,
     KEYS: tl.constexpr,
 ) -> None:
-    """The class token's query of one tile and head: each of KEYS lanes has a softmax of its own, joined at the end."""
+    """Compute the class token's query of one tile and head, with a softmax per lane that are joined at the end."""
     stride = 3 * width
     channels = tl.arange(0, D)
     q = tl.load(base + channels)
@@ -205,7 +205,7 @@ def _attention(
     CLASS_KEYS: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
-    """One program is a block of queries of one tile and head; the last block of each is the class token's."""
+    """Compute a block of queries of one tile and head per program; the last block is that of the class token."""
     blocks = tl.cdiv(PATCHES, QUERIES) + 1
     block = tl.program_id(0) % blocks
     head = tl.program_id(0) // blocks % heads
@@ -220,12 +220,12 @@ def _attention(
 
 
 def attention(qkv: Tensor, heads: int, cut: AttentionBlocks) -> Tensor:
-    """Packed q, k and v [B,T,3C], contiguous, heads in order within each third -> [B,T,C] in the same type.
+    """Compute attention of packed q, k and v [B,T,3C], contiguous, with heads in order in each third -> [B,T,C].
 
     Args:
-        qkv: float16 or bfloat16 on CUDA; float32 too in Triton's interpreter.
-        heads: H; D = C / H is a power of two from 16.
-        cut: how to cut the work, from `blocks_for`.
+        qkv: float16 or bfloat16 on CUDA; also float32 in Triton's interpreter.
+        heads: H; D = C / H is a power of two, at least 16.
+        cut: How the work is divided, from `blocks_for`.
     """
     B, T, width = qkv.shape
     D, patches = width // 3 // heads, T - 1

@@ -1,6 +1,6 @@
-"""The operations of `Kernels` on CUDA with Triton, and GELU in the matrix product that feeds it.
+"""Implement the operations of `Kernels` on CUDA with Triton, with GELU fused into the matrix product before it.
 
-Letters in shapes as in vit.py.
+Shapes use the letters of vit.py.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def triton_kernels(dtype: torch.dtype, attend: Attend) -> Kernels:
-    """The operations for one compute dtype.
+    """Return the operations for a compute dtype.
 
     Args:
-        dtype: float8_e4m3fn is rows for linear layers in fp8 and all else in bfloat16.
-        attend: attention in float32, where Triton's matrix products are slow, and of head sizes without blocks.
+        dtype: The compute dtype; float8_e4m3fn means fp8 in linear layers and bfloat16 elsewhere.
+        attend: Attention for float32, in which Triton's matrix products are slow, and for head sizes without blocks.
     """
     in_fp8, exact = dtype is FP8, dtype is torch.float32
     gelus: dict[torch.dtype, Callable[[Rows, Linear], Rows]] = {FP8: fp8_linear_gelu, torch.float32: linear_gelu}
@@ -56,25 +56,27 @@ def attention(qkv: Tensor, heads: int, norms: tuple[Norm, Norm] | None, *, atten
 
 
 def store(values: Tensor, plan: StorePlan) -> StoredTokens:
-    """See `Kernels.store`; types with scales take plain PyTorch: a scale is known only after a whole token was seen."""
+    """See `Kernels.store`; scaled types use plain PyTorch, because a scale depends on a whole token."""
     return plain_store(values, plan) if plan.is_scaled else triton_tiles.store(values, plan)
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
-    """Of the card that holds a tensor; in Triton's interpreter, of none, as if it were the newest."""
+    """Return the compute capability of a tensor's card, or the newest in Triton's interpreter."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else triton_attention.HOPPER
 
 
 def epilogue_linear_gelu(h: Rows, layer: Linear) -> Tensor:
-    """See `Kernels.linear_gelu`: the tanh form, at the end of the matrix product.
+    """See `Kernels.linear_gelu`; uses the tanh form, fused into the matrix product.
 
-    It is within 5e-4 of the exact form, which is less than rounding to 16 bits changes, and saves a pass over the
-    widest tensor there is.
+    It is within 5e-4 of the exact form, which is less than the rounding to 16 bits, and saves a pass over the widest
+    tensor.
     """
     assert isinstance(h, torch.Tensor)
     assert layer.bias is not None
     rows = h.flatten(0, -2)  # [B*T,K]
-    out: Tensor = torch._addmm_activation(layer.bias, rows, layer.weight.t(), use_gelu=True)  # has no public name
+    out: Tensor = torch._addmm_activation(
+        layer.bias, rows, layer.weight.t(), use_gelu=True
+    )  # there is no public function
     return out.view(*h.shape[:-1], -1)
 
 

@@ -1,9 +1,9 @@
-"""A row at a time in Triton: residual, LayerScale and the next norm in one pass, and rows in fp8 on the way out.
+"""Compute residual, LayerScale and the next norm in one pass over rows in Triton, with rows in fp8 if needed.
 
-A program is one row, whole, in registers. Row numbers are 64 bits: a large batch has more than 2**31 values. Sizes
-that a model fixes are the only ones Triton compiles for; how many rows there are is only in the grid.
+A program holds one whole row in registers. Row numbers have 64 bits, because a large batch has more than 2**31 values.
+Triton compiles only for the sizes that a model fixes; the number of rows is only in the grid.
 
-Letters in shapes as in vit.py.
+Shapes use the letters of vit.py.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def _normed(
     columns: tl.tensor,
     width: tl.tensor,
     eps: tl.tensor,
-    CENTRED: tl.constexpr,
+    CENTERED: tl.constexpr,
 ) -> tl.tensor:
-    """LayerNorm (CENTRED) or RMSNorm of one row in float32; columns beyond `width` are 0 and stay 0."""
+    """Return LayerNorm (CENTERED) or RMSNorm of a row in float32; columns beyond `width` are 0 and stay 0."""
     inside = columns < width
-    if CENTRED:
+    if CENTERED:
         x = tl.where(inside, x - tl.sum(x, axis=0) / width, 0.0)
     x = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
     x = x * tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    if CENTRED:
+    if CENTERED:
         x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
     return x
 
@@ -52,7 +52,7 @@ def _write_row(
     width: tl.tensor,
     IN_FP8: tl.constexpr,
 ) -> None:
-    """Store a row of float32, in fp8 with its scale or in the type of `out`. Values keep a NaN, the scale drops it."""
+    """Store a float32 row, in fp8 with its scale or in the type of `out`. NaNs stay in the values, not in the scale."""
     if IN_FP8:
         largest = tl.maximum(tl.max(tl.abs(x), axis=0), _SMALLEST_ROW)
         tl.store(scales + row, largest * (1 / _LARGEST_FP8))
@@ -72,11 +72,11 @@ def _residual_norm(
     width: tl.tensor,
     eps: tl.tensor,
     ADD: tl.constexpr,
-    CENTRED: tl.constexpr,
+    CENTERED: tl.constexpr,
     IN_FP8: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One row of x + y * scale, written over x, and its norm; without ADD only the norm of x."""
+    """Write x + y * scale over a row of x, and its norm; without ADD, write only the norm of x."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -89,7 +89,7 @@ def _residual_norm(
         rounded = value.to(x.dtype.element_ty)
         tl.store(x + at, rounded, mask=inside)
         value = rounded.to(tl.float32)
-    value = _normed(value, weight, bias, columns, width, eps, CENTRED)
+    value = _normed(value, weight, bias, columns, width, eps, CENTERED)
     _write_row(value, out, out_scales, row, columns, width, IN_FP8)
 
 
@@ -106,11 +106,11 @@ def _embed(
     width: tl.tensor,
     eps: tl.tensor,
     NORM: tl.constexpr,
-    CENTRED: tl.constexpr,
+    CENTERED: tl.constexpr,
     IN_FP8: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """One token of one tile: its patch, if it is not the class token, plus its row of the table; and the first norm."""
+    """Embed a token of a tile: its patch, except for the class token, plus its row of the table, and the first norm."""
     row = tl.program_id(0).to(tl.int64)
     tile, token = row // tokens, row % tokens
     columns = tl.arange(0, BLOCK)
@@ -122,7 +122,7 @@ def _embed(
     rounded = value.to(x.dtype.element_ty)
     tl.store(x + row * width + columns, rounded, mask=inside)
     if NORM:
-        value = _normed(rounded.to(tl.float32), weight, bias, columns, width, eps, CENTRED)
+        value = _normed(rounded.to(tl.float32), weight, bias, columns, width, eps, CENTERED)
         _write_row(value, out, out_scales, row, columns, width, IN_FP8)
 
 
@@ -130,7 +130,7 @@ def _embed(
 def _qk_norm(
     qkv: tl.tensor, q_weight: tl.tensor, k_weight: tl.tensor, width: tl.tensor, eps: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """RMSNorm of q or of k of one token, over all heads, in place."""
+    """Apply RMSNorm to q or k of one token over all heads, in place."""
     row, part = tl.program_id(0).to(tl.int64) // 2, tl.program_id(0) % 2
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -145,7 +145,7 @@ def _qk_norm(
 def _quantize(
     x: tl.tensor, out: tl.tensor, out_scales: tl.tensor, width: tl.tensor, GELU: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
-    """One row in fp8, after the exact GELU where asked."""
+    """Quantize a row to fp8, optionally after the exact GELU."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     value = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
@@ -188,7 +188,7 @@ def embed(patches: Tensor, table: Tensor, norm: Norm | None, *, in_fp8: bool) ->
         C,
         0.0 if norm is None else norm.eps,
         NORM=norm is not None,
-        CENTRED=isinstance(norm, nn.LayerNorm),
+        CENTERED=isinstance(norm, nn.LayerNorm),
         IN_FP8=in_fp8,
         BLOCK=block,
         **_options(block),
@@ -197,7 +197,7 @@ def embed(patches: Tensor, table: Tensor, norm: Norm | None, *, in_fp8: bool) ->
 
 
 def qk_norm(qkv: Tensor, q_norm: Norm, k_norm: Norm) -> Tensor:
-    """RMSNorm of q and of k over all heads joined, in place: packed q, k and v [B,T,3C], contiguous."""
+    """Apply RMSNorm to q and k over all heads, in place; packed q, k and v are [B,T,3C], contiguous."""
     width = qkv.shape[-1] // 3
     block = triton.next_power_of_2(width)
     _qk_norm[(2 * qkv.shape[0] * qkv.shape[1],)](
@@ -207,7 +207,7 @@ def qk_norm(qkv: Tensor, q_norm: Norm, k_norm: Norm) -> Tensor:
 
 
 def quantize(x: Tensor, *, gelu: bool = False) -> QuantizedRows:
-    """Rows [...,K], contiguous, in fp8, after the exact GELU where asked."""
+    """Return contiguous rows [...,K] in fp8, optionally after the exact GELU."""
     rows = QuantizedRows(torch.empty_like(x, dtype=FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
@@ -230,7 +230,7 @@ def _launch_norm(x: Tensor, y: Tensor | None, scale: Tensor | None, norm: Norm, 
         width,
         norm.eps,
         ADD=y is not None,
-        CENTRED=isinstance(norm, nn.LayerNorm),
+        CENTERED=isinstance(norm, nn.LayerNorm),
         IN_FP8=isinstance(rows, QuantizedRows),
         BLOCK=block,
         **_options(block),
@@ -244,7 +244,7 @@ def _new_rows(x: Tensor, *, in_fp8: bool) -> Rows:
 
 
 def _targets(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Where values and scales go; a pointer that is not used has to point somewhere all the same."""
+    """Return the tensors for values and scales; even an unused pointer has to be valid."""
     return (rows.values, rows.scale) if isinstance(rows, QuantizedRows) else (rows, rows)
 
 
@@ -254,5 +254,5 @@ def _bias(norm: Norm) -> Tensor:
 
 
 def _options(block: int) -> dict[str, int]:
-    """Eight values a thread, which is one load of 16 bytes at 16 bits, up to 16 warps."""
+    """Return launch options for eight values per thread (a load of 16 bytes at 16 bits), up to 16 warps."""
     return {"num_warps": min(max(block // 256, 1), 16), "enable_fp_fusion": True}

@@ -1,6 +1,6 @@
-"""The two ends of the network in Triton: bytes of tiles to patches, and hidden states to what is stored.
+"""Convert tiles to patches, and hidden states to stored tokens, in Triton.
 
-Letters in shapes as in vit.py.
+Shapes use the letters of vit.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PATCH_VALUES = tl.constexpr(PATCH_VALUES)
 _PATCH_BLOCK = tl.constexpr(1024)
 
 STORE_ROWS = 32
-"""Rows of one program of `store`; their sums and extremes are joined afterwards, always in the same order."""
+"""Rows per program of `store`; their sums and extremes are joined afterwards, always in the same order."""
 _STEP = 4
 _STORE_BLOCK = 512
 _ORDERS = {None: 0, TokenOrder.V1: 1, TokenOrder.V2: 2}
@@ -29,12 +29,12 @@ _ORDERS = {None: 0, TokenOrder.V1: 1, TokenOrder.V2: 2}
 
 @triton.jit
 def _patches(tiles: tl.tensor, out: tl.tensor, side: tl.tensor, COLUMNS: tl.constexpr) -> None:
-    """One patch of one tile."""
+    """Copy a patch of a tile."""
     row = tl.program_id(0).to(tl.int64)
     tile, patch = row // (side * side), row % (side * side)
     values = tl.arange(0, _PATCH_BLOCK)
     line, rest = values // (3 * _P), values % (3 * _P)
-    stride = side * (3 * _P)  # bytes of a line of the tile
+    stride = side * (3 * _P)  # bytes per line of the tile
     corner = tile * (side * _P * stride) + patch // side * (_P * stride) + patch % side * (3 * _P)
     inside = values < _PATCH_VALUES
     pixels = tl.load(tiles + corner + line * stride + rest, mask=inside, other=0).to(tl.float32) - 128.0
@@ -63,7 +63,7 @@ def _store(
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Some rows of one tile, some of their columns: stored in their place, summed, their extremes taken."""
+    """Store some rows and columns of a tile, and compute their sums and extremes."""
     chunks, blocks = tl.cdiv(count, ROWS), tl.num_programs(1)
     tile, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -79,7 +79,7 @@ def _store(
         value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
         if MEAN:
             total += value
-        low = tl.minimum(low, tl.where(inside, value, float("inf")))  # either drops NaN
+        low = tl.minimum(low, tl.where(inside, value, float("inf")))  # both functions ignore NaN
         high = tl.maximum(high, tl.where(inside, value, float("-inf")))
         nans += (value != value).to(tl.int32)
         if CLAMP:
@@ -114,7 +114,7 @@ def patches(tiles: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def store(values: Tensor, plan: StorePlan) -> StoredTokens:
-    """See `Kernels.store`: one pass over the values, then sums and extremes of its programs are joined."""
+    """See `Kernels.store`; makes one pass over the values, and joins the sums and extremes of the programs."""
     B, n, C = values.shape
     chunks, block = triton.cdiv(n, STORE_ROWS), min(triton.next_power_of_2(C), _STORE_BLOCK)
     blocks = triton.cdiv(C, block)

@@ -1,9 +1,9 @@
-// The data, and elements made of it. Text is only ever set as text: nothing from outside is read as markup.
+// Build elements from the data. Text is only inserted as text, so nothing from outside is parsed as markup.
 
 const data = JSON.parse(document.getElementById('data').textContent);
 const images = data.images;
 
-/** An element with attributes, listeners (`onclick`) and children; strings among them become text. */
+/** Create an element with attributes, listeners (`onclick`) and children; strings become text. */
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -34,7 +34,7 @@ function seconds(number) {
   return minutes < 60 ? `${minutes} min ${whole % 60} s` : `${count(Math.floor(minutes / 60))} h ${minutes % 60} min`;
 }
 
-/** The beginning and the end of a long text: what tells keys apart is at their end. */
+/** Shorten a long text to its beginning and its end, because the end of a key identifies it. */
 function shortened(text, most) {
   const letters = [...text];
   if (letters.length <= most) return text;
@@ -42,7 +42,7 @@ function shortened(text, most) {
   return `${letters.slice(0, head).join('')}\u2026${letters.slice(head + 1 - most).join('')}`;
 }
 
-/** A box that fades where there is more to scroll to, and has a tab stop only where it can be scrolled. */
+/** Create a box that fades where it can be scrolled, and has a tab stop only if it can be. */
 function scroller(box) {
   const look = () => {
     const right = box.scrollWidth - box.clientWidth - box.scrollLeft;
@@ -57,7 +57,7 @@ function scroller(box) {
   return box;
 }
 
-/** A table in a box of its own; columns are [title, class]. On a phone each row becomes a block of named values, unless the table is narrow. */
+/** Create a table in its own box; columns are [title, class]. On a phone, each row becomes a block of named values unless the table is narrow. */
 function table(caption, columns, rows, kind = '') {
   const head = make('tr', { role: 'row' }, ...columns.map(([title, kind = '']) => make('th', { scope: 'col', role: 'columnheader', class: kind }, title)));
   const cell = (value, place) => make('td', { role: 'cell', class: columns[place][1] ?? '', 'data-title': columns[place][0] }, make('span', {}, value));
@@ -66,16 +66,16 @@ function table(caption, columns, rows, kind = '') {
   return scroller(make('div', { class: kind === 'tall' ? 'scroll tall' : 'scroll', role: 'region', 'aria-label': caption }, whole));
 }
 
-/** A table of names and values. */
+/** Create a table of names and values. */
 function factTable(caption, rows) {
   const lines = rows.map(([name, value]) => make('tr', {}, make('th', { scope: 'row' }, name), make('td', {}, value)));
   return make('table', { class: 'facts', 'aria-label': caption }, make('tbody', {}, ...lines));
 }
 
-/** What is shown of an image beside its picture. */
+/** Return the text beside the picture of an image. */
 const sizeOf = (image) => `${count(images.width[image])} x ${count(images.height[image])} px, ${plural(images.tiles[image], 'tile')}`;
 
-/** An image's thumbnail, or why there is none. */
+/** Create the thumbnail of an image, or a text that says why there is none. */
 function thumbnail(image) {
   const picture = data.thumbnails.pictures[image];
   if (picture) return make('img', { class: 'thumb', src: `data:image/jpeg;base64,${picture}`, alt: `thumbnail of ${images.keys[image]}` });
@@ -84,7 +84,7 @@ function thumbnail(image) {
   return make('div', { class: 'thumb', title: why }, problem ? shortProblem(problem) : 'no thumbnail drawn');
 }
 
-/** A reason without the path in front of it, which the map shows in full. */
+/** Return a reason without the leading path, which the map shows in full. */
 function shortProblem(problem) {
   const reason = problem.slice(problem.lastIndexOf(': ') + 1).trim();
   return shortened(reason.includes('changed since') ? 'changed since it was encoded' : reason.includes('SHA-256') ? 'no SHA-256 stored' : reason, 48);

@@ -1,4 +1,4 @@
-// The sections that are words and numbers.
+// The sections with texts and numbers.
 
 function showHead() {
   byId('path').textContent = data.path;
@@ -38,7 +38,7 @@ function showSummary() {
   byId('summary').append(make('h3', {}, 'Datasets'), table('Datasets', columns, datasets));
 }
 
-/** What a dataset holds, in words. */
+/** Describe a dataset in words. */
 function holdingOf(name) {
   if (name.includes('scales')) return 'one scale per token of a quantized type';
   if (name.startsWith('pooled')) return 'one vector per image, a row per image';
@@ -84,7 +84,7 @@ function showTiles() {
   }
   const done = data.histogram.reduce((sum, [, number]) => sum + number, 0);
   const tiles = data.histogram.reduce((sum, [tile, number]) => sum + tile * number, 0);
-  section.append(make('p', { class: 'faint' }, `How many images have how many tiles, thumbnails included; on average ${(tiles / done).toFixed(1)} tiles per image.`));
+  section.append(make('p', { class: 'faint' }, `Number of images by number of tiles, including thumbnails; on average ${(tiles / done).toFixed(1)} tiles per image.`));
   const box = make('div', {});
   const rows = data.histogram.map(([tile, number]) => [count(tile), count(number), percent(number / done)]);
   const columns = [['Tiles', 'number'], ['Images', 'number'], ['Share', 'number']];
@@ -93,7 +93,7 @@ function showTiles() {
   new ResizeObserver(draw).observe(box);
 }
 
-/** Columns as SVG, drawn for the width there is so that letters keep their size. */
+/** Draw a histogram as SVG for the available width, so that letters keep their size. */
 function histogram(entries, width, done) {
   const space = 'http://www.w3.org/2000/svg';
   const part = (tag, attributes, text = '') => {
@@ -132,7 +132,7 @@ function showSkipped() {
     section.append(make('p', {}, 'None: every image that was looked at has features.'));
     return;
   }
-  const listed = rows.length < total ? `The first ${count(rows.length)} of ${count(total)} are here; ${list} has all of them. ` : '';
+  const listed = rows.length < total ? `The first ${count(rows.length)} of ${count(total)} are listed here; ${list} has all of them. ` : '';
   section.append(make('p', { class: 'faint' }, `${listed}These pictures could not be encoded and have no features; reading them is an error that gives this reason.`));
   const place = make('div', {});
   const columns = [['Key', 'key'], ['Reason', 'short'], ['Message', 'message']];

@@ -1,8 +1,8 @@
-// The map's section, and all sections in their order.
+// The section of the map, and the order of all sections.
 
 let showOnMap = () => {};
 
-/** Images by folder, the largest folders first; folders that all keys share say nothing. */
+/** Group images by folder, the largest folders first, without the folders that all keys share. */
 function byFolder() {
   const parts = images.keys.map((key) => key.split('/').slice(0, -1));
   let shared = 0;
@@ -20,7 +20,7 @@ function byFolder() {
   return groups;
 }
 
-/** Images by number of tiles, from dark to light. */
+/** Group images by number of tiles, from dark to light. */
 function byTiles() {
   const numbers = [...new Set(images.tiles)].sort((one, other) => one - other);
   const scale = data.map.scale;
@@ -44,12 +44,12 @@ function mapWords() {
   const which = shown < all ? `The map shows ${count(shown)} of ${count(all)} images with features, chosen at random.` : all === 1 ? 'The map shows the only image with features.' : `The map shows all ${count(shown)} images with features.`;
   const how = projection === 'umap'
     ? 'UMAP places images with similar pooled vectors near each other; distances between groups, and directions, mean little.'
-    : `Images with similar pooled vectors lie near each other. The axes are the first two principal components, with ${explained.map(percent).join(' and ')} of the variance.`;
+    : `Images with similar pooled vectors are close to each other. The axes are the first two principal components, with ${explained.map(percent).join(' and ')} of the variance.`;
   const drawn = Object.keys(data.thumbnails.pictures).length;
   return `${which} ${how}${drawn < shown ? ` ${plural(drawn, 'image')} ${drawn === 1 ? 'has' : 'have'} a thumbnail on this page.` : ''}`;
 }
 
-/** What is known of an image, beside the map and in its tip. */
+/** Create the description of an image, beside the map and in its tooltip. */
 function describe(image) {
   const problem = data.thumbnails.problems[image];
   const text = [make('div', {}, images.keys[image]), make('div', { class: 'faint' }, sizeOf(image))];
@@ -106,7 +106,7 @@ function showMap() {
   };
   showOnMap = (image) => {
     choose(image);
-    plane.centre(image);
+    plane.center(image);
     canvas.scrollIntoView({ block: 'nearest' });
   };
   steer(plane, (image, event) => {
@@ -124,7 +124,7 @@ function showMap() {
     plane.hasPictures = pictures.checked;
     plane.draw();
   } });
-  const withPictures = make('label', { title: `drawn where at most ${MOST_PICTURES} images are in view, and where they do not overlap` }, pictures, ' thumbnails on the map');
+  const withPictures = make('label', { title: `drawn if at most ${MOST_PICTURES} images are in view, and where they do not overlap` }, pictures, ' thumbnails on the map');
   find.append(make('label', { for: 'color' }, 'Color by'), select, withPictures);
   const hint = make('p', { class: 'faint' }, `Drag to move; zoom with the buttons, with two fingers, or with the wheel after a click on the map. Thumbnails that would overlap are dots until you zoom in${images.keys.length > MOST_PICTURES ? `, and all are while more than ${MOST_PICTURES} images are in view` : ''}.`);
   const stage = make('div', {}, make('div', { class: 'stage' }, canvas, buttons), legend, hint);

@@ -1,4 +1,4 @@
-// The sections that are pictures: token maps, neighbors, duplicates.
+// The sections with pictures: token maps, neighbors and duplicates.
 
 function showTokenMaps() {
   const section = byId('token-maps');
@@ -11,7 +11,7 @@ function showTokenMaps() {
   }
   const [red, green, blue] = explained.map(percent);
   section.append(make('p', { class: 'faint' },
-    `Where tokens are similar, they have similar colors, in all of these pictures alike. Red, green and blue are the first three principal components of the tokens of ${plural(maps.length, 'sampled image')}, with ${red}, ${green} and ${blue} of their variance.`));
+    `Similar tokens have similar colors in all of these pictures. Red, green and blue are the first three principal components of the tokens of ${plural(maps.length, 'sampled image')}, with ${red}, ${green} and ${blue} of their variance.`));
   const frames = maps.map(tokenMap);
   const slider = make('input', { type: 'range', id: 'opacity', min: 0, max: 100, value: 75, oninput: () => fade() });
   const fade = () => frames.forEach((frame) => frame.querySelector('.tokens').style.setProperty('opacity', slider.value / 100));
@@ -36,7 +36,7 @@ function tokenMap(entry) {
   return make('figure', {}, frame, caption);
 }
 
-/** A thumbnail that shows its place on the map when it is clicked. */
+/** Create a thumbnail that shows its place on the map when it is clicked. */
 function card(image, caption, isFirst = false) {
   const key = images.keys[image];
   const button = make('button', { type: 'button', title: key, 'aria-label': `show ${key} on the map`, onclick: () => showOnMap(image) }, thumbnail(image));

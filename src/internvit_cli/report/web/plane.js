@@ -1,4 +1,4 @@
-// The map: a canvas of points that is dragged, zoomed and asked what lies under the pointer.
+// The map: a canvas of points that can be dragged and zoomed, and finds the point under the pointer.
 
 const CATEGORIES = ['#3a86d4', '#e69f00', '#12a37d', '#cc79a7', '#d55e00', '#59b8e6', '#8f7ad6', '#a6a100'];
 const OTHERS = '#8a939d';
@@ -8,7 +8,7 @@ const MOST_PICTURES = 120;
 const PICTURE_SIDE = 44;
 const MARGIN = 60;
 
-/** Which points lie where: those of one cell of a grid are order[start[cell]:start[cell + 1]]. */
+/** A spatial index of points: those in a cell of a grid are order[start[cell]:start[cell + 1]]. */
 class Grid {
   constructor(xs, ys) {
     const cellOf = (point) => Grid.cell(ys[point]) * CELLS + Grid.cell(xs[point]);
@@ -26,7 +26,7 @@ class Grid {
     return Math.max(0, Math.min(CELLS - 1, Math.floor(share * CELLS)));
   }
 
-  /** The point nearest to a place within a distance; -1 where there is none. */
+  /** Return the point nearest to a place within a distance, or -1. */
   nearest(x, y, reach) {
     let [found, least] = [-1, reach * reach];
     for (let row = Grid.cell(y - reach); row <= Grid.cell(y + reach); row += 1) {
@@ -42,7 +42,7 @@ class Grid {
   }
 }
 
-/** The part of the plane that is seen, and the points on it. */
+/** The visible part of the plane, with its points. */
 class Plane {
   constructor(canvas, xs, ys) {
     this.canvas = canvas;
@@ -64,14 +64,14 @@ class Plane {
     matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.draw());
   }
 
-  /** Say which points have which color. */
+  /** Set the colors of points. */
   color(groups) {
     this.groups = groups;
     this.colors = new Map(groups.flatMap(({ color, points }) => points.map((point) => [point, color])));
     this.draw();
   }
 
-  /** Pixels of the plane's unit at which all points are in view. */
+  /** Return the pixels per unit of the plane at which all points are in view. */
   get fit() {
     const [across, down] = this.spans;
     return Math.max(1, Math.min((this.canvas.clientWidth - MARGIN) / across, (this.canvas.clientHeight - MARGIN) / down));
@@ -82,7 +82,7 @@ class Plane {
     this.draw();
   }
 
-  /** Pixels of a place, and the place of pixels. */
+  /** Convert a place to pixels, and pixels to a place. */
   toPixels(x, y) {
     const scale = this.fit * this.zoom;
     return [(x - this.x) * scale + this.canvas.clientWidth / 2, (this.y - y) * scale + this.canvas.clientHeight / 2];
@@ -100,7 +100,7 @@ class Plane {
     this.draw();
   }
 
-  /** Zoom by a factor; what lies at a pixel stays there. */
+  /** Zoom by a factor around a pixel. */
   zoomBy(factor, left = this.canvas.clientWidth / 2, top = this.canvas.clientHeight / 2) {
     const [x, y] = this.toPlace(left, top);
     const zoom = Math.max(1, Math.min(2000, this.zoom * factor));
@@ -110,7 +110,7 @@ class Plane {
     this.draw();
   }
 
-  centre(point) {
+  center(point) {
     [this.x, this.y, this.zoom] = [this.xs[point], this.ys[point], Math.max(this.zoom, 4)];
     this.draw();
   }
@@ -119,7 +119,7 @@ class Plane {
     return this.grid.nearest(...this.toPlace(left, top), REACH / (this.fit * this.zoom));
   }
 
-  /** Draw before the next frame, once however often it is asked for. */
+  /** Draw once before the next frame, however often this is called. */
   draw() {
     if (this.isAsked) return;
     this.isAsked = true;
@@ -170,7 +170,7 @@ class Plane {
     pen.fill();
   }
 
-  /** Points that are in view, where they are few enough for pictures; else none. */
+  /** Return the points in view if they are few enough for pictures; otherwise none. */
   seen() {
     const [left, bottom] = this.toPlace(0, this.canvas.clientHeight);
     const [right, top] = this.toPlace(this.canvas.clientWidth, 0);
@@ -182,7 +182,7 @@ class Plane {
     return found;
   }
 
-  /** Thumbnails over their points, framed in the points' colors; one that would overlap another stays a dot. */
+  /** Draw thumbnails over their points, framed in their colors; one that would overlap another stays a dot. */
   drawPictures(pen) {
     const marked = new Set(this.marked);
     const taken = [];
@@ -211,7 +211,7 @@ class Plane {
     pen.globalAlpha = 1;
   }
 
-  /** A line round a dot, so that it shows on a thumbnail too. */
+  /** Draw a line around a dot, so that it is visible on a thumbnail too. */
   outline(pen, point) {
     const [left, top] = this.toPixels(this.xs[point], this.ys[point]);
     pen.strokeStyle = getComputedStyle(this.canvas).getPropertyValue('--bg');
@@ -221,7 +221,7 @@ class Plane {
     pen.stroke();
   }
 
-  /** A point's thumbnail; nothing where there is none, and while it is decoded. */
+  /** Return the thumbnail of a point; nothing if there is none or it is still being decoded. */
   picture(point) {
     const encoded = data.thumbnails.pictures[point];
     if (!encoded) return null;
@@ -247,7 +247,7 @@ class Plane {
   }
 }
 
-/** What the pointer, the wheel, fingers and keys do to a plane. */
+/** Handle the pointer, the wheel, fingers and keys on a plane. */
 function steer(plane, onHover, onChoose) {
   const { canvas } = plane;
   const held = new Map();

@@ -1,15 +1,15 @@
-// Finding images by their keys, also skipped ones, which answer with their reason.
+// Find images by their keys, including skipped ones, which show their reason.
 
 const MOST_HITS = 100;
 
-/** A search over keys; the keys are folded once. */
+/** A search over keys, which are case-folded once. */
 class KeySearch {
   constructor() {
     this.keys = images.keys.map((key) => key.toLowerCase());
     this.skipped = data.skipped.rows.map((row) => row.key.toLowerCase());
   }
 
-  /** Numbers of the images, and of the skipped ones, whose key has a text. */
+  /** Return the indices of images, and of skipped ones, whose key contains a text. */
   find(text) {
     const wanted = text.trim().toLowerCase();
     if (!wanted) return null;
@@ -18,7 +18,7 @@ class KeySearch {
   }
 }
 
-/** The field, the number of hits, and their list. */
+/** Create the search field, the number of hits, and their list. */
 function searchBox(onFound, onChoose) {
   const search = new KeySearch();
   const told = make('p', { class: 'faint', role: 'status', id: 'found' });

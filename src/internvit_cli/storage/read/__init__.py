@@ -1,1 +1,1 @@
-"""Features by key."""
+"""Read features by key."""

@@ -1,4 +1,4 @@
-"""One image's features: read when they are asked for, in the order and the types that a reader wants."""
+"""Read the features of an image on demand, in the order and the types that a reader needs."""
 
 from __future__ import annotations
 
@@ -35,51 +35,51 @@ FEATURE_NAMES = (POOLED, *TOKEN_DATASETS, TILE_POOLED)
 
 
 class SkippedImageError(InternvitError):
-    """An image that has no features; the message gives the reason."""
+    """An image has no features; the message gives the reason."""
 
 
 class RowStore(Protocol):
-    """Where an image's rows come from: a shard on disk, or features that were just computed."""
+    """The source of an image's rows: a shard on disk, or features in memory."""
 
     @property
     def recipe(self) -> Recipe:
-        """What the rows were made with."""
+        """The recipe of the rows."""
         ...
 
     @property
     def model_layers(self) -> int | None:
-        """How many blocks the model has; None where that is not known."""
+        """The number of blocks of the model; None if it is not known."""
         ...
 
     @property
     def stored(self) -> Collection[str]:
-        """Names of the datasets that have rows."""
+        """The names of the datasets that have rows."""
         ...
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows of one dataset as stored, [stop - start, ...], the caller's own."""
+        """Return rows of a dataset as stored, [stop - start, ...]; the array belongs to the caller."""
         ...
 
     def row_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one row of a dataset."""
+        """Return the shape of a row of a dataset."""
         ...
 
     def picture(self, row: int) -> bytes | None:
-        """Path of the file that an image came from; None for one that never was a file."""
+        """Return the path of an image's file; None for an image without a file."""
         ...
 
     def digest(self, row: int) -> bytes:
-        """SHA-256 of that file, 32 bytes; zeros where there is none."""
+        """Return the SHA-256 of the file, 32 bytes; zeros if there is none."""
         ...
 
     def file_size(self, row: int) -> int:
-        """Bytes of that file; 0 where there is none."""
+        """Return the size of the file in bytes; 0 if there is none."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image's row. Arrays are read from the disk when they are asked for, and belong to the caller.
+    """An image with its features. Arrays are read from the disk on access, and belong to the caller.
 
     >>> image = open_features("feats.h5")["street.jpg"]
     >>> image.grid, image.tiles, image.visual_tokens.shape
@@ -89,21 +89,21 @@ class ImageFeatures:
     key: str
     status: Status
     width: int
-    """After orientation, pixels."""
+    """The width in pixels, after orientation."""
     height: int
     orientation: int
-    """EXIF's number of the turn that sets the file's picture upright, 1 to 8; 0 where the header could not be read."""
+    """The EXIF orientation that was applied, 1 to 8; 0 if the header could not be read."""
     grid: Grid
-    """(columns, rows) of tiles."""
+    """The grid of tiles, (columns, rows)."""
     has_thumbnail: bool
     """Whether the last tile is the thumbnail."""
     _store: RowStore
     _row: int
     _first_tile: int
     reason: str = ""
-    """Why an image that was just encoded has no features, in words; files keep theirs in their list of skipped ones."""
+    """Why an image in memory has no features; files have the reasons in their list of skipped images."""
     _layer: int | None = None
-    """Which earlier layer its arrays are of; None is the main one."""
+    """The earlier layer of its arrays; None means the main layer."""
 
     def __repr__(self) -> str:
         what = f"<{type(self).__name__} {self.key!r}: {self.status}"
@@ -116,55 +116,55 @@ class ImageFeatures:
 
     @property
     def tiles(self) -> int:
-        """Number of tiles, the thumbnail included."""
+        """The number of tiles, including the thumbnail."""
         return self.grid.columns * self.grid.rows + self.has_thumbnail
 
     @property
     def is_done(self) -> bool:
-        """Whether it has features."""
+        """Whether the image has features."""
         return self.status is Status.DONE
 
     @property
     def recipe(self) -> Recipe:
-        """What its features were made with."""
+        """The recipe of its features."""
         return self._store.recipe
 
     @property
     def path(self) -> str | None:
-        """Where its picture was when it was encoded; None for one that never was a file."""
+        """The path of its picture when it was encoded; None for an image without a file."""
         picture = self._store.picture(self._row)
         return None if picture is None else os.fsdecode(picture)
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of its picture's file, 32 bytes; zeros where there is none."""
+        """The SHA-256 of its picture's file, 32 bytes; zeros if there is none."""
         return self._store.digest(self._row)
 
     @property
     def file_size(self) -> int:
-        """Bytes of its picture's file when it was encoded; 0 where there is none."""
+        """The size of its picture's file in bytes when it was encoded; 0 if there is none."""
         return self._store.file_size(self._row)
 
     # ---------------------------------------------------------------------------------------------------------- layers
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The stored layers, ascending: each is a number of blocks, as an index into hidden_states."""
+        """The stored layers, ascending; each is a number of blocks and an index into hidden_states."""
         return self.recipe.layers
 
     @property
     def layer(self) -> int:
-        """The layer that the arrays are of; the deepest one, unless `at_layer` chose another."""
+        """The layer of the arrays; the deepest one unless `at_layer` selected another."""
         return self.recipe.layer if self._layer is None else self._layer
 
     def at_layer(self, layer: int) -> ImageFeatures:
-        """The same image with the arrays of another stored layer.
+        """Return the same image with the arrays of another stored layer.
 
         Args:
-            layer: one of `layers`, or a negative number that counts from the end of the model, as for `--layer`.
+            layer: One of `layers`, or a negative number that counts from the end of the model, as for `--layer`.
 
         Raises:
-            UsageError: that layer is not stored.
+            UsageError: The layer is not stored.
         """
         found = stored_layer(layer, self.recipe, self._store.model_layers, repr(self.key))
         return replace(self, _layer=found)
@@ -173,53 +173,53 @@ class ImageFeatures:
 
     @property
     def pooled(self) -> NDArray[Any]:
-        """One vector of the whole image, [d] float32."""
+        """The vector of the whole image, [d] float32."""
         vector: NDArray[Any] = self._store.rows(self._dataset(POOLED), self._row, self._row + 1)[0]
         return vector
 
     @property
     def visual_tokens(self) -> NDArray[Any]:
-        """[tiles, 256, 4 * hidden_size], each tile's tokens row by row; bfloat16, int8 and fp8 come as float32."""
+        """Visual tokens, [tiles, 256, 4 * hidden_size], row by row; bfloat16, int8 and fp8 are read as float32."""
         return self._tokens(Tokens.VISUAL)
 
     @property
     def patch_tokens(self) -> NDArray[Any]:
-        """[tiles, 1024, hidden_size], row by row."""
+        """Patch tokens, [tiles, 1024, hidden_size], row by row."""
         return self._tokens(Tokens.PATCH)
 
     @property
     def projected_tokens(self) -> NDArray[Any]:
-        """[tiles, 256, llm_hidden_size], row by row."""
+        """Projected tokens, [tiles, 256, llm_hidden_size], row by row."""
         return self._tokens(Tokens.PROJECTED)
 
     @property
     def tokens(self) -> NDArray[Any]:
-        """The tokens of whichever kind the file holds."""
+        """The tokens of the kind that the file holds."""
         return self._tokens(self._kind)
 
     @property
     def tile_pooled(self) -> NDArray[Any]:
-        """One vector a tile, [tiles, d] float32."""
+        """One vector per tile, [tiles, d] float32."""
         return self._tile_rows(TILE_POOLED, 0, self.tiles)
 
     # ------------------------------------------------------------------------------------------------ over the picture
 
     @property
     def covered(self) -> tuple[float, float, float, float]:
-        """What of the picture its tokens are about: left, top, right, bottom, pixels after orientation.
+        """The part of the picture that its tokens cover: left, top, right, bottom, in pixels after orientation.
 
-        All of it, but for `--preprocess clip`, which crops the middle.
+        That is the whole picture, except with `--preprocess clip`, which crops the center.
         """
         recipe = self.recipe
         return covered_box(self.width, self.height, recipe.preprocess, recipe.tile_size)
 
     def token_map(self) -> NDArray[Any]:
-        """The tokens where they lie on the picture: the tiles' grids put together, the thumbnail left out.
+        """Return the tokens at their places on the picture, with the tiles joined and without the thumbnail.
 
         Returns:
             [rows * s, columns * s, C], where a tile has s * s tokens: s is 16 for visual and projected tokens of
-            448-px tiles, 32 for patch tokens. It lies over the part of the picture that `covered` tells: all of it,
-            but for `--preprocess clip`.
+            448-px tiles, 32 for patch tokens. The map covers the part of the picture that `covered` gives, which is the
+            whole picture except with `--preprocess clip`.
 
         >>> open_features("feats.h5")["street.jpg"].token_map().shape
         (48, 64, 256)
@@ -227,10 +227,10 @@ class ImageFeatures:
         return stitch(self._tokens(self._kind, 0, self.grid.columns * self.grid.rows), self.grid)
 
     def thumbnail_map(self) -> NDArray[Any]:
-        """The tokens of the whole picture seen at once, [s, s, C]: of the thumbnail, or of the only tile.
+        """Return the tokens of the view of the whole picture, [s, s, C]: the thumbnail, or the only tile.
 
         Raises:
-            OutputError: several tiles, and no thumbnail (`--no-thumbnail`).
+            OutputError: There are several tiles, but no thumbnail (`--no-thumbnail`).
 
         >>> open_features("feats.h5")["street.jpg"].thumbnail_map().shape
         (16, 16, 256)
@@ -240,12 +240,12 @@ class ImageFeatures:
         return stitch(self._tokens(self._kind, self.tiles - 1, self.tiles), ONE_TILE)
 
     def tile_tokens(self, tile: int) -> NDArray[Any]:
-        """The tokens of one tile, [T, C], row by row."""
+        """Return the tokens of a tile, [T, C], row by row."""
         tokens: NDArray[Any] = self._tokens(self._kind, tile, tile + 1)[0]
         return tokens
 
     def iter_tiles(self) -> Iterator[Tile]:
-        """Its tiles one after another, row by row, the thumbnail last; the tokens are read at once."""
+        """Yield the tiles row by row, with the thumbnail last; all tokens are read at once."""
         tokens = self.tokens if self._kind is not Tokens.NONE else [None] * self.tiles
         vectors = self.tile_pooled if self.recipe.tile_pooled else [None] * self.tiles
         for number, (tile_tokens, vector) in enumerate(zip(tokens, vectors, strict=True)):
@@ -254,11 +254,11 @@ class ImageFeatures:
     # --------------------------------------------------------------------------------------------------------- tensors
 
     def to_torch(self, name: str = "tokens", tile: int | None = None) -> torch.Tensor:
-        """One of its arrays as a tensor of the stored type on the CPU; bfloat16 stays, int8 and fp8 become float32.
+        """Return an array as a CPU tensor of the stored type; bfloat16 is kept, int8 and fp8 become float32.
 
         Args:
             name: `tokens`, `visual_tokens`, `patch_tokens`, `projected_tokens`, `pooled` or `tile_pooled`.
-            tile: only this tile's, without the axis of tiles.
+            tile: The tile to return, without the axis of tiles; None means all tiles.
 
         >>> open_features("feats.h5")["street.jpg"].to_torch().dtype
         torch.float16
@@ -295,7 +295,7 @@ class ImageFeatures:
         return decode_values(stored, dtype, scales)
 
     def _of_tokens(self, kind: Tokens, name: str, start: int, stop: int) -> NDArray[Any]:
-        """What is stored of each token, [tiles, T, ...], row by row."""
+        """Return a dataset of tokens, [tiles, T, ...], row by row."""
         values = self._tile_rows(name, start, stop)
         if kind is not Tokens.PATCH and self.recipe.token_order is TokenOrder.V1:
             side = math.isqrt(values.shape[1])
@@ -307,11 +307,11 @@ class ImageFeatures:
         return self._store.rows(self._dataset(name), self._first_tile + start, self._first_tile + stop)
 
     def _dataset(self, kind: str) -> str:
-        """The dataset with its rows of a kind.
+        """Return the dataset with the image's rows of a kind.
 
         Raises:
-            SkippedImageError: the image has no features.
-            OutputError: none are stored.
+            SkippedImageError: The image has no features.
+            OutputError: No such rows are stored.
         """
         if not self.is_done:
             why = f" ({self.reason})" if self.reason else ""
@@ -327,15 +327,15 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of an image, with what is stored of it."""
+    """A tile of an image with its features."""
 
     image: ImageFeatures
     number: int
-    """From 0, row by row."""
+    """The index of the tile from 0, row by row."""
     tokens: NDArray[Any] | None
-    """[T, C], row by row, bfloat16, int8 and fp8 as float32; None where no tokens are stored."""
+    """Tokens [T, C], row by row; bfloat16, int8 and fp8 are read as float32. None if no tokens are stored."""
     pooled: NDArray[Any] | None
-    """[d] float32; None without `--tile-pooled`."""
+    """The vector of the tile, [d] float32; None without `--tile-pooled`."""
 
     def __repr__(self) -> str:
         place = self.place
@@ -346,26 +346,26 @@ class Tile:
 
     @property
     def is_thumbnail(self) -> bool:
-        """Whether it is the whole picture."""
+        """Whether the tile is the thumbnail."""
         return self.image.has_thumbnail and self.number == self.image.tiles - 1
 
     @property
     def place(self) -> tuple[int, int] | None:
-        """(column, row) in the grid; None for the thumbnail."""
+        """The (column, row) in the grid; None for the thumbnail."""
         row, column = divmod(self.number, self.image.grid.columns)
         return None if self.is_thumbnail else (column, row)
 
 
 def described_arrays(store: RowStore, tiles: int, images: int | None = None, *, layer: int | None = None) -> str:
-    """The arrays of one image, or of so many images, with their shapes and stored types, in words.
+    """Describe the arrays of one or more images, with their shapes and stored types.
 
-    A description must not fail: where a file cannot be read any more, it says that instead.
+    A description must not fail, so it says if a file cannot be read any more.
 
     Args:
-        store: where they are.
-        tiles: of the image, or of all images together.
-        images: how many; None is one image, whose vector has one axis.
-        layer: an earlier layer whose arrays are meant; None is the main one.
+        store: The source of the rows.
+        tiles: The number of tiles of all images together.
+        images: The number of images; None means a single image, whose vector has one axis.
+        layer: The earlier layer to describe; None means the main layer.
     """
     try:
         shapes = {kind: store.row_shape(dataset_of(kind, layer)) for kind in kinds_of_layer(store.stored, layer)}
@@ -382,24 +382,24 @@ def described_arrays(store: RowStore, tiles: int, images: int | None = None, *, 
 
 
 def described_layer(recipe: Recipe, layer: int | None) -> str:
-    """Which of several layers arrays are of, in words that end a description; empty where there is but one."""
+    """Return the end of a description that names the layer; empty if there is only one layer."""
     if not recipe.earlier_layers:
         return ""
     return f", of layer {recipe.layer if layer is None else layer} (stored: {listed(recipe.layers)})"
 
 
 def kinds_of_layer(names: Iterable[str], layer: int | None) -> tuple[str, ...]:
-    """What some datasets hold of one layer, such as `pooled` and `visual_tokens`; None is the main layer."""
+    """Return the kinds of rows in datasets of a layer, such as `pooled`; None means the main layer."""
     found = map(feature_name, names)
     return tuple(name.kind for name in found if name.layer == layer)
 
 
 def stitch(tokens: NDArray[Any], grid: Grid) -> NDArray[Any]:
-    """Tokens of a grid's tiles side by side, as on the picture.
+    """Join the tokens of a grid's tiles, as they are on the picture.
 
     Args:
         tokens: [columns * rows, s * s, C], tiles and their tokens row by row.
-        grid: of the tiles.
+        grid: The grid of the tiles.
 
     Returns:
         [rows * s, columns * s, C].

@@ -1,4 +1,4 @@
-"""Which keys a mistyped one may have meant: a bounded search, also among millions of keys."""
+"""Suggest keys for a mistyped one, with a limited search that also works among millions of keys."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 MOST_SCANNED = 2_000_000
-"""Keys looked through for parts of the wanted one; of more, every second, third and so on."""
+"""Largest number of keys that are searched for parts of the wanted one; of more, an even sample is."""
 MOST_COMPARED = 400
-"""Keys compared letter by letter, which takes some hundred microseconds each."""
+"""Largest number of keys compared letter by letter, which takes some hundred microseconds each."""
 NEIGHBOURS = 30
-"""Keys before and after the place where the wanted one would stand in sorted order."""
+"""Number of keys before and after the place of the wanted one in sorted order."""
 LEAST_LIKENESS = 0.6
 LIKENESS_SPREAD = 0.15
-"""What is less like by more than this is not worth a mention."""
+"""Keys whose similarity is lower than the best by more than this are not suggested."""
 LONGEST_KEY = 100
-"""Bytes compared, from the end: what tells keys apart is at their end."""
+"""Bytes that are compared, from the end, which usually identifies a key."""
 
 
 def near_keys(wanted: str, keys: Sequence[bytes], most: int = 3) -> list[str]:
-    """The keys most like `wanted`, best first; none when nothing is like it.
+    """Return the keys most similar to `wanted`, best first; empty if none is similar.
 
     Args:
-        wanted: a key that is not among `keys`.
-        keys: all keys; where they are sorted, neighbors are found as well.
-        most: how many to return.
+        wanted: A key that is not among `keys`.
+        keys: All keys; if they are sorted, neighbors are found too.
+        most: The largest number of keys to return.
     """
     target = os.fsencode(wanted)
     candidates = dict.fromkeys((*_neighbors(target, keys), *_sharing_parts(target, keys)))
-    likeness = {key: _likeness(target, key) for key in candidates if key != target}
+    likeness = {key: _key_similarity(target, key) for key in candidates if key != target}
     best = sorted(likeness, key=lambda key: (-likeness[key], key))[:most]
     least = max(LEAST_LIKENESS, likeness[best[0]] - LIKENESS_SPREAD) if best else 0.0
     return [os.fsdecode(key) for key in best if likeness[key] >= least]
@@ -46,12 +46,12 @@ def _neighbors(target: bytes, keys: Sequence[bytes]) -> Sequence[bytes]:
 
 
 def _sharing_parts(target: bytes, keys: Sequence[bytes]) -> Iterator[bytes]:
-    """Keys that share the file's name or a part of it, rare parts first: one typo leaves one half whole."""
+    """Yield keys that share a part of the file name, rare parts first; a typo leaves one half unchanged."""
     scanned = keys if len(keys) <= MOST_SCANNED else keys[:: len(keys) // MOST_SCANNED + 1]
     if len(scanned) <= MOST_COMPARED:
         yield from scanned
         return
-    text = b"\0".join((b"", *scanned, b""))  # one search over all of them is some ten times as fast as one each
+    text = b"\0".join((b"", *scanned, b""))  # a single search is some ten times as fast as one per key
     found = [list(islice(_holding(part, text), MOST_COMPARED)) for part in _parts(target)]
     room = MOST_COMPARED
     for holders in sorted(found, key=len):
@@ -62,7 +62,7 @@ def _sharing_parts(target: bytes, keys: Sequence[bytes]) -> Iterator[bytes]:
 
 
 def _parts(target: bytes) -> list[bytes]:
-    """The file's name, its halves and its quarters, without the extension that many share."""
+    """Return the file name, its halves and its quarters, without the extension."""
     name = target.rpartition(b"/")[2]
     stem = name.rpartition(b".")[0] or name
     sizes = (max(2, -(-len(stem) // count)) for count in (1, 2, 4))
@@ -70,7 +70,7 @@ def _parts(target: bytes) -> list[bytes]:
 
 
 def _holding(part: bytes, text: bytes) -> Iterator[bytes]:
-    """The keys of a NUL-separated text that hold a part of a name."""
+    """Yield the keys of a NUL-separated text that contain a part of a name."""
     place = text.find(part) if part else -1
     while place >= 0:
         end = text.index(b"\0", place)
@@ -78,8 +78,8 @@ def _holding(part: bytes, text: bytes) -> Iterator[bytes]:
         place = text.find(part, end)
 
 
-def _likeness(target: bytes, key: bytes) -> float:
-    """0 to 1; the same file in another folder, or under a longer path, is as like as can be without being equal."""
+def _key_similarity(target: bytes, key: bytes) -> float:
+    """Return a similarity from 0 to 1, which is highest for the same file name in another folder."""
     if target.endswith(b"/" + key) or key.endswith(b"/" + target):
         return 1.0
     if target.rpartition(b"/")[2] == key.rpartition(b"/")[2]:

@@ -1,4 +1,4 @@
-"""Which shards lie at a path that a user names."""
+"""Find the shards at a path."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 class ShardPlace(NamedTuple):
-    """Where a shard lies, what reads it, and what the manifest says of it."""
+    """The place of a shard, its format, and its entry in the manifest."""
 
     path: str
     backend: ShardFormat
     entry: ManifestEntry | None = None
-    """None for a single file, which has no manifest, and for what is still being filled."""
+    """None for a single file, which has no manifest, and for an unfinished shard."""
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether it is still being filled."""
+        """Whether the shard is still being filled."""
         return self.path.endswith(PARTIAL)
 
     def load(self) -> FinishedShard:
-        """The shard with its index, checked against its digest.
+        """Load the shard with its index, checked against its digest.
 
         Raises:
-            OutputError: there is none, or it is damaged.
+            OutputError: There is no shard, or it is damaged.
         """
         entry = self.entry
         return load_shard(
@@ -42,10 +42,10 @@ class ShardPlace(NamedTuple):
 
 
 def find_places(path: str) -> list[ShardPlace]:
-    """The shards at a path: finished ones, or what is being filled where nothing is finished; not looked at yet.
+    """Return the finished shards at a path, or the unfinished one if none is finished, without reading them.
 
     Raises:
-        OutputError: there are none.
+        OutputError: There are none.
     """
     if not os.path.exists(path):
         raise missing(path)
@@ -69,10 +69,10 @@ def find_places(path: str) -> list[ShardPlace]:
 
 
 def find_all_places(path: str) -> list[ShardPlace]:
-    """The shards at a path, finished ones first, then the one that is being filled, also where there is no other.
+    """Return the shards at a path, finished ones first, then the unfinished one.
 
     Raises:
-        OutputError: there are none.
+        OutputError: There are none.
     """
     output, partial = Output(path.removesuffix(PARTIAL)), path + PARTIAL
     unfinished = []
@@ -87,7 +87,7 @@ def find_all_places(path: str) -> list[ShardPlace]:
 
 
 def _unfinished_in(folder: str) -> list[ShardPlace]:
-    """The first shard of a folder, which is being filled; empty where there is none."""
+    """Return the unfinished first shard of a folder; empty if there is none."""
     paths = [os.path.join(folder, name) for name in sorted(names_in(folder)) if SHARD_FILE.fullmatch(name)]
     return [_place_of_unfinished(path) for path in paths if path.endswith(PARTIAL)][:1]
 
@@ -97,10 +97,10 @@ def _place_of_unfinished(path: str) -> ShardPlace:
 
 
 def places_in(folder: str) -> list[ShardPlace]:
-    """The shards that a folder's manifest names, oldest first.
+    """Return the shards in a folder's manifest, oldest first.
 
     Raises:
-        OutputError: the manifest is damaged.
+        OutputError: The manifest is damaged.
     """
     entries = read_manifest(os.path.join(folder, MANIFEST))
     backends = [backend_of(entry.format) for entry in entries]

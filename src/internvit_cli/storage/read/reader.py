@@ -1,4 +1,4 @@
-"""Reading features back: one view over a single file or a folder of shards, lazily, without torch.
+"""Read features lazily and without torch, with one view over a single file or a folder of shards.
 
 >>> features = open_features("feats.h5")
 >>> features["street.jpg"].visual_tokens.shape    # [tiles, 256, 4 * hidden_size]
@@ -56,7 +56,7 @@ __all__ = [
 class Features(Mapping[str, ImageFeatures]):
     """The images of a feature file or folder, by key, in the order in which they are stored.
 
-    Slices, masks and arrays of positions give views of the same kind, which share the index and read nothing.
+    Slices, masks and arrays of positions give views of the same type, which share the index and read nothing.
 
     >>> features = open_features("feats.h5")
     >>> list(features)
@@ -74,9 +74,9 @@ class Features(Mapping[str, ImageFeatures]):
         self.path = path
         self._index = index
         self._positions = positions
-        """Of the view's images in the index, [n] int64; None for all of them."""
+        """Positions of the view's images in the index, [n] int64; None means all images."""
         self._layer = layer
-        """Which earlier layer arrays are of; None is the main one."""
+        """The earlier layer of arrays; None means the main layer."""
         self._places: NDArray[Any] | None = None
 
     def __len__(self) -> int:
@@ -102,9 +102,9 @@ class Features(Mapping[str, ImageFeatures]):
         return f"<{type(self).__name__} of {self.path!r}: {', '.join(facts)}{layer}>"
 
     def close(self) -> None:
-        """Refuse to read features from now on, of this view and of all others of the same file.
+        """Stop reading features from this view and all others of the same file.
 
-        Nothing has to be closed: between reads no file is open. Keys and facts stay.
+        Closing is optional, because no file is open between reads. Keys and facts remain available.
         """
         self._index.close()
 
@@ -119,14 +119,14 @@ class Features(Mapping[str, ImageFeatures]):
     @overload
     def __getitem__(self, wanted: slice | Sequence[Any] | NDArray[Any]) -> Features: ...
     def __getitem__(self, wanted: str | int | slice | Sequence[Any] | NDArray[Any]) -> ImageFeatures | Features:
-        """One image by its key or its position, or a view of some of them.
+        """Return an image by its key or its position, or a view of some images.
 
         Args:
-            wanted: a key; a position, negative ones from the end; a slice; a boolean mask, [n]; positions; or keys.
+            wanted: A key; a position, negative ones from the end; a slice; a boolean mask, [n]; positions; or keys.
 
         Raises:
-            UnknownKeyError: a KeyError whose hint names keys that are like it.
-            IndexError: no such position, or a mask of another length.
+            UnknownKeyError: There is no such key; a KeyError whose hint names similar keys.
+            IndexError: There is no such position, or the mask has another length.
         """
         if isinstance(wanted, str):
             position = self._find(wanted)
@@ -134,13 +134,13 @@ class Features(Mapping[str, ImageFeatures]):
                 raise self._unknown(wanted)
             return self._index.image(position, self._layer)
         if isinstance(wanted, (int, np.integer)):
-            # A range stands for all positions: an array of them would cost each access as much as a slice.
+            # A range avoids an array of all positions, which would make each access as expensive as a slice.
             positions = range(len(self)) if self._positions is None else self._positions
             return self._index.image(int(positions[wanted]), self._layer)
         return self.at(self._all_positions()[self._selector(wanted)])
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The image of a key, or the default when there is none."""
+        """Return the image with a key, or the default if there is none."""
         position = self._find(key) if isinstance(key, str) else None
         return default if position is None else self._index.image(position, self._layer)
 
@@ -151,39 +151,39 @@ class Features(Mapping[str, ImageFeatures]):
 
     @property
     def recipe(self) -> Recipe:
-        """What the features were made with.
+        """The recipe of the features.
 
         Raises:
-            OutputError: a recipe that this version does not understand.
+            OutputError: This version does not understand the recipe.
         """
         return stored_recipe(self.attributes, self.path)
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """What is stored of this view's layer, such as `pooled` and `visual_tokens`."""
+        """The kinds of arrays that are stored for this view's layer, such as `pooled` and `visual_tokens`."""
         names = dict.fromkeys(name for shard in self._index.shards for name in shard.stored)
         return kinds_of_layer(names, self._layer)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The stored layers, ascending: each is a number of blocks, as an index into hidden_states."""
+        """The stored layers, ascending; each is a number of blocks and an index into hidden_states."""
         return self.recipe.layers
 
     @property
     def layer(self) -> int:
-        """The layer that arrays are of; the deepest one, unless `at_layer` chose another."""
+        """The layer of arrays; the deepest one unless `at_layer` selected another."""
         return self.recipe.layer if self._layer is None else self._layer
 
     def at_layer(self, layer: int) -> Features:
-        """A view of the same images with the arrays of another stored layer.
+        """Return a view of the same images with the arrays of another stored layer.
 
-        Images, vectors and datasets that are made from the view are of that layer.
+        Images, vectors and datasets from the view use that layer.
 
         Args:
-            layer: one of `layers`, or a negative number that counts from the end of the model, as for `--layer`.
+            layer: One of `layers`, or a negative number that counts from the end of the model, as for `--layer`.
 
         Raises:
-            UsageError: that layer is not stored.
+            UsageError: The layer is not stored.
 
         >>> features = open_features("layers.h5")    # of internvit extract --layer -2,-1, with a model of two blocks
         >>> features.layers, features.layer, features.at_layer(-2).layer
@@ -197,16 +197,16 @@ class Features(Mapping[str, ImageFeatures]):
 
     @property
     def tables(self) -> list[ImageTable]:
-        """The index of every shard."""
+        """The indexes of all shards."""
         return [shard.table for shard in self._index.shards]
 
     @property
     def shards(self) -> list[OpenShard]:
-        """Every shard, oldest first."""
+        """The shards, oldest first."""
         return self._index.shards
 
     def column(self, name: str) -> NDArray[Any]:
-        """One fact of every image, [n]: `status`, `width`, `height`, `columns`, `rows`, `thumbnail`, `file_size`, ...
+        """Return a fact about every image, [n]: `status`, `width`, `height`, `columns`, `rows`, `file_size`, ...
 
         >>> features = open_features("feats.h5")
         >>> [int(width) for width in features.column("width")]
@@ -219,29 +219,29 @@ class Features(Mapping[str, ImageFeatures]):
 
     @property
     def positions(self) -> NDArray[Any]:
-        """Where this view's images stand among all of the file's, [n] int64."""
+        """The positions of this view's images among all images of the output, [n] int64."""
         positions: NDArray[Any] = self._all_positions()
         return positions
 
     @property
     def places(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """For each image the number of its shard and of its row there, [n] each."""
+        """The shard index and the row of each image, [n] each."""
         positions = self._all_positions()
         return self._index.shard_of[positions], self._index.row_of[positions]
 
     def at(self, positions: NDArray[Any]) -> Features:
-        """A view of the images at some positions among all of the file's."""
+        """Return a view of the images at some positions among all images of the output."""
         return Features(self.path, self._index, positions, self._layer)
 
     def matching(self, *words: str) -> Features:
-        """A view of the images that keys or patterns mean, in the order of the words, and of the keys for a pattern.
+        """Return a view of the images that match keys or patterns, in the order of the words.
 
         Args:
-            words: keys, or patterns as `internvit ls` takes them: `*` stands for any characters but a slash, `?` for
-                one, `[abc]` for one of some, and `**` for any number of folders.
+            words: Keys, or patterns as for `internvit ls`: `*` matches any characters except a slash, `?` one of them,
+                `[abc]` one of several characters, and `**` any number of folders.
 
         Raises:
-            UnknownKeyError: a word that means no image.
+            UnknownKeyError: A word matches no image.
 
         >>> list(open_features("feats.h5").matching("*.jpg", "cobbles.*"))
         ['lund.jpg', 'portrait.jpg', 'street.jpg', 'cobbles.webp']
@@ -251,15 +251,15 @@ class Features(Mapping[str, ImageFeatures]):
 
     @property
     def done(self) -> Features:
-        """A view of the images that have features."""
+        """A view of the images with features."""
         done: NDArray[Any] = self.column("status") == Status.DONE
         return self.at(self._all_positions()[done])
 
     def iter_tiles(self) -> Iterator[Tile]:
-        """The tiles of all images, one image at a time; `features.done.iter_tiles()` leaves out skipped images.
+        """Yield the tiles of all images, one image at a time; `features.done.iter_tiles()` leaves out skipped images.
 
         Raises:
-            SkippedImageError: an image that has no features.
+            SkippedImageError: An image has no features.
 
         >>> tile = next(open_features("feats.h5").iter_tiles())
         >>> tile.image.key, tile.place, tile.tokens.shape
@@ -269,10 +269,10 @@ class Features(Mapping[str, ImageFeatures]):
             yield from image.iter_tiles()
 
     def pooled_matrix(self) -> tuple[list[str], NDArray[Any]]:
-        """Keys and pooled vectors, [n, d] float32, of all images that have one.
+        """Return the keys and pooled vectors, [n, d] float32, of all images with features.
 
-        Where the rows lie one after another in one shard the matrix is the file itself, mapped into memory and
-        read-only; otherwise it is a copy. `vectors()` never copies more than it is asked for.
+        If the rows are contiguous in one shard, the matrix is memory-mapped and read-only; otherwise it is a copy.
+        `vectors()` never copies more than it is asked for.
 
         >>> keys, matrix = open_features("feats.h5").pooled_matrix()
         >>> matrix.shape
@@ -282,16 +282,16 @@ class Features(Mapping[str, ImageFeatures]):
         return vectors.keys, vectors[:]
 
     def vectors(self) -> PooledVectors:
-        """The pooled vectors of all images that have one, read when they are asked for."""
+        """Return the pooled vectors of all images with features, which are read on access."""
         positions = self._all_positions()
         done = positions[self._index.column("status")[positions] == Status.DONE]
         return PooledVectors(self._index, done, self._layer)
 
     def position(self, key: str) -> int:
-        """Where an image stands in this view.
+        """Return the position of an image in this view.
 
         Raises:
-            UnknownKeyError: nowhere.
+            UnknownKeyError: The view does not contain the image.
         """
         found = self._place_of(os.fsencode(key))
         if found is None:
@@ -304,7 +304,7 @@ class Features(Mapping[str, ImageFeatures]):
         return np.arange(len(self._index)) if self._positions is None else self._positions
 
     def _place_of(self, key: bytes) -> int | None:
-        """Where an image stands in this view; None where it is not in it."""
+        """Return the position of an image in this view; None if it is not in it."""
         found = self._find(os.fsdecode(key))
         return found if found is None or self._positions is None else int(self._view_places()[found])
 
@@ -315,7 +315,7 @@ class Features(Mapping[str, ImageFeatures]):
         return position if self._view_places()[position] >= 0 else None
 
     def _view_places(self) -> NDArray[Any]:
-        """For each image of the index, its place in this view; -1 where it is not in it."""
+        """Return the position in this view for each image of the index; -1 if it is not in the view."""
         if self._places is None:
             self._places = np.full(len(self._index), -1)
             self._places[self._all_positions()] = np.arange(len(self))
@@ -327,7 +327,7 @@ class Features(Mapping[str, ImageFeatures]):
         if isinstance(wanted, Sequence) and wanted and all(isinstance(key, str) for key in wanted):
             return np.array([self.position(key) for key in wanted], np.int64)
         array = np.asarray(wanted)
-        if array.shape == (0,):  # of an empty list, whose type says nothing
+        if array.shape == (0,):  # from an empty list, whose type is arbitrary
             array = array.astype(np.int64)
         if array.ndim != 1 or array.dtype.kind not in "biu":
             raise TypeError("images are chosen by a key, a position, a slice, a mask, or a list of keys or positions")
@@ -347,12 +347,12 @@ def open_features(path: str | os.PathLike[str], layer: int | None = None) -> Fea
     """Open a feature file (`feats.h5`, also a `.partial` one) or a folder of shards (`feats/`).
 
     Args:
-        path: where it is.
-        layer: which of several stored layers arrays are of, as `Features.at_layer` takes it; None is the deepest.
+        path: The path of the output.
+        layer: The stored layer of arrays, as for `Features.at_layer`; None means the deepest.
 
     Raises:
-        OutputError: there is nothing there, or it is damaged, or of a newer format.
-        UsageError: that layer is not stored.
+        OutputError: There is no output, it is damaged, or it has a newer format.
+        UsageError: The layer is not stored.
 
     >>> open_features("feats.h5")
     <Features of 'feats.h5': 4 images, 34 tiles, pooled [4, 64] float32, visual_tokens [34, 256, 256] float16>
@@ -363,10 +363,10 @@ def open_features(path: str | os.PathLike[str], layer: int | None = None) -> Fea
 
 
 def bounded(features: Features, words: Sequence[str], most: int) -> Features:
-    """The images that keys and patterns mean, unless patterns mean more than is sensible.
+    """Return the images that match keys and patterns, if they are not too many.
 
     Raises:
-        UsageError: they mean more than `most`, or one of them none.
+        UsageError: More than `most` images match, or a word matches none.
     """
     found = features.matching(*words)
     if len(found) > max(most, len(words)):
@@ -378,10 +378,10 @@ def bounded(features: Features, words: Sequence[str], most: int) -> Features:
 
 
 def find_shards(path: str) -> list[FinishedShard]:
-    """Return the shards at a path that a user names: finished ones, or the partial file itself.
+    """Return the shards at a path: finished ones, or the partial file itself.
 
     Raises:
-        OutputError: there is nothing there, or it is damaged, or of a newer format.
+        OutputError: There is no output, it is damaged, or it has a newer format.
     """
     shards = [place.load() for place in find_places(path)]
     check_alike([(shard.path, shard.stored.specs) for shard in shards])

@@ -1,4 +1,4 @@
-"""Which rows of which shards count, and their pooled vectors as one array-like."""
+"""Index the rows of shards that count, and provide their pooled vectors as one array-like."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class RowIndex:
-    """The rows of several shards that count, in order; a later shard's row replaces an earlier one's of its key."""
+    """The rows of several shards that count, in order; for each key, the row of the latest shard."""
 
     def __init__(self, shards: list[OpenShard]) -> None:
         self.shards = shards
@@ -34,27 +34,27 @@ class RowIndex:
         return len(self.row_of)
 
     def key(self, position: int) -> bytes:
-        """The key at a position."""
+        """Return the key at a position."""
         keys = self.shards[int(self.shard_of[position])].table.keys
         return keys[int(self.row_of[position])]
 
     def image(self, position: int, layer: int | None) -> ImageFeatures:
-        """The image at a position, with the arrays of an earlier layer, or for None of the main one."""
+        """Return the image at a position, with the arrays of an earlier layer; None means the main layer."""
         return self.shards[int(self.shard_of[position])].image(int(self.row_of[position]), layer)
 
     def close(self) -> None:
-        """Refuse to read rows from now on."""
+        """Stop reading rows."""
         for shard in self.shards:
             shard.close()
 
     def find(self, key: bytes) -> int | None:
-        """The position of a key; None when no image has it."""
+        """Return the position of a key; None if no image has it."""
         if self._found is None:
             self._found = dict(zip(self.shards[0].table.keys, range(len(self)), strict=True))
         return self._found.get(key)
 
     def column(self, name: str) -> NDArray[Any]:
-        """One column of all shards' tables, [n]."""
+        """Return a column over all shards, [n]."""
         if len(self.shards) == 1:
             column: NDArray[Any] = getattr(self.shards[0].table, name)[self.row_of]
             return column
@@ -75,14 +75,14 @@ class RowIndex:
         self.shard_of, self.row_of = self.shard_of[: len(self._found)], self.row_of[: len(self._found)]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What finds keys is made again where it is needed, unless merging made it.
+        # The lookup table of keys is built again on demand, unless merging needs it.
         return self.__dict__ | ({"_found": None} if len(self.shards) == 1 else {})
 
 
 class PooledVectors:
-    """Pooled vectors of many images as an array-like [n, d] float32 that is read when it is indexed.
+    """Pooled vectors of many images as an array-like [n, d] float32 that is read on access.
 
-    Slices that lie one after another in one shard are views of the mapped file, and read-only; others are copies.
+    Slices that are contiguous in one shard are read-only views of the mapped file; others are copies.
     """
 
     def __init__(self, index: RowIndex, positions: NDArray[Any], layer: int | None) -> None:
@@ -103,19 +103,19 @@ class PooledVectors:
 
     @property
     def keys(self) -> list[str]:
-        """The images' keys, [n]."""
+        """The keys of the images, [n]."""
         return [self.key(number) for number in range(len(self))]
 
     def key(self, number: int) -> str:
-        """The key of one vector's image."""
+        """Return the key of a vector's image."""
         return os.fsdecode(self._index.key(int(self._positions[number])))
 
     def image(self, number: int) -> ImageFeatures:
-        """The image of one vector."""
+        """Return the image of a vector."""
         return self._index.image(int(self._positions[number]), self._layer)
 
     def __getitem__(self, wanted: Any) -> NDArray[Any]:
-        """[d] for a number, [k, d] for a slice or numbers."""
+        """Return [d] for an index, [k, d] for a slice or several indices."""
         if isinstance(wanted, (int, np.integer)):
             vector: NDArray[Any] = self[np.array([wanted])][0]
             return vector
@@ -131,7 +131,7 @@ class PooledVectors:
         return vectors
 
     def blocks(self, most_bytes: int = 64 << 20) -> Iterator[tuple[int, NDArray[Any]]]:
-        """All vectors in order, a bounded number at a time: the number of the first one, and [k, d] float32."""
+        """Yield all vectors in order in blocks: the index of the first one, and [k, d] float32."""
         size = max(1, most_bytes // max(1, 4 * self.shape[1]))
         for start in range(0, len(self), size):
             yield start, self[start : start + size]

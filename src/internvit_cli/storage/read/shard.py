@@ -1,4 +1,4 @@
-"""A shard open for reading: its index in memory, its rows on the disk."""
+"""Read the rows of a shard, whose index is in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class OpenShard:
-    """A shard's index in memory and its rows on disk."""
+    """A shard that is open for reading, with its index in memory."""
 
     def __init__(self, shard: FinishedShard) -> None:
         self._found = shard
@@ -39,77 +39,77 @@ class OpenShard:
 
     @property
     def live_rows(self) -> NDArray[Any]:
-        """Numbers of the rows that count, ascending, [k] int64."""
+        """The indices of the rows that count, ascending, [k] int64."""
         return self._found.live_rows
 
     @property
     def path(self) -> str:
-        """Its file, or what its files' names begin with."""
+        """The path of its file, or the common prefix of its files."""
         return self._found.path
 
     @property
     def identity(self) -> list[tuple[int, ...]]:
-        """What tells its files from later ones of the same names, one entry a file."""
+        """The identity of each file, which differs from that of later files with the same names."""
         return list(self._found.files.values())
 
     @cached_property
     def recipe(self) -> Recipe:
-        """What its rows were made with."""
+        """The recipe of its rows."""
         return stored_recipe(self.attributes, self._found.path)
 
     @cached_property
     def sources(self) -> list[Source]:
-        """The folders that its keys are relative to."""
+        """The folders to which its keys are relative."""
         return recorded_sources(self.attributes, self._found.path)
 
     @cached_property
     def extents(self) -> dict[str, Extent]:
-        """Where the rows of each dataset lie."""
+        """The place of the rows of each dataset."""
         return self._found.backend.extents(self._found.path)
 
     @property
     def specs(self) -> Mapping[str, DatasetSpec]:
-        """Its datasets, those without rows too."""
+        """The specifications of its datasets, including those without rows."""
         return self._found.stored.specs
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """The datasets of features that have rows."""
+        """The names of datasets of features that have rows."""
         return crc_order(self.extents)
 
     @property
     def model_layers(self) -> int | None:
-        """How many blocks the model has; None where that is not recorded."""
+        """The number of blocks of the model; None if it is not recorded."""
         return self.attributes.get(MODEL_LAYERS)
 
     @cached_property
     def digests(self) -> NDArray[Any]:
-        """SHA-256 of every picture's file, [n, 32] uint8; zeros where there is none."""
+        """The SHA-256 of each picture's file, [n, 32] uint8; zeros if there is none."""
         return self._found.backend.commit_records(self._found.path)[0]
 
     @property
     def checksums(self) -> NDArray[Any]:
-        """CRC-32 of every image's rows, [n] uint32."""
+        """The CRC-32 of each image's rows, [n] uint32."""
         return self._found.backend.commit_records(self._found.path)[1]
 
     def close(self) -> None:
-        """Refuse to read from now on; between reads nothing is open anyway."""
+        """Stop reading; no file is open between reads."""
         self._is_closed = True
 
     def require_open(self) -> None:
-        """Raise ClosedError after `close`."""
+        """Raise a ClosedError after `close`."""
         if self._is_closed:
             raise ClosedError(f"the features of {self.path} were closed", "open them again, or read before closing")
 
     def row_shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one row of a dataset."""
+        """Return the shape of a row of a dataset."""
         return self.extents[name].spec.shape[1:]
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows of one dataset as stored, [stop - start, ...]."""
+        """Return rows of a dataset as stored, [stop - start, ...]."""
         extent = self.extents[name]
         size = extent.spec.row_bytes
-        # Opened for each read: a reader that is pickled or forked into workers shares no file position and no handle.
+        # Opened for each read, so that readers in forked or spawned workers share no file position and no handle.
         descriptor = self._open(extent.path)
         try:
             data = read_exactly(descriptor, (stop - start) * size, extent.offset + start * size, extent.path)
@@ -118,7 +118,7 @@ class OpenShard:
         return np.frombuffer(data, extent.spec.dtype).reshape(stop - start, *extent.spec.shape[1:])
 
     def mapped(self, name: str) -> NDArray[Any]:
-        """All rows of one dataset as stored, mapped into memory, read-only; a file that is replaced stays as it was."""
+        """Return all rows of a dataset as stored, memory-mapped and read-only, even if the file is replaced later."""
         extent = self.extents[name]
         descriptor = self._open(extent.path)
         try:
@@ -133,19 +133,19 @@ class OpenShard:
         return np.frombuffer(data, extent.spec.dtype, count, extent.offset).reshape(extent.spec.shape)
 
     def picture(self, row: int) -> bytes:
-        """Path of the file that an image came from."""
+        """Return the path of an image's file."""
         return self.sources[int(self.table.source[row])].path(self.table.keys[row])
 
     def digest(self, row: int) -> bytes:
-        """SHA-256 of that file, 32 bytes; zeros where there is none."""
+        """Return the SHA-256 of the file, 32 bytes; zeros if there is none."""
         return bytes(self.digests[row].tobytes())
 
     def file_size(self, row: int) -> int:
-        """Bytes of that file when it was encoded."""
+        """Return the size of the file in bytes when it was encoded."""
         return int(self.table.file_size[row])
 
     def image(self, row: int, layer: int | None = None) -> ImageFeatures:
-        """One row, by number, with the arrays of an earlier layer or, by default, of the main one."""
+        """Return the image of a row, with the arrays of an earlier layer; None means the main layer."""
         self.require_open()
         table = self.table
         return ImageFeatures(
@@ -163,11 +163,11 @@ class OpenShard:
         )
 
     def _open(self, path: str) -> int:
-        """A descriptor of one of the shard's files, and of no other that has its name by now.
+        """Open one of the shard's files, and no later file with its name; return the descriptor.
 
         Raises:
-            ReplacedError: a later run has replaced the file.
-            ClosedError: after `close`.
+            ReplacedError: A later run has replaced the file.
+            ClosedError: The shard was closed.
         """
         self.require_open()
         return open_same(path, self._found.files)

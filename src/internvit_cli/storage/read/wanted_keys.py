@@ -1,8 +1,8 @@
-"""Which keys a user means: a key as it is, or a pattern of keys.
+"""Find the images that a user names by keys or patterns of keys.
 
-In a pattern `*` stands for any characters but a slash, `?` for one of them, `[a-z]` for one of those in brackets and
-`[!a-z]` for one that is not; `**` as a whole part stands for any number of folders, at the end for all that is below.
-A word that is a key means that key, whatever it has of these.
+In a pattern, `*` matches any characters except a slash, `?` one of them, `[a-z]` one character of the range, and
+`[!a-z]` one that is not in it; `**` between slashes matches any number of folders, and at the end everything below. A
+word that is a key matches that key, even if it contains such characters.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ _WILDCARD = re.compile(r"[*?[]")
 
 
 class UnknownKeyError(UsageError, KeyError):
-    """A key that no image has, or a pattern that fits none; the hint names what may have been meant."""
+    """No image has a key or matches a pattern; the hint names what may have been meant."""
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}"
 
 
 def is_pattern(word: str) -> bool:
-    """Whether a word has a wildcard."""
+    """Return whether a word contains a wildcard."""
     return _WILDCARD.search(word) is not None
 
 
 def key_pattern(word: str) -> re.Pattern[str]:
-    """The expression that whole keys have to match, as `os.fsdecode` gives them."""
+    """Return the expression for whole keys as `os.fsdecode` returns them."""
     *folders, last = word.split("/")
     expression = "".join("(?:[^/]+/)*" if part == "**" else _name_expression(part) + "/" for part in folders)
     return re.compile(expression + (".+" if last == "**" else _name_expression(last)), re.DOTALL)
 
 
 def _name_expression(part: str) -> str:
-    """The expression of one part of a key, without slashes."""
+    """Return the expression for one part of a key, without slashes."""
     expression: list[str] = []
     place = 0
     while place < len(part):
@@ -59,19 +59,19 @@ def _name_expression(part: str) -> str:
 
 
 def _end_of_brackets(part: str, start: int) -> int:
-    """Where the closing bracket is; 0 where there is none, and the opening one stands for itself."""
+    """Return the position of the closing bracket; 0 if there is none, so that the opening one is literal."""
     first = start + (part[start : start + 1] in ("!", "^"))
     return part.find("]", first + 1) if "]" in part[first + 1 :] else 0
 
 
 def _bracket_expression(inside: str) -> str:
-    """One character out of some, or out of all others, and never a slash."""
+    """Return the expression for one character in or outside a range, and never a slash."""
     is_negated = inside[0] in "!^"
     letters = inside[1:] if is_negated else inside
     members = []
     while letters:
         if len(letters) > 2 and letters[1] == "-":
-            if letters[0] <= letters[2]:  # else there is nothing between them
+            if letters[0] <= letters[2]:  # otherwise the range is empty
                 members.append(f"{re.escape(letters[0])}-{re.escape(letters[2])}")
             letters = letters[3:]
         else:
@@ -85,16 +85,16 @@ def _bracket_expression(inside: str) -> str:
 def find_wanted(
     words: Iterable[str], keys: Sequence[bytes], find: Callable[[bytes], int | None], path: str
 ) -> list[int]:
-    """Positions of the images that words mean, in the order of the words and then of the keys, each once.
+    """Return the positions of the images that match words, in the order of words and keys, without duplicates.
 
     Args:
-        words: keys and patterns.
-        keys: of all images, in order.
-        find: the position of a key; None when no image has it.
-        path: the output, for messages.
+        words: Keys and patterns.
+        keys: The keys of all images, in order.
+        find: Returns the position of a key; None if no image has it.
+        path: The output, for messages.
 
     Raises:
-        UnknownKeyError: a word that means none.
+        UnknownKeyError: A word matches no image.
     """
     found: dict[int, None] = {}
     for word in words:
@@ -113,7 +113,7 @@ def find_wanted(
 
 
 def unknown_key(key: str, keys: Sequence[bytes], path: str) -> UnknownKeyError:
-    """The error for a key that no image has; the hint names keys that are like it."""
+    """Return the error for a key that no image has; the hint names similar keys."""
     near = near_keys(key, keys)
     hint = f"internvit ls {path} lists the keys"
     folder = os.fsencode(key.rstrip("/") + "/")
@@ -125,7 +125,7 @@ def unknown_key(key: str, keys: Sequence[bytes], path: str) -> UnknownKeyError:
 
 
 def no_match(pattern: str, keys: Iterable[bytes], path: str) -> UnknownKeyError:
-    """The error for a pattern that fits no key."""
+    """Return the error for a pattern that matches no key."""
     deeper = key_pattern(f"**/{pattern}").fullmatch
     is_deeper = any(deeper(os.fsdecode(key)) for key in keys)
     hint = (

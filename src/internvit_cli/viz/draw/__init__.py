@@ -1,1 +1,1 @@
-"""Text, color scales, figures and sheets with Pillow and numpy alone."""
+"""Draw text, color scales, figures and sheets with only Pillow and numpy."""

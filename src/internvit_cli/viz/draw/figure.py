@@ -1,4 +1,4 @@
-"""Panels with titles, captions and color bars, arranged on one sheet."""
+"""Arrange panels with titles, captions and color bars on one sheet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw
 
 from internvit_cli.viz.draw.palette import short_number
-from internvit_cli.viz.draw.text import FAINT, INK, PAPER, fitted, line_height, text_width, wrapped, write
+from internvit_cli.viz.draw.text import (
+    FAINT,
+    INK,
+    PAPER,
+    line_height,
+    shortened_to_width,
+    text_width,
+    wrap_text,
+    write_line,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,18 +28,18 @@ if TYPE_CHECKING:
 MARGIN = 24
 GAP = 8
 TITLE, HEADING, BODY = 20, 16, 13
-"""Sizes of letters, pixels."""
+"""Font sizes in pixels."""
 BAR_HEIGHT = 12
 LEAST_WIDTH = 280
-"""Of a panel, pixels: captions need room even below a tall picture."""
+"""Smallest width of a panel in pixels, because captions need room even below a tall picture."""
 BEST_SHAPE = 1.6
-"""Width over height that sheets are laid out for: that of a screen."""
+"""Aspect ratio for which sheets are arranged, which is that of a screen."""
 LEGEND = "How to read this figure"
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One picture of a figure."""
+    """A picture of a figure, with its texts."""
 
     name: str
     """One word."""
@@ -38,22 +47,22 @@ class Panel:
     image: Image.Image
     """RGB."""
     captions: Sequence[str] = ()
-    """Sentences below it, which are wrapped."""
+    """Sentences below the picture, which are wrapped."""
     scale: Scale | None = None
-    """Of its colors, drawn as a bar."""
+    """The scale of its colors, drawn as a bar."""
     meaning: str = ""
-    """One sentence on how to read it, for the legend of a figure that has room for one."""
+    """A sentence on how to read it, for a legend if the figure has room for one."""
 
 
 def figure(title: str, subtitle: str, panels: Sequence[Panel]) -> Image.Image:
     """Arrange all panels on one sheet.
 
-    A place that the last row leaves free becomes a legend, if the panels say what they mean.
+    An empty place in the last row becomes a legend if the panels have meanings.
 
     Args:
-        title: what it shows.
-        subtitle: a line of facts.
-        panels: row by row; at least one.
+        title: The title of the figure.
+        subtitle: A line of facts.
+        panels: The panels row by row, at least one.
     """
     placed = [_Placed(panel, max(panel.image.width, LEAST_WIDTH)) for panel in panels]
     columns = _columns(placed)
@@ -61,10 +70,10 @@ def figure(title: str, subtitle: str, panels: Sequence[Panel]) -> Image.Image:
     widths = [max(row[column].width for row in rows if column < len(row)) for column in range(columns)]
     heights = [max(one.height for one in row) for row in rows]
     room = sum(widths) + MARGIN * (columns - 1)
-    facts = wrapped(subtitle, BODY, room)
+    facts = wrap_text(subtitle, BODY, room)
     head = line_height(TITLE) + line_height(BODY) * len(facts) + GAP
     sheet = Image.new("RGB", (room + 2 * MARGIN, MARGIN + head + sum(heights) + MARGIN * len(heights)), PAPER)
-    write(sheet, (MARGIN, MARGIN), fitted(title, TITLE, room), TITLE)
+    write_line(sheet, (MARGIN, MARGIN), shortened_to_width(title, TITLE, room), TITLE)
     _write_lines(sheet, (MARGIN, MARGIN + line_height(TITLE)), facts)
     top = MARGIN + head
     for row, height in zip(rows, heights, strict=True):
@@ -79,19 +88,19 @@ def figure(title: str, subtitle: str, panels: Sequence[Panel]) -> Image.Image:
 
 
 class _Placed:
-    """A panel with its captions set for a width."""
+    """A panel with captions wrapped for a width."""
 
     def __init__(self, panel: Panel, width: int) -> None:
         self._panel = panel
         self.width = width
-        self._title = wrapped(panel.title, HEADING, width)
-        self._captions = [line for caption in panel.captions for line in wrapped(caption, BODY, width)]
+        self._title = wrap_text(panel.title, HEADING, width)
+        self._captions = [line for caption in panel.captions for line in wrap_text(caption, BODY, width)]
         bar = BAR_HEIGHT + GAP // 2 + line_height(BODY) if panel.scale else 0
         self._above = line_height(HEADING) * len(self._title)
         self.height = self._above + panel.image.height + GAP + bar + line_height(BODY) * len(self._captions)
 
     def draw(self, sheet: Image.Image, corner: tuple[int, int]) -> None:
-        """Draw it, its upper left corner at a place."""
+        """Draw the panel with its upper left corner at a position."""
         left, top = corner
         panel = self._panel
         _write_lines(sheet, corner, self._title, HEADING)
@@ -105,7 +114,7 @@ class _Placed:
 
 
 def _columns(panels: Sequence[_Placed]) -> int:
-    """Side by side as many as bring the sheet nearest to the shape of a screen, few places free."""
+    """Return the number of columns that fits a screen best and leaves few empty places."""
 
     def cost(columns: int) -> float:
         rows = math.ceil(len(panels) / columns)
@@ -118,13 +127,13 @@ def _columns(panels: Sequence[_Placed]) -> int:
 
 
 def _draw_legend(sheet: Image.Image, panels: Sequence[Panel], corner: tuple[int, int], width: int, height: int) -> None:
-    """Say how to read the panels, as far as there is room for whole sentences."""
+    """Draw sentences on how to read the panels, as many as fit completely."""
     left, top = corner
-    write(sheet, corner, fitted(LEGEND, HEADING, width), HEADING)
+    write_line(sheet, corner, shortened_to_width(LEGEND, HEADING, width), HEADING)
     bottom = top + height
     top += line_height(HEADING) + GAP
     for panel in panels:
-        title, sentences = wrapped(panel.title, BODY, width), wrapped(panel.meaning, BODY, width)
+        title, sentences = wrap_text(panel.title, BODY, width), wrap_text(panel.meaning, BODY, width)
         needed = line_height(BODY) * (len(title) + len(sentences)) + GAP
         if not panel.meaning or top + needed > bottom:
             continue
@@ -139,7 +148,7 @@ def _write_lines(
     left, top = corner
     for number, line in enumerate(lines):
         ink = color or (FAINT if size == BODY else INK)
-        write(sheet, (left, top + number * line_height(size)), line, size, ink)
+        write_line(sheet, (left, top + number * line_height(size)), line, size, ink)
 
 
 def _draw_bar(sheet: Image.Image, scale: Scale, corner: tuple[int, int], width: int) -> None:
@@ -149,4 +158,4 @@ def _draw_bar(sheet: Image.Image, scale: Scale, corner: tuple[int, int], width: 
     for share in (0.0, 0.5, 1.0):
         label = short_number(scale.low + share * (scale.high - scale.low))
         shift = share * text_width(label, BODY)
-        write(sheet, (left + share * width - shift, top + BAR_HEIGHT + GAP // 2), label, BODY)
+        write_line(sheet, (left + share * width - shift, top + BAR_HEIGHT + GAP // 2), label, BODY)

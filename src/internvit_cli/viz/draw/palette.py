@@ -1,4 +1,4 @@
-"""From numbers to colors, and the bar that tells which is which."""
+"""Map numbers to colors, and draw color bars."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ SEQUENTIAL = (
     "#b4de2c",
     "#fde725",
 )
-"""Viridis: equal steps look equal, in grey and to the color-blind too."""
+"""Viridis, whose equal steps look equal, also in gray and to color-blind people."""
 DIVERGING = ("#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7", "#fddbc7", "#f4a582", "#d6604d", "#b2182b")
-"""Blue below, red above, and nearly white in the middle."""
+"""A diverging scale: blue below, red above, and nearly white in the middle."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A range of numbers as a range of colors; what lies beyond has the color of the end."""
+    """A color scale for a range of numbers; numbers outside have the color of the nearest end."""
 
     low: float
     high: float
     stops: tuple[str, ...] = SEQUENTIAL
-    """Colors at equal distances, `#rrggbb`."""
+    """Evenly spaced colors, `#rrggbb`."""
 
     def colors(self, values: NDArray[Any]) -> NDArray[np.uint8]:
-        """RGB of numbers of any shape, [..., 3] uint8; what is not a number is grey."""
+        """Return the RGB colors of numbers of any shape, [..., 3] uint8; NaN is gray."""
         span = self.high - self.low
         share = (values.astype(np.float64) - self.low) / span if span > 0 else np.full(values.shape, 0.5)
         place = np.clip(np.nan_to_num(share, nan=0.5), 0.0, 1.0) * (len(self.stops) - 1)
@@ -51,21 +51,21 @@ class Scale:
         return rounded
 
     def bar(self, width: int, height: int) -> NDArray[np.uint8]:
-        """The whole range from left to right, [height, width, 3] uint8."""
+        """Return the whole range from left to right, [height, width, 3] uint8."""
         row = self.colors(np.linspace(self.low, self.high, width))
         bar: NDArray[np.uint8] = np.broadcast_to(row, (height, width, 3)).copy()
         return bar
 
 
 def unit_colors(values: NDArray[Any], low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.uint8]:
-    """Three numbers as red, green and blue, [..., 3] uint8: at `low` dark, at `high` full, beyond as at the ends."""
+    """Map three numbers to red, green and blue, [..., 3] uint8: dark at `low`, bright at `high`, clipped outside."""
     span = np.where(high > low, high - low, 1.0)
     colors: NDArray[np.uint8] = np.rint(np.clip((values - low) / span, 0.0, 1.0) * 255).astype(np.uint8)
     return colors
 
 
 def short_number(value: float) -> str:
-    """A number in three digits, as labels want it."""
+    """Format a number with three digits for a label."""
     if value == 0 or 0.001 <= abs(value) < 10_000:
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return f"{value:.1e}"

@@ -1,4 +1,4 @@
-"""Figures and sheets as PNG files that say who drew them."""
+"""Encode figures and sheets as PNG files with internvit's mark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """Return a drawing as a PNG file; its mark is the first thing said of it, where planning looks (`headers`)."""
+    """Return a drawing as a PNG file with the mark at the position that planning checks (`plan/headers`)."""
     mark, stream = PngInfo(), io.BytesIO()
     mark.add_text(*DRAWN_BY)
     image.save(stream, "PNG", optimize=False, pnginfo=mark, icc_profile=None)

@@ -1,4 +1,4 @@
-"""Pictures in a terminal: kitty's and iTerm2's protocols, sixel, or half blocks in 24-bit color."""
+"""Draw pictures in a terminal with kitty's or iTerm2's protocol, sixels, or half blocks in 24-bit color."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ STRING_END = f"{ESCAPE}\\"
 KITTY_CHUNK = 4096
 SIXEL_COLORS = 255
 CELL_WIDTH = 10
-"""Pixels of a character where the terminal does not tell: sharp enough on most."""
+"""Pixels per character if the terminal does not report them; sharp enough on most."""
 
 
 def detect(environment: Mapping[str, str]) -> Graphics:
-    """What a terminal says of itself in its environment; half blocks where it says nothing, or sits in another."""
+    """Return the protocol of a terminal from its environment; half blocks if it is unknown or within a multiplexer."""
     term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
     if term.startswith(("screen", "tmux")) or "TMUX" in environment or "STY" in environment:
         return Graphics.BLOCKS
@@ -39,13 +39,13 @@ def detect(environment: Mapping[str, str]) -> Graphics:
 
 
 def render(image: Image.Image, graphics: Graphics, columns: int, pixel_width: int = 0) -> str:
-    """A picture as text for a terminal, at most so many characters wide, ending with a line end.
+    """Return a picture as text for a terminal, ending with a newline.
 
     Args:
-        image: RGB.
-        graphics: how the terminal takes it.
-        columns: characters across.
-        pixel_width: of all columns together; 0 where the terminal does not tell.
+        image: The picture in RGB.
+        graphics: The protocol.
+        columns: The largest width in characters.
+        pixel_width: The width of all columns in pixels; 0 if the terminal does not report it.
     """
     if graphics is Graphics.BLOCKS:
         return _blocks(_within(image, columns))
@@ -69,7 +69,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _kitty(encoded: bytes) -> str:
-    """A PNG, transmitted and shown (a=T), in pieces; the terminal is asked for no answer (q=2)."""
+    """Return a PNG that is transmitted and shown (a=T) in pieces, without an answer of the terminal (q=2)."""
     pieces = [encoded[start : start + KITTY_CHUNK].decode() for start in range(0, len(encoded), KITTY_CHUNK)]
     text = []
     for number, piece in enumerate(pieces):
@@ -83,7 +83,7 @@ def _iterm2(encoded: bytes) -> str:
 
 
 def _blocks(image: Image.Image) -> str:
-    """Two pixels a character: the upper half in the foreground's color, the lower half in the background's."""
+    """Return two pixels per character: the upper half as foreground, the lower half as background."""
     pixels = np.asarray(image.convert("RGB"))
     if len(pixels) % 2:
         pixels = np.concatenate([pixels, pixels[-1:]])
@@ -98,7 +98,7 @@ def _blocks(image: Image.Image) -> str:
 
 
 def _sixel(image: Image.Image) -> str:
-    """Bands of six rows, color after color."""
+    """Return the picture as sixels: bands of six rows, color by color."""
     indexed = image.quantize(SIXEL_COLORS)
     palette = np.array(indexed.getpalette() or [], np.int64).reshape(-1, 3)
     pixels = np.asarray(indexed)
@@ -113,7 +113,7 @@ def _sixel(image: Image.Image) -> str:
 
 
 def _sixel_row(is_color: NDArray[Any]) -> str:
-    """One color of a band, [up to 6, width] bool: six pixels a character, runs counted."""
+    """Return one color of a band, [up to 6, width] bool, with six pixels per character, run-length encoded."""
     bits = (is_color * (1 << np.arange(len(is_color)))[:, None]).sum(axis=0) + 63
     starts = np.flatnonzero(np.diff(bits, prepend=-1))
     lengths = np.diff(starts, append=len(bits))

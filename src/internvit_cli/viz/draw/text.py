@@ -1,4 +1,4 @@
-"""Text in pictures, in the font that Pillow brings along."""
+"""Write text into pictures, in the font that comes with Pillow."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FAINT: Color = (110, 110, 110)
 PAPER: Color = (255, 255, 255)
 ELLIPSIS = "..."
 SPACE = 0.32
-"""Width of a space as a share of the size of letters: the font's own, 3 pixels at sizes up to 16, is hardly seen."""
+"""Width of a space relative to the font size; the font's own, 3 pixels at sizes up to 16, is hardly visible."""
 
 
 @lru_cache(maxsize=16)
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, of so many pixels; one fixed small size where Pillow was built without FreeType."""
+    """Return Pillow's font in a size in pixels, or its small fixed font if Pillow was built without FreeType."""
     try:
         return ImageFont.load_default(size)
     except ImportError:
@@ -30,17 +30,17 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def drawable(text: str) -> str:
-    """The text on one line; what Pillow's font has no letters for, all beyond ASCII, is written out."""
+    """Return a text on one line, with characters outside ASCII escaped, because Pillow's font lacks them."""
     return one_line(text, limit=None).encode("ascii", "backslashreplace").decode("ascii")
 
 
 def text_width(text: str, size: int) -> float:
-    """Pixels that a text takes from left to right."""
+    """Return the width of a text in pixels."""
     return _set(drawable(text), size)[1]
 
 
 def _set(text: str, size: int) -> tuple[list[tuple[str, float]], float]:
-    """Where the words of a text begin, and its width."""
+    """Return the words of a text with their positions, and its width."""
     words, left = [], 0.0
     for word in text.split(" "):
         words.append((word, left))
@@ -49,12 +49,12 @@ def _set(text: str, size: int) -> tuple[list[tuple[str, float]], float]:
 
 
 def line_height(size: int) -> int:
-    """Pixels from one line to the next."""
+    """Return the distance between lines in pixels."""
     return round(size * 1.35)
 
 
-def fitted(text: str, size: int, width: float) -> str:
-    """The text, or so much of its beginning and its end as fits; what tells keys apart is at their end."""
+def shortened_to_width(text: str, size: int, width: float) -> str:
+    """Return a text, shortened in the middle if it does not fit, because the end of a key identifies it."""
     text = drawable(text)
     if text_width(text, size) <= width:
         return text
@@ -66,7 +66,7 @@ def fitted(text: str, size: int, width: float) -> str:
     return ""
 
 
-def wrapped(text: str, size: int, width: float) -> list[str]:
+def wrap_text(text: str, size: int, width: float) -> list[str]:
     """Break a text into lines that fit, between words where possible."""
     lines = [""]
     for word in drawable(text).split(" "):
@@ -82,15 +82,15 @@ def wrapped(text: str, size: int, width: float) -> list[str]:
     return lines
 
 
-def write(image: Image.Image, place: tuple[float, float], text: str, size: int, color: Color = INK) -> None:
-    """Write one line, its upper left corner at a place."""
+def write_line(image: Image.Image, place: tuple[float, float], text: str, size: int, color: Color = INK) -> None:
+    """Write one line with its upper left corner at a position."""
     draw = ImageDraw.Draw(image)
     for word, left in _set(drawable(text), size)[0]:
         draw.text((place[0] + left, place[1]), word, fill=color, font=font(size))
 
 
 def write_outlined(image: Image.Image, place: tuple[float, float], text: str, size: int) -> None:
-    """White letters with a dark edge, legible on any picture."""
+    """Write white letters with a dark edge, which are legible on any picture."""
     draw, chosen = ImageDraw.Draw(image), font(size)
     edge = 1 if isinstance(chosen, ImageFont.FreeTypeFont) else 0
     draw.text(place, drawable(text), fill=PAPER, font=chosen, stroke_width=edge, stroke_fill=INK)
