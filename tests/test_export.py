@@ -457,7 +457,7 @@ def test_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         (2, ["a.h5", "pipe.csv", "--overwrite"], "not a regular file"),
         (2, ["a.h5", "full.h5", "--format", "npy"], "names a h5 file"),
         (2, ["a.h5", "x.npy"], ".npy shards go into a folder"),
-        (2, ["a.h5", "x.npz"], "no .npz files"),
+        (2, ["a.h5", "x.npz"], ".npz files are not supported"),
         (2, ["a.h5", "x.h5.partial"], "unfinished"),
         (2, ["a.h5", "x.h5", "--widen"], "--widen"),
         (2, ["a.h5", "new.h5"], "exists already"),
