@@ -1,4 +1,4 @@
-"""Outputs that an earlier version wrote, finished and killed halfway: today's commands read them and go on with them."""
+"""Outputs of an earlier version, finished and killed halfway: today's commands read them and go on with them."""
 
 from __future__ import annotations
 
