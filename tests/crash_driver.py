@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from shortcuts import build_command_once
 
 from internvit_cli.cli import app
 from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
@@ -267,6 +268,7 @@ def fill_disk(path: str) -> None:
 
 def prepare(behavior: Behavior) -> None:
     """Put the stand-ins in place."""
+    build_command_once()
     stand_in = types.ModuleType("internvit_cli.encode.encoder")
     stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
     sys.modules["internvit_cli.encode.encoder"] = stand_in
