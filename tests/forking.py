@@ -12,6 +12,7 @@ interpreter in all tests but those of the workers themselves.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import functools
 import json
@@ -69,7 +70,8 @@ class Child:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and the word of it is on its way
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -119,7 +121,7 @@ class Forked(Child):
         streams = [null if given == DEVNULL else given for given in (stdin, out, err)]
         words = list(map(str, arguments))
         variables = dict(os.environ if env is None else env)
-        super().__init__("commands", [words, plan, variables, os.getcwd(), start_new_session], streams)
+        super().__init__("commands", ["command", words, plan, variables, os.getcwd(), start_new_session], streams)
         for descriptor in {null, *([out] if stdout == PIPE else []), *([err] if stderr == PIPE else [])}:
             os.close(descriptor)
 
@@ -166,15 +168,16 @@ def start_worker(
     environment: dict[str, str] | None = None,
     *,
     is_silent: bool,
+    server: str = "workers",
 ) -> tuple[Child, Connection]:
     """Start a worker as `workers.start_process` does, without the quarter of a second that an interpreter needs."""
     ours, theirs = socket.socketpair()
     with theirs, open(os.devnull, "r+b", buffering=0) as null:
         inherited = (theirs.fileno(), *descriptors)
         variables = os.environ | (environment or {})
-        request = [serve.__module__, serve.__name__, inherited, variables, os.getcwd(), [*filter(None, sys.path)]]
+        request = ["worker", serve.__module__, serve.__name__, inherited, variables, os.getcwd(), [*filter(None, sys.path)]]
         streams = [null.fileno(), null.fileno(), null.fileno() if is_silent else 2]
-        process = Child("workers", request, [*streams, *inherited])
+        process = Child(server, request, [*streams, *inherited])
     return process, Connection(ours.detach())
 
 
@@ -197,7 +200,7 @@ def serve(kind: str, path: str) -> None:
     import gc
     import select
 
-    become = {"commands": _prepare_commands, "workers": _prepare_workers}[kind]()
+    {"commands": _prepare_commands, "workers": _prepare_workers}[kind]()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for the runs
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the tests
@@ -209,11 +212,11 @@ def serve(kind: str, path: str) -> None:
             connection, _ = server.accept()
             if os.fork() == 0:
                 server.close()
-                _look_after(connection, become)
+                _look_after(connection)
             connection.close()
 
 
-def _prepare_commands() -> Callable[[list[Any], list[int]], NoReturn]:
+def _prepare_commands() -> None:
     """Import all that the command may need."""
     import importlib
     import pkgutil
@@ -233,20 +236,17 @@ def _prepare_commands() -> Callable[[list[Any], list[int]], NoReturn]:
     typer.main.get_command(app)
     workers.start_process = start_worker  # type: ignore[assignment]
     _server("workers")
-    return _become
 
 
-def _prepare_workers() -> Callable[[list[Any], list[int]], NoReturn]:
+def _prepare_workers() -> None:
     """Import what workers need, and not torch: their address space is bounded."""
     import internvit_cli.decode.decoder
     import internvit_cli.decode.pictures
     import internvit_cli.plan.scan
     import internvit_cli.viz.photograph  # noqa: F401
 
-    return _become_worker
 
-
-def _look_after(connection: socket.socket, become: Callable[[list[Any], list[int]], NoReturn]) -> None:
+def _look_after(connection: socket.socket) -> None:
     """Start one process, and tell its process id and how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_REQUEST, MOST_DESCRIPTORS)
@@ -255,7 +255,8 @@ def _look_after(connection: socket.socket, become: Callable[[list[Any], list[int
     child = os.fork()
     if child == 0:
         connection.close()
-        become(json.loads(data), descriptors)
+        kind, *request = json.loads(data)
+        _become(request, descriptors) if kind == "command" else _become_worker(request, descriptors)
     for descriptor in descriptors:
         os.close(descriptor)
     connection.sendall(b"%d\n" % child)

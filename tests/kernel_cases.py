@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from model_helpers import open_all, random_tiles, tiny_card
@@ -237,7 +237,8 @@ def every_probe_passes(setting: Setting) -> None:
     from internvit_cli.model.kernels.triton_kernels import triton_kernels
 
     vision = tiny_card().vision
-    for changes in ({}, {"norm": "rms_norm", "qk_norm": True}):
+    families: tuple[dict[str, Any], ...] = ({}, {"norm": "rms_norm", "qk_norm": True})
+    for changes in families:
         case = ProbeSizes(
             replace(vision, **changes), 4, StorePlan(4, 256, torch.float16, TokenOrder.V2, False, 65520.0, mean=True)
         )

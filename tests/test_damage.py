@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-FEW, MANY = 5, 60
+FEW, MANY = 2, 63
 """Cases of each scene and kind."""
 SCENES = ("unfinished", "unfinished after others", "finished", "finished and to be continued")
 FIRST = ["a.png", "b.png", "bad.png", "c.png", "d/e.png", "spoiled.png", "g.png"]

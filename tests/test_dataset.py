@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ TILES = [1, 3, 7, 3, 4]
 TRUNCATED = Skipped(Status.TRUNCATED, "OSError", "cut short")
 
 
-def make(folder: Path, skips: dict[int, Skipped] | None = None, seed: int = 0, **options: object) -> Path:
+def make(folder: Path, skips: dict[int, Skipped] | None = None, seed: int = 0, **options: Any) -> Path:
     """Five images in two shards."""
     folder.mkdir(exist_ok=True)
     for part in (slice(0, 2), slice(2, 5)):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.image import ImageFeatures
 
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
-CPU = {"dtype": "float32", "device": "cpu"}
+CPU: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 FEW, FEW_TILES = {"max_tiles": 3}, ("--max-tiles", 3)
 PHOTOS = ("028_exif-samples_640x480.jpg", "021_exif-orientation_1200x1800.jpg", "066_libwebp-gallery_800x600.webp")
 """The second is turned by its EXIF."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import exchange_helpers as exchange
 import h5py
@@ -33,7 +33,7 @@ def simple(
     seed: int = 0,
     skips: tuple[int, ...] = (),
     why: Skipped = VANISHED,
-    **options: object,
+    **options: Any,
 ) -> None:
     """An output of one-tile images, some of them skipped."""
     shard = helpers.make_shard(helpers.make_table([(1, 1, 0)] * len(keys), keys), **options)

@@ -736,7 +736,7 @@ def test_the_command_prints_groups_json_and_a_sheet(stored_copies, tmp_path):
 
 def drawn_problems(monkeypatch) -> list[str]:
     """Why pictures are missing on the sheets that are drawn, in order; empty words for those that are there."""
-    problems = []
+    problems: list[str] = []
     real = contact_sheets.contact_sheet
 
     def spy(rows, notes):

@@ -152,7 +152,7 @@ def test_what_tokens_owe_to_their_place_is_taken_off():
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (448, 448), (3000, 500), (7, 900)])
-def test_the_covered_box_is_the_part_that_the_crop_shows(size):
+def test_the_covered_box_is_the_part_that_the_crop_shows(size: tuple[int, int]) -> None:
     """CLIP's crop takes the middle: as many pixels of the resized picture as a tile has, on both axes."""
     left, top, right, bottom = covered_box(*size, Preprocess.CLIP, 448)
     resized = clip_size(*size, 448)

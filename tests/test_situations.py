@@ -348,7 +348,7 @@ def make_unreadable(path: Path) -> None:
 
 
 def write(text: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(text) and None
+    return lambda path: path.write_bytes(text.encode()) and None
 
 
 def damage_run_log(path: Path) -> None:
