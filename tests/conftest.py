@@ -33,8 +33,10 @@ pytest_plugins = ["drivers", "report_helpers"]
 build_command_once()
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the commands under test respect nohup, which these tests may run under
 
-settings.register_profile("shared machine", deadline=None)  # A slow moment of the machine is no failure.
-settings.load_profile("shared machine")
+# A slow moment of the machine is no failure.
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("sweep", deadline=None, max_examples=200)
+settings.load_profile("quick")
 
 
 @pytest.fixture

@@ -272,7 +272,9 @@ def test_tiles_of_a_file_without_tokens_have_none(tmp_path, kind):
 def test_tensors_hold_the_same_values_in_the_stored_type(tmp_path, kind, order, dtype):
     import torch
 
-    for image in open_features(make(tmp_path, kind, store_dtype=dtype, token_order=order)).values():
+    features = open_features(make(tmp_path, kind, store_dtype=dtype, token_order=order))
+    assert len(features) == len(GRIDS)
+    for image in features.values():
         tensor = image.to_torch()
         wanted = "float32" if dtype.is_scaled else dtype.value
         assert tensor.dtype == getattr(torch, wanted) and tensor.shape == image.tokens.shape

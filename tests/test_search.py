@@ -233,7 +233,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", ["chosen.json", "chosen.npz", "chosen.usearch"])
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("removed", "garbage", "a pipe"),
+        *(pytest.param(how, marks=pytest.mark.sweep) for how in DAMAGES if how not in ("removed", "garbage", "a pipe")),
+    ],
+)
 def test_a_damaged_index_is_made_again(many, damage, how):
     options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
     expected = [hit.image.key for hit in search(options).answers[0].hits]
