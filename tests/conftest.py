@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import CodeType
+from typing import TYPE_CHECKING
 
 import pytest
 from folders import OUTSIDE, OUTSIDE_VARIABLE, REFERENCE
@@ -19,6 +20,9 @@ from shortcuts import build_command_once
 
 from internvit_cli.extract.multi_device import engine
 from internvit_cli.runtime import workers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 START_PROCESS = workers.start_process
 # Some thousands in all: no interpreter is started for each, and torch is not imported for each device.
@@ -94,7 +98,8 @@ STARTERS = {"subprocess", "Forked", "ProcessPoolExecutor"}
 HERE = str(Path(__file__).parent)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Mark the tests that start processes, and run them last: what is wrong mostly shows in the others, and sooner.
 
     Each process of pytest-xdist begins with an equal share of the tests, cut from the whole list in its order.
@@ -102,11 +107,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen: dict[CodeType, bool] = {}
     for item in items:
         if isinstance(item, pytest.Function):
-            fixtures = [
-                one.func for all_of_a_name in item._fixtureinfo.name2fixturedefs.values() for one in all_of_a_name
-            ]
+            fixtures = [nearest.func for *_, nearest in item._fixtureinfo.name2fixturedefs.values()]
             if any(_starts_processes(function, seen) for function in (item.function, *fixtures)):
                 item.add_marker("process")
+    yield  # those that are not selected go
     parts: tuple[list[pytest.Item], list[pytest.Item]] = ([], [])
     for item in items:
         parts[item.get_closest_marker("process") is not None].append(item)

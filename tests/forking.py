@@ -175,7 +175,15 @@ def start_worker(
     with theirs, open(os.devnull, "r+b", buffering=0) as null:
         inherited = (theirs.fileno(), *descriptors)
         variables = os.environ | (environment or {})
-        request = ["worker", serve.__module__, serve.__name__, inherited, variables, os.getcwd(), [*filter(None, sys.path)]]
+        request = [
+            "worker",
+            serve.__module__,
+            serve.__name__,
+            inherited,
+            variables,
+            os.getcwd(),
+            [*filter(None, sys.path)],
+        ]
         streams = [null.fileno(), null.fileno(), null.fileno() if is_silent else 2]
         process = Child(server, request, [*streams, *inherited])
     return process, Connection(ours.detach())
