@@ -97,7 +97,7 @@ def test_a_temporary_name_that_is_taken_costs_neither_the_run_nor_the_file(tmp_p
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("way", ["soft", "hard"])
+@pytest.mark.parametrize("way", ["soft", pytest.param("hard", marks=pytest.mark.sweep)])
 def test_no_result_is_written_through_a_link(tmp_path: Path, way: str) -> None:
     make_pictures(tmp_path / "pictures", 3)
     assert extract(tmp_path / "pictures", "-o", tmp_path / "a.h5").returncode == 0
