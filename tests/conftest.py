@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 START_PROCESS = workers.start_process
 # Some thousands in all: no interpreter is started for each, and torch is not imported for each device.
 workers.start_process = start_worker  # type: ignore[assignment]
-engine.start_process = functools.partial(start_worker, server="commands")  # type: ignore[attr-defined]
+engine.start_process = functools.partial(start_worker, server="commands")  # type: ignore[assignment]
 
 MODULES = {path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("test_")}
 LOADED = {"conftest", "folders", "forking", "shortcuts"}

@@ -282,7 +282,7 @@ def prepare(behavior: Behavior) -> None:
     commit.sync_together = sync_in_turn if behavior.inline else sync_together
     shard_filler.ShardSink = InlineSink if behavior.inline else ShardSink  # type: ignore[misc]
     if behavior.misordered:
-        shard_filler.ShardWriter = MisorderedWriter  # type: ignore[misc]
+        shard_filler.ShardWriter = MisorderedWriter  # type: ignore[assignment,misc]
     by_images = lambda _, table: cut(table, behavior.shard_images)  # noqa: E731
     shard_plan.ShardSize.split = by_images if behavior.shard_images else SPLIT  # type: ignore[method-assign]
     if behavior.no_reserve:
@@ -308,7 +308,7 @@ def _report_checkpoints() -> None:
         os.write(1, b"%d\n" % len(known))
         return committed
 
-    ShardWriter.commit = commit_and_tell  # type: ignore[method-assign]
+    ShardWriter.commit = commit_and_tell  # type: ignore[assignment,method-assign]
 
 
 def run(arguments: list[str]) -> int:

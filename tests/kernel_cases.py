@@ -121,7 +121,7 @@ def residual_norm(setting: Setting) -> None:
             close(actual_rows, rows, setting.bound)
             close(triton_norms.norm_rows(expected, norm, in_fp8=False), rows, setting.bound)
             x = setting.random(2, 5, width)
-            expected, rows = fp8.residual_norm(x, y, scale, norm)
+            expected, rows = fp8.residual_norm(x, y, scale, norm)  # type: ignore[assignment]
             _, actual_rows = triton_norms.residual_norm(x, y, scale, norm, in_fp8=True)
             close_rows(actual_rows, rows, setting)
 
@@ -152,7 +152,7 @@ def qk_norm(setting: Setting) -> None:
 
     for width in WIDTHS:
         q_norm, k_norm = norms(setting, width, nn.RMSNorm), norms(setting, width, nn.RMSNorm)
-        k_norm.weight.mul_(2)
+        k_norm.weight.mul_(2)  # type: ignore[operator]
         qkv = setting.random(2, 5, 3 * width)
         q, k, v = qkv.chunk(3, dim=-1)
         expected = torch.cat((q_norm(q), k_norm(k), v), dim=-1)

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import storage_helpers as helpers
+from comparing import same_bytes
 from exchange_helpers import fails, least_shard_size, make, names_in, ok, plain
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +54,7 @@ def test_from_hdf5_to_npy_and_back_every_value_is_the_same(tmp_path: Path, optio
     assert one.run_log == three.run_log == plain(tmp_path / "two").run_log == [exchange.RUN]
     assert set(plain(tmp_path / "two").arrays) == set(one.arrays)
     for left, right in (("one.h5.skipped.jsonl", "two/skipped.jsonl"), ("one.h5.skipped.jsonl",) * 2):
-        assert (tmp_path / left).read_bytes() == (tmp_path / right).read_bytes()
+        assert same_bytes(tmp_path / left, tmp_path / right)
     assert (tmp_path / "three.h5.skipped.jsonl").read_bytes() == (tmp_path / "one.h5.skipped.jsonl").read_bytes()
 
 
@@ -87,8 +88,8 @@ def test_shards_are_cut_anew_and_superseded_rows_stay_behind(tmp_path: Path) -> 
     assert len(new.shards) == 3
     assert set(new) == set(old)
     for key, image in old.items():
-        assert image.pooled.tobytes() == new[key].pooled.tobytes()
-        assert image.visual_tokens.tobytes() == new[key].visual_tokens.tobytes()
+        assert same_bytes(image.pooled, new[key].pooled)
+        assert same_bytes(image.visual_tokens, new[key].visual_tokens)
         assert image.digest == new[key].digest
     ok("verify", tmp_path / "new")
 
@@ -132,8 +133,8 @@ def test_without_tokens_vectors_are_all_that_is_written(tmp_path: Path, target: 
         one, new = open_features(tmp_path / "a.h5"), open_features(tmp_path / target)
         assert new.stored == ("pooled", "tile_pooled")
         for key, image in one.done.items():
-            assert image.pooled.tobytes() == new[key].pooled.tobytes()
-            assert image.tile_pooled.tobytes() == new[key].tile_pooled.tobytes()
+            assert same_bytes(image.pooled, new[key].pooled)
+            assert same_bytes(image.tile_pooled, new[key].tile_pooled)
         ok("verify", tmp_path / target)
     elif target == "new.tar":
         whole, new_samples = samples_of(tmp_path / "whole.tar"), samples_of(tmp_path / target)
@@ -193,7 +194,7 @@ def test_plain_pyarrow_reads_every_value_of_a_parquet_file(tmp_path: Path, optio
             shape = (rows[row]["tiles"], *json.loads(facts[b"shape"])[1:])
             values = np.frombuffer(rows[row][name], facts[b"numpy"].decode()).reshape(shape)
             assert values.shape == array.shape
-            assert values.tobytes() == array.tobytes()
+            assert same_bytes(values, array)
 
 
 def test_row_groups_are_bounded_and_bfloat16_is_widened_when_asked_for(
@@ -296,7 +297,7 @@ def test_every_value_is_in_a_tar_of_samples(tmp_path: Path, options: dict[str, A
     written = make(tmp_path / "a.h5", shard)
     ok("export", tmp_path / "a.h5", tmp_path / "a.tar")
     ok("export", tmp_path / "a.h5", tmp_path / "again.tar")
-    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "again.tar").read_bytes()
+    assert same_bytes(tmp_path / "a.tar", tmp_path / "again.tar")
     with tarfile.open(tmp_path / "a.tar") as tar:
         assert json.loads(tar.pax_headers["comment"])["recipe"] == shard.attributes["recipe"]
     samples = samples_of(tmp_path / "a.tar")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from comparing import same_bytes
 from PIL import Image
 from run_helpers import extract, internvit
 
@@ -75,7 +76,7 @@ def assert_same(ours: ImageFeatures, theirs: ImageFeatures) -> None:
                 getattr(ours, name)
             continue
         found = getattr(ours, name)
-        assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), (theirs.key, name)
+        assert found.dtype == expected.dtype and same_bytes(found, expected), (theirs.key, name)
 
 
 @pytest.fixture(scope="module")

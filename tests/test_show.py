@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comparing import same_bytes
 from PIL import Image
 from run_helpers import extract, internvit
 
@@ -293,7 +294,7 @@ def test_pictures_that_moved_are_found_in_the_folder_that_is_named(one_picture, 
     assert "No such file" in away.notes[0]
     (back,) = show(ShowOptions(str(output), [PHOTO], size=100, pictures=str(tmp_path / "moved" / "here")))
     (home,) = show(ShowOptions(str(output), [PHOTO], size=100))
-    assert not back.notes and back.figure.tobytes() == home.figure.tobytes()
+    assert not back.notes and same_bytes(back.figure.tobytes(), home.figure.tobytes())
     refused = internvit("show", output, PHOTO, "--pictures", tmp_path / "nowhere")
     assert refused.returncode == 2 and "not a folder" in refused.stderr and "hint:" in refused.stderr
 
@@ -341,7 +342,7 @@ def test_figures_are_written_and_named(stored, tmp_path):
     assert len(os.listdir(tmp_path / "new")) == 2, "no temporary file is left"
     again = internvit("show", stored, PHOTO, "sub/small.png", "-o", tmp_path / "again", "--size", 200)
     for path, second in zip(paths, again.stdout.splitlines(), strict=True):
-        assert Path(path).read_bytes() == Path(second).read_bytes()
+        assert same_bytes(Path(path), Path(second))
 
 
 def test_without_a_folder_figures_go_where_one_is(stored, tmp_path, monkeypatch):

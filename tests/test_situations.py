@@ -347,7 +347,7 @@ def make_unreadable(path: Path) -> None:
     path.mkdir()
 
 
-def write(text: str) -> Callable[[Path], None]:
+def write(text: str) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(text.encode()) and None
 
 
