@@ -85,7 +85,8 @@ def test_a_view_is_a_dataset_of_its_images(tmp_path):
 def test_workers_of_either_kind_read_the_same_samples(tmp_path, method, by):
     path = make(tmp_path, store_dtype=StoreDtype.BFLOAT16)
     dataset = FeatureDataset(open_features(path)[1:], by=by)
-    list(dataset)  # read here first: what is open in this process must not matter  # type: ignore[call-overload]  # type: ignore[call-overload]
+    # Read here first: what is open in this process must not matter.
+    list(dataset)  # type: ignore[call-overload]
     alone = list(dataset)  # type: ignore[call-overload]
     loader = DataLoader(
         dataset, batch_size=None, num_workers=2, multiprocessing_context=method, persistent_workers=False
