@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("fresh_workers")
+
 OBEY = WorkerSpec("worker_handlers:obey")
 
 
