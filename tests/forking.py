@@ -247,11 +247,14 @@ def _prepare_commands() -> None:
 
 
 def _prepare_workers() -> None:
-    """Import what workers need, and not torch: their address space is bounded."""
+    """Import what workers need, all formats of Pillow too, and not torch: their address space is bounded."""
+    from PIL import Image, ImageOps  # noqa: F401
+
     import internvit_cli.decode.decoder
-    import internvit_cli.decode.pictures
     import internvit_cli.plan.scan
     import internvit_cli.viz.photograph  # noqa: F401
+
+    Image.init()
 
 
 def _look_after(connection: socket.socket) -> None:
