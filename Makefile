@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One process for each core; whoever has nothing left takes tests from the others.
 SPREAD := -n auto --dist worksteal
+# `make test COVERAGE=1` also measures which lines of the package the tests run, and fails below the floor of pyproject.toml.
+COVERAGE ?=
+MEASURE := $(if $(COVERAGE),--cov)
 
 .PHONY: demo test lint sweep docs clean
 
@@ -15,10 +18,10 @@ demo: $(VENV)/.installed
 	$(BIN)/internvit info feats.h5
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not sweep" $(SPREAD)
+	$(BIN)/python -m pytest -m "not sweep" $(SPREAD) $(MEASURE)
 
 sweep: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m sweep $(SPREAD) -rP
+	$(BIN)/python -m pytest -m "sweep or hypothesis" --hypothesis-profile=sweep $(SPREAD) -rP
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -13,6 +13,7 @@ import crash_driver
 import h5py
 import numpy as np
 import storage_helpers
+from comparing import same_bytes
 from PIL import Image
 
 from internvit_cli.config import Status
@@ -122,8 +123,7 @@ def check_rows(rows: Rows, known: dict[str, set[bytes]], explained: set[str]) ->
 
 
 def _are_equal(stored: NDArray[Any], expected: list[NDArray[Any]]) -> bool:
-    """Whether the bytes are the same. An assertion on the bytes would make pytest compute a diff of megabytes."""
-    return stored.tobytes() == b"".join(part.tobytes() for part in expected)
+    return same_bytes(stored, b"".join(part.tobytes() for part in expected))
 
 
 def check_output(output: Path, known: dict[str, set[bytes]]) -> int:

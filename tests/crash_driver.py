@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from shortcuts import build_command_once
 
 from internvit_cli.cli import app
 from internvit_cli.config import PATCH_SIZE, ComputeDtype, Skipped, Status, StoreDtype, Tokens
@@ -277,6 +278,7 @@ def fill_disk(path: str) -> None:
 
 def prepare(behavior: Behavior) -> None:
     """Put the stand-ins in place."""
+    build_command_once()
     stand_in = types.ModuleType("internvit_cli.encode.encoder")
     stand_in.Encoder = DigestEncoder  # type: ignore[attr-defined]
     sys.modules["internvit_cli.encode.encoder"] = stand_in
@@ -290,7 +292,7 @@ def prepare(behavior: Behavior) -> None:
     commit.sync_together = sync_in_turn if behavior.inline else sync_together
     shard_filler.ShardSink = InlineSink if behavior.inline else ShardSink  # type: ignore[misc]
     if behavior.misordered:
-        shard_filler.ShardWriter = MisorderedWriter  # type: ignore[misc]
+        shard_filler.ShardWriter = MisorderedWriter  # type: ignore[assignment,misc]
     by_images = lambda _, table: cut(table, behavior.shard_images)  # noqa: E731
     shard_plan.ShardSize.split = by_images if behavior.shard_images else SPLIT  # type: ignore[method-assign]
     if behavior.no_reserve:
@@ -316,7 +318,7 @@ def _report_checkpoints() -> None:
         os.write(1, b"%d\n" % len(known))
         return committed
 
-    ShardWriter.commit = commit_and_tell  # type: ignore[method-assign]
+    ShardWriter.commit = commit_and_tell  # type: ignore[assignment,method-assign]
 
 
 def run(arguments: list[str]) -> int:

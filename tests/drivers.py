@@ -74,7 +74,7 @@ def begin_process() -> None:
     tracing.warm_up(Behavior(inline=True, shard_images=4))
     with tempfile.TemporaryDirectory() as folder:
         for name in ("info", "verify"):
-            tracing.run_forked(lambda name=name: app.run([name, folder]), Path(folder, "log"))
+            tracing.run_forked(lambda name=name: app.run([name, folder]), Path(folder, "log"))  # type: ignore[misc]
 
 
 @pytest.fixture(scope="session")

@@ -509,7 +509,7 @@ TYPES = {
     "opaque bytes": np.dtype("V8"),
     "complex numbers": "<c8",
 }
-DATASET_FORGERS: dict[str, Callable[[h5py.File, str, Scene], None]] = {
+DATASET_FORGERS: dict[str, Callable[[h5py.File, str, Scene], None]] = {  # type: ignore[assignment]
     forger.__name__: forger
     for forger in (
         is_gone,

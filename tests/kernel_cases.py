@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from model_helpers import open_all, random_tiles, tiny_card
@@ -121,7 +121,7 @@ def residual_norm(setting: Setting) -> None:
             close(actual_rows, rows, setting.bound)
             close(triton_norms.norm_rows(expected, norm, in_fp8=False), rows, setting.bound)
             x = setting.random(2, 5, width)
-            expected, rows = fp8.residual_norm(x, y, scale, norm)
+            expected, rows = fp8.residual_norm(x, y, scale, norm)  # type: ignore[assignment]
             _, actual_rows = triton_norms.residual_norm(x, y, scale, norm, in_fp8=True)
             close_rows(actual_rows, rows, setting)
 
@@ -152,7 +152,7 @@ def qk_norm(setting: Setting) -> None:
 
     for width in WIDTHS:
         q_norm, k_norm = norms(setting, width, nn.RMSNorm), norms(setting, width, nn.RMSNorm)
-        k_norm.weight.mul_(2)
+        k_norm.weight.mul_(2)  # type: ignore[operator]
         qkv = setting.random(2, 5, 3 * width)
         q, k, v = qkv.chunk(3, dim=-1)
         expected = torch.cat((q_norm(q), k_norm(k), v), dim=-1)
@@ -237,7 +237,8 @@ def every_probe_passes(setting: Setting) -> None:
     from internvit_cli.model.kernels.triton_kernels import triton_kernels
 
     vision = tiny_card().vision
-    for changes in ({}, {"norm": "rms_norm", "qk_norm": True}):
+    families: tuple[dict[str, Any], ...] = ({}, {"norm": "rms_norm", "qk_norm": True})
+    for changes in families:
         case = ProbeSizes(
             replace(vision, **changes), 4, StorePlan(4, 256, torch.float16, TokenOrder.V2, False, 65520.0, mean=True)
         )

@@ -42,8 +42,8 @@ def report_pictures(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     photo.resize((384, 256)).save(folder / "half.jpg")
     shutil.copy(folder / "half.jpg", folder / "same bytes.jpg")
     (folder / "</script><script>").mkdir(parents=True)  # two folders, and a key that holds the end of a script
-    for number, name in enumerate(HOSTILE):
-        photo.rotate(20 * number).resize((96, 64 + number)).save(os.path.join(os.fsencode(folder), name), "PNG")
+    for number, raw in enumerate(HOSTILE):
+        photo.rotate(20 * number).resize((96, 64 + number)).save(os.path.join(os.fsencode(folder), raw), "PNG")
     photo.resize((80, 60)).save(folder / "</script><script>" / "deep.png")
     (folder / "bad.jpg").write_text("no picture")
     (folder / "cut.png").write_bytes((folder / "large.png").read_bytes()[:5000])

@@ -8,7 +8,7 @@ import io
 import json
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -45,8 +45,9 @@ def extract(*arguments: object) -> Result:
     return internvit("extract", "--model", "tiny-random", *dtype, *arguments)
 
 
-def summary_of(result: Result) -> dict[str, object]:
-    return json.loads(result.stdout)
+def summary_of(result: Result) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads(result.stdout)
+    return summary
 
 
 SHAPES = ((1, 1), (2, 1), (1, 1), (1, 2), (3, 2), (1, 3))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
+from comparing import same_bytes
 
 from internvit_cli.config import (
     ComputeDtype,
@@ -265,4 +266,4 @@ def assert_same_shard(one: PlainShard, other: PlainShard) -> None:
     assert one.arrays.keys() == other.arrays.keys()
     for name, array in one.arrays.items():
         assert array.dtype == other.arrays[name].dtype, name
-        assert array.tobytes() == other.arrays[name].tobytes(), name
+        assert same_bytes(array, other.arrays[name]), name

@@ -170,6 +170,7 @@ def test_an_extractor_gives_the_same_coarse_tokens(tmp_path: Path, pictures: Pat
     options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "tile_size": 56}
     with Extractor("tiny-random", store_dtype=dtype, **options) as extractor:
         images = extractor([pictures / key for key in features])
+    assert len(images) == len(list(pictures.rglob("*.*"))) > 0
     for image, stored in zip(images, features.values(), strict=True):
         np.testing.assert_array_equal(image.visual_tokens, stored.visual_tokens)
 

@@ -113,12 +113,12 @@ def test_of_all_photographs_copies_agree_and_no_other_pair_does(photos: Path):
         middle = upright.crop((width // 10, height // 10, width - width // 10, height - height // 10))
         crops.append(to_gray_square(middle.resize((max(1, width // 3), max(1, height // 3)))))
         names.append(path.name)
-    looks, crops = np.stack(looks), np.stack(crops)
-    assert agreement(looks, crops).min() > 0.92 and agreement(crops, looks).min() > 0.92
-    first, second = np.triu_indices(len(looks), 1)
-    found = agreement(looks[first], looks[second])
+    whole, middles = np.stack(looks), np.stack(crops)
+    assert agreement(whole, middles).min() > 0.92 and agreement(middles, whole).min() > 0.92
+    first, second = np.triu_indices(len(whole), 1)
+    found = agreement(whole[first], whole[second])
     same = {
         (names[one][:3], names[other][:3]) for one, other in zip(first[found > 0.8], second[found > 0.8], strict=True)
     }
     assert same == {("021", "055"), ("057", "074")}
-    assert looks.shape[1:] == (SIDE, SIDE)
+    assert whole.shape[1:] == (SIDE, SIDE)

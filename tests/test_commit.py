@@ -426,11 +426,12 @@ def test_a_lock_file_that_somebody_removed_spoils_nothing(tmp_path):
 def test_a_lock_on_an_unlinked_file_is_no_lock(tmp_path, monkeypatch):
     """Whoever waited for a file that its holder unlinked looks again, and locks what the path names now."""
     path = tmp_path / "feats.h5.lock"
-    real, raced = fcntl.flock, []
+    real = fcntl.flock
+    raced: list[bool] = []
 
     def unlink_first(descriptor: int, operation: int) -> None:
         if not raced:
-            raced.append(1)
+            raced.append(True)
             path.unlink()
         real(descriptor, operation)
 

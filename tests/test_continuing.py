@@ -189,7 +189,7 @@ class SlowDecoder:
     def run(self, jobs, stopped):
         for job in jobs:
             yield DecodedImage(job.row, np.full((1, SIDE, SIDE, 3), 7, np.uint8), bytes(32), lambda: None)
-            wait_until(lambda row=job.row: self._writer.status[row] != Status.PENDING)
+            wait_until(lambda row=job.row: self._writer.status[row] != Status.PENDING)  # type: ignore[misc]
             self._committed.append(bool(self._writer.status[job.row] == Status.DONE))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ TILES = [1, 3, 7, 3, 4]
 TRUNCATED = Skipped(Status.TRUNCATED, "OSError", "cut short")
 
 
-def make(folder: Path, skips: dict[int, Skipped] | None = None, seed: int = 0, **options: object) -> Path:
+def make(folder: Path, skips: dict[int, Skipped] | None = None, seed: int = 0, **options: Any) -> Path:
     """Five images in two shards."""
     folder.mkdir(exist_ok=True)
     for part in (slice(0, 2), slice(2, 5)):
@@ -68,8 +68,8 @@ def test_images_without_features_raise_or_are_left_out(tmp_path, by):
     path = make(tmp_path, {1: TRUNCATED, 2: TRUNCATED})
     strict, lenient = FeatureDataset(path, by=by), FeatureDataset(path, by=by, skip=True)
     with pytest.raises(SkippedImageError, match="truncated"):
-        list(strict)
-    samples = list(lenient)
+        list(strict)  # type: ignore[call-overload]
+    samples = list(lenient)  # type: ignore[call-overload]
     assert len(samples) == len(lenient) == (3 if by == "image" else 1 + 3 + 4)
     assert [sample["key"] for sample in samples] == sorted(sample["key"] for sample in samples)
     assert {sample["key"] for sample in samples} == {"a.jpg", "d.jpg", "e.jpg"}
@@ -85,8 +85,9 @@ def test_a_view_is_a_dataset_of_its_images(tmp_path):
 def test_workers_of_either_kind_read_the_same_samples(tmp_path, method, by):
     path = make(tmp_path, store_dtype=StoreDtype.BFLOAT16)
     dataset = FeatureDataset(open_features(path)[1:], by=by)
-    list(dataset)  # read here first: what is open in this process must not matter
-    alone = list(dataset)
+    # Read here first: what is open in this process must not matter.
+    list(dataset)  # type: ignore[call-overload]
+    alone = list(dataset)  # type: ignore[call-overload]
     loader = DataLoader(
         dataset, batch_size=None, num_workers=2, multiprocessing_context=method, persistent_workers=False
     )

@@ -140,8 +140,8 @@ def fail_each_sync(folder: Path, kind: str) -> tuple[int, list[str]]:
     def arguments(where: Path) -> list[str]:
         return ["extract", str(pictures), "-o", str(where / name), *options]
 
-    for where in ("whole", "counted"):
-        (folder / where).mkdir()
+    for part in ("whole", "counted"):
+        (folder / part).mkdir()
     assert tracing.run_traced(arguments(folder / "whole"), folder / "log") == ExitCode.SKIPPED
     calls = tracing.calls_on(folder / "counted", arguments(folder / "counted"), folder)
     syncs = [cut for cut in calls if cut.call in tracing.SYNCS]

@@ -106,8 +106,14 @@ def texts_of(monkeypatch) -> list[tuple[float, float, float, str]]:
     return written
 
 
-@pytest.mark.parametrize("shape", [(640, 427), (427, 640), (1600, 80), (80, 1600), (8, 8), (640, 640)])
-@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        pytest.param(shape, count, marks=[] if count == 3 or shape == (1600, 80) else pytest.mark.sweep)
+        for shape in ((640, 427), (427, 640), (1600, 80), (80, 1600), (8, 8), (640, 640))
+        for count in (1, 3, 5)
+    ],
+)
 def test_no_word_of_a_figure_is_lost_overlaps_another_or_leaves_the_sheet(monkeypatch, shape, count):
     written = texts_of(monkeypatch)
     caption = "a sentence of some length below a picture, longer than " + "and ".join(map(str, range(20)))

@@ -15,6 +15,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from comparing import same_bytes
 from forking import Forked, run_apart
 from moments import DISK, EVERY_IMAGE, SUBMIT, WRITE, Moment, held
 from PIL import Image
@@ -179,7 +180,7 @@ def uninterrupted(many_pictures: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.parametrize(
-    ("image", "call"), [(2, 3), (25, 8), *(pytest.param(*at, marks=pytest.mark.sweep) for at in ((1, 1), (40, 8)))]
+    ("image", "call"), [(25, 8), *(pytest.param(*at, marks=pytest.mark.sweep) for at in ((2, 3), (1, 1), (40, 8)))]
 )
 def test_kill_9_in_the_middle_and_the_same_command_give_the_file_of_an_uninterrupted_run(
     many_pictures: Path, uninterrupted: Path, tmp_path: Path, image: int, call: int
@@ -243,7 +244,7 @@ def test_a_killed_run_over_a_folder_of_shards_goes_on_with_the_next_shard(many_p
     arrays = sorted(path.name for path in whole.glob("*.npy"))
     assert sorted(path.name for path in output.glob("*.npy")) == arrays
     for name in arrays:
-        assert (whole / name).read_bytes() == (output / name).read_bytes(), name
+        assert same_bytes(whole / name, output / name), name
     assert json.loads((whole / "manifest.json").read_text()) == json.loads((output / "manifest.json").read_text())
 
 
@@ -500,8 +501,8 @@ def test_plan_of_a_known_model_needs_no_network(pictures: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "closing",
     [
-        *("<&- >&- 2>&-", "2>&1 | true"),
-        *(pytest.param(one, marks=pytest.mark.sweep) for one in ("<&-", ">&-", "2>&-", "| true")),
+        "<&- >&- 2>&-",
+        *(pytest.param(one, marks=pytest.mark.sweep) for one in ("2>&1 | true", "<&-", ">&-", "2>&-", "| true")),
     ],
 )
 def test_closed_and_broken_streams_change_neither_the_work_nor_the_exit_code(

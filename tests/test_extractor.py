@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from comparing import same_bytes
 from PIL import Image
 from run_helpers import extract, internvit
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from internvit_cli.storage.read.image import ImageFeatures
 
 FLOAT32 = ("--dtype", "float32", "--device", "cpu")
-CPU = {"dtype": "float32", "device": "cpu"}
+CPU: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
 FEW, FEW_TILES = {"max_tiles": 3}, ("--max-tiles", 3)
 PHOTOS = ("028_exif-samples_640x480.jpg", "021_exif-orientation_1200x1800.jpg", "066_libwebp-gallery_800x600.webp")
 """The second is turned by its EXIF."""
@@ -75,7 +76,7 @@ def assert_same(ours: ImageFeatures, theirs: ImageFeatures) -> None:
                 getattr(ours, name)
             continue
         found = getattr(ours, name)
-        assert found.dtype == expected.dtype and found.tobytes() == expected.tobytes(), (theirs.key, name)
+        assert found.dtype == expected.dtype and same_bytes(found, expected), (theirs.key, name)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import os
 import struct
 import warnings
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 RULE = PixelRule()
 
 
-def save(path: Path, size: tuple[int, int] = (40, 20), orientation: int | None = None, **options: object) -> bytes:
+def save(path: Path, size: tuple[int, int] = (40, 20), orientation: int | None = None, **options: Any) -> bytes:
     if orientation is not None:
         exif = Image.Exif()
         exif[0x0112] = orientation

@@ -46,7 +46,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("turns", [11, pytest.param(30, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("turns", [8, pytest.param(30, marks=pytest.mark.sweep)])
 def test_many_runs_over_a_changing_folder_end_equal_to_one_run_over_the_last(
     output: Path, tmp_path: Path, turns: int
 ) -> None:

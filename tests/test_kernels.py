@@ -176,7 +176,7 @@ def test_when_every_kernel_fails_the_whole_table_is_plain():
 
 def test_a_kernel_that_gives_not_a_number_is_wrong():
     twin = plain_for(CPU, torch.float32)
-    wrong = replace(twin, norm=lambda x, norm: twin.norm(x, norm) * float("nan"))
+    wrong = replace(twin, norm=lambda x, norm: twin.norm(x, norm) * float("nan"))  # type: ignore[operator]
     assert "norm: differs by inf" in replace_failing(wrong, twin, probes(case_of(), CPU, torch.float32)).name
 
 

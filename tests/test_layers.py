@@ -152,15 +152,17 @@ def test_one_layer_that_cannot_be_stored_is_enough_to_skip_a_tile() -> None:
 # ------------------------------------------------------------------------------------------------------------ storing
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options"),
     [
-        (),
-        ("--tokens", "patch", "--store-dtype", "int8", "--no-thumbnail"),
-        ("--tokens", "none", "--pool", "cls+mean"),
+        pytest.param(kind, options, id=f"{name}-{kind}", marks=[] if quick == name else pytest.mark.sweep)
+        for kind, quick in zip(KINDS, ("visual", "patch", "none"), strict=True)
+        for name, options in {
+            "visual": (),
+            "patch": ("--tokens", "patch", "--store-dtype", "int8", "--no-thumbnail"),
+            "none": ("--tokens", "none", "--pool", "cls+mean"),
+        }.items()
     ],
-    ids=["visual", "patch", "none"],
 )
 def test_every_layer_is_bit_for_bit_what_a_run_of_it_alone_stores(
     pictures: Path, tmp_path: Path, kind: str, options: tuple[object, ...]

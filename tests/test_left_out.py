@@ -6,7 +6,7 @@ import io
 import json
 import os
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image, features
@@ -47,7 +47,7 @@ def picture(image_format: str) -> bytes:
     return stream.getvalue()
 
 
-def planned(*arguments: object) -> dict[str, object]:
+def planned(*arguments: object) -> dict[str, Any]:
     result = internvit("plan", *arguments, *MODEL, "--json")
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -242,7 +242,7 @@ def test_sniffing_opens_neither_links_that_lead_out_nor_pipes_nor_what_is_exclud
     real = selection.first_bytes
     monkeypatch.setattr(selection, "first_bytes", lambda path: (opened.append(os.path.basename(path)), real(path))[1])
     assert keys(find(tmp_path / "in", sniff=True, exclude=("skip/",))) == ["in", "plain"]
-    assert sorted(opened) == [b"in", b"plain"]
+    assert sorted(opened) == [b"in", b"plain"]  # type: ignore[comparison-overlap]
     assert "out" in keys(find(tmp_path / "in", sniff=True, follow_links=True))
 
 
@@ -365,8 +365,8 @@ def test_a_drawing_that_is_named_outright_is_taken_with_a_note(tmp_path: Path) -
         plan = planned(*source)
         assert plan["images"] == 1 and plan["left_out"]["own_pictures"] == 0
         assert "because the sources name them" in plan["notes"][0]
-    for source in (tmp_path, f"{tmp_path}/*.png"):
-        result = internvit("plan", source, *MODEL)
+    for root in (tmp_path, f"{tmp_path}/*.png"):
+        result = internvit("plan", root, *MODEL)
         assert result.returncode == 4
         assert "drew itself" in result.stderr
 

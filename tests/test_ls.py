@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import storage_helpers as helpers
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from internvit_cli.storage.format.layout import NewShard
+
 KEYS = (b"2023/b.jpg", b"2024/a.jpg", b"2024/may/c.jpg", b"2024/may/d.png", b"e.jpg", b"f1.jpg", b"f[1].jpg")
 BAD = {1: Skipped(Status.TRUNCATED, "", ""), 3: Skipped(Status.TIMEOUT, "", "")}
 KINDS = ["feats.h5", "feats"]
 
 
-def shard_of(keys: Sequence[bytes], **options: object) -> object:
+def shard_of(keys: Sequence[bytes], **options: Any) -> NewShard:
     return helpers.make_shard(helpers.make_table([(2, 1, 1)] * len(keys), sorted(keys), **options))
 
 

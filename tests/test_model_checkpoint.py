@@ -224,7 +224,7 @@ def test_a_file_that_shrinks_after_it_was_opened_is_an_error(directory):
         checkpoint.read(CLS)
 
 
-def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict:
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)) -> dict[str, object]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 

@@ -232,17 +232,22 @@ def test_the_command_ends_with_1_where_locks_fail_and_leaves_nothing(shim: Path,
     assert names_in(tmp_path) == ["pictures"]
 
 
+@pytest.mark.parametrize(
+    ("name", "answers"),
+    [
+        ("feats", "dirsync22,falloc95"),
+        pytest.param("feats.h5", "dirsync95,falloc1", marks=pytest.mark.sweep),
+        pytest.param("feats.h5", "dirsync9,falloc1,flock524", marks=pytest.mark.sweep),
+    ],
+)
 def test_the_command_goes_on_where_folders_are_not_synced_and_space_is_not_set_aside(
-    shim: Path, tmp_path: Path
+    shim: Path, tmp_path: Path, name: str, answers: str
 ) -> None:
     make_pictures(tmp_path / "pictures", 2)
-    pictures = tmp_path / "pictures"
-    for number, answers in enumerate(("dirsync22,falloc95", "dirsync95,falloc1", "dirsync9,falloc1,flock524")):
-        output = tmp_path / (f"f{number}.h5" if number else "f0")
-        line = ["extract", pictures, "-o", output, "--model", "tiny-random", "--tokens", "none", "--json", "--no-lock"]
-        result = run_with(shim, answers, *line)
-        assert result.returncode == 0, result.stderr
-        assert sum("power cut" in note for note in summary_of(result)["notes"]) == 1  # type: ignore[attr-defined]
+    line = ["extract", tmp_path / "pictures", "-o", tmp_path / name, "--model", "tiny-random", "--tokens", "none"]
+    result = run_with(shim, answers, *line, "--json", "--no-lock")
+    assert result.returncode == 0, result.stderr
+    assert sum("power cut" in note for note in summary_of(result)["notes"]) == 1
 
 
 def test_a_file_s_sync_that_is_refused_is_fatal(shim: Path, tmp_path: Path) -> None:

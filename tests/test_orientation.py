@@ -12,7 +12,7 @@ import time
 import warnings
 import zlib
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def encoded(image_format: str, image: Image.Image | None = None, **options: object) -> bytes:
+def encoded(image_format: str, image: Image.Image | None = None, **options: Any) -> bytes:
     stream = io.BytesIO()
     (image or drawn()).save(stream, image_format, **options)
     return stream.getvalue()
@@ -184,7 +184,7 @@ def files(number: int, order: str) -> dict[str, bytes]:
         found["webp exif, with its name"] = webp(exif, b"")
         found["webp exif and xmp"] = webp(kind, xmp_packet(3).encode())
         found["webp exif without a flag"] = webp(kind, b"", flags=0)
-        moving = {"save_all": True, "append_images": [Image.new("RGB", SIZE)], "lossless": True}
+        moving: dict[str, Any] = {"save_all": True, "append_images": [Image.new("RGB", SIZE)], "lossless": True}
         found["webp moving"] = encoded("WEBP", exif=exif, **moving)
     if features.check("avif"):
         found["avif"] = encoded("AVIF", exif=exif)
@@ -220,7 +220,9 @@ def pillows(data: bytes) -> Image.Image:
 def test_every_container_and_place_is_planned_and_decoded_as_pillow_sets_it_upright(
     number: int, order: str, tmp_path: Path
 ) -> None:
-    for name, data in files(number, order).items():
+    every = files(number, order)
+    assert len(every) > 10
+    for name, data in every.items():
         path = tmp_path / "picture"
         path.write_bytes(data)
         wanted = pillows(data)

@@ -75,7 +75,7 @@ def left_out_by_git(repository: Path, patterns: Sequence[str], paths: Sequence[b
     # In a file a `#` in front begins a comment, and spaces at the end are dropped: on a command line they are not.
     lines = [os.fsencode("\\" + pattern if pattern.startswith("#") else pattern) for pattern in patterns]
     exclude.write_bytes(b"".join(line + b"\n" for line in lines))
-    command = ["git", "-C", repository, "check-ignore", "--no-index", "--stdin", "-z"]
+    command: list[str | Path] = ["git", "-C", repository, "check-ignore", "--no-index", "--stdin", "-z"]
     said = subprocess.run(command, input=b"\0".join(paths) + b"\0", capture_output=True, check=False)
     assert said.returncode in (0, 1), said.stderr
     return set(filter(None, said.stdout.split(b"\0")))

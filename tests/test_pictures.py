@@ -64,7 +64,9 @@ def reason(path: Path | bytes, rule: PixelRule, header: Header | None = None) ->
 
 
 def two_pass(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    return np.asarray(image.resize((width, image.height), Image.BICUBIC).resize((width, height), Image.BICUBIC))
+    return np.asarray(
+        image.resize((width, image.height), Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
+    )
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_clip_is_the_view_of_the_clip_image_processor(size: tuple[int, int], tmp
         image = photo.convert("RGB").resize(size)
     image.save(tmp_path / "a.png")
 
-    class TwoPass(processors.CLIPImageProcessorPil):  # type: ignore[misc]
+    class TwoPass(processors.CLIPImageProcessorPil):  # type: ignore[misc,name-defined]
         """The same arithmetic; Pillow 13 chooses the order of its passes, so they are made one by one."""
 
         def resize(self, image: NDArray[np.uint8], size: Any, *args: Any, **options: Any) -> NDArray[np.uint8]:
@@ -158,7 +160,7 @@ def test_without_exif_only_tiff_is_turned_as_pillow_turns_it(tmp_path: Path) -> 
         assert (tiles(tmp_path / name, rule) == tiles(tmp_path / "plain.png", rule)).all()
 
 
-def saved(image: Image.Image, path: Path, **options: object) -> Path:
+def saved(image: Image.Image, path: Path, **options: Any) -> Path:
     image.save(path, **options)
     return path
 

@@ -317,7 +317,7 @@ def test_a_plan_has_one_row_an_entry_with_the_sizes_that_pillow_gives(tree):
             continue
         with Image.open(tree / os.fsdecode(key)) as image:
             assert (int(table.width[row]), int(table.height[row])) == image.size
-        grid = choose_grid(*image.size, RULE.tiling)
+        grid = choose_grid(image.width, image.height, RULE.tiling)
         assert (table.columns[row], table.rows[row]) == grid
         assert table.tile_counts[row] == tile_count(grid, thumbnail=True)
         assert table.status[row] == Status.PENDING

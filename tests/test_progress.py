@@ -421,7 +421,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def encode(pictures: Path, output: Path, *options: object) -> tuple[object, ...]:
+def encode(pictures: Path, output: Path | str, *options: object) -> tuple[object, ...]:
     return (
         "extract",
         pictures,

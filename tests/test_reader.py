@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -38,7 +38,7 @@ TRUNCATED = Skipped(Status.TRUNCATED, "OSError", "cut short")
 KINDS = pytest.mark.parametrize("kind", ["file", "h5", "npy"])
 
 
-def make(folder: Path, kind: str, skips: dict[int, Skipped] | None = None, **options: object) -> Path:
+def make(folder: Path, kind: str, skips: dict[int, Skipped] | None = None, **options: Any) -> Path:
     """Six images, in one file or in two shards of three."""
     options = {"tile_pooled": True} | options
     if kind == "file":
@@ -109,7 +109,8 @@ def test_a_mask_of_another_length_and_what_is_no_selector_are_refused(tmp_path, 
 @KINDS
 def test_what_cannot_be_a_selector_is_told_what_can_be_one(tmp_path, kind):
     features = open_features(make(tmp_path, kind))
-    for wanted in (None, 2.5, b"a.jpg", {"a.jpg"}, object()):
+    wrong: tuple[Any, ...] = (None, 2.5, b"a.jpg", {"a.jpg"}, object())
+    for wanted in wrong:
         with pytest.raises(TypeError, match="chosen by a key"):
             features[wanted]
     assert len(features[[]]) == len(features[np.empty(0)]) == 0
@@ -271,7 +272,9 @@ def test_tiles_of_a_file_without_tokens_have_none(tmp_path, kind):
 def test_tensors_hold_the_same_values_in_the_stored_type(tmp_path, kind, order, dtype):
     import torch
 
-    for image in open_features(make(tmp_path, kind, store_dtype=dtype, token_order=order)).values():
+    features = open_features(make(tmp_path, kind, store_dtype=dtype, token_order=order))
+    assert len(features) == len(GRIDS)
+    for image in features.values():
         tensor = image.to_torch()
         wanted = "float32" if dtype.is_scaled else dtype.value
         assert tensor.dtype == getattr(torch, wanted) and tensor.shape == image.tokens.shape

@@ -15,7 +15,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -71,13 +71,13 @@ class Scripts(HTMLParser):
         return [(attributes, text) for name, attributes, text in self.found if name == tag]
 
 
-def data_of(path: Path) -> dict:
+def data_of(path: Path) -> dict[str, Any]:
     (data, _) = Scripts(path.read_text()).of("script")
     assert data[0]["type"] == "application/json"
     return json.loads(data[1])
 
 
-def report(output: Path, tmp_path: Path, *arguments: object) -> tuple[dict, dict]:
+def report(output: Path, tmp_path: Path, *arguments: object) -> tuple[dict[str, Any], dict[str, Any]]:
     """The object that the command prints, and the data of its page."""
     result = internvit("report", output, "-o", tmp_path / "page.html", "--json", *arguments)
     assert result.returncode == 0, result.stderr

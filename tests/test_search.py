@@ -186,10 +186,15 @@ def test_blocks_and_shards_find_what_one_product_finds(tmp_path, monkeypatch, is
 # ----------------------------------------------------------------------------------------------------------- the index
 
 
-@pytest.fixture
-def many(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def many_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("usearch")
-    return write_vectors(tmp_path / "feats.h5", anisotropic(3000, 24))
+    return write_vectors(tmp_path_factory.mktemp("many") / "feats.h5", anisotropic(3000, 24))
+
+
+@pytest.fixture
+def many(many_once: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(many_once, tmp_path))
 
 
 @pytest.mark.parametrize("is_raw", [True, False])
@@ -233,7 +238,13 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", ["chosen.json", "chosen.npz", "chosen.usearch"])
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("removed", "garbage", "a pipe"),
+        *(pytest.param(how, marks=pytest.mark.sweep) for how in DAMAGES if how not in ("removed", "garbage", "a pipe")),
+    ],
+)
 def test_a_damaged_index_is_made_again(many, damage, how):
     options = SearchOptions(str(many), keys=["0007.jpg"], index=True)
     expected = [hit.image.key for hit in search(options).answers[0].hits]
@@ -250,7 +261,7 @@ def test_a_damaged_index_is_made_again(many, damage, how):
     [
         {"mean": np.zeros(24, np.float32), "directions": np.zeros((24, 25), np.float32)},
         {"mean": np.zeros(24), "directions": np.eye(24)},
-        {"mean": np.zeros(24, np.float32), "directions": np.zeros((1 << 14, 1 << 14), np.float32)},
+        {"mean": np.zeros(24, np.float32), "directions": np.zeros((1 << 13, 1 << 13), np.float32)},
     ],
     ids=["another shape", "another type", "compressed a thousandfold"],
 )
@@ -343,7 +354,13 @@ def stored_photos(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder / "feats.h5"
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("JPEG at 20", "half as large", "the middle 90 %"),
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in ("JPEG at 90", "WebP at 50", "the middle 95 %")),
+    ],
+)
 def test_a_photograph_that_was_cropped_or_saved_anew_finds_its_original_first(stored_photos, tmp_path, name):
     """All 42 of them, though the weights are random; of photographs that show the same, either."""
     scenes = {key: names[0] for names in TWINS for key in names}
@@ -736,7 +753,7 @@ def test_the_command_prints_groups_json_and_a_sheet(stored_copies, tmp_path):
 
 def drawn_problems(monkeypatch) -> list[str]:
     """Why pictures are missing on the sheets that are drawn, in order; empty words for those that are there."""
-    problems = []
+    problems: list[str] = []
     real = contact_sheets.contact_sheet
 
     def spy(rows, notes):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comparing import same_bytes
 from PIL import Image
 from run_helpers import extract, internvit
 
@@ -152,7 +153,7 @@ def test_what_tokens_owe_to_their_place_is_taken_off():
 
 
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (448, 448), (3000, 500), (7, 900)])
-def test_the_covered_box_is_the_part_that_the_crop_shows(size):
+def test_the_covered_box_is_the_part_that_the_crop_shows(size: tuple[int, int]) -> None:
     """CLIP's crop takes the middle: as many pixels of the resized picture as a tile has, on both axes."""
     left, top, right, bottom = covered_box(*size, Preprocess.CLIP, 448)
     resized = clip_size(*size, 448)
@@ -293,7 +294,7 @@ def test_pictures_that_moved_are_found_in_the_folder_that_is_named(one_picture, 
     assert "No such file" in away.notes[0]
     (back,) = show(ShowOptions(str(output), [PHOTO], size=100, pictures=str(tmp_path / "moved" / "here")))
     (home,) = show(ShowOptions(str(output), [PHOTO], size=100))
-    assert not back.notes and back.figure.tobytes() == home.figure.tobytes()
+    assert not back.notes and same_bytes(back.figure.tobytes(), home.figure.tobytes())
     refused = internvit("show", output, PHOTO, "--pictures", tmp_path / "nowhere")
     assert refused.returncode == 2 and "not a folder" in refused.stderr and "hint:" in refused.stderr
 
@@ -341,7 +342,7 @@ def test_figures_are_written_and_named(stored, tmp_path):
     assert len(os.listdir(tmp_path / "new")) == 2, "no temporary file is left"
     again = internvit("show", stored, PHOTO, "sub/small.png", "-o", tmp_path / "again", "--size", 200)
     for path, second in zip(paths, again.stdout.splitlines(), strict=True):
-        assert Path(path).read_bytes() == Path(second).read_bytes()
+        assert same_bytes(Path(path), Path(second))
 
 
 def test_without_a_folder_figures_go_where_one_is(stored, tmp_path, monkeypatch):

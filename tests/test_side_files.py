@@ -22,6 +22,7 @@ from internvit_cli.storage.read.reader import open_features
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 KINDS = {"f.h5": None, "h5 folder": Format.H5, "npy folder": Format.NPY}
@@ -97,7 +98,7 @@ def test_a_temporary_name_that_is_taken_costs_neither_the_run_nor_the_file(tmp_p
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("way", ["soft", "hard"])
+@pytest.mark.parametrize("way", ["soft", pytest.param("hard", marks=pytest.mark.sweep)])
 def test_no_result_is_written_through_a_link(tmp_path: Path, way: str) -> None:
     make_pictures(tmp_path / "pictures", 3)
     assert extract(tmp_path / "pictures", "-o", tmp_path / "a.h5").returncode == 0
@@ -173,14 +174,15 @@ def test_what_has_the_name_of_a_file_of_ours_is_named(tmp_path: Path, kind: str)
         os.mkfifo(place)
     else:
         plant(place, tmp_path / "thesis.txt", "soft")
-    for act in (append, open_ours):
+    acts: tuple[Callable[[str], object], ...] = (append, open_ours)
+    for act in acts:
         with pytest.raises(OutputError, match=f"file is a {kind}") as caught:
             act(str(place))
         assert caught.value.hint
     with pytest.raises(FileExistsError):
         create(str(place))
     if kind != "link":
-        for act in (make_way, lambda path: write_file(path, b"")):
+        for act in (make_way, lambda path: write_file(path, b"")):  # type: ignore[assignment]
             with pytest.raises(OutputError, match=f"file is a {kind}"):
                 act(str(place))
     assert place.lstat().st_mode and names_in(tmp_path)[0] == "file"

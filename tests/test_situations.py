@@ -347,8 +347,8 @@ def make_unreadable(path: Path) -> None:
     path.mkdir()
 
 
-def write(text: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(text) and None
+def write(text: str) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(text.encode()) and None
 
 
 def damage_run_log(path: Path) -> None:

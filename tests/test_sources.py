@@ -485,7 +485,7 @@ def test_pictures_that_lie_in_an_output_are_found(tmp_path: Path) -> None:
 
 def test_links_to_files_inside_are_followed_and_links_outside_are_not(tmp_path: Path) -> None:
     touch(tmp_path, "in/a.jpg", "out/b.jpg")
-    for name, target in {"l": "a.jpg", "m": "../out/b.jpg", "n": tmp_path / "out/b.jpg", "o": "m.jpg"}.items():
+    for name, target in {"l": "a.jpg", "m": "../out/b.jpg", "n": f"{tmp_path}/out/b.jpg", "o": "m.jpg"}.items():
         (tmp_path / "in" / f"{name}.jpg").symlink_to(target)
     (tmp_path / "in/dangling.jpg").symlink_to("../out/gone.jpg")
     listing = find(tmp_path / "in")

@@ -128,7 +128,7 @@ def test_a_line_without_end_is_refused_after_the_lines_before_it_without_reading
             return b"first\n" + b"x" * (size - 6) if self.taken == size else b"x" * size
 
     file = Endless()
-    lines = lines_of(file)
+    lines = lines_of(file)  # type: ignore[arg-type]
     assert next(lines) == b"first\n"
     with pytest.raises(ValueError, match="line 2 is longer"):
         next(lines)

@@ -175,12 +175,13 @@ def test_an_unfinished_file_is_checked_as_far_as_it_goes(tmp_path: Path) -> None
 # -------------------------------------------------------------------------------------------------------- flipped bits
 
 
+@pytest.mark.parametrize("flips", [30, pytest.param(110, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_flipped_bit_of_a_committed_row_is_found_by_its_key(tmp_path: Path, kind: str) -> None:
+def test_every_flipped_bit_of_a_committed_row_is_found_by_its_key(tmp_path: Path, kind: str, flips: int) -> None:
     path = make_sound(tmp_path, kind)
     random = np.random.default_rng(1)
     shards = [(sound_shard(n).table, backend.extents(where)) for n, (backend, where) in enumerate(shards_of(path))]
-    for _ in range(110):
+    for _ in range(flips):
         table, extents = shards[int(random.integers(len(shards)))]
         name = random.choice([POOLED, "visual_tokens", "tile_pooled"])
         row = int(random.integers(len(table)))
@@ -520,9 +521,11 @@ def test_a_sample_encoded_again_is_bit_equal_and_agrees_with_transformers(extrac
         ("--dtype", "bfloat16", "--store-dtype", "bfloat16"),
         ("--dtype", "float16", "--tokens", "patch", "--pool", "cls+mean"),
         ("--no-thumbnail", "--pool", "cls", "--store-dtype", "float32"),
-        ("--tokens", "none", "--preprocess", "clip"),
+        pytest.param(("--tokens", "none", "--preprocess", "clip"), marks=pytest.mark.sweep),
         ("--tile-size", 224, "--layer", 1, "--preprocess", "squash"),
-        ("--tokens", "none", "--no-thumbnail", "--background", "white", "--layer", 0),
+        pytest.param(
+            ("--tokens", "none", "--no-thumbnail", "--background", "white", "--layer", 0), marks=pytest.mark.sweep
+        ),
         ("--layer", "0,-2,-1", "--tile-pooled", "--store-dtype", "int8"),
     ],
 )

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("fresh_workers")
+
 OBEY = WorkerSpec("worker_handlers:obey")
 
 
@@ -157,7 +159,8 @@ def test_a_death_costs_the_task_at_hand_and_no_other(task, words):
 
 
 def test_a_hang_costs_one_task_and_its_worker(tmp_path, monkeypatch):
-    begun, pids = tmp_path / "begun", []
+    begun = tmp_path / "begun"
+    pids: list[int] = []
     Clock(monkeypatch, lambda seconds: seconds if begun.exists() and is_alive(pids[0]) else 0.0)
     with WorkerPool(OBEY, 1, 0.5) as pool:
         pool.submit(0, ("pid", 0))
@@ -196,7 +199,8 @@ def test_time_in_the_queue_does_not_count(tmp_path, monkeypatch):
 
 def test_time_in_which_everything_was_stopped_does_not_count(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP and SIGCONT for all processes of a job, as a batch system suspends it."""
-    begun, end, stopped = tmp_path / "begun", tmp_path / "end", []
+    begun, end = tmp_path / "begun", tmp_path / "end"
+    stopped: list[int] = []
 
     def passing(seconds: float) -> float:
         if stopped or not begun.exists():
@@ -331,7 +335,7 @@ def test_workers_end_when_their_parent_is_killed():
     """At once when they are idle, after the task at hand otherwise; nothing is left for a human to clean up."""
     places = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", PARENT], env=environment, text=True, **pipes) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 3 and all(map(is_alive, pids))
@@ -409,7 +413,7 @@ def test_every_picture_comes_back_as_decoding_it_here_gives(pictures):
     """Tiles, digest and row of each, through shared memory; and all slots are free again."""
     jobs = jobs_for(pictures)
     decoder = Decoder(options())
-    seen = {}
+    seen: dict[int, Any] = {}
     with contextlib.closing(decoder):
         for image in decoder.run(jobs):
             assert isinstance(image, DecodedImage)
@@ -426,7 +430,7 @@ def test_tiles_stay_as_they_are_until_they_are_released(pictures):
     """A slot is not filled again while its tiles are in use: the decoder waits, and goes on when one is free."""
     jobs = jobs_for(pictures)
     decoder = Decoder(options())
-    held: list[tuple[DecodedImage, Any]] = []
+    held: list[tuple[Any, Any]] = []
     rows = []
     with contextlib.closing(decoder):
         for image in decoder.run(jobs):
@@ -518,7 +522,8 @@ def test_a_picture_that_kills_its_worker_is_tried_again_alone_and_then_skipped(p
 
 
 def test_a_picture_that_takes_too_long_is_skipped(pictures, tmp_path, monkeypatch):
-    spec, begun, pids = decoder_module.WorkerSpec, tmp_path / "begun", []
+    spec, begun = decoder_module.WorkerSpec, tmp_path / "begun"
+    pids: list[int] = []
     Clock(monkeypatch, lambda seconds: seconds if begun.exists() and is_alive(pids[0]) else 0.0)
     monkeypatch.setattr(
         decoder_module,
@@ -540,7 +545,7 @@ def test_a_picture_that_takes_too_long_is_skipped(pictures, tmp_path, monkeypatc
 def test_after_a_stop_nothing_more_is_returned(pictures, slow_decoder):
     """What was in hand stays pending: it is neither done nor skipped."""
     decoder = slow_decoder(options())
-    seen = {}
+    seen: dict[int, Any] = {}
     with contextlib.closing(decoder):
         for image in decoder.run(jobs_for(pictures), lambda: len(seen) >= 3):
             seen[image.row] = image
