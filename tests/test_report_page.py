@@ -366,6 +366,7 @@ def test_pages_of_next_to_nothing_are_drawn_without_complaint(browser, tmp_path,
     tab.close()
 
 
+@pytest.mark.sweep
 def test_a_page_of_20000_images_opens_and_answers(browser, tmp_path):
     table = helpers.make_table(
         [(1, 1, 0), (2, 1, 1)] * 10_000, [b"folder-%d/%05d.jpg" % (n % 9, n) for n in range(20_000)]
