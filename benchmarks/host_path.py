@@ -3,10 +3,10 @@
     python benchmarks/host_path.py PHOTOS [--output FOLDER] [--copies 6] [--workers 4] [--rates 700 0]
 
 Everything except the device is real (planning, decode workers, batches, the launcher with its buffers, writing with
-CRCs and syncs). The device "computes" a batch by waiting (a rate of 0 does not wait) and returns features of the 300M shape,
-256 x 4,096 float16 per tile, which are 2.1 MB. Several decode workers per core and OMP_NUM_THREADS=16 show contention
-of threads that otherwise appears only on machines with many cores. PHOTOS are linked several times; put the output on
-tmpfs, so that the disk is not the limit.
+CRCs and syncs). The device "computes" a batch by waiting (a rate of 0 does not wait) and returns features of the 300M
+shape, 256 x 4,096 float16 per tile, which are 2.1 MB. Several decode workers per core and OMP_NUM_THREADS=16 show
+contention of threads that otherwise appears only on machines with many cores. PHOTOS are linked several times; put the
+output on tmpfs, so that the disk is not the limit.
 
 It prints tiles per second; the share of the time in which the device was idle; the CPU time of the parent process per
 tile, by thread; and how often the host copies a tile's pixels and its features in addition to decoding and writing,
