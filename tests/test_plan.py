@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from internvit_cli.cli.arguments import MEASURED
 from internvit_cli.cli.declarations import REGISTERED
 from internvit_cli.cli.values import UnusableWordError, value_of
 from internvit_cli.config import (
@@ -462,7 +463,8 @@ def test_a_layer_is_an_index_or_refused(text):
 @given(awkward | st.sampled_from(["auto", "1", "65536", "65537", "0", "1" * 5000, "²", "٣"]))
 def test_a_batch_is_a_number_of_tiles_or_refused(text):
     tiles = value_if_any("batch-size", text)
-    assert tiles is None or 1 <= tiles <= 65536
+    assert tiles is None or tiles == (MEASURED if text == "auto" else tiles) <= 65536
+    assert tiles != MEASURED or text == "auto"
 
 
 @given(
