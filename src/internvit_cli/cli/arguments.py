@@ -13,6 +13,7 @@ from internvit_cli.cli.settings import is_on_command_line
 from internvit_cli.cli.values import AUTO, UnusableWordError, layers_or_auto, number, size
 from internvit_cli.config import (
     DEFAULT_DECODE_TIMEOUT,
+    DEFAULT_LOWEST_COSINE,
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
     DEFAULT_WORKER_MEMORY,
@@ -439,6 +440,17 @@ def run_options(
     dtype: Annotated[
         ComputeDtype, typer.Option(metavar="TYPE", help="Compute in this type.", rich_help_panel=RUN)
     ] = ComputeDtype.AUTO,
+    max_error: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="COSINE",
+            help="Accept --dtype fp8 if every token of the first pictures has at least this cosine to its bfloat16 "
+            "form.",
+            rich_help_panel=RUN,
+        ),
+    ] = DEFAULT_LOWEST_COSINE,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -506,6 +518,7 @@ def run_options(
     return RunOptions(
         devices=chosen_devices(device, devices),
         dtype=dtype,
+        lowest_cosine=max_error,
         batch_tiles=batch_size or None,
         measure_batch=batch_size == MEASURED,
         workers=workers,
