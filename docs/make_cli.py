@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from internvit_cli.cli import settings
 from internvit_cli.cli.app import COMMANDS
-from internvit_cli.cli.arguments import build_options
+from internvit_cli.cli.arguments import shared_parameters
 from internvit_cli.cli.command import EXIT_CODES
-from internvit_cli.cli.declarations import OPTIONS, REGISTERED, Command, Parameter, parameters_of
+from internvit_cli.cli.declarations import OPTIONS, REGISTERED, Command, Parameter
 from internvit_cli.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def option_table(command: Command | None, options: Iterable[Parameter]) -> Itera
 
 def section(command: Command) -> Iterator[str]:
     """All about one command."""
-    shared = {parameter.name for parameter in parameters_of(build_options)}
+    shared = {parameter.name for parameter in shared_parameters()}
     names = {parameter.name for parameter in command.parameters}
     is_sharing = command.name != SHARED and shared <= names
     options = [option for option in command.options if not (is_sharing and option.name in shared)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -216,16 +217,14 @@ def emulated_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"internvit_cli.{module}.check_kind", lambda *_, **__: None)
 
 
-def extract_in_fp8(pictures: Path, output: Path) -> int:
+def extract_in_fp8(pictures: Path, output: Path, *more: str) -> int:
     words = ["--model", "tiny-random", "--device", "cpu", "--dtype", "fp8", "--tile-size", "56", "-q"]
-    return run(["extract", str(pictures), "-o", str(output), *words])
+    return run(["extract", str(pictures), "-o", str(output), *words, *more])
 
 
-def test_a_run_in_fp8_stores_how_far_it_is_from_wider_types(
-    tmp_path: Path, pictures: Path, emulated_fp8: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(accuracy, "LOWEST_TOKEN_COSINE", 0.9)  # random weights are coarser than trained ones
-    assert extract_in_fp8(pictures, tmp_path / "feats.h5") == 0
+def test_a_run_in_fp8_stores_how_far_it_is_from_wider_types(tmp_path: Path, pictures: Path, emulated_fp8: None) -> None:
+    # Random weights lose more than trained ones.
+    assert extract_in_fp8(pictures, tmp_path / "feats.h5", "--max-error", "0.9") == 0
     measured = json.loads(open_features(tmp_path / "feats.h5").attributes["compute_error"])
     assert 6 <= measured["tiles"] <= 12
     assert 0.9 < measured["lowest_cosine_bfloat16"] < measured["mean_cosine_bfloat16"] < 1
@@ -233,16 +232,15 @@ def test_a_run_in_fp8_stores_how_far_it_is_from_wider_types(
 
 
 def test_a_run_in_fp8_that_is_too_coarse_stops_before_it_makes_anything(
-    tmp_path: Path,
-    pictures: Path,
-    emulated_fp8: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, pictures: Path, emulated_fp8: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(accuracy, "LOWEST_TOKEN_COSINE", 0.99999)
-    assert extract_in_fp8(pictures, tmp_path / "feats.h5") == 1
-    assert "use --dtype bfloat16" in capsys.readouterr().err
+    assert extract_in_fp8(pictures, tmp_path / "feats.h5", "--max-error", "0.99999") == 1
+    said = capsys.readouterr().err
+    assert "below 0.99999" in said
+    accepted = re.search(r"use --dtype bfloat16, or accept it with --max-error (0\.9\d*)$", said.strip())
+    assert accepted is not None
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("feats.h5") and path.suffix != ".lock"]
+    assert extract_in_fp8(pictures, tmp_path / "feats.h5", "--max-error", accepted[1]) == 0, "the hint is right"
 
 
 # ------------------------------------------------------------------------------------------------------- the attributes
@@ -252,7 +250,7 @@ def test_figures_that_are_not_numbers_are_refused_and_still_are_json() -> None:
     nan = float("nan")
     found = Accuracy(ComputeError(2, nan, nan, nan, nan, nan), StoreError(2, nan, nan, nan))
     with pytest.raises(AccuracyError):
-        found.check()
+        found.check(0.0)
 
     recipe = replace(storage_helpers.RECIPE, compute_dtype=ComputeDtype.FP8, store_dtype=StoreDtype.INT8)
     texts = accuracy.to_attributes(recipe, found)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ from internvit_cli.config import OnOverflow, Pool, StoreDtype, TokenOrder, Token
 from internvit_cli.errors import DeviceError
 from internvit_cli.model.catalog import KNOWN_MODELS
 from internvit_cli.model.features import FeatureSpec
-from internvit_cli.model.kernels import fp8
-from internvit_cli.model.kernels.choice import check_fp8_products, kernels_for, plain_for, replace_failing
+from internvit_cli.model.kernels import choice, fp8, stamps
+from internvit_cli.model.kernels.choice import check_fp8_products, kernels_for, passing, plain_for, replace_failing
 from internvit_cli.model.kernels.interface import QuantizedRows, StorePlan, linear_part
 from internvit_cli.model.kernels.plain import attend_fused, plain_kernels
 from internvit_cli.model.kernels.probes import ProbeSizes, probes
@@ -178,6 +179,48 @@ def test_a_kernel_that_gives_not_a_number_is_wrong():
     twin = plain_for(CPU, torch.float32)
     wrong = replace(twin, norm=lambda x, norm: twin.norm(x, norm) * float("nan"))  # type: ignore[operator]
     assert "norm: differs by inf" in replace_failing(wrong, twin, probes(case_of(), CPU, torch.float32)).name
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    """A card that only has a name, and a cache folder of its own."""
+    card = SimpleNamespace(name="card", total_memory=1, capability=(9, 0))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: card.capability)
+    return card
+
+
+def times_probed(monkeypatch, kernels, twin, case=None, dtype=torch.float32) -> int:
+    tries = []
+    monkeypatch.setattr(choice, "probes", lambda *arguments: tries.append(arguments) or probes(*arguments))
+    passing(kernels, twin, case or case_of(), CPU, dtype)
+    return len(tries)
+
+
+def test_kernels_that_passed_are_not_probed_again_until_something_they_depend_on_changes(card, monkeypatch):
+    twin = plain_for(CPU, torch.float32)
+    assert [times_probed(monkeypatch, twin, twin) for _ in range(3)] == [1, 0, 0]
+    assert times_probed(monkeypatch, twin, twin, case_of(norm="rms_norm")) == 1
+    assert times_probed(monkeypatch, twin, twin, dtype=torch.bfloat16) == 1
+    for name, value in (("name", "another"), ("total_memory", 2), ("capability", (9, 1))):
+        monkeypatch.setattr(card, name, value)
+        assert [times_probed(monkeypatch, twin, twin) for _ in range(2)] == [1, 0]
+    for changed in ("_driver", "_source_digest"):
+        monkeypatch.setattr(stamps, changed, lambda: "newer")
+        assert [times_probed(monkeypatch, twin, twin) for _ in range(2)] == [1, 0]
+
+
+def test_kernels_that_failed_are_probed_at_every_start(card, monkeypatch):
+    twin = plain_for(CPU, torch.float32)
+    wrong = replace(twin, norm=lambda x, norm: twin.norm(x, norm) * 1.01)  # type: ignore[operator]
+    assert [times_probed(monkeypatch, wrong, twin) for _ in range(2)] == [1, 1]
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_the_probes_and_nothing_else(card, monkeypatch, tmp_path):
+    (tmp_path / "internvit").write_text("a file in its way")
+    twin = plain_for(CPU, torch.float32)
+    assert [times_probed(monkeypatch, twin, twin) for _ in range(2)] == [1, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, fp8.FP8], ids=str)

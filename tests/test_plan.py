@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from internvit_cli.cli.arguments import MEASURED
 from internvit_cli.cli.declarations import REGISTERED
 from internvit_cli.cli.values import UnusableWordError, value_of
 from internvit_cli.config import (
@@ -408,16 +409,28 @@ def test_the_exit_code_follows_from_the_counts(counts, allowed, code):
 seconds = st.integers(0, 10**9).map(lambda milliseconds: milliseconds / 1000)
 
 
-@given(seconds, seconds, seconds, seconds)
-def test_the_sentence_on_the_bottleneck_names_the_busiest_stage(wall, decode, device, write):
-    stages = Stages(wall, decode, device, write)
+@given(seconds, seconds, seconds, seconds, seconds)
+def test_the_sentence_on_the_bottleneck_names_the_busiest_stage(wall, decode, device, write, host):
+    stages = Stages(wall, decode, device, write, host)
     sentence = stages.bottleneck
     assert sentence.endswith(".")
     assert stages.idle >= 0
-    if wall and max(decode, device, write) > wall:
-        words = [(decode, "Decoding"), (device, "encoder"), (write, "Writing")]
-        assert any(word in sentence for value, word in words if value == max(decode, device, write))
+    if wall and max(decode, device, write, host) > wall:
+        words = [(decode, "Decoding"), (device, "encoder"), (write, "Writing"), (host, "Filling batches")]
+        assert any(word in sentence for value, word in words if value == max(decode, device, write, host))
     assert stages.plus(Stages()) == stages
+
+
+@pytest.mark.parametrize(
+    ("stages", "advice"),
+    [
+        (Stages(wall=10, decode=9.9, device=4), "the encoder waited 60 % of the time; try more --workers"),
+        (Stages(wall=10, decode=5, device=2.5, write=9), "the encoder waited 75 % of the time; try a faster disk"),
+        (Stages(wall=10, decode=5, device=2.5, host=9), "the encoder waited 75 % of the time; try fewer --workers"),
+    ],
+)
+def test_a_card_that_waits_is_told_with_the_cause_and_the_flag_that_helps(stages, advice):
+    assert advice in stages.bottleneck
 
 
 # ------------------------------------------------------------------------------------------- words of the command line
@@ -462,7 +475,8 @@ def test_a_layer_is_an_index_or_refused(text):
 @given(awkward | st.sampled_from(["auto", "1", "65536", "65537", "0", "1" * 5000, "²", "٣"]))
 def test_a_batch_is_a_number_of_tiles_or_refused(text):
     tiles = value_if_any("batch-size", text)
-    assert tiles is None or 1 <= tiles <= 65536
+    assert tiles is None or tiles == (MEASURED if text == "auto" else tiles) <= 65536
+    assert tiles != MEASURED or text == "auto"
 
 
 @given(

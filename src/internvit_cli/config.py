@@ -34,6 +34,8 @@ DEFAULT_MAX_PIXELS = 178_956_970
 DEFAULT_DECODE_TIMEOUT = 30.0
 """Seconds per picture."""
 
+DEFAULT_LOWEST_COSINE = 0.999
+"""Lowest accepted cosine of a token in fp8 arithmetic to the same token in bfloat16."""
 DEFAULT_WORKER_MEMORY = 4 << 30
 """Bytes per decode process."""
 

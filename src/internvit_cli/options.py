@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from internvit_cli.config import (
     DEFAULT_DECODE_TIMEOUT,
+    DEFAULT_LOWEST_COSINE,
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
     DEFAULT_WORKER_MEMORY,
@@ -107,6 +108,8 @@ class RunOptions:
     """Seconds per image."""
     worker_memory: int = DEFAULT_WORKER_MEMORY
     """Bytes of memory per decode process."""
+    lowest_cosine: float = DEFAULT_LOWEST_COSINE
+    """Lowest accepted cosine of a token in fp8 arithmetic to the same token in bfloat16."""
     strict: bool = False
 
 

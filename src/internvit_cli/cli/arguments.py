@@ -13,6 +13,7 @@ from internvit_cli.cli.settings import is_on_command_line
 from internvit_cli.cli.values import AUTO, UnusableWordError, layers_or_auto, number, size
 from internvit_cli.config import (
     DEFAULT_DECODE_TIMEOUT,
+    DEFAULT_LOWEST_COSINE,
     DEFAULT_MAX_PIXELS,
     DEFAULT_MODEL,
     DEFAULT_WORKER_MEMORY,
@@ -41,6 +42,7 @@ from internvit_cli.sources.interface import DiscoverOptions
 from internvit_cli.storage.output_names import is_single_file
 
 MODEL, PICTURES, STORE, RUN, SOURCES = "Model", "Pictures", "What is stored", "How it runs", "Sources"
+EXISTING = "Existing output"
 LEAST_WORKER_MEMORY = 512 << 20
 MOST_DEVICES = 64
 MOST_TILES = 65536
@@ -88,7 +90,7 @@ def batch_size_named(word: str) -> int:
     return MEASURED if word == AUTO else number(word, int, "auto or a number of tiles", 1, MOST_TILES)
 
 
-def build_options(
+def picture_sources(
     sources: Annotated[
         Optional[list[str]],  # noqa: UP045 - Typer on Python 3.10 reads it
         typer.Argument(
@@ -96,15 +98,12 @@ def build_options(
             "standard input."
         ),
     ] = None,
-    output: Annotated[
-        str,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="OUT",
-            help="Write the features to OUT: one file if the name ends in .h5, otherwise a folder of shards.",
-        ),
-    ] = "",
+) -> tuple[str, ...]:
+    """Return the sources as they were named."""
+    return tuple(sources or ())
+
+
+def discover_options(
     files_from: Annotated[
         str | None,
         typer.Option(
@@ -164,6 +163,21 @@ def build_options(
             rich_help_panel=SOURCES,
         ),
     ] = False,
+) -> DiscoverOptions:
+    """Return where pictures are looked for, and which are left out."""
+    return DiscoverOptions(
+        files_from=files_from,
+        null_separated=null,
+        root=root,
+        follow_links=follow_links,
+        exclude=tuple(exclude or ()),
+        include=tuple(include or ()),
+        default_excludes=not no_default_excludes,
+        sniff=sniff,
+    )
+
+
+def model_options(
     model: Annotated[
         str,
         typer.Option(
@@ -192,6 +206,12 @@ def build_options(
             rich_help_panel=MODEL,
         ),
     ] = None,
+) -> ModelOptions:
+    """Return which model encodes."""
+    return ModelOptions(model, revision, layer)
+
+
+def picture_options(
     tile_size: Annotated[
         int | None,
         typer.Option(
@@ -262,6 +282,32 @@ def build_options(
             rich_help_panel=PICTURES,
         ),
     ] = GreyRange.FULL,
+) -> PictureOptions:
+    """Return how pictures become tiles."""
+    return PictureOptions(
+        tile_size=tile_size,
+        min_tiles=min_tiles,
+        max_tiles=max_tiles,
+        thumbnail=thumbnail,
+        preprocess=preprocess,
+        exif=exif,
+        background=background,
+        max_pixels=max_pixels,
+        truncated=truncated,
+        grey_range=grey_range,
+    )
+
+
+def store_options(
+    output: Annotated[
+        str,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            help="Write the features to OUT: one file if the name ends in .h5, otherwise a folder of shards.",
+        ),
+    ] = "",
     tokens: Annotated[
         Tokens,
         typer.Option(
@@ -312,6 +358,67 @@ def build_options(
             rich_help_panel=STORE,
         ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an output that was made with another recipe.", rich_help_panel=EXISTING
+        ),
+    ] = False,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune",
+            help="Drop the rows of pictures that were deleted, or that are excluded now.",
+            rich_help_panel=EXISTING,
+        ),
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Let --prune drop more than half of the rows.", rich_help_panel=EXISTING)
+    ] = False,
+    retry_skipped: Annotated[
+        bool,
+        typer.Option(
+            "--retry-skipped",
+            help="Try all pictures again that were skipped before, not only those that a raised limit admits.",
+            rich_help_panel=EXISTING,
+        ),
+    ] = False,
+    relocate: Annotated[
+        Optional[list[tuple[bytes, bytes]]],  # noqa: UP045
+        typer.Option(
+            metavar="OLD=NEW",
+            help="Find the pictures of folder OLD, which was moved, in folder NEW.",
+            parser=relocation,
+            rich_help_panel=EXISTING,
+        ),
+    ] = None,
+    no_lock: Annotated[
+        bool,
+        typer.Option(
+            "--no-lock", help="Do not lock the output, on filesystems that have no locks.", rich_help_panel=EXISTING
+        ),
+    ] = False,
+) -> StoreOptions:
+    """Return what is stored where, and what becomes of an output that exists."""
+    return StoreOptions(
+        output=output,
+        format=shard_format,
+        shard_bytes=shard_bytes_for(shard_size, has_shards=bool(output) and not is_single_file(output)),
+        tokens=tokens,
+        pool=pool,
+        tile_pooled=tile_pooled,
+        store_dtype=store_dtype,
+        on_overflow=on_overflow,
+        overwrite=overwrite,
+        prune=prune,
+        yes=yes,
+        retry_skipped=retry_skipped,
+        relocations=tuple(relocate or ()),
+        lock=not no_lock,
+    )
+
+
+def run_options(
     device: Annotated[
         str | None,
         typer.Option(
@@ -333,6 +440,17 @@ def build_options(
     dtype: Annotated[
         ComputeDtype, typer.Option(metavar="TYPE", help="Compute in this type.", rich_help_panel=RUN)
     ] = ComputeDtype.AUTO,
+    max_error: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            metavar="COSINE",
+            help="Accept --dtype fp8 if every token of the first pictures has at least this cosine to its bfloat16 "
+            "form.",
+            rich_help_panel=RUN,
+        ),
+    ] = DEFAULT_LOWEST_COSINE,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -388,107 +506,59 @@ def build_options(
             rich_help_panel=RUN,
         ),
     ] = DEFAULT_WORKER_MEMORY,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an output that was made with another recipe.", rich_help_panel=RUN),
-    ] = False,
-    prune: Annotated[
-        bool,
-        typer.Option(
-            "--prune",
-            help="Drop the rows of pictures that were deleted, or that are excluded now.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Let --prune drop more than half of the rows.", rich_help_panel=RUN)
-    ] = False,
-    retry_skipped: Annotated[
-        bool,
-        typer.Option(
-            "--retry-skipped",
-            help="Try all pictures again that were skipped before, not only those that a raised limit admits.",
-            rich_help_panel=RUN,
-        ),
-    ] = False,
-    relocate: Annotated[
-        Optional[list[tuple[bytes, bytes]]],  # noqa: UP045
-        typer.Option(
-            metavar="OLD=NEW",
-            help="Find the pictures of folder OLD, which was moved, in folder NEW.",
-            parser=relocation,
-            rich_help_panel=RUN,
-        ),
-    ] = None,
-    no_lock: Annotated[
-        bool,
-        typer.Option(
-            "--no-lock", help="Do not lock the output, on filesystems that have no locks.", rich_help_panel=RUN
-        ),
-    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first picture that cannot be used.", rich_help_panel=RUN)
     ] = False,
-) -> ExtractOptions:
-    """Build the options of an extraction from the values of the command line.
+) -> RunOptions:
+    """Return how the work is done.
 
     Raises:
-        UsageError: A value is invalid, or options contradict each other.
+        UsageError: Both --device and --devices are given.
     """
-    return ExtractOptions(
-        sources=tuple(sources or ()),
-        discover=DiscoverOptions(
-            files_from=files_from,
-            null_separated=null,
-            root=root,
-            follow_links=follow_links,
-            exclude=tuple(exclude or ()),
-            include=tuple(include or ()),
-            default_excludes=not no_default_excludes,
-            sniff=sniff,
-        ),
-        model=ModelOptions(model, revision, layer),
-        pictures=PictureOptions(
-            tile_size=tile_size,
-            min_tiles=min_tiles,
-            max_tiles=max_tiles,
-            thumbnail=thumbnail,
-            preprocess=preprocess,
-            exif=exif,
-            background=background,
-            max_pixels=max_pixels,
-            truncated=truncated,
-            grey_range=grey_range,
-        ),
-        store=StoreOptions(
-            output=output,
-            format=shard_format,
-            shard_bytes=shard_bytes_for(shard_size, has_shards=bool(output) and not is_single_file(output)),
-            tokens=tokens,
-            pool=pool,
-            tile_pooled=tile_pooled,
-            store_dtype=store_dtype,
-            on_overflow=on_overflow,
-            overwrite=overwrite,
-            prune=prune,
-            yes=yes,
-            retry_skipped=retry_skipped,
-            relocations=tuple(relocate or ()),
-            lock=not no_lock,
-        ),
-        run=RunOptions(
-            devices=chosen_devices(device, devices),
-            dtype=dtype,
-            batch_tiles=batch_size or None,
-            measure_batch=batch_size == MEASURED,
-            workers=workers,
-            threads=threads,
-            compile=compile_model,
-            decode_timeout=decode_timeout,
-            worker_memory=worker_memory,
-            strict=strict,
-        ),
+    return RunOptions(
+        devices=chosen_devices(device, devices),
+        dtype=dtype,
+        lowest_cosine=max_error,
+        batch_tiles=batch_size or None,
+        measure_batch=batch_size == MEASURED,
+        workers=workers,
+        threads=threads,
+        compile=compile_model,
+        decode_timeout=decode_timeout,
+        worker_memory=worker_memory,
+        strict=strict,
     )
+
+
+BUILDERS: dict[str, Callable[..., Any]] = {
+    "sources": picture_sources,
+    "discover": discover_options,
+    "model": model_options,
+    "pictures": picture_options,
+    "store": store_options,
+    "run": run_options,
+}
+"""What makes each field of `ExtractOptions` from the words of a command line; its parameters declare the options."""
+_PARAMETERS = {field: inspect.signature(builder, eval_str=True).parameters for field, builder in BUILDERS.items()}
+
+
+def shared_parameters() -> list[inspect.Parameter]:
+    """Return the parameters of all builders: the sources and the output first, then group by group."""
+    parameters = [parameter for declared in _PARAMETERS.values() for parameter in declared.values()]
+    return sorted(parameters, key=lambda parameter: parameter.name not in ("sources", "output"))
+
+
+def build_options(words: dict[str, Any]) -> ExtractOptions:
+    """Turn the words of a command line into options.
+
+    Args:
+        words: The value of every shared parameter, by its name.
+
+    Raises:
+        UsageError: Options contradict each other.
+    """
+    parts = {field: BUILDERS[field](**{name: words[name] for name in names}) for field, names in _PARAMETERS.items()}
+    return ExtractOptions(**parts)
 
 
 def require_sources(options: ExtractOptions) -> None:
@@ -498,15 +568,14 @@ def require_sources(options: ExtractOptions) -> None:
 
 
 def takes_extract_options(command: Callable[..., int]) -> Callable[..., int]:
-    """Add the options of `build_options` to a command, which receives the `ExtractOptions` built from them."""
+    """Add the options of all builders to a command, which receives the `ExtractOptions` built from them."""
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
-    shared = list(inspect.signature(build_options, eval_str=True).parameters.values())
 
     def wrapper(**words: Any) -> int:
         own_words = {parameter.name: words.pop(parameter.name) for parameter in own}
-        return command(build_options(**words), **own_words)
+        return command(build_options(words), **own_words)
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared, *own)]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*shared_parameters(), *own)]
     wrapper.__doc__ = command.__doc__
     wrapper.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": int}

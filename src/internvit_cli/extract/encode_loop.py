@@ -126,7 +126,7 @@ class EncodeLoop:
         Raises:
             InternvitError: The disk, the device or the workers fail; with `strict`, also if an image cannot be used.
         """
-        started = time.perf_counter()
+        started, host_before = time.perf_counter(), time.thread_time()
         decode_before, device_before = self._decoder.busy_seconds, self._encoder.device_seconds
         try:
             self._encode_all()
@@ -137,6 +137,7 @@ class EncodeLoop:
             decode=(self._decoder.busy_seconds - decode_before) / max(1, len(self._decoder.pids)),
             device=self._encoder.device_seconds - device_before,
             write=self._job.sink.busy_seconds,
+            host=time.thread_time() - host_before,
         )
         return EncodeResult(stages, self._tally, self._clamped)
 

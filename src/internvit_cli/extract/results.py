@@ -28,6 +28,8 @@ class Stages:
     """Seconds in which the encoder was busy."""
     write: float = 0.0
     """Seconds of writing and syncing rows."""
+    host: float = 0.0
+    """CPU seconds of the thread that fills batches and takes features apart; it waits for the rest of the time."""
 
     @property
     def idle(self) -> float:
@@ -37,7 +39,11 @@ class Stages:
     def plus(self, other: Stages) -> Stages:
         """Return the sum of both."""
         return Stages(
-            self.wall + other.wall, self.decode + other.decode, self.device + other.device, self.write + other.write
+            wall=self.wall + other.wall,
+            decode=self.decode + other.decode,
+            device=self.device + other.device,
+            write=self.write + other.write,
+            host=self.host + other.host,
         )
 
     @property
@@ -45,16 +51,24 @@ class Stages:
         """A sentence on what limits the run, and what to do about it."""
         if self.wall <= 0:
             return "Nothing had to be encoded."
-        shares = {"device": self.device / self.wall, "decode": self.decode / self.wall, "write": self.write / self.wall}
-        stage = max(shares, key=lambda name: shares[name])
-        share = f"{100 * min(1.0, shares[stage]):.0f} %"
-        if shares[stage] < BUSY:
-            return f"No stage is the limit: the busiest, {stage}, worked {share} of the time."
+        seconds = {"device": self.device, "decode": self.decode, "write": self.write, "host": self.host}
+        stage = max(seconds, key=lambda name: seconds[name])
+        if seconds[stage] < BUSY * self.wall:
+            return f"No stage is the limit: the busiest, {stage}, worked {self._share(seconds[stage])} of the time."
+        busy = f"busy {self._share(seconds[stage])} of the time"
+        if stage == "device":
+            return f"The encoder is the limit: it was {busy}."
+        idle = f"the encoder waited {self._share(self.idle)} of the time"
         return {
-            "device": f"The encoder is the limit: it was busy {share} of the time.",
-            "decode": f"Decoding is the limit: the workers were busy {share} of the time; try more --workers.",
-            "write": f"Writing is the limit: it took {share} of the time; try a faster disk, or store less.",
+            "decode": f"Decoding is the limit: the workers were {busy}, and {idle}; try more --workers, or more cores.",
+            "write": f"Writing is the limit: it was {busy}, and {idle}; try a faster disk, or store less, such as "
+            "--tokens none or a smaller --store-dtype.",
+            "host": f"Filling batches is the limit: one thread was {busy}, and {idle}; try fewer --workers if they "
+            "take all cores, or --devices, which fills batches in a process per device.",
         }[stage]
+
+    def _share(self, seconds: float) -> str:
+        return f"{100 * min(1.0, seconds / self.wall):.0f} %"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +191,7 @@ class Summary:
             "decode": self.stages.decode,
             "device": self.stages.device,
             "write": self.stages.write,
+            "host": self.stages.host,
             "idle": self.stages.idle,
             "wall": self.stages.wall,
         }

@@ -134,7 +134,7 @@ def measure_accuracy(run: Run, plan: RunPlan, engine: RunEngine) -> dict[str, st
         jobs = list(decode_jobs(table, np.flatnonzero(is_pending)[:SAMPLE_IMAGES], plan.listing.sources))
         with run.observer.phase("measuring what coarse types cost"):
             accuracy = engine.started.measure(jobs, workload, run.stop)
-    accuracy.check()
+    accuracy.check(run.options.run.lowest_cosine)
     if accuracy.words:
         run.observer.note(f"on the first pictures: {accuracy.words}")
     return to_attributes(recipe, accuracy)

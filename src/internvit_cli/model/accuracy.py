@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 COMPUTE_ERROR = "compute_error"
 STORE_ERROR = "store_error"
-LOWEST_TOKEN_COSINE = 0.999
-"""Lowest accepted cosine to bfloat16; a run in fp8 with a token below it stops."""
 ATTRIBUTE_CHARACTERS = 320
 """Characters of an attribute, which are reserved before the figures are known, because file sizes are planned."""
 
@@ -45,11 +43,6 @@ class ComputeError:
     relative_error_float32: float
     """The L2 norm of the difference to float32, divided by that of the hidden states in float32."""
 
-    @property
-    def is_acceptable(self) -> bool:
-        """Whether every token is close enough to bfloat16; False if there is a NaN."""
-        return self.lowest_cosine_bfloat16 >= LOWEST_TOKEN_COSINE
-
 
 @dataclass(frozen=True, slots=True)
 class StoreError:
@@ -71,18 +64,24 @@ class Accuracy:
     compute: ComputeError | None = None
     store: StoreError | None = None
 
-    def check(self) -> None:
+    def check(self, lowest_cosine: float) -> None:
         """Refuse types that are too inaccurate.
 
+        Args:
+            lowest_cosine: The lowest accepted cosine of a token in fp8 arithmetic to the same token in bfloat16.
+
         Raises:
-            AccuracyError: fp8 differs too much from bfloat16.
+            AccuracyError: A cosine is lower, or not a number.
         """
-        if self.compute is not None and not self.compute.is_acceptable:
-            raise AccuracyError(
-                f"--dtype fp8: a token of the first pictures has a cosine of {self.compute.lowest_cosine_bfloat16:.5f} "
-                f"to its bfloat16 form, below {LOWEST_TOKEN_COSINE}",
-                "use --dtype bfloat16",
-            )
+        if self.compute is None or self.compute.lowest_cosine_bfloat16 >= lowest_cosine:
+            return
+        found = self.compute.lowest_cosine_bfloat16
+        accept = "" if math.isnan(found) else f", or accept it with --max-error {math.floor(max(0, found) * 1e4) / 1e4}"
+        raise AccuracyError(
+            f"--dtype fp8: a token of the first pictures has a cosine of {found:.5f} to its bfloat16 form, below "
+            f"{lowest_cosine}",
+            f"use --dtype bfloat16{accept}",
+        )
 
     @property
     def words(self) -> str:

@@ -207,5 +207,6 @@ class ShardScheduler:
             decode=sum(part.stages.decode for part in parts) / devices,
             device=sum(part.stages.device for part in parts) / devices,
             write=max((part.stages.write for part in parts), default=0.0),
+            host=max((part.stages.host for part in parts), default=0.0),
         )
         return EncodeResult(stages, self._tally, sum(part.clamped for part in parts))

@@ -23,6 +23,7 @@ from internvit_cli.model.kernels.fp8 import (
 )
 from internvit_cli.model.kernels.plain import best_attention, plain_kernels
 from internvit_cli.model.kernels.probes import LARGEST_DIFFERENCE, Probe, ProbeSizes, difference, probes
+from internvit_cli.model.kernels.stamps import is_stamped, stamp, stamp_path
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -60,7 +61,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype, case: ProbeSizes | Non
         except ImportError as error:
             return plain_for(device, dtype, f"plain PyTorch (triton: {error})")
         candidates = triton_kernels(dtype, best_attention(device, base_dtype(dtype)))
-        return replace_failing(candidates, plain_for(device, dtype), probes(case, device, dtype))
+        return passing(candidates, plain_for(device, dtype), case, device, dtype)
 
 
 def as_current_device(device: torch.device) -> AbstractContextManager[object]:
@@ -113,6 +114,25 @@ def check_fp8_card(device: torch.device) -> None:
             f"--dtype fp8: {torch.cuda.get_device_name(device)} does not support fp8 with a scale per row",
             "use --dtype bfloat16",
         )
+
+
+def passing(kernels: Kernels, twin: Kernels, case: ProbeSizes, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Return `kernels` if they passed their probes before on this very setup, or else what `replace_failing` returns.
+
+    Args:
+        kernels: The candidates.
+        twin: The operations with the right results.
+        case: The sizes with which to try them.
+        device: The CUDA card.
+        dtype: The compute dtype.
+    """
+    path = stamp_path(device, dtype, case)
+    if is_stamped(path):
+        return kernels
+    checked = replace_failing(kernels, twin, probes(case, device, dtype))
+    if checked is kernels:
+        stamp(path)
+    return checked
 
 
 def replace_failing(kernels: Kernels, twin: Kernels, tries: dict[str, tuple[Probe, float]]) -> Kernels:
