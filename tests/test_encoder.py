@@ -234,7 +234,7 @@ def test_the_batch_and_the_time_are_reported():
 
 @pytest.mark.parametrize("changes", [{"batch_tiles": 0}, {"threads": 0}])
 def test_nonsensical_counts_are_usage_errors(changes):
-    with pytest.raises(UsageError, match="at least one"):
+    with pytest.raises(UsageError, match="at least 1"):
         encode(random_tiles(1), **changes)
 
 
