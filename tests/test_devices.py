@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from crash_checks import ALL_KINDS
 from forking import run_apart
-from moments import COMMIT, EVERY_IMAGE, RECORD, ROWS, Moment, held, wait_until
+from moments import COMMIT, EVERY_IMAGE, RECORD, TELL, Moment, held, wait_until
 from run_helpers import Result, extract, make_pictures, summary_of
 
 from internvit_cli import open_features
@@ -92,7 +92,7 @@ def run_with_dying_devices(
 ) -> subprocess.CompletedProcess[str]:
     """Run; each device, or the first one, is killed when it has its third image to write."""
     folder.mkdir()
-    dying = Moment(ROWS, 3).environment("SIGKILL", folder, "serve_device", once)
+    dying = Moment(TELL, 3).environment("SIGKILL", folder, "serve_device", once)
     return run_apart(*line, env=dying)
 
 
