@@ -1,10 +1,10 @@
-"""What it brings that freed memory stays with a process (`runtime/malloc.py`), for encoding and for decoding.
+"""Measure the effect of keeping freed memory in the process (`runtime/malloc.py`) on encoding and decoding.
 
     python benchmarks/allocator.py PHOTOS [--rounds 5]
 
-Each round runs every case twice, with and without, in processes of their own, in turn: batches of a run's own size
+Each round runs every case twice, with and without, alternately and in separate processes: batches of the default size
 through the encoder with the shape of tiny-random, and all pictures of a folder through one decoder. The effect on the
-encoder shrinks as batches grow, for then a thread's own pool of memory is used again before it is given back.
+encoder shrinks as batches grow, because a thread's own memory pool is then reused before it is returned.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REPEATS = 15
 
 
 def encode(dtype: str) -> float:
-    """Tiles a second, the median of some batches."""
+    """Return tiles per second, the median of some batches."""
     from internvit_cli.config import ComputeDtype
     from internvit_cli.encode import encoder as encoder_module
     from internvit_cli.encode.options import EncoderOptions
@@ -42,7 +42,7 @@ def encode(dtype: str) -> float:
 
 
 def decode(folder: str) -> float:
-    """Tiles a second of processor time."""
+    """Return tiles per second of processor time."""
     from internvit_cli.config import PixelRule
     from internvit_cli.decode.pictures import decode_tiles
     from internvit_cli.plan.headers import Header, read_header

@@ -1,10 +1,10 @@
-"""What a decode worker does against Pillow alone: the same pictures, one core each, in turn in one run.
+"""Compare a decode worker with Pillow alone: the same pictures, one core each, alternating in one run.
 
     python benchmarks/decode.py PHOTOS [--rounds 5]
 
-"Pillow alone" is what any program has to do: open, convert to RGB, resize to the grid of tiles and to the thumbnail,
-in a process that does nothing else and keeps nothing. A worker does the same and more: it hashes the file, checks it
-against the plan, cuts the tiles and puts them into shared memory.
+"Pillow alone" is what any program must do: open, convert to RGB, and resize to the grid of tiles and to the thumbnail,
+in a process that does nothing else and keeps nothing. A worker also hashes the file, checks it against the plan, cuts
+the tiles and copies them into shared memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def jobs_of(folder: str) -> list[DecodeJob]:
 
 
 def pillow(folder: str) -> float:
-    """Seconds of Pillow alone, in this process."""
+    """Return the seconds of Pillow alone in this process."""
     from PIL import Image
 
     jobs = jobs_of(folder)
@@ -47,7 +47,7 @@ def pillow(folder: str) -> float:
             picture = picture.transpose(turns[job.header.orientation])
         sizes = [(448 * job.grid.columns, 448 * job.grid.rows)]
         sizes += [(448, 448)] if has_thumbnail(job.grid, thumbnail=True) else []
-        for width, height in sizes:  # in the order of passes that the pixels of training have
+        for width, height in sizes:  # in the order of passes that training used
             picture.resize((width, picture.height), Image.Resampling.BICUBIC).resize(
                 (width, height), Image.Resampling.BICUBIC
             )
@@ -55,7 +55,7 @@ def pillow(folder: str) -> float:
 
 
 def worker(jobs: list[DecodeJob]) -> float:
-    """Seconds of one worker, its queue and its shared memory included."""
+    """Return the seconds of one worker, including its queue and its shared memory."""
     most = max(tile_count(job.grid, thumbnail=True) for job in jobs)
     decoder = Decoder(DecodeOptions(RULE, most, 1, 60.0, 4 << 30))
     try:

@@ -1,9 +1,9 @@
-"""What durability costs: the same run with its checkpoints and syncs, and without any, in turn.
+"""Measure the cost of durability: the same run with and without checkpoints and syncs, alternately.
 
     python benchmarks/durability.py PHOTOS [--repeat 2] [--rounds 7] [--output FOLDER]
 
-The encoder is the limit in both (the shape of tiny-random, tokens stored). "Off" never syncs and writes digests, CRCs
-and statuses once, at the end: what a tool does that hopes for the best.
+The encoder limits both (the shape of tiny-random, tokens stored). "Off" never syncs, and writes digests, CRCs and
+statuses once at the end, as a tool without crash safety does.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ NEVER_SECONDS, NEVER_BYTES = 86_400.0, sys.maxsize
 
 
 def spread(photos: Path, folder: Path, repeat: int) -> None:
-    """The same photographs under several names."""
+    """Link the same photographs under several names."""
     for number in range(repeat):
         shutil.copytree(photos, folder / f"{number:03d}", ignore=shutil.ignore_patterns("*.tsv"))
 
 
 def leave_alone(_descriptor: int) -> None:
-    """In the place of a sync."""
+    """Replace a sync."""
 
 
 def run(pictures: Path, output: Path) -> float:
-    """Seconds of the main part of one run."""
+    """Return the seconds of the main part of one run."""
     options = ExtractOptions(
         sources=(str(pictures),),
         store=StoreOptions(str(output)),
@@ -74,14 +74,14 @@ def main() -> None:
                 storing.CHECKPOINT_SECONDS, storing.CHECKPOINT_BYTES = limits
                 nbytes = output.stat().st_size
                 output.unlink()
-                os.sync()  # what "off" left to the kernel is not paid for by the next run
+                os.sync()  # the next run does not pay for what "off" left to the kernel
                 time.sleep(0.5)
     report(seconds, nbytes)
 
 
 def report(seconds: dict[str, list[float]], nbytes: int) -> None:
     ratios = [on / off for on, off in zip(seconds["on"], seconds["off"], strict=True)]
-    print(f"{nbytes / 1e6:.0f} MB a run")
+    print(f"{nbytes / 1e6:.0f} MB per run")
     for side, values in seconds.items():
         print(f"checkpoints {side}: {statistics.median(values):.2f} s ({min(values):.2f}..{max(values):.2f})")
     print(f"on / off: median {statistics.median(ratios):.3f} ({min(ratios):.3f}..{max(ratios):.3f})")

@@ -1,13 +1,13 @@
-"""Tiles a second of our encoder against transformers' InternVLVisionModel (sdpa): same shape, weights, machine.
+"""Compare tiles per second of our encoder and transformers' InternVLVisionModel (sdpa): same shape and weights.
 
-Both get the same uint8 tiles and give visual tokens in float16 on the host, in one process, in turns. Our encoder gets
-them as it does in `internvit extract`; transformers gets whole batches and normalizes them on the device.
+Both encode the same uint8 tiles to float16 visual tokens on the host, alternately in one process. Our encoder gets
+them as in `internvit extract`; transformers gets whole batches and normalizes them on the device.
 
     python benchmarks/encoder.py --shape 300m --dtype bfloat16 --repeats 5
     python benchmarks/encoder.py --shape 300m --dtype bfloat16 fp8 --batch 1 4 64 128 --operations --sweep-attention
 
-On a CUDA card the table also has transformers in a CUDA graph at small batches, the share of the speed of a matrix
-product of 8192^3, errors against float32, the time to the first batch, and how far a row depends on its neighbors.
+On a CUDA card, the output also has transformers in a CUDA graph at small batches, the share of the speed of a matrix
+product of 8192^3, errors against float32, the time to the first batch, and how much a row depends on its neighbors.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from internvit_cli.runtime.workers import usable_cpus
 
 SHAPES = {"300m": "300m", "6b": "6b", "tiny": TINY_RANDOM}
 LARGEST_GRAPHED = 8
-"""Tiles of the largest batch for which transformers is also run in a CUDA graph."""
+"""Largest batch in tiles for which transformers is also run in a CUDA graph."""
 COMPARED_TILES = 8
-"""Tiles whose tokens are compared with those in float32."""
+"""Number of tiles whose tokens are compared with float32."""
 
 Encode = "Callable[[np.ndarray], np.ndarray]"
 
 
 def ours(encoder: Encoder, tiles: np.ndarray) -> np.ndarray:
-    """uint8 [n,S,S,3] -> float16 visual tokens [n,N/4,4C], batches in flight as in `internvit extract`."""
+    """Encode uint8 [n,S,S,3] to float16 visual tokens [n,N/4,4C], with batches in flight as in `internvit extract`."""
     if encoder.info.device_name == "cpu":
         torch.set_num_threads(1)
     size = encoder.info.batch_tiles
@@ -51,12 +51,12 @@ def ours(encoder: Encoder, tiles: np.ndarray) -> np.ndarray:
 
 
 def in_batches(encode: Encode, batch: int) -> Encode:
-    """The same for any number of tiles."""
+    """Return an encoder that splits any number of tiles into batches."""
     return lambda tiles: np.concatenate([encode(tiles[i : i + batch]) for i in range(0, len(tiles), batch)])
 
 
 def measured(sides: dict[str, Encode], tiles: np.ndarray, repeats: int) -> dict[str, list[float]]:
-    """Seconds of every side for all tiles, in turns, after each was run once."""
+    """Return the seconds of every side for all tiles; sides alternate after a warm-up each."""
     for encode in sides.values():
         encode(tiles)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
@@ -69,7 +69,7 @@ def measured(sides: dict[str, Encode], tiles: np.ndarray, repeats: int) -> dict[
 
 
 class Bench:
-    """One shape on one device: what is compared, and the lines about it."""
+    """One shape on one device: the encoders to compare, and the table's rows."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -80,9 +80,9 @@ class Bench:
         self.checkpoint = stand_in_checkpoint(self.card, layer=self.blocks)
         self.dtypes = [ComputeDtype(dtype) for dtype in arguments.dtype]
         self.ceiling: float | None = None
-        """Tiles a second if all work ran at the speed of a large matrix product; None on a CPU."""
+        """Tiles per second if all work ran at the speed of a large matrix product; None on a CPU."""
         self.notes: list[str] = []
-        """What computed, for the lines below the table."""
+        """The kernels in use, for the lines below the table."""
 
     def options(self, dtype: ComputeDtype, batch: int, **changes: bool) -> EncoderOptions:
         return EncoderOptions(
@@ -100,18 +100,18 @@ class Bench:
 
     @property
     def operations_a_tile(self) -> float:
-        """Floating-point operations: linear layers and attention, one multiply-add as two."""
+        """Floating-point operations per tile: linear layers and attention; a multiply-add counts as two."""
         vision = self.card.vision
         tokens, width = 1 + (self.card.tile_size // vision.patch_size) ** 2, vision.hidden_size
         linear = 2 * tokens * width * (4 * width + 2 * vision.mlp_size)
         return self.blocks * (linear + 4.0 * tokens**2 * width) + 2.0 * tokens * 588 * width
 
     def peer_dtype(self, dtype: ComputeDtype) -> torch.dtype:
-        """What transformers runs in beside ours."""
+        """Return the type of transformers in the comparison with ours."""
         return torch.bfloat16 if dtype is ComputeDtype.FP8 else getattr(torch, dtype.value)
 
     def speed(self, batch: int) -> None:
-        """Rows of the table for one size of batches: every dtype, ours and transformers'."""
+        """Measure and print the rows for one batch size: every dtype, ours and transformers'."""
         on_cpu = self.device.type == "cpu"
         count = self.arguments.tiles or (batch if on_cpu else max(8 * batch, 32))
         tiles = self.tiles(count)
@@ -126,7 +126,7 @@ class Bench:
                 self.rows(batch, measured(sides, tiles, self.arguments.repeats), count, str(dtype).split(".")[1])
 
     def rows(self, batch: int, seconds: dict[str, list[float]], count: int, dtype: str) -> None:
-        """Print what was measured."""
+        """Print rows of the table."""
         rate = {name: count / statistics.median(values) for name, values in seconds.items()}
         for name, values in seconds.items():
             spread = f"{count / max(values):.2f} to {count / min(values):.2f}"
@@ -140,7 +140,7 @@ class Bench:
             )
 
     def errors(self, batch: int) -> None:
-        """How far tokens are from transformers' in float32: largest difference, and the lowest cosine of a token."""
+        """Print errors against transformers in float32: the largest difference, and the lowest cosine of a token."""
         tiles = self.tiles(COMPARED_TILES if self.device.type == "cuda" else batch)
         exact = in_batches(Transformers(self.checkpoint, self.device, torch.float32, self.arguments.threads).encode, 2)
         reference = exact(tiles).astype(np.float32)
@@ -155,7 +155,7 @@ class Bench:
 
 
 class EncoderStack:
-    """Our encoders of some dtypes, loaded together and closed together."""
+    """Our encoders of several dtypes, loaded and closed together."""
 
     def __init__(self, bench: Bench, dtypes: list[ComputeDtype], batch: int) -> None:
         self._bench, self._dtypes, self._batch = bench, dtypes, batch
@@ -172,7 +172,7 @@ class EncoderStack:
                 self._encoders.append(encoder)
                 label = name if dtype is not ComputeDtype.FP8 else f"{name}, fp8"
                 sides[label] = lambda tiles, encoder=encoder: ours(encoder, tiles)
-                self._bench.notes.append(f"{label}, {self._batch} tiles a batch: {encoder.info.kernels}")
+                self._bench.notes.append(f"{label}, {self._batch} tiles per batch: {encoder.info.kernels}")
         return sides
 
     def __exit__(self, *error: object) -> None:
@@ -194,15 +194,19 @@ def parse_arguments() -> argparse.Namespace:
     dtypes = [dtype.value for dtype in ComputeDtype if dtype is not ComputeDtype.AUTO]
     parser.add_argument("--dtype", choices=dtypes, nargs="+", default=["bfloat16"])
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--batch", type=int, nargs="+", help="tiles a batch (default: 2 a core on a CPU, else 64)")
-    parser.add_argument("--tiles", type=int, default=None, help="tiles a measurement (default: one batch; CUDA: eight)")
-    parser.add_argument("--blocks", type=int, default=None, help="run only so many blocks (default: all that run)")
+    parser.add_argument("--batch", type=int, nargs="+", help="tiles per batch (default: 2 per core on a CPU, else 64)")
+    parser.add_argument(
+        "--tiles", type=int, default=None, help="tiles per measurement (default: one batch; CUDA: eight)"
+    )
+    parser.add_argument("--blocks", type=int, default=None, help="number of blocks to run (default: all that run)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=usable_cpus())
     also = ["ours, plain", "ours, compiled"]
-    parser.add_argument("--also", choices=also, nargs="*", default=[], help="CUDA: other ways of ours, too")
+    parser.add_argument("--also", choices=also, nargs="*", default=[], help="CUDA: further variants of ours")
     parser.add_argument("--operations", action="store_true", help="CUDA: the time of every operation")
-    parser.add_argument("--sweep-attention", action="store_true", help="CUDA: other ways to cut attention, best first")
+    parser.add_argument(
+        "--sweep-attention", action="store_true", help="CUDA: other ways to split attention, best first"
+    )
     parser.add_argument("--first-batch", action="store_true", help="CUDA: only the time to the first batch, as JSON")
     return parser.parse_args()
 

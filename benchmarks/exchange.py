@@ -1,8 +1,8 @@
-"""Exports of one file against `cp` of it, in turn, each with its data on the disk at the end.
+"""Compare exports of one file with `cp` of it, alternately, each until its data is on the disk.
 
     python benchmarks/exchange.py [--megabytes 1500] [--rounds 3] [--folder DIR]
 
-The file holds random rows of 13 tiles of 256 visual tokens of 1,024 float16; every figure is the median of the rounds.
+The file holds random rows of 13 tiles of 256 visual tokens of 1,024 float16. Every figure is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def remove(path: Path) -> None:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds, and the peak resident set in bytes."""
+    """Return the seconds, and the peak resident set in bytes."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     _, status, usage = os.wait4(process.pid, 0)
@@ -58,7 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         source = Path(scratch) / "feats.h5"
-        # In a process of its own: what its memory was at most would count for the children of this one.
+        # In a separate process, whose peak memory does not count for the children of this one.
         images = max(1, arguments.megabytes * 1_000_000 // IMAGE_BYTES)
         maker = multiprocessing.get_context("spawn").Process(target=make_file, args=(source, images))
         maker.start()

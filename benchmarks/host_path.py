@@ -1,16 +1,16 @@
-"""What the host does beside a fast device: the whole of `extract` with a stand-in for the card.
+"""Measure the host's work for a fast device: a complete `extract` with a simulated card.
 
     python benchmarks/host_path.py PHOTOS [--output FOLDER] [--copies 6] [--workers 4] [--rates 700 0]
 
-Everything is real (planning, decode workers, batches, the launcher with its buffers, writing with CRCs and syncs) but
-for the device: it "computes" a batch by letting time pass (a rate of 0 takes none) and gives features of the 300M
-shape, 256 x 4,096 float16 per tile, which are 2.1 MB. Several decode workers per core, and OMP_NUM_THREADS=16, show
-what only a machine with many cores would: threads that fight for them. PHOTOS are linked several times; put the output
-on tmpfs, so that no disk decides.
+Everything except the device is real (planning, decode workers, batches, the launcher with its buffers, writing with
+CRCs and syncs). The device "computes" a batch by waiting (a rate of 0 does not wait) and returns features of the 300M
+shape, 256 x 4,096 float16 per tile, which are 2.1 MB. Several decode workers per core and OMP_NUM_THREADS=16 show
+contention of threads that otherwise appears only on machines with many cores. PHOTOS are linked several times; put the
+output on tmpfs, so that the disk is not the limit.
 
-It prints tiles per second; the share of the time in which the device had nothing to do; the CPU time of the parent
-process per tile, by its threads; and how often the host copies a tile's pixels, and its features, beside decoding and
-the write itself, found by looking at where their memory lies.
+It prints tiles per second; the share of the time in which the device was idle; the CPU time of the parent process per
+tile, by thread; and how often the host copies a tile's pixels and its features in addition to decoding and writing,
+which is found from the addresses of their memory.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SIDE_ENVIRONMENT = {"OMP_NUM_THREADS": "16"}
 BATCH = 32
 HIDDEN, BLOCKS, HEADS = 1024, 1, 16
-"""The 300M's width, from which the shape of its features follows; the stand-in does not compute."""
+"""The 300M's width, which determines the shape of its features; the simulated card does not compute."""
 THREADS = {
     "MainThread": "fill batches",
     "decode": "talk to workers",
@@ -45,7 +45,7 @@ THREADS = {
 
 
 def make_checkpoint(folder: Path) -> None:
-    """Random weights of one block in transformers' layout."""
+    """Write random weights of one block in transformers' layout."""
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     config = InternVLVisionConfig(
@@ -68,11 +68,11 @@ def link_photos(photos: Path, folder: Path, copies: int) -> None:
                 (folder / f"{path.stem}-{number}{path.suffix}").symlink_to(path)
 
 
-# -------------------------------------------------------------------------------------------------------- the stand-in
+# ------------------------------------------------------------------------------------------------- the simulated card
 
 
 class Clock:
-    """A device that is busy for a while with each batch, one after the other."""
+    """A device that is busy with one batch at a time."""
 
     def __init__(self, rate: float) -> None:
         self.seconds_per_tile = 1 / rate if rate else 0.0
@@ -81,7 +81,7 @@ class Clock:
         self.tiles = 0
 
     def run(self, tiles: int) -> float:
-        """Begin a batch as soon as the last one is done; return when it will be done."""
+        """Begin a batch as soon as the last one is done; return the time at which it will be done."""
         now = time.perf_counter()
         self.first = self.first or now
         self.idle += max(0.0, now - max(self.until, self.first))
@@ -108,7 +108,7 @@ class Event:
 
 
 def install(clock: Clock, copies: Counter[str]) -> None:
-    """Have extract encode on the stand-in, and look at where tiles and features lie."""
+    """Make extract encode on the simulated card, and count copies of tiles and features."""
     import torch
 
     from internvit_cli.encode import batches, cuda, encoder
@@ -126,7 +126,7 @@ def install(clock: Clock, copies: Counter[str]) -> None:
 
     class StandIn(cuda.CudaLauncher):
         def launch(self, tiles: Any, size: int) -> Any:
-            # One copy brought them from the workers' memory to wherever they are; another one is made elsewhere.
+            # One copy brought them here from the workers' memory; outside the buffer, another copy follows.
             copies["in"] += len(tiles) * (1 if is_pinned(tiles[0]) else 2)
             return super().launch(tiles, size)
 
@@ -152,7 +152,7 @@ def install(clock: Clock, copies: Counter[str]) -> None:
     cuda._pinned = pin
     RowWriter.put = counted_put  # type: ignore[method-assign]
     load = encoder._load_model
-    encoder.find_fit_device = lambda *_, **__: torch.device("meta")  # as for a card: nothing is prepared for a CPU
+    encoder.find_fit_device = lambda *_, **__: torch.device("meta")  # as for a card, nothing is prepared for a CPU
     encoder._load_model = lambda checkpoint, options, _: load(checkpoint, options, torch.device("cpu"))
     encoder._make_runner = lambda model, options: batches.BatchRunner(StandIn(model, model.device), options.batch_tiles)
 
@@ -161,7 +161,7 @@ def install(clock: Clock, copies: Counter[str]) -> None:
 
 
 class ThreadTimes(threading.Thread):
-    """CPU seconds of each thread of this process, by its name, also of those that have ended."""
+    """CPU seconds of each thread of this process by name, including threads that have ended."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True, name="measure")
@@ -185,7 +185,7 @@ class ThreadTimes(threading.Thread):
             self._seconds[int(task.name)] = (int(fields[11]) + int(fields[12])) / tick
 
     def begin(self) -> None:
-        """Count from here on: what start-up took is not a tile's."""
+        """Start counting here, so that start-up time is excluded."""
         self.look()
         self._before = dict(self._seconds)
 

@@ -1,9 +1,9 @@
-"""Peak memory of an extraction against the number of images: it must not grow.
+"""Measure the peak memory of an extraction against the number of images; it must not grow.
 
     python benchmarks/memory.py [--images 100 2000]
 
-Small random pictures, tiny-random, tokens stored. The figure is the peak resident set of the main process, and of its
-largest worker, as the kernel counted them.
+The pictures are small and random, the model is tiny-random, and tokens are stored. The figures are the peak resident
+sets of the main process and of its largest worker, as counted by the kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def make_pictures(folder: Path, count: int) -> None:
 
 
 def peak_of(pid: int) -> int:
-    """Peak resident set of a process so far, bytes; 0 for one that has ended."""
+    """Return the peak resident set of a process so far in bytes; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -38,7 +38,7 @@ def peak_of(pid: int) -> int:
 
 
 def run(images: int) -> tuple[int, int, float]:
-    """Peaks of the main process and of the largest worker, bytes, and the seconds of the run."""
+    """Return the peaks of the main process and of the largest worker in bytes, and the seconds of the run."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "pictures"
         folder.mkdir()

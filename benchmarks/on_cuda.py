@@ -1,4 +1,4 @@
-"""What `encoder.py` measures on CUDA only: ceiling, stability, operations, ways to cut attention, the first batch."""
+"""Measure for `encoder.py` on CUDA: ceiling, stability, operations, ways to split attention, the first batch."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from encoder import Bench
 
 OPERATION_TILES = 64
-"""Tiles of a batch on which single operations are timed."""
+"""Tiles in the batch on which single operations are timed."""
 
 
 def seconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """Seconds of one call on the card: the median, after a warm-up."""
+    """Return the seconds of one call on the card: the median, after a warm-up."""
     for _ in range(3):
         call()
     times = []
@@ -48,7 +48,7 @@ def seconds(call: Callable[[], object], repeats: int = 20) -> float:
 
 
 def print_ceiling(bench: Bench) -> float:
-    """The speed of a large matrix product, and how many tiles a second that would be."""
+    """Print the speed of a large matrix product, and return the tiles per second that it would allow."""
     a, b = (torch.randn(8192, 8192, device=bench.device).bfloat16() for _ in range(2))
     speed = 2 * 8192**3 / seconds(lambda: a @ b)
     ceiling = speed / bench.operations_a_tile
@@ -56,7 +56,7 @@ def print_ceiling(bench: Bench) -> float:
     print(
         f"matrix product 8192^3 in bfloat16: {speed / 1e12:.0f} TFLOP/s, for {bench.operations_a_tile / 1e9:.1f} GFLOP"
     )
-    print(f"a tile: a ceiling of {ceiling:.1f} tiles/s", flush=True)
+    print(f"per tile: a ceiling of {ceiling:.1f} tiles/s", flush=True)
     return ceiling
 
 
@@ -69,7 +69,7 @@ def _triton_version() -> str:
 
 
 def print_all(bench: Bench, batch: int) -> None:
-    """Everything but the table of speeds; the cheap and important first."""
+    """Print everything except the table of speeds, cheap and important results first."""
     print_stability(bench, batch)
     if bench.arguments.operations:
         print_operations(bench)
@@ -79,7 +79,7 @@ def print_all(bench: Bench, batch: int) -> None:
 
 
 def print_stability(bench: Bench, batch: int) -> None:
-    """How far a tile's tokens depend on the tiles beside it, and on its place in the batch."""
+    """Print how much a tile's tokens depend on its neighbors and on its place in the batch."""
     tiles = bench.tiles(2 * batch)
     print(f"\nA tile in batches of {batch}, largest difference of its tokens:")
     print("| dtype | other neighbors, same place | another place | again, all the same |\n|---|---|---|---|")
@@ -102,7 +102,7 @@ def print_stability(bench: Bench, batch: int) -> None:
 
 
 def first_batch(bench: Bench, batch: int) -> str:
-    """As JSON: seconds from the weights on the card to the first features, and how many kernels were compiled."""
+    """Return as JSON the seconds from the weights on the card to the first features, and the compiled kernels."""
     dtype, weights = bench.dtypes[0], 0.0
     load_vit = features.load_vit
 
@@ -114,7 +114,7 @@ def first_batch(bench: Bench, batch: int) -> str:
         weights = time.perf_counter() - start
         return vit
 
-    torch.zeros(1, device=bench.device)  # the context is not what is measured
+    torch.zeros(1, device=bench.device)  # the creation of the context is not measured
     features.load_vit = timed_load
     before, start = _cached_kernels(), time.perf_counter()
     options = bench.options(dtype, batch) if bench.arguments.batch else bench.options(dtype, None)
@@ -138,7 +138,7 @@ def _cached_kernels() -> int:
 
 
 def print_first_batches(bench: Bench, batch: int) -> None:
-    """In processes of their own, since what this one has loaded and compiled would be warm."""
+    """Measure first batches in new processes, because this one has already loaded and compiled kernels."""
     print("\nFrom the weights on the card to the first batch, a new process each:")
     print(
         "| dtype | batch | Triton's cache | seconds | reading weights, seconds | kernels |\n|---|---|---|---|---|---|"
@@ -161,11 +161,11 @@ def print_first_batches(bench: Bench, batch: int) -> None:
 
 
 def print_operations(bench: Bench) -> None:
-    """The time of every operation of a block and of both ends, ours in both dtypes and their twins."""
+    """Print the time of every operation of a block, the input and the output, ours and plain, in both dtypes."""
     from internvit_cli.model.kernels.choice import plain_for
     from internvit_cli.model.kernels.triton_kernels import triton_kernels
 
-    print(f"\nOperations on {OPERATION_TILES} tiles, microseconds a tile; GB/s of reads and writes, or TFLOP/s:")
+    print(f"\nOperations on {OPERATION_TILES} tiles, microseconds per tile; GB/s of reads and writes, or TFLOP/s:")
     print("| operation | dtype | plain | ours | rate of ours |\n|---|---|---|---|---|")
     dtypes = [dtype for dtype in bench.dtypes if dtype in {ComputeDtype.BFLOAT16, ComputeDtype.FP8}]
     for dtype in dtypes:
@@ -180,7 +180,7 @@ def print_operations(bench: Bench) -> None:
 
 
 def _operations(bench: Bench, kind: torch.dtype) -> dict[str, tuple[Callable, float, str]]:
-    """By name: how a table of kernels runs it, its bytes or operations, and which."""
+    """Return operations by name: a function that runs one on a table of kernels, its work, and the unit of the work."""
     vision, B = bench.card.vision, OPERATION_TILES  # noqa: N806
     N, C, M = (bench.card.tile_size // 14) ** 2, vision.hidden_size, vision.mlp_size  # noqa: N806
     rows, small = B * (1 + N), 1 if kind is fp8.FP8 else 2
@@ -215,7 +215,7 @@ def _operations(bench: Bench, kind: torch.dtype) -> dict[str, tuple[Callable, fl
 
 
 def print_sweep(bench: Bench) -> None:
-    """Attention cut in many ways, the best first, and PyTorch's own for comparison."""
+    """Print attention split in many ways, best first, and PyTorch's attention for comparison."""
     from internvit_cli.model.kernels import triton_attention
     from internvit_cli.model.kernels.triton_attention import AttentionBlocks
 
@@ -245,10 +245,10 @@ def print_sweep(bench: Bench) -> None:
 
 
 def _speed(call: Callable[[], object], work: float) -> float:
-    """TFLOP/s; 0 where it does not fit the card."""
+    """Return TFLOP/s; 0 if the call does not fit on the card."""
     try:
         with torch.inference_mode():
             return work / seconds(call, 10) / 1e12
-    except Exception as error:  # noqa: BLE001  (compilers and drivers have classes of their own)
+    except Exception as error:  # noqa: BLE001  (compilers and drivers have their own classes)
         print(f"<!-- {type(error).__name__}: {' '.join(str(error).split())[:120]} -->")
         return 0.0

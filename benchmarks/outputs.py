@@ -1,4 +1,4 @@
-"""Outputs of rows that no model made: what `extract` would have stored."""
+"""Write outputs like those of `extract`, from rows that no model made."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RECIPE = Recipe(
 
 
 def attributes_of(recipe: Recipe, sources: str = '[{"root": "/nowhere", "name": ""}]') -> dict[str, Any]:
-    """Return what a shard says of itself, from a recipe and the JSON of its sources."""
+    """Return the attributes of a shard, from a recipe and the JSON of its sources."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -82,13 +82,13 @@ def write_output(
     """Write a finished feature file of pooled vectors.
 
     Args:
-        path: where to.
-        keys: of the images, sorted.
-        width: of the vectors.
-        blocks: the vectors, [k, width] at a time, in order.
+        path: The output.
+        keys: Keys of the images, sorted.
+        width: Width of the vectors.
+        blocks: The vectors in order, in blocks [k, width].
         digests: SHA-256 of the pictures, [n, 32].
-        sizes: width and height of the pictures; none where no picture is to be found.
-        root: the folder that the keys are relative to; pictures that lie there are recorded with their sizes in bytes.
+        sizes: Width and height of the pictures; None if the pictures do not exist.
+        root: The folder that the keys are relative to; pictures there are recorded with their sizes in bytes.
     """
     columns = {name: np.zeros(len(keys), dtype) for name, dtype in COLUMN_DTYPES.items()}
     columns["columns"][:] = columns["rows"][:] = columns["orientation"][:] = 1

@@ -1,4 +1,4 @@
-"""transformers' InternVLVisionModel as people run it today, for comparison: eager, and in a CUDA graph."""
+"""Run transformers' InternVLVisionModel for comparison: eagerly, and in a CUDA graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Transformers:
-    """What people run today: the native class, whole batches, all cores for each operation."""
+    """The usual way today: the native class, whole batches, all cores for each operation."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, threads: int) -> None:
         with torch.device("meta"):
@@ -33,12 +33,12 @@ class Transformers:
 
     @torch.inference_mode()
     def encode(self, tiles: np.ndarray) -> np.ndarray:
-        """uint8 [B,S,S,3] -> float16 visual tokens [B,N/4,4C]."""
+        """Encode uint8 [B,S,S,3] to float16 visual tokens [B,N/4,4C]."""
         torch.set_num_threads(self.threads)
         return self.tokens(torch.from_numpy(tiles).to(self.device)).cpu().numpy()
 
     def tokens(self, tiles: torch.Tensor) -> torch.Tensor:
-        """The same on the device."""
+        """Return the visual tokens on the device."""
         pixels = tiles.permute(0, 3, 1, 2).float() / 255
         pixels = ((pixels - self.mean) / self.std).to(self.dtype)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -47,7 +47,7 @@ class Transformers:
 
 
 class Graphed:
-    """The same in a CUDA graph for batches of one size: no time is lost to starting kernels one by one."""
+    """The same in a CUDA graph for batches of one size, which loses no time to starting kernels one by one."""
 
     def __init__(self, peer: Transformers, batch: int, side: int) -> None:
         self._tiles = torch.zeros((batch, side, side, 3), dtype=torch.uint8, device=peer.device)
@@ -63,7 +63,7 @@ class Graphed:
 
     @torch.inference_mode()
     def encode(self, tiles: np.ndarray) -> np.ndarray:
-        """uint8 [B,S,S,3], at most a batch, -> float16 visual tokens [B,N/4,4C]."""
+        """Encode uint8 [B,S,S,3], at most a batch, to float16 visual tokens [B,N/4,4C]."""
         self._tiles[: len(tiles)].copy_(torch.from_numpy(tiles))
         self._graph.replay()
         return self._tokens[: len(tiles)].cpu().numpy()

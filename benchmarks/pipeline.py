@@ -1,12 +1,12 @@
-"""The whole pipeline against the script that people write today, in one run on one machine.
+"""Compare the whole pipeline with a typical script, in one run on one machine.
 
     python benchmarks/pipeline.py PHOTOS [--repeat 4] [--rounds 3]
 
-The script is a DataLoader whose workers cut tiles with PIL as the model card does, transformers' InternVLVisionModel,
-and one HDF5 group an image. Both sides encode the same pictures with the shape of tiny-random and store visual tokens
-and pooled vectors. Each round runs every side once, in a process of its own, one after another; a side's figure is its
-median. Seconds count from the start of the work, planning and loading of the model included, until the file is closed;
-imports are left out on both sides.
+The script uses a DataLoader whose workers cut tiles with PIL as in the model card, transformers' InternVLVisionModel,
+and one HDF5 group per image. Both sides encode the same pictures with the shape of tiny-random, and store visual tokens
+and pooled vectors. Each round runs every side once, one after another, in separate processes; a side's figure is its
+median. Time is measured from the start of the work, including planning and loading the model, until the file is closed;
+imports are excluded on both sides.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIDES = {
 
 
 def peer(folder: str, output: str, workers: int) -> dict[str, float]:
-    """Today's script."""
+    """Run the typical script."""
     import h5py
     import numpy as np
     import torch
@@ -107,8 +107,8 @@ def peer(folder: str, output: str, workers: int) -> dict[str, float]:
 
 
 def ours(folder: str, output: str, dtype: str) -> dict[str, float]:
-    """internvit, called as its command line calls it."""
-    import torch  # noqa: F401 - imported before the clock starts, as for the script
+    """Run internvit as its command line does."""
+    import torch  # noqa: F401 - imported before the clock starts, as in the script
 
     from internvit_cli.config import ComputeDtype
     from internvit_cli.extract.pipeline import extract
@@ -125,7 +125,7 @@ def ours(folder: str, output: str, dtype: str) -> dict[str, float]:
 
 
 def run_side(arguments: list[str], folder: str, workers: int) -> dict[str, float]:
-    """One side in a process of its own; what it returned."""
+    """Run one side in a separate process and return its result."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, __file__, folder, "--side", *arguments, "--output", f"{scratch}/features.h5"]
         result = subprocess.run([*command, "--workers", str(workers)], check=True, capture_output=True, text=True)
@@ -133,7 +133,7 @@ def run_side(arguments: list[str], folder: str, workers: int) -> dict[str, float
 
 
 def repeat_photos(photos: str, repeat: int, scratch: str) -> int:
-    """Copies of all pictures of a folder under new names; returns their number."""
+    """Copy all pictures of a folder under new names and return their number."""
     count = 0
     for name in sorted(os.listdir(photos)):
         if name.endswith((".jpg", ".png", ".webp")):
@@ -148,7 +148,9 @@ def main() -> None:
     parser.add_argument("photos")
     parser.add_argument("--repeat", type=int, default=4, help="copies of each photograph")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of the script's DataLoader")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="workers of the script's DataLoader"
+    )
     parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -171,13 +173,13 @@ def main() -> None:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """Return the processor's name."""
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "unknown")
 
 
 def report(images: int, results: dict[str, list[dict[str, float]]]) -> None:
-    """A Markdown table, with the ratio of each round's own neighbors."""
+    """Print a Markdown table; ratios compare runs of the same round."""
     import torch
 
     first = results["script, float32"]

@@ -1,11 +1,11 @@
-"""How long the page of many images takes to make, to open and to search, and how large it is.
+"""Measure how long a report of many images takes to make, open and search, and how large it is.
 
     python benchmarks/report.py PHOTOS [--images 20000] [--folder FOLDER]
 
-Crops of photographs become so many pictures, `tiny-random` encodes them (one tile each, tokens stored), and `internvit
-report` shows them: seconds and the most memory beyond mapped files (RssAnon) of its own process, bytes of the page, and
-in a headless chromium the seconds until the page has drawn itself, until a search is answered, and for one frame of
-the map. FOLDER is kept, and what is there already is not made again.
+The pictures are crops of photographs; `tiny-random` encodes them (one tile each, tokens stored), and `internvit report`
+makes the page. Printed are the seconds and peak memory of that process without mapped files (RssAnon), the bytes of the
+page, and, in a headless chromium, the seconds until the page is drawn, until a search is answered, and for one frame of
+the map. FOLDER is kept, and its existing files are reused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 
-from browser import Browser, Page, why_no_browser  # noqa: E402 - of the tests
+from browser import Browser, Page, why_no_browser  # noqa: E402 - from the tests
 from search import measured  # noqa: E402 - beside this file
 
 SIZES = ((480, 360), (360, 480), (512, 288))
@@ -30,7 +30,7 @@ FOLDERS = 12
 
 
 def make_pictures(photos: Path, folder: Path, images: int) -> None:
-    """Different crops of the photographs, some of them saved anew."""
+    """Write different crops of the photographs, some of them saved again with losses."""
     chance = np.random.default_rng(0)
     opened = [Image.open(path).convert("RGB") for path in sorted(photos.iterdir()) if path.suffix in {".jpg", ".webp"}]
     crop = opened[0]
@@ -65,7 +65,7 @@ def in_browser(path: Path) -> None:
 
 
 def frame(page: Page) -> float:
-    """Seconds of a frame in which the map is zoomed, the median of twenty."""
+    """Return the seconds of a frame while the map is zoomed, the median of twenty."""
     return page.evaluate("""(async () => {
         const times = [];
         for (let turn = 0; turn < 20; turn += 1) {

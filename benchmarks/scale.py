@@ -1,12 +1,12 @@
-"""Time and memory of planning, resuming, a run with nothing to do, `info` and `verify`, against the number of images.
+"""Measure time and memory of `plan`, resuming, a run without work, `info` and `verify` against the number of images.
 
     python benchmarks/scale.py [--images 1000 10000 100000 1000000] [--folder FOLDER]
-    python benchmarks/scale.py --photos PHOTOS      # only planning: headers of real photographs a second
+    python benchmarks/scale.py --photos PHOTOS      # only planning: headers of real photographs per second
 
-The pictures are hard links to 64 JPEG files of some kilobytes, a thousand to a folder, so that a million of them take
-no room. The unfinished file holds random vectors for all of them but the last ten, written as `extract` writes them
-(tokens are left out: a million images would take terabytes, and only their bytes would grow). Each command runs in a
-process of its own; memory is the peak resident set of its largest process, as the kernel counted it.
+The pictures are hard links to 64 JPEG files of some kilobytes, a thousand per folder, so that a million of them take no
+space. The unfinished file holds random vectors for all pictures but the last ten, written as `extract` writes them
+(without tokens, which would take terabytes for a million images and only add bytes). Each command runs in a separate
+process; memory is the peak resident set of its largest process, as counted by the kernel.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ MODEL = ("--model", "tiny-random", "--dtype", "float32", "--tokens", "none", "--
 
 
 class Cost(NamedTuple):
-    """What one command took."""
+    """Time and memory of one command."""
 
     seconds: float
     megabytes: float
 
 
 def make_pictures(folder: Path, images: int) -> None:
-    """Hard links to a few small files."""
+    """Create hard links to a few small files."""
     random = np.random.default_rng(0)
     originals = folder / "originals"
     originals.mkdir(parents=True)
@@ -80,7 +80,7 @@ def plan_photos(photos: Path, folder: Path) -> None:
 
 
 def run(*arguments: object, code: int = 0) -> Cost:
-    """Run a command line in a process of its own."""
+    """Run a command line in a separate process."""
     started = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", "internvit_cli", *map(str, arguments)], stdout=subprocess.DEVNULL
@@ -107,7 +107,7 @@ class Engine:
         self.info = EncoderInfo("none", options.encoder.dtype, batch_tiles=1, batch_tiles_to_record=0, kernels="")
 
     def encode(self, job, *_):
-        '''Random vectors in place of decoding and encoding; then the run dies.'''
+        '''Write random vectors instead of decoding and encoding; then the run dies.'''
         random = np.random.default_rng(0)
         vectors = random.standard_normal((4096, 64), np.float32)
         pending = [image.row for image in job.images.jobs][:-int(sys.argv[3])]
@@ -125,13 +125,13 @@ run(["extract", sys.argv[1], "-o", sys.argv[2], *sys.argv[4:]])
 
 
 def fill(pictures: Path, output: Path, *more: str) -> None:
-    """An output of all pictures but the last ten, as a run that died would leave it."""
+    """Write an output of all pictures but the last ten, as an interrupted run leaves it."""
     command = [sys.executable, "-c", FILL, str(pictures), str(output), str(PENDING), *MODEL, *more]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def measure(images: int, folder: Path) -> dict[str, Cost]:
-    """All commands over so many images."""
+    """Measure all commands with a number of images."""
     make_pictures(folder, images)
     pictures, output = folder / "pictures", folder / "feats.h5"
     costs = {
@@ -156,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--folder", default=tempfile.gettempdir())
-    parser.add_argument("--photos", type=Path, help="plan these, and nothing else")
+    parser.add_argument("--photos", type=Path, help="plan only these photographs")
     arguments = parser.parse_args()
     if arguments.photos:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:

@@ -1,9 +1,9 @@
-"""Time and memory of searching and of finding duplicates among many vectors; benchmarks/similarity.py has how well.
+"""Measure time and memory of search and duplicates with many vectors; benchmarks/similarity.py measures quality.
 
     python benchmarks/search.py scale [--images 100000] [--index] [--duplicates] [--structureless] [--folder FOLDER]
 
-Makes an output of made-up vectors of the 300M model's width, one in fifty the near copy of another, and runs each
-command in a process of its own: seconds, and the most memory beyond what mapped files take (RssAnon).
+The output has synthetic vectors of the 300M model's width, of which one in fifty is a near copy of another. Each
+command runs in a separate process; memory is its peak without mapped files (RssAnon).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 BLOCK = 20_000
 COPIES_EVERY = 50
 CLUSTER = 50
-"""Vectors that lie around one center, on average."""
+"""Average number of vectors around one center."""
 
 
 def make_output(path: Path, images: int, width: int, *, structureless: bool) -> None:
-    """An output of pooled vectors: clustered, correlated, with a large common part, and some near copies."""
+    """Write an output of pooled vectors: clustered, correlated, with a large common part, and some near copies."""
     rng = np.random.default_rng(0)
     keys = [f"{row:08d}.jpg" for row in range(images)]
     digests = rng.integers(0, 256, (images, 32), np.uint8)
@@ -40,7 +40,7 @@ def make_output(path: Path, images: int, width: int, *, structureless: bool) -> 
 
 
 def made_up(rng: np.random.Generator, images: int, width: int, *, structureless: bool) -> Iterator[np.ndarray]:
-    """The vectors, a block at a time."""
+    """Yield the vectors in blocks."""
     mixing = (rng.standard_normal((width, width)) * np.geomspace(3, 0.1, width)[:, None]).astype(np.float32)
     common = (60 * rng.standard_normal(width)).astype(np.float32)
     centers = rng.standard_normal((max(1, images // CLUSTER), width), np.float32)
@@ -57,7 +57,7 @@ def made_up(rng: np.random.Generator, images: int, width: int, *, structureless:
 
 
 def measured(arguments: list[str]) -> tuple[float, float, str]:
-    """Seconds, most megabytes of memory that is not a mapped file, and standard output of a command."""
+    """Return the seconds, the peak megabytes without mapped files, and the standard output of a command."""
     command = [sys.executable, "-m", "internvit_cli", *arguments, "-q"]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -124,7 +124,7 @@ def main() -> None:
     large.add_argument("--images", type=int, default=100_000)
     large.add_argument("--width", type=int, default=1024)
     large.add_argument("--index", action="store_true")
-    large.add_argument("--structureless", action="store_true", help="no clusters: every vector as far from every other")
+    large.add_argument("--structureless", action="store_true", help="no clusters: all vectors are equally far apart")
     large.add_argument("--duplicates", action="store_true")
     large.add_argument("--folder", default=os.environ.get("TMPDIR", "/tmp"))
     large.set_defaults(run=scale)

@@ -1,15 +1,15 @@
-"""How well vectors, tokens and pictures tell copies of photographs from other photographs.
+"""Measure how well vectors, tokens and pictures distinguish copies of photographs from other photographs.
 
     python benchmarks/similarity.py PHOTOS --model MODEL [--save FEATURES.npz] [--load FEATURES.npz]
 
-Makes copies of every photograph (saved anew, smaller, cropped) and a burst, encodes all of them, and prints
+It makes copies of every photograph (saved again, smaller, cropped) and a burst, encodes all of them, and prints
 
-1. by each way to compare two images the highest similarity of different photographs, and the share of copies above it;
-2. what `duplicates` finds in outputs of few, of like and of many images, with the pictures and without them;
+1. for each way to compare images, the highest similarity of different photographs, and the share of copies above it;
+2. what `duplicates` finds in outputs of few, similar and many images, with and without the pictures;
 3. how often a copy finds its original first.
 
-It takes trained weights to mean anything. Pixels are made by Pillow alone, the same on every machine; --save keeps the
-vectors, and --load takes them instead of encoding.
+The figures are meaningful only with trained weights. Pillow makes the pixels, the same on every machine; --save keeps
+the vectors, and --load uses them instead of encoding.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ONE_PICTURE = (("057_metadata", "074_metadata"), ("021_exif", "055_exif"))
-"""Photographs of the set that show one picture: in two formats, and with another digit drawn on it."""
+"""Photographs that show the same picture: in two formats, and with another digit drawn on it."""
 ONE_SCENE = ("052_opensfm", "072_opensfm")
-"""Two frames of one street: different photographs."""
+"""Two frames of one street, which are different photographs."""
 BURST, RE_SAVED = 20, 5
 
 
@@ -76,7 +76,7 @@ def upright(path: Path) -> Image.Image:
 
 
 def burst(scene: Image.Image, passer: Image.Image) -> Iterator[Image.Image]:
-    """Frames in which the camera drifts over a scene, and something in front of it moves on."""
+    """Yield frames in which the camera drifts over a scene while something in front of it moves."""
     scene, passer = ImageOps.fit(scene, (1200, 900)), ImageOps.fit(passer, (360, 540))
     for number in range(BURST):
         frame = scene.copy()
@@ -87,22 +87,22 @@ def burst(scene: Image.Image, passer: Image.Image) -> Iterator[Image.Image]:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Files, what each shows, and how it came about."""
+    """Files, with what each shows and how it was made."""
 
     paths: list[Path]
     scenes: np.ndarray
-    """Number of the picture that each is a copy of, [n]."""
+    """Number of the photograph that each file is a copy of, [n]."""
     changes: list[str]
     """`original`, a name of `CHANGES`, `frame` or `frame, JPEG at 40`."""
     one_scene: list[int]
-    """Numbers of the frames of one street."""
+    """Row numbers of the frames of one street."""
 
     def rows(self, *changes: str) -> np.ndarray:
         return np.flatnonzero([change in changes for change in self.changes])
 
 
 def make_pictures(files: list[Path], folder: Path, side: int = 10_000, *, with_burst: bool = True) -> Pictures:
-    """Write the copies, losslessly but for what a change does; photographs are first made as small as `side`."""
+    """Write the copies, lossless except for the change itself; photographs are first reduced to at most `side`."""
     paths, scenes, changes = [], [], []
 
     def add(image: Image.Image, scene: int, change: str) -> None:
@@ -133,7 +133,7 @@ def make_pictures(files: list[Path], folder: Path, side: int = 10_000, *, with_b
 
 
 def encode(pictures: Pictures, model: str) -> dict[str, np.ndarray]:
-    """Mean and class token of every picture, [n, d] each, and its tokens, [n, t, d] float16."""
+    """Return the mean and class token of every picture, [n, d] each, and its tokens, [n, t, d] float16."""
     from internvit_cli import Extractor
 
     pooled, tokens = [], []
@@ -156,7 +156,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def whitened(vectors: np.ndarray, shrinkage: float | None) -> np.ndarray:
-    """Centred vectors under a covariance that is shrunk by so much, or by Ledoit and Wolf's share."""
+    """Return centered vectors, whitened with a covariance that is shrunk as given, or as Ledoit and Wolf propose."""
     centered = vectors - vectors.mean(axis=0)
     count, width = centered.shape
     covariance = centered.T @ centered / count
@@ -184,7 +184,7 @@ WAYS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 
 
 def compare_ways(pictures: Pictures, features: dict[str, np.ndarray]) -> None:
-    """Print one line a way: the highest similarities of different photographs, and the copies above them."""
+    """Print one line per way: the highest similarities of different photographs, and the copies above them."""
     rows = pictures.rows("original", *CHANGES)
     scenes = pictures.scenes[rows]
     changes = np.array(pictures.changes)[rows]
@@ -239,7 +239,7 @@ def compare_ways(pictures: Pictures, features: dict[str, np.ndarray]) -> None:
 
 
 def token_matches(tokens: np.ndarray, mean: np.ndarray, ones: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The mean cosine of every token with its best match, of the picture that is matched worse, [p]."""
+    """Return the mean cosine of tokens with their best matches, the lower of both directions, [p]."""
     found = []
     for one, other in zip(ones.tolist(), others.tolist(), strict=True):
         cosines = unit(tokens[one].astype(np.float32) - mean) @ unit(tokens[other].astype(np.float32) - mean).T
@@ -299,13 +299,13 @@ def try_outputs(pictures: Pictures, vectors: np.ndarray) -> None:
 def output_of(
     pictures: Pictures, vectors: np.ndarray, rows: np.ndarray, folder: Path, *, are_there: bool
 ) -> tuple[Path, list[str]]:
-    """An output that holds some of the pictures, each under a name of its own."""
+    """Write an output of some of the pictures, each under its own name."""
     (folder / "pictures").mkdir()
     keys, sizes, digests = [], [], []
     for place, row in enumerate(rows.tolist()):
         key = f"{place:05d}.png"
         data = pictures.paths[row].read_bytes()
-        # A picture that stands twice in a set is another file of the same pixels.
+        # A picture that occurs twice in a set becomes two files with the same pixels.
         data += b"\0" * place
         digests.append(hashlib.sha256(data).digest())
         with Image.open(pictures.paths[row]) as opened:
@@ -327,7 +327,7 @@ def output_of(
 
 
 def counted_groups(found: Any, keys: list[str], scenes: np.ndarray) -> tuple[int, int, int]:
-    """Images that are grouped with another of their scene, those that could be, and groups of several scenes."""
+    """Return images that are grouped with another of their scene, those that could be, and groups of several scenes."""
     place = {key: number for number, key in enumerate(keys)}
     groups = [[int(scenes[place[member.image.key]]) for member in group] for group in found.similar]
     copies = sum(len(group) - len(set(group)) for group in groups)
@@ -335,7 +335,7 @@ def counted_groups(found: Any, keys: list[str], scenes: np.ndarray) -> tuple[int
 
 
 def try_search(pictures: Pictures, vectors: np.ndarray) -> None:
-    """Print how often a copy finds its original first, among the originals alone and among all that there is."""
+    """Print how often a copy finds its original first, among the originals and among all pictures."""
     print("\n| copies of | looked for among | first | among the first 3 |")
     originals, copies = pictures.rows("original"), pictures.rows(*CHANGES)
     frames, re_saved = pictures.rows("frame"), pictures.rows("frame, JPEG at 40")
@@ -367,8 +367,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--model", default="300m")
-    parser.add_argument("--save", type=Path, help="keep the vectors here")
-    parser.add_argument("--load", type=Path, help="take the vectors from here; tokens are then not compared")
+    parser.add_argument("--save", type=Path, help="write the vectors to this file")
+    parser.add_argument("--load", type=Path, help="read the vectors from this file; tokens are then not compared")
     arguments = parser.parse_args()
     files = sorted(
         path for path in arguments.photos.iterdir() if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}

@@ -1,10 +1,10 @@
-"""Speed of `internvit verify` against plain reads of the same file, in turn in the same run.
+"""Compare the speed of `internvit verify` with plain reads of the same file, alternating in one run.
 
     python benchmarks/verify.py [FOLDER] [--gigabytes 4] [--rounds 5] [--tokens visual|none] [--format h5|npy]
 
-Makes an output of random rows with the shape of the 300M model below FOLDER (default: the folder of temporary files).
-A cold side has the file dropped from the page cache first (posix_fadvise), so that it comes from the disk; a warm one
-finds it in memory. `dd` and `pread` only read, in blocks of 16 MB; `verify` computes every CRC.
+It writes an output of random rows with the shape of the 300M model in FOLDER (default: the folder of temporary files).
+Before a cold measurement, the file is dropped from the page cache (posix_fadvise) and comes from the disk; before a
+warm one, it is in memory. `dd` and `pread` only read, in blocks of 16 MB; `verify` computes every CRC.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TILES = (1, 3, 5, 7, 13)
 
 
 def make_shard(nbytes: int, tokens: Tokens) -> NewShard:
-    """As many images as fill about so many bytes."""
+    """Return a shard with about this many bytes."""
     mean = 4 * HIDDEN + (statistics.mean(TILES) * TOKENS * CHANNELS * 2 if tokens is not Tokens.NONE else 0)
     images = max(1, int(nbytes / mean))
     columns = {name: np.zeros(images, dtype) for name, dtype in COLUMN_DTYPES.items()}
@@ -111,7 +111,7 @@ SIDES: dict[str, Callable[[Path], None]] = {"dd": run_dd, "pread": run_pread, "v
 
 
 def measure(path: Path, rounds: int) -> dict[tuple[str, bool], list[float]]:
-    """Seconds of every side, cold and warm, the sides in turn."""
+    """Return the seconds of every side, cold and warm, with sides alternating."""
     seconds: dict[tuple[str, bool], list[float]] = {}
     for _ in range(rounds):
         for is_cold in (True, False):

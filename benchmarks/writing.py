@@ -1,10 +1,10 @@
-"""Storing rows against plain `os.pwrite` of the same bytes, with the same space set aside and the same syncs.
+"""Compare storing rows with plain `os.pwrite` of the same bytes, with the same reserved space and the same syncs.
 
     python benchmarks/writing.py [FOLDER] [--gigabytes 4] [--rounds 5]
 
-Both sides write the rows of the same images (13 tiles of the 300M's visual tokens: 27 MB each) to the same disk, in
-turn. "internvit" is the sink of a run, with its thread, CRCs, digests, statuses and checkpoints; "pwrite" only writes
-and syncs as often. Seconds count from the creation of the file, space included, to the last sync.
+Both sides alternately write the rows of the same images (13 tiles of the 300M's visual tokens: 27 MB each) to the same
+disk. "internvit" is the sink of a run, with its thread, CRCs, digests, statuses and checkpoints; "pwrite" only writes
+and syncs as often. Time is measured from the creation of the file, including its reservation, to the last sync.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def main() -> None:
         "internvit, .npy": lambda folder: run_internvit(folder, images, rows, Format.NPY),
     }
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(arguments.rounds + 1):  # the first round warms the disk and the page cache up
+    for number in range(arguments.rounds + 1):  # the first round warms up the disk and the page cache
         for name, side in sides.items():
             with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
                 rate = images * IMAGE_BYTES / side(Path(folder)) / 1e9

@@ -101,7 +101,7 @@ def test_a_number_that_its_column_cannot_hold_is_refused_and_not_cut_off(
 def test_what_has_the_name_of_a_dataset_and_is_none_is_named_in_our_words(name: str, tmp_path: Path) -> None:
     scene = forging.set_scene(tmp_path, "file")
     path = str(scene.shard(tmp_path / "sound"))
-    for content, problem in ((None, "is no dataset"), (h5py.Empty("f4"), "has no shape")):
+    for content, problem in ((None, "is not a dataset"), (h5py.Empty("f4"), "has no shape")):
         with h5py.File(path, "r+") as file:
             del file[name]
             file.create_group(name) if content is None else file.create_dataset(name, data=content)

@@ -46,7 +46,7 @@ def test_features_are_not_written_by_the_name_of_another_format(name: str) -> No
 
 @pytest.mark.parametrize("name", [" ", "  ", "\t"])
 def test_a_name_of_blanks_alone_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="blanks alone"):
+    with pytest.raises(UsageError, match="only blanks"):
         check_features_name(name)
 
 

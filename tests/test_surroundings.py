@@ -202,7 +202,7 @@ def test_an_output_that_a_run_would_refuse_is_a_note_of_a_plan_and_nothing_is_ma
 def test_a_model_that_a_run_would_refuse_is_a_note_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, told = plan(tmp_path, "--model", "300m")
     assert code == 0 and "comes from the catalog" in told
-    assert f"a run would refuse this model until it is there: hf download {DEFAULT_MODEL} (about 0.6 GB" in told
+    assert f"a run would refuse this model until it is downloaded: hf download {DEFAULT_MODEL} (about 0.6 GB" in told
 
     folder = tmp_path / "model"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""From options and a model to a recipe, and the refusal to mix two recipes in one output."""
+"""Make a recipe from options and a model, and refuse to mix two recipes in one output."""
 
 from __future__ import annotations
 
@@ -40,79 +40,79 @@ OPTION_OF_FIELD = {
     "compute_dtype": "--dtype",
     "earlier_layers": "--layer",
 }
-"""Recipe fields whose option has another name; the others differ in underscores only."""
+"""Recipe fields whose option has another name; the others differ only in underscores."""
 FIELDS_WITHOUT_OPTION = {"mean", "std", "rescale_factor", "token_order", "numerics_version"}
-"""What the checkpoint, or this program, decides."""
+"""Fields that the checkpoint or this program decides."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeFacts:
-    """What a model contributes to a recipe."""
+    """The part of a recipe that depends on the model."""
 
     weights_digest: str
     layers: tuple[int, ...]
-    """Blocks after which features are taken, ascending; the last one is how many run."""
+    """Blocks after which features are taken, ascending; the last one is the number of blocks that run."""
     tile_size: int
-    """The model's own, pixels."""
+    """The model's tile size in pixels."""
     normalization: Normalization
     token_order: TokenOrder
 
     @classmethod
     def of_card(cls, card: ModelCard, layers: tuple[int, ...], weights_digest: str) -> RecipeFacts:
-        """The facts of a model at hand."""
+        """Return the facts of a model that is available."""
         return cls(weights_digest, layers, card.tile_size, card.normalization, card.token_order)
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> RecipeFacts:
-        """The facts that an output recorded: enough to compare recipes without the model."""
+        """Return the facts that an output recorded, which suffice to compare recipes without the model."""
         normalization = Normalization(recipe.mean, recipe.std, recipe.rescale_factor)
         return cls(recipe.weights_digest, recipe.layers, recipe.tile_size, normalization, recipe.token_order)
 
     def with_kept(self, kept: Recipe | None) -> RecipeFacts:
-        """Return these facts with the tile size of an output of the same model, where there is one."""
+        """Return these facts with the tile size of an output of the same model, if there is one."""
         return self if kept is None else replace(self, tile_size=kept.tile_size)
 
 
-# What a user leaves to `auto` stays as an output of the same model has it: tile size (`with_kept`), layers and type.
+# An `auto` option keeps the value of an output of the same model: tile size (`with_kept`), layers and type.
 
 
 def kept_layers(options: ExtractOptions, kept: Recipe, card: ModelCard | None) -> tuple[int, ...] | None:
-    """Return the layers of an output of the same model; None where the user names some, or the model has too few.
+    """Return the layers of an output of the same model; None if the user names layers, or the model has too few.
 
     Args:
-        options: of the run.
-        kept: the output's recipe.
-        card: the model's description; None where it is known to be the very same model.
+        options: The options of the run.
+        kept: The output's recipe.
+        card: The model's description; None if it is known to be the same model.
     """
     is_same_depth = card is None or kept.layer <= card.vision.num_layers
     return kept.layers if options.model.layers is None and is_same_depth else None
 
 
 def planned_dtype(options: ExtractOptions, recorded: Recipe | None) -> ComputeDtype | None:
-    """Return the compute type that was asked for, or else the output's; None while it is still to be measured."""
+    """Return the requested compute type, or else the output's; None if it must still be measured."""
     if options.run.dtype is not ComputeDtype.AUTO:
         return options.run.dtype
     return recorded.compute_dtype if recorded else None
 
 
 class ModelInUse:
-    """The model of a run, looked at no closer than the run needs.
+    """The model of a run, of which only as much is read as the run needs.
 
-    A repeated command whose output names the same model on the hub is compared by what the output recorded: without
-    network, without weights, without torch.
+    A repeated command whose output names the same model on the hub is compared with what the output recorded, without
+    network, weights or torch.
     """
 
     def __init__(self, options: ExtractOptions, stored: dict[str, Any] | None, observer: Observer = SILENT) -> None:
-        """Look at as little of the model as is needed to say what is wanted.
+        """Read as little of the model as is needed to make the recipe.
 
         Args:
-            options: of the run.
-            stored: attributes of the newest shard at the output, if there is one.
-            observer: told how it goes.
+            options: The options of the run.
+            stored: Attributes of the newest shard at the output, if there is one.
+            observer: Receives progress.
 
         Raises:
-            OutputError: the output's recipe is of another version of this program, and not to be overwritten.
-            UsageError: layers that the model has not, or several of projected tokens.
+            OutputError: The output's recipe is of another version of this program, and must not be overwritten.
+            UsageError: The model does not have the layers, or projected tokens of several layers are requested.
         """
         self._options = options
         self._observer = observer
@@ -133,25 +133,25 @@ class ModelInUse:
         dtype = planned_dtype(options, recorded)
         self.dtype_is_known = dtype is not None
         self.recipe = make_recipe(options, facts, dtype or LONGEST_DTYPE)
-        """What is wanted; without a known compute type, a stand-in of the same length."""
+        """The wanted recipe; an unknown compute type is replaced by one of the same length."""
 
     @property
     def card(self) -> ModelCard:
-        """The model's description, fetched when first asked for."""
+        """The model's description, fetched on first use."""
         if self._card is None:
             self._card = describe_model(self._options.model.name, revision=self._revision)
         return self._card
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Blocks after which features are taken, ascending; the last one is how many run."""
+        """Blocks after which features are taken, ascending; the last one is the number of blocks that run."""
         layers = self._kept_layers or self.card.resolve_layers(self._options.model.layers)
         check_layers(self._options.store.tokens, layers)
         return layers
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The model's weights, located and checked when first asked for, not yet read."""
+        """The model's weights, located and checked on first use, but not read."""
         if self._checkpoint is None:
             self._checkpoint = Checkpoint.open(
                 self.card,
@@ -163,22 +163,22 @@ class ModelInUse:
 
     @property
     def recorded_name(self) -> str:
-        """What the output calls the model."""
+        """The name of the model in the output."""
         return self._name.recorded
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of the model, as far as it was looked at."""
+        """Remarks for the user on the model, as far as it was read."""
         if self._card is None:
             return ()
         found = (*self._card.notes, tiling_note(self._card.own_tiling, self._options.pictures))
         return tuple(note for note in (*found, *(self._checkpoint.notes if self._checkpoint else ())) if note)
 
     def confirm_weights(self) -> None:
-        """Check that the weights at hand are those that the recipe names.
+        """Check that the available weights are those that the recipe names.
 
         Raises:
-            OtherRecipeError: they are not: the model changed under its name.
+            OtherRecipeError: They are not, so the model changed under its name.
         """
         if self._digest != self.recipe.weights_digest:
             check_same(replace(self.recipe, weights_digest=self._digest), self.recipe, self._options.store.output)
@@ -188,11 +188,11 @@ class ModelInUse:
 
     @cached_property
     def _digest(self) -> str:
-        """Of the weights at hand: gigabytes, which are read once."""
+        """Return the digest of the available weights: gigabytes, which are read once."""
         return self.checkpoint.digest(self._observer)
 
     def _is_on_hub(self, stored: dict[str, Any]) -> bool:
-        """Whether the output's commit of a model on the hub is the one to use."""
+        """Return whether the output's commit of a model on the hub is the one to use."""
         return self._name.repo is not None and self._name.revision in (None, stored.get("model_revision"))
 
 
@@ -208,14 +208,14 @@ def _recorded_recipe(options: ExtractOptions, stored: dict[str, Any] | None) -> 
 
 
 def make_recipe(options: ExtractOptions, facts: RecipeFacts, dtype: ComputeDtype) -> Recipe:
-    """The recipe of a run that computes in `dtype`."""
+    """Return the recipe of a run that computes in `dtype`."""
     pictures, store = options.pictures, options.store
     single_view = pictures.preprocess is not Preprocess.TILES
     return Recipe(
         weights_digest=facts.weights_digest,
         layer=facts.layers[-1],
         tile_size=pictures.tile_size or facts.tile_size,
-        # A single view has no tiles to bound: options without effect must not keep a run from being resumed.
+        # A single view has no tiles to bound, and options without effect must not prevent resuming a run.
         min_tiles=1 if single_view else pictures.min_tiles,
         max_tiles=1 if single_view else pictures.max_tiles,
         thumbnail=not single_view and pictures.thumbnail,
@@ -242,22 +242,22 @@ def check_layers(tokens: Tokens, layers: Sequence[int]) -> None:
     """Refuse projected tokens of several layers.
 
     Raises:
-        UsageError: that is asked for.
+        UsageError: They are requested.
     """
     if tokens is Tokens.PROJECTED and len(layers) > 1:
         raise UsageError(
-            f"--tokens projected of the layers {listed(layers)}: the projector was trained on one layer",
+            f"--tokens projected for the layers {listed(layers)}: the projector was trained on one layer",
             "give one --layer, or use --tokens visual",
         )
 
 
 def pixel_rule(recipe: Recipe, max_pixels: int) -> PixelRule:
-    """How pictures become tiles under a recipe."""
+    """Return how pictures become tiles with a recipe."""
     return PixelRule(
         tiling=TilingRule(recipe.tile_size, recipe.min_tiles, recipe.max_tiles, recipe.thumbnail, recipe.preprocess),
         exif=recipe.exif,
         background=recipe.background,
-        # Without tokens the other tiles matter only when the image's vector is their mean.
+        # Without tokens, the other tiles matter only if the image's vector is their mean.
         global_view_only=recipe.tokens is Tokens.NONE
         and not recipe.tile_pooled
         and recipe.thumbnail | (recipe.max_tiles == 1),
@@ -268,10 +268,10 @@ def pixel_rule(recipe: Recipe, max_pixels: int) -> PixelRule:
 
 
 def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> FeatureShape:
-    """Sizes of what is stored.
+    """Return the sizes of stored features.
 
     Raises:
-        UsageError: the model cannot give what is asked for.
+        UsageError: The model cannot provide what is requested.
     """
     shapes = feature_shapes(card, options.store.tokens, options.store.pool, recipe.tile_size)
     return FeatureShape(
@@ -286,12 +286,12 @@ def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> F
 
 
 def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> EncoderOptions:
-    """How an encoder has to run to give a recipe's values.
+    """Return the options with which an encoder gives a recipe's values.
 
     Args:
-        recipe: with its compute type settled.
-        device: auto, cpu, cuda, cuda:N or mps.
-        batch_tiles: tiles in a batch; None lets the encoder choose.
+        recipe: The recipe, with its final compute type.
+        device: Auto, cpu, cuda, cuda:N or mps.
+        batch_tiles: Tiles per batch; None lets the encoder choose.
     """
     return EncoderOptions(
         device=device,
@@ -309,16 +309,16 @@ def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> Enc
 
 
 def encoder_options_of_run(run: RunOptions, recipe: Recipe, device: str) -> EncoderOptions:
-    """The same for a run on a device; the type is what was asked for, maybe AUTO."""
+    """Return the same for a run on a device; the type is the requested one, which may be AUTO."""
     how = encoder_options(recipe, device, run.batch_tiles)
     return replace(how, dtype=run.dtype, threads=run.threads, compile=run.compile, measure_batch=run.measure_batch)
 
 
 def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:
-    """Refuse to go on with an output of another recipe.
+    """Refuse to continue an output of another recipe.
 
     Raises:
-        OtherRecipeError: the message names each differing field with both values.
+        OtherRecipeError: Names each differing field with both values.
     """
     different = wanted.differences(stored)
     if not different:

@@ -1,4 +1,4 @@
-"""`internvit plan`: what an extraction would do, from headers and the model's description alone. Nothing is written."""
+"""Predict what an extraction would do, for `internvit plan`, from headers and the model's description alone."""
 
 from __future__ import annotations
 
@@ -53,23 +53,23 @@ if TYPE_CHECKING:
     from internvit_cli.storage.output import Output
 
 UNKNOWN_DIGEST = "0" * 64
-"""Stands for the weights' digest: the weights are not looked at, and only its length matters."""
+"""Replaces the digest of the weights, which are not read; only its length matters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is known of an extraction before anything is decoded."""
+    """What is known about an extraction before anything is decoded."""
 
     options: ExtractOptions
     listing: Listing
     table: ImageTable
     card: ModelCard
     recipe: Recipe
-    """Of unknown weights, and of an unknown compute type."""
+    """The recipe, with unknown weights and an unknown compute type."""
     shape: FeatureShape
     output: Output
     drawn_and_named: int = 0
-    """Pictures that this program drew, and that a user named outright."""
+    """Number of pictures drawn by internvit that the user named."""
 
     @property
     def rule(self) -> PixelRule:
@@ -89,10 +89,10 @@ class Survey:
 
     @property
     def shard_size(self) -> ShardSize:
-        """How large the shards of a folder may be.
+        """The maximum size of a folder's shards.
 
         Raises:
-            UsageError: `--shard-size` is too small for one.
+            UsageError: `--shard-size` is too small for a shard.
         """
         nothing = new_shard(ShardPlan(EMPTY_TABLE, self.listing.sources), self.shape, self.recipe, self.card)
         return ShardSize.of(self.options.store.shard_bytes, self.output.backend, self.shape, nothing.attributes)
@@ -102,12 +102,12 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     """Find the images, read their headers, and describe the model.
 
     Args:
-        options: of the extraction.
-        observer: told how it goes.
-        stdin: the list behind a source `-`, in binary.
+        options: The options of the extraction.
+        observer: Receives progress.
+        stdin: The list for a source `-`, in binary.
 
     Raises:
-        InternvitError: the sources or the options are wrong, or the model's description cannot be had.
+        InternvitError: The sources or the options are wrong, or the model's description is not available.
     """
     check_words(options.run)
     output = find_output(options)
@@ -132,7 +132,7 @@ def summarize_plan(found: Survey) -> PlanSummary:
     size = None if output.is_file else found.shard_size
     shard_plans = [ShardPlan(part, listing.sources) for part in (size.split(table) if size else [table])]
     shards = [new_shard(shard_plan, found.shape, found.recipe, card) for shard_plan in shard_plans]
-    with disk_errors(output.path):  # such as a limit on the size of files
+    with disk_errors(output.path):  # such as a limit on file sizes
         planned_bytes = sum(output.backend.planned_bytes(shard) for shard in shards)
     reasons = {
         status.word: count for status, count in count_statuses(table.status).items() if status is not Status.PENDING
@@ -159,13 +159,13 @@ def summarize_plan(found: Survey) -> PlanSummary:
 
 
 def _output_notes(found: Survey) -> Iterator[str]:
-    """Yield why no run would write at that place, or go on with what is there."""
+    """Yield why a run would refuse to write or continue this output."""
     output, store = found.output, found.options.store
     try:
         output.check_place()
         finished = output.path if output.is_file else os.path.join(output.path, MANIFEST)
         if not store.overwrite and (os.path.exists(finished) or output.partial_exists):
-            # All shards have one recipe: the newest finished one and the unfinished one tell it.
+            # All shards have the same recipe; read it from the newest finished one and the unfinished one.
             for place in find_all_places(output.path)[-2:]:
                 _check_recipe(found, place.backend.outline(place.path).attributes, place.path)
     except InternvitError as error:
@@ -173,10 +173,10 @@ def _output_notes(found: Survey) -> Iterator[str]:
 
 
 def _check_recipe(found: Survey, attributes: dict[str, Any], path: str) -> None:
-    """Refuse an output of another recipe, as far as the weights and what a device decides are not needed for it.
+    """Refuse an output of another recipe, as far as this is known without the weights and the device.
 
     Raises:
-        InternvitError: it is one, or damaged.
+        InternvitError: It has another recipe, or is damaged.
     """
     stored, options, card = stored_recipe(attributes, path), found.options, found.card
     kept = stored if attributes.get("model") == card.recorded_name else None
@@ -187,9 +187,9 @@ def _check_recipe(found: Survey, attributes: dict[str, Any], path: str) -> None:
 
 
 def _device_notes(run: RunOptions) -> Iterator[str]:
-    """Yield what this machine cannot do of what is asked for: a plan may be made on another one than the run.
+    """Yield what this machine does not support; a plan may be made on another machine than the run.
 
-    PyTorch is loaded only when something is asked for that not every machine has.
+    PyTorch is loaded only if something is requested that not every machine has.
     """
     kinds = {ALL_DEVICES if name == ALL_DEVICES else parse_device(name).kind for name in run.devices}
     if kinds <= {AUTO_DEVICE, "cpu"} and run.dtype is not ComputeDtype.FP8 and not run.compile:
@@ -204,11 +204,11 @@ def _device_notes(run: RunOptions) -> Iterator[str]:
 
 
 def _model_notes(found: Survey) -> Iterator[str]:
-    """Yield what a run would say of the weights, which are located and checked, but neither fetched nor read."""
+    """Yield what a run would say about the weights, which are located and checked, but neither fetched nor read."""
     card = found.card
     yield tiling_note(card.own_tiling, found.options.pictures)
     if card.origin == "catalog":
-        yield f"a run would refuse this model until it is there: hf download {card.name} ({_gigabytes(card)})"
+        yield f"a run would refuse this model until it is downloaded: hf download {card.name} ({_gigabytes(card)})"
         return
     try:
         projector = found.recipe.tokens is Tokens.PROJECTED

@@ -1,1 +1,1 @@
-"""From uint8 tiles to features on a device."""
+"""Encode uint8 tiles into features on a device."""

@@ -1,4 +1,4 @@
-"""The runner for a CUDA or Apple device, with the size of its batches chosen."""
+"""Make the runner for a CUDA or Apple device, and choose the size of its batches."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 SMALLER_MODEL_HINT = "use --dtype bfloat16, a smaller model, or another device"
 DECIDED_SIZES = (32, 16, 8, 4, 2, 1)
-"""The first that fits is taken. It depends on the memory alone, so that two cards of a kind store the same bits."""
+"""The first size that fits is used. It depends only on the memory, so two cards of the same model store equal bits."""
 MEASURED_SIZES = (8, 16, 32, 64, 128, 256)
 WORTHWHILE_GAIN = 1.03
-"""A doubled batch that gains less than this is not worth its memory."""
+"""A doubled batch that speeds up by less than this factor is not worth its memory."""
 
 
 def accelerator_runner(model: FeatureModel, batch_tiles: int | None, *, measure: bool = False) -> BatchRunner:
-    """Return the runner for a CUDA or Apple device, after one batch of the chosen size.
+    """Return the runner for a CUDA or Apple device, after running one batch of the chosen size.
 
     Args:
-        model: on the device.
-        batch_tiles: tiles per batch; None takes the first of `DECIDED_SIZES` that fits.
-        measure: where none is given, take the fastest size instead (CUDA only), which may differ from run to run.
+        model: The model, on the device.
+        batch_tiles: Tiles per batch; None selects the first of `DECIDED_SIZES` that fits.
+        measure: If `batch_tiles` is None, select the fastest size instead (CUDA only), which may differ between runs.
 
     Raises:
-        DeviceError: the memory does not hold half of the given batch, or not one tile.
+        DeviceError: The memory does not hold half of the given batch, or not even one tile.
     """
     if model.device.type != "cuda":
         return first_that_fits(Launcher(model, model.device), batch_tiles)
@@ -43,14 +43,15 @@ def accelerator_runner(model: FeatureModel, batch_tiles: int | None, *, measure:
 
 
 def first_that_fits(launcher: Launcher, batch_tiles: int | None) -> BatchRunner:
-    """Return a runner whose batch has been tried: out of memory shows here, not an hour later.
+    """Return a runner after trying a batch, so that running out of memory shows here and not an hour later.
 
     Args:
-        launcher: of the device.
-        batch_tiles: tiles per batch, halved once if it does not fit; None takes the first of `DECIDED_SIZES` that fits.
+        launcher: The launcher of the device.
+        batch_tiles: Tiles per batch, halved once if it does not fit; None selects the first of `DECIDED_SIZES` that
+            fits.
 
     Raises:
-        DeviceError: the memory does not hold half of the given batch, or not one tile.
+        DeviceError: The memory does not hold half of the given batch, or not even one tile.
     """
     side = launcher.model.spec.tile_size
     black = np.zeros((1, side, side, 3), np.uint8)
@@ -66,17 +67,17 @@ def first_that_fits(launcher: Launcher, batch_tiles: int | None) -> BatchRunner:
         else:
             launcher.busy_seconds = 0.0
             return runner
-    raise DeviceError(f"{launcher.device}: one tile does not fit the device's memory", SMALLER_MODEL_HINT)
+    raise DeviceError(f"{launcher.device}: one tile does not fit into the device's memory", SMALLER_MODEL_HINT)
 
 
 def measure_batch(seconds: Callable[[int], float]) -> int:
-    """The batch size after which doubling gains less than 3 %, or memory ends.
+    """Return the batch size after which doubling gains less than 3%, or memory runs out.
 
     Args:
-        seconds: how long a batch of so many tiles takes; raises torch.cuda.OutOfMemoryError when it does not fit.
+        seconds: Measures a batch of a number of tiles; raises torch.cuda.OutOfMemoryError if it does not fit.
 
     Raises:
-        DeviceError: not even the smallest fits.
+        DeviceError: Not even the smallest fits.
     """
     best_size, best_rate = 0, 0.0
     for size in MEASURED_SIZES:
@@ -88,5 +89,7 @@ def measure_batch(seconds: Callable[[int], float]) -> int:
             break
         best_size, best_rate = size, rate
     if not best_size:
-        raise DeviceError(f"a batch of {MEASURED_SIZES[0]} tiles does not fit the device's memory", OUT_OF_MEMORY_HINT)
+        raise DeviceError(
+            f"a batch of {MEASURED_SIZES[0]} tiles does not fit into the device's memory", OUT_OF_MEMORY_HINT
+        )
     return best_size

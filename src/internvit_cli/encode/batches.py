@@ -1,4 +1,4 @@
-"""Batches of one fixed size on an accelerator: padded, overlapped on CUDA, halved once when memory runs out.
+"""Run batches of one fixed size on an accelerator: padded, overlapped on CUDA, halved once if memory runs out.
 
 A fixed size makes every batch run the same kernels, so that a tile's features do not depend on the tiles beside it, and
 lets every buffer be allocated once.
@@ -33,7 +33,7 @@ OUT_OF_MEMORY_HINT = "give a smaller --batch-size"
 
 
 class BatchRunner:
-    """Splits what is submitted into batches that fit, and survives one out-of-memory error."""
+    """Splits submitted tiles into batches that fit, and survives one out-of-memory error."""
 
     fixed_batch = True
 
@@ -44,23 +44,23 @@ class BatchRunner:
 
     @property
     def device_seconds(self) -> float:
-        """Seconds the device computed, of batches whose results were fetched."""
+        """Seconds that the device computed, for batches whose results were fetched."""
         return self._launcher.busy_seconds
 
     @property
     def note(self) -> str:
-        """How batches are run, as far as it is worth telling."""
+        """A remark on how batches are run; usually empty."""
         return self._launcher.note
 
     def buffer(self) -> NDArray[np.uint8]:
-        """Return an empty batch that the launcher need not copy."""
+        """Return an empty batch that the launcher does not have to copy."""
         return self._launcher.buffer(self.batch_tiles)
 
     def submit(self, tiles: Tiles) -> PendingBatch:
-        """Start a batch; more tiles than `batch_tiles`, as after a halving, become several.
+        """Start a batch; more tiles than `batch_tiles`, as after a halving, become several batches.
 
         Raises:
-            DeviceError: out of memory again after a halving.
+            DeviceError: Out of memory again after a halving.
         """
         parts: list[PendingBatch] = []
         begin = 0
@@ -85,7 +85,7 @@ class BatchRunner:
         self._launcher.release()
 
     def close(self) -> None:
-        """Fetch what is in flight and free the buffers."""
+        """Fetch the batches in flight and free the buffers."""
         self._launcher.release()
 
 
@@ -96,12 +96,12 @@ class JoinedBatches:
         self._parts = parts
 
     def result(self) -> TileFeatures:
-        """Wait for all of them."""
+        """Wait for all batches."""
         return TileFeatures.join([part.result() for part in self._parts])
 
 
 def each_part(layer: LayerTensors, change: Callable[[Tensor], Tensor]) -> LayerTensors:
-    """Features with something done to each tensor that there is."""
+    """Apply a function to each tensor that is not None."""
     return LayerTensors(*(None if part is None else change(part) for part in layer))  # type: ignore[arg-type]
 
 
@@ -111,7 +111,7 @@ def first_tiles(layer: LayerTensors, count: int) -> LayerTensors:
 
 
 def padded(tiles: Tiles, size: int) -> NDArray[np.uint8]:
-    """Return tiles as one array of exactly `size`, the rest of it black; a whole one is not copied."""
+    """Return tiles as one array of exactly `size`, padded with black; an array of that size is not copied."""
     if isinstance(tiles, np.ndarray) and len(tiles) == size:
         return tiles
     batch = np.zeros((size, *tiles[0].shape), np.uint8)
@@ -120,7 +120,7 @@ def padded(tiles: Tiles, size: int) -> NDArray[np.uint8]:
 
 
 class Launcher:
-    """Runs padded batches on one device. This one, for any device, waits for each batch."""
+    """Runs padded batches on one device. This class works on any device and waits for each batch."""
 
     note = ""
 
@@ -145,15 +145,15 @@ class Launcher:
         return FinishedBatch(on_host(fetched, self.model.spec))
 
     def release(self) -> None:
-        """Fetch what is in flight and free the buffers."""
+        """Fetch the batches in flight and free the buffers."""
 
 
 @dataclass(frozen=True)
 class FinishedBatch:
-    """A batch whose features are here."""
+    """A batch whose features are ready."""
 
     features: TileFeatures
 
     def result(self) -> TileFeatures:
-        """The features."""
+        """Return the features."""
         return self.features

@@ -1,4 +1,4 @@
-"""Tiles on a CPU: every one a task of its own on one thread, and threads run tiles side by side."""
+"""Encode tiles on a CPU: each tile is a task on one thread, and threads encode tiles in parallel."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from internvit_cli.model.features import FeatureModel, FeatureSpec, LayerTensors
 
 CPU_TILES_PER_THREAD = 4
-"""A batch on a CPU is this many tiles a thread. Throughput does not depend on it, since tiles are encoded one by one;
-it only has to outlast the hand-over of the next batch, and to stay small so that little is in flight."""
+"""Tiles per thread in a batch on a CPU. Throughput does not depend on it, since tiles are encoded one by one. It must
+be large enough to cover the submission of the next batch, and small so that little is in flight."""
 
 
 class CpuRunner:
-    """One task a tile, one thread a task."""
+    """Runs one task per tile and one thread per task."""
 
     halved = False
     fixed_batch = False
@@ -45,26 +45,26 @@ class CpuRunner:
 
     @property
     def device_seconds(self) -> float:
-        """Thread seconds spent on tiles, divided by the threads."""
+        """Thread seconds spent on tiles, divided by the number of threads."""
         return self._busy_seconds / self._threads
 
     def buffer(self) -> NDArray[np.uint8]:
-        """Return new memory: the threads read a batch's until it is done."""
+        """Return new memory, because the threads read that of a batch until it is done."""
         side = self._model.spec.tile_size
         return np.empty((self.batch_tiles, side, side, 3), np.uint8)
 
     def submit(self, tiles: Tiles) -> PendingBatch:
-        """Queue one task a tile."""
+        """Queue one task per tile."""
         return CpuBatch([self._pool.submit(self._encode, tile) for tile in tiles], self._model.spec)
 
     def close(self) -> None:
-        """Finish what was submitted and end the threads."""
+        """Finish submitted tiles and end the threads."""
         self._pool.shutdown()
 
     def _encode(self, tile: np.ndarray) -> tuple[LayerTensors, ...]:
         start = time.perf_counter()
         try:
-            with torch.inference_mode():  # belongs to the thread
+            with torch.inference_mode():  # is per thread
                 features: tuple[LayerTensors, ...] = self._model(torch.from_numpy(tile)[None])
         except RuntimeError as error:
             if "allocate memory" not in str(error):
@@ -90,7 +90,7 @@ class CpuBatch:
         """Wait for the features.
 
         Raises:
-            DeviceError: out of memory.
+            DeviceError: Out of memory.
         """
         if self._result is None:
             self._result = TileFeatures.join([on_host(future.result(), self._spec) for future in self._futures])

@@ -1,10 +1,10 @@
-"""Batches on a CUDA device: bytes in, computation and features out overlap, by pinned buffers and three streams.
+"""Run batches on a CUDA device; pinned buffers and three streams overlap copy in, computation and copy out.
 
-Whoever fills a `buffer` writes the very memory that the card reads, and features are handed on in the very memory that
-the card wrote: it is used again when no array over it is left. So the host copies a tile once, and its features never.
+A `buffer` is memory that the card reads directly, and features are returned in memory that the card wrote, which is
+reused when no array over it is left. So the host copies a tile once, and its features never.
 
-A small batch takes the card less time than Python needs to start its kernels one by one, so it is captured as a CUDA
-graph, one for each slot, and started as a whole.
+A small batch takes the card less time than Python needs to start its kernels one by one. So it is captured as a CUDA
+graph, one per slot, and started as a whole.
 """
 
 from __future__ import annotations
@@ -32,43 +32,43 @@ if TYPE_CHECKING:
     from internvit_cli.model.features import FeatureModel
 
 LayerShapes: TypeAlias = "tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]"
-"""Shape and type of each of `LayerTensors`; None of those that there are not."""
+"""Shape and type of each of `LayerTensors`; None for those that are None."""
 
 IN_FLIGHT = 3
-"""Batches with buffers of their own: one being filled, one on the device, one whose results are being fetched."""
+"""Batches with their own buffers: one being filled, one on the device, one whose results are being fetched."""
 
 LARGEST_GRAPH = 16
-"""Tiles of the largest batch that becomes a graph: above, kernels take longer than their starts, and every graph would
-hold memory of its own for nothing."""
+"""Tiles of the largest batch that becomes a graph. Kernels of larger batches take longer than their starts, and their
+graphs would waste memory."""
 
 TIMED_SECONDS = 1.0
 """A batch that takes longer than this is not timed twice."""
 
 
 class CudaLauncher(Launcher):
-    """A ring of slots; a slot's batch is fetched, at the latest, when the slot's turn comes again."""
+    """A ring of slots; a slot's batch is fetched at the latest when the slot is used again."""
 
     def __init__(self, model: FeatureModel, device: torch.device) -> None:
         super().__init__(model, device)
-        torch.cuda.set_device(device)  # or pinning would open a context on device 0
+        torch.cuda.set_device(device)  # otherwise pinning would open a context on device 0
         self._copy_in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copy_out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._slots: list[Slot] = []
         self._pools: list[FeaturePool] = []
-        """Where features lie on the host, layer by layer."""
+        """Host memory of features, layer by layer."""
         self._turn = 0
         self._size = 0
         torch.cuda.synchronize(device)  # the weights were copied on the default stream
 
     def buffer(self, size: int) -> NDArray[np.uint8]:
-        """Return the pinned tiles of the slot whose turn is next, once the card needs them no more."""
+        """Return the pinned tiles of the next slot, once the card no longer needs them."""
         with torch.cuda.device(self.device), torch.inference_mode():
             return self._next_slot(size).tiles
 
     def launch(self, tiles: Tiles, size: int) -> PendingBatch:
-        """Start a batch of exactly `size`, of which the first tiles are these; returns at once."""
-        with torch.cuda.device(self.device), torch.inference_mode():  # both belong to the thread that calls
+        """Start a batch of exactly `size` that begins with these tiles, and return at once."""
+        with torch.cuda.device(self.device), torch.inference_mode():  # both are per thread
             slot = self._next_slot(size)
             self._turn = (self._turn + 1) % IN_FLIGHT
             slot.fill(tiles)
@@ -83,7 +83,7 @@ class CudaLauncher(Launcher):
         return slot
 
     def seconds(self, size: int) -> float:
-        """How long the device takes for a batch of so many tiles, the faster of two after a warm-up."""
+        """Return the seconds of a batch of `size` tiles: the faster of two, after a warm-up."""
         side = self.model.spec.tile_size
         try:
             with torch.cuda.device(self.device), torch.inference_mode():
@@ -95,7 +95,7 @@ class CudaLauncher(Launcher):
             torch.cuda.empty_cache()
 
     def _timed(self, tiles: Tensor) -> float:
-        """Seconds of one batch on the device."""
+        """Return the seconds of one batch on the device."""
         torch.cuda.synchronize(self.device)
         start = time.perf_counter()
         self.model(tiles)
@@ -103,14 +103,14 @@ class CudaLauncher(Launcher):
         return time.perf_counter() - start
 
     def lend(self, layers: list[LayerTensors], count: int) -> TileFeatures:
-        """Return features as arrays over the pools' memory, which goes back to them with the last array."""
+        """Return features as arrays over the pools' memory, which returns to the pools with the last array."""
         features = on_host([first_tiles(layer, count) for layer in layers], self.model.spec)
         for pool, tensors, arrays in zip(self._pools, layers, features.layers, strict=True):
             pool.lend(tensors, arrays)
         return features
 
     def release(self) -> None:
-        """Fetch what is in flight, free the buffers and the allocator's cache."""
+        """Fetch the batches in flight, and free the buffers and the allocator's cache."""
         for slot in self._slots:
             slot.free()
         self._slots, self._pools, self._size, self._turn = [], [], 0, 0
@@ -127,12 +127,12 @@ class CudaLauncher(Launcher):
             self._capture()
 
     def _capture(self) -> None:
-        """Make every slot's computation a graph; where that fails, kernels are started one by one as ever."""
+        """Make every slot's computation a graph; if that fails, kernels are started one by one."""
         try:
             for slot in self._slots:
                 slot.graph, slot.layers = self._graph(slot.device_tiles)
             self.note = ", in CUDA graphs"
-        except RuntimeError as error:  # of CUDA and of PyTorch, out of memory among them
+        except RuntimeError as error:  # of CUDA and PyTorch, including out of memory
             for slot in self._slots:
                 slot.graph = slot.layers = None
             torch.cuda.synchronize(self.device)
@@ -140,18 +140,18 @@ class CudaLauncher(Launcher):
             self.note = f" (no CUDA graphs: {' '.join(str(error).split())[:200]})"
 
     def _graph(self, tiles: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[LayerTensors, ...]]:
-        """The computation of tiles in a buffer as a graph, and the buffers that its features will be in."""
+        """Return a graph of the computation of a buffer's tiles, and the tensors that will hold its features."""
         with torch.cuda.stream(self._compute):
-            self.model(tiles)  # compiles kernels and makes workspaces, which a capture must not
+            self.model(tiles)  # compiles kernels and allocates workspaces, which a capture must not do
         self._compute.synchronize()
         graph = torch.cuda.CUDAGraph()
-        # Memory of its own: in a shared pool another slot's graph would overwrite features that are being copied out.
+        # Each graph has its own memory: in a shared pool, another graph would overwrite features that are being copied.
         with torch.cuda.graph(graph, stream=self._compute, capture_error_mode="thread_local"):
             layers: tuple[LayerTensors, ...] = self.model(tiles)
         return graph, layers
 
     def _enqueue(self, slot: Slot) -> None:
-        """Queue copy in, computation and copy out, each on its stream and after the one before."""
+        """Queue copy in, computation and copy out, each on its own stream and after the previous one."""
         with torch.cuda.stream(self._copy_in):
             slot.device_tiles.copy_(slot.host_tiles, non_blocking=True)
             slot.copied.record()
@@ -173,7 +173,7 @@ class CudaLauncher(Launcher):
             if target is not None and source is not None:
                 target.copy_(source, non_blocking=True)
                 if not is_graph:
-                    source.record_stream(self._copy_out)  # or its memory would be reused before it is read
+                    source.record_stream(self._copy_out)  # otherwise its memory would be reused before it is read
 
     def _compute_features(self, slot: Slot) -> tuple[LayerTensors, ...]:
         """Queue a slot's computation on the current stream."""
@@ -194,12 +194,12 @@ class Slot:
         self.device_tiles = torch.zeros((size, side, side, 3), dtype=torch.uint8, device=launcher.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.layers: tuple[LayerTensors, ...] | None = None
-        """Where the graph leaves its features, layer by layer."""
+        """Features that the graph writes, layer by layer."""
         self.host_tiles = _pinned((size, side, side, 3), torch.uint8)
         self.tiles: NDArray[np.uint8] = self.host_tiles.numpy()
         """The same memory."""
         self.host_layers: list[LayerTensors] = []
-        """Where the features of the batch in flight go, layer by layer."""
+        """Host memory for the features of the batch in flight, layer by layer."""
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self.computed = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -207,33 +207,33 @@ class Slot:
         self._batch: CudaBatch | None = None
 
     def fill(self, tiles: Tiles) -> None:
-        """Copy tiles into the pinned buffer, unless they lie there already; the rest of it is black."""
+        """Copy tiles into the pinned buffer unless they are already there; pad it with black."""
         if not (isinstance(tiles, np.ndarray) and tiles.ctypes.data == self.tiles.ctypes.data):
             np.stack(list(tiles), out=self.tiles[: len(tiles)])
         self.tiles[len(tiles) :] = 0
 
     def hand_out(self, count: int) -> CudaBatch:
-        """The batch that was just queued."""
+        """Return the batch that was just queued."""
         self._batch = CudaBatch(self, count)
         return self._batch
 
     def free(self) -> None:
-        """Make sure that nobody needs the buffers any more."""
+        """Wait until the buffers are no longer needed."""
         if self._batch is not None:
             self._batch.result()
             self._batch = None
 
     def fetch(self, count: int) -> TileFeatures:
-        """Wait for the copy out and hand on the features of the first tiles, in the memory that the card wrote."""
+        """Wait for the copy out and return the features of the first tiles, in the memory that the card wrote."""
         self.finished.synchronize()
         self._launcher.busy_seconds += self.started.elapsed_time(self.computed) / 1000
         layers, self.host_layers = self.host_layers, []
-        self._batch = None  # or its memory would be kept until the slot's next turn
+        self._batch = None  # otherwise its memory would be kept until the slot is used again
         return self._launcher.lend(layers, count)
 
 
 class CudaBatch:
-    """A batch on its way; its result is taken once, by whichever thread comes first."""
+    """A batch in flight; the first thread that asks fetches its result, once."""
 
     def __init__(self, slot: Slot, count: int) -> None:
         self._slot: Slot | None = slot
@@ -252,10 +252,10 @@ class CudaBatch:
 
 
 class FeaturePool:
-    """Pinned memory for one layer's features of a batch, as much as is in use at the same time.
+    """Pinned memory for one layer's features, for as many batches as are in use at the same time.
 
-    It is bounded by what may be in flight and wait for the disk (`writer_thread.MOST_WAITING`), and never allocated
-    anew in between: pinning takes longer than a batch.
+    It is bounded by what may be in flight and wait for the disk (`writer_thread.MOST_WAITING`). Memory is reused,
+    because pinning takes longer than a batch.
     """
 
     def __init__(self, model: FeatureModel, size: int) -> None:
@@ -271,21 +271,21 @@ class FeaturePool:
         self._free: tuple[deque[Tensor], ...] = tuple(deque() for _ in self._shapes)
 
     def take(self) -> LayerTensors:
-        """Return memory that nobody reads, allocated where there is none."""
+        """Return memory that is not in use; allocate it if there is none."""
         return LayerTensors(*map(self._take, self._shapes, self._free))  # type: ignore[arg-type]
 
     def lend(self, tensors: LayerTensors, arrays: LayerFeatures) -> None:
-        """Take each of the tensors back once no array over its memory is left, and at once where there is none.
+        """Take each tensor back once no array over its memory is left, or at once if there is no array.
 
         Args:
-            tensors: from `take`.
-            arrays: over the memory of some of them.
+            tensors: Tensors from `take`.
+            arrays: Arrays over the memory of some of them.
         """
         lent = {0: arrays.tokens, 1: arrays.pooled, 4: arrays.scales}
         for number, (tensor, free) in enumerate(zip(tensors, self._free, strict=True)):
             if tensor is None:
                 continue
-            # All views of an array keep that array itself, and so end with it (numpy's `base`).
+            # All views of an array keep that array alive (numpy's `base`).
             array = lent.get(number)
             if array is None:
                 free.append(tensor)
@@ -305,5 +305,5 @@ class FeaturePool:
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
-    except RuntimeError as error:  # the driver's refusal has no class of its own
+    except RuntimeError as error:  # the driver's refusal has no specific class
         raise DeviceError("not enough host memory for the batch's pinned buffers", OUT_OF_MEMORY_HINT) from error

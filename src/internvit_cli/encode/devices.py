@@ -1,4 +1,4 @@
-"""What there is to encode on, and which type is fastest there."""
+"""Find the device to encode on, and the fastest type there."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from internvit_cli.model.card import VisionConfig
 
 BFLOAT16_GAIN = 1.2
-"""On a CPU, bfloat16 must be this much faster than float32 to be chosen for its worth in accuracy."""
+"""On a CPU, bfloat16 must be faster than float32 by this factor to be worth its loss of accuracy."""
 TRIAL_SECONDS = 0.2
 TRIAL_ROUNDS = 5
 LONGEST_TRIAL_SECONDS = 2.0
-"""For how long the two are tried: at least so long and so many times each, unless that takes too long."""
+"""Each type is measured for at least this long and this many times, unless that takes too long."""
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; auto is CUDA, else Apple's GPU, else the CPU.
+    """Return the device with a name; auto means CUDA, else Apple's GPU, else the CPU.
 
     Raises:
-        DeviceError: it is not there: never a silent change.
-        UsageError: not a device's name.
+        DeviceError: It does not exist; another one is never used silently.
+        UsageError: It is not the name of a device.
     """
     kind, number = parse_device(name)
     if kind == AUTO_DEVICE:
@@ -41,16 +41,18 @@ def find_device(name: str) -> torch.device:
     if kind == "cuda":
         return _find_cuda(name, number)
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("--device mps: no Apple GPU here", "use --device auto to take what there is")
+        raise DeviceError(
+            "--device mps: this machine has no Apple GPU", "use --device auto to select an available device"
+        )
     return torch.device(kind)
 
 
 def find_fit_device(name: str, dtype: ComputeDtype, *, compile: bool) -> torch.device:  # noqa: A002 - as its option
-    """Return the device of that name when it can do what is asked for.
+    """Return the device with a name if it supports what is asked for.
 
     Raises:
-        DeviceError: it is not there, or cannot compute in that type.
-        UsageError: not a device's name, or torch.compile anywhere but on CUDA.
+        DeviceError: It does not exist, or cannot compute in that type.
+        UsageError: It is not the name of a device, or torch.compile is used elsewhere than on CUDA.
     """
     device = find_device(name)
     check_kind(str(device), device.type, dtype, compile=compile)
@@ -66,28 +68,28 @@ def _find_cuda(name: str, number: int) -> torch.device:
     if torch.version.cuda is None and torch.version.hip is None:
         raise DeviceError(
             f"--device {name}: this PyTorch ({torch.__version__}) was built without CUDA",
-            "install a CUDA build of torch, or use --device auto to take what there is",
+            "install a CUDA build of torch, or use --device auto to select an available device",
         )
     raise DeviceError(
         f"--device {name}: PyTorch sees {count} CUDA device{'' if count == 1 else 's'}",
-        "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device auto to take what there is",
+        "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device auto to select an available device",
     )
 
 
 def count_cuda_devices() -> int:
-    """How many CUDA devices PyTorch sees."""
+    """Return the number of CUDA devices that PyTorch sees."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def device_name(device: torch.device) -> str:
-    """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
+    """Return a description such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def fastest_dtype(device: torch.device, vision: VisionConfig, tile_size: int) -> ComputeDtype:
-    """bfloat16 where it is native and clearly faster, else float32; measured on one block where that is unknown.
+    """Return bfloat16 if it is native and clearly faster, else float32; if unknown, this is measured on one block.
 
-    Never float16: it can overflow, and CPUs emulate it.
+    It is never float16, which can overflow and which CPUs emulate.
     """
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -100,9 +102,10 @@ def fastest_dtype(device: torch.device, vision: VisionConfig, tile_size: int) ->
 
 
 def _block_seconds(vision: VisionConfig, tokens: int, dtypes: Sequence[torch.dtype]) -> list[float]:
-    """The best time of one block on one tile in each of some types, which take turns.
+    """Return the best time of one block on one tile in each of some types, which take turns.
 
-    Processor time, not wall clock: other processes, our own decode workers among them, must not sway the choice.
+    Processor time is measured and not wall time, because other processes such as our decode workers must not influence
+    the choice.
     """
     blocks = [_block(vision, dtype) for dtype in dtypes]
     tiles = [torch.full((1, tokens, vision.hidden_size), 0.5, dtype=dtype) for dtype in dtypes]
@@ -120,7 +123,7 @@ def _block_seconds(vision: VisionConfig, tokens: int, dtypes: Sequence[torch.dty
 
 
 def _block(vision: VisionConfig, dtype: torch.dtype) -> Block:
-    """A block of the model's sizes, of any ordinary numbers: denormals would be slow."""
+    """Return a block of the model's sizes with ordinary numbers, because denormals would be slow."""
     block = Block(vision, plain_for(torch.device("cpu"), dtype)).to(dtype).requires_grad_(False)
     for parameter in block.parameters():
         parameter.fill_(0.01)

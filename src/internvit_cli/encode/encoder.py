@@ -1,7 +1,7 @@
-"""uint8 tiles to features: devices, dtypes, batches in flight.
+"""Encode uint8 tiles into features on one device, with several batches in flight.
 
-On a CPU every tile is a task of its own on one thread, and threads run tiles side by side: no result depends on which
-tiles were submitted together, and no core waits at a barrier. On an accelerator batches have one fixed size.
+On a CPU, each tile is a task on one thread, and threads encode tiles in parallel. So no result depends on which tiles
+were submitted together, and no core waits at a barrier. On an accelerator, batches have one fixed size.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ TORCH_DTYPE = {
 }
 
 COMPILED_BATCH = 64
-"""With torch.compile the batch is not measured: every size would be compiled anew."""
+"""Batch size with torch.compile; it is not measured, because every size would have to be compiled."""
 
 
 class Encoder:
-    """A loaded model on its device. Make one with `Encoder.load`, and close it."""
+    """A loaded model on its device. Create it with `Encoder.load`, and close it."""
 
     def __init__(self, checkpoint: Checkpoint, options: EncoderOptions, model: FeatureModel, runner: Runner) -> None:
-        """Take over what `load` made, with `options` that say which dtype."""
+        """Own what `load` created; `options` have a concrete dtype."""
         self._dtype = options.dtype
         self.shapes = model.shapes
         self._tile_shape = (model.spec.tile_size, model.spec.tile_size, 3)
@@ -60,17 +60,18 @@ class Encoder:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, options: EncoderOptions) -> Encoder:
-        """Read the weights to the device, choose dtype and batch, and be ready for the first batch.
+        """Load the weights onto the device, choose dtype and batch size, and prepare for the first batch.
 
         Raises:
-            DeviceError: the device is not there or can't compute in that dtype, or a batch does not fit.
-            ModelError: the weights can't be read.
-            UsageError: options that contradict each other or the model.
+            DeviceError: The device does not exist or cannot compute in that dtype, or a batch does not fit.
+            ModelError: The weights cannot be read.
+
+            UsageError: The options contradict each other or the model.
         """
         _check(options, checkpoint)
         device = find_fit_device(options.device, options.dtype, compile=options.compile)
-        # An operation on the host is never cut into threads: on a CPU tiles run side by side, and beside a card the
-        # cores belong to the decode workers. PyTorch's threads would wait for theirs in the middle of every copy.
+        # Operations on the host are never split over threads: on a CPU, tiles run in parallel, and with a card, the
+        # cores are for the decode workers. PyTorch's threads would wait for theirs in the middle of every copy.
         torch.set_num_threads(1)
         if device.type == "cpu":
             keep_freed_memory()
@@ -81,7 +82,7 @@ class Encoder:
 
     @property
     def info(self) -> EncoderInfo:
-        """What it is now: the batch gets smaller after one ran out of memory."""
+        """The current facts: the batch is smaller after running out of memory."""
         runner, kernels = self._runner, self._model.kernels.name
         return EncoderInfo(
             device_name=device_name(self._model.device),
@@ -94,14 +95,14 @@ class Encoder:
 
     @property
     def device_seconds(self) -> float:
-        """Time the device was busy so far, seconds."""
+        """Seconds that the device was busy so far."""
         return self._runner.device_seconds
 
     def buffer(self) -> NDArray[np.uint8]:
-        """Return an empty batch, uint8 [n,S,S,3], to be filled and submitted, in part or as a whole.
+        """Return an empty batch, uint8 [n,S,S,3], to be filled and submitted partly or completely.
 
-        Its memory is where the device reads from, so that a tile that is copied into it is copied but once. The next
-        call returns another one, and what was filled and not submitted is lost. `n` is the batch at that moment.
+        The device reads from this memory, so a tile that is copied into it is copied only once. The next call returns
+        another batch, and tiles that were not submitted are lost. `n` is the current batch size.
         """
         return self._runner.buffer()
 
@@ -109,27 +110,27 @@ class Encoder:
         """Start encoding and return at once; several batches may be in flight.
 
         Args:
-            tiles: uint8 [S,S,3] RGB each, C-contiguous, at least one; the first ones of a `buffer`, or any others. On a
-                CPU their memory is read until `result` returns; on other devices it is free when this returns, but for
-                that of a `buffer`, which is the encoder's.
+            tiles: Uint8 [S,S,3] RGB each, C-contiguous, at least one; the first ones of a `buffer`, or any others. On a
+                CPU, their memory is read until `result` returns. On other devices, it is free when this returns, except
+                that of a `buffer`, which belongs to the encoder.
 
         Raises:
-            DeviceError: the device ran out of memory a second time.
+            DeviceError: The device ran out of memory a second time.
         """
         self._check_tiles(tiles)
         return self._runner.submit(tiles)
 
     def accuracy(self, tiles: Sequence[np.ndarray]) -> Accuracy:
-        """What the coarse types in use cost: fp8 arithmetic against bfloat16 and float32, and int8 or fp8 tokens.
+        """Measure the accuracy of low-precision types: fp8 arithmetic against bfloat16 and float32, int8 or fp8 tokens.
 
-        For fp8 arithmetic the model is loaded in both wider types, one after the other, and freed again.
+        For fp8 arithmetic, the model is loaded in both wider types, one after the other, and freed again.
 
         Args:
-            tiles: uint8 [S,S,3] RGB each; without any, nothing is known.
+            tiles: Uint8 [S,S,3] RGB each; without tiles, nothing is measured.
 
         Raises:
-            DeviceError: a reference does not fit the device's memory.
-            ModelError: the weights can't be read again.
+            DeviceError: A reference does not fit into the device's memory.
+            ModelError: The weights cannot be read again.
         """
         from internvit_cli.encode.quantization import measure_computing, measure_storing
 
@@ -149,7 +150,7 @@ class Encoder:
                 raise ValueError(f"a tile is {tile.dtype} {tile.shape}, not uint8 {self._tile_shape}")
 
     def close(self) -> None:
-        """Give up threads and memory; batches in flight are finished first."""
+        """Finish batches in flight, then release threads and memory."""
         self._runner.close()
 
     def __enter__(self) -> Self:
@@ -165,15 +166,15 @@ def _check(options: EncoderOptions, checkpoint: Checkpoint) -> None:
     if options.layer not in {None, checkpoint.blocks}:
         raise ValueError(f"the checkpoint was opened for {checkpoint.blocks} blocks, not {options.layer}")
     if any(layer >= checkpoint.blocks for layer in options.earlier_layers):
-        raise ValueError(f"of layers {options.earlier_layers} one is not before block {checkpoint.blocks}")
+        raise ValueError(f"one of the layers {options.earlier_layers} is not before block {checkpoint.blocks}")
     if options.batch_tiles is not None and options.batch_tiles < 1:
-        raise UsageError(f"--batch-size {options.batch_tiles}: at least one tile", "leave it out to let it be chosen")
+        raise UsageError(f"--batch-size {options.batch_tiles}: it must be at least 1", "leave it out to have it chosen")
     if options.threads is not None and options.threads < 1:
-        raise UsageError(f"threads {options.threads}: at least one", "leave it out to use all cores")
+        raise UsageError(f"threads {options.threads}: it must be at least 1", "leave it out to use all cores")
 
 
 def feature_spec(options: EncoderOptions) -> FeatureSpec:
-    """What is kept of a tile under these options."""
+    """Return what is kept of a tile with these options."""
     return FeatureSpec(
         tokens=options.tokens,
         pool=options.pool,
@@ -186,7 +187,7 @@ def feature_spec(options: EncoderOptions) -> FeatureSpec:
 
 
 def _load_model(checkpoint: Checkpoint, options: EncoderOptions, device: torch.device) -> FeatureModel:
-    """The model with its weights on the device."""
+    """Load the model and its weights onto the device."""
     try:
         model = FeatureModel.load(
             checkpoint,
@@ -197,7 +198,7 @@ def _load_model(checkpoint: Checkpoint, options: EncoderOptions, device: torch.d
         )
     except torch.cuda.OutOfMemoryError as error:
         raise DeviceError(
-            f"{device}: the model does not fit its memory", "use --dtype bfloat16, or another device"
+            f"{device}: the model does not fit into its memory", "use --dtype bfloat16, or another device"
         ) from error
     if options.compile:
         model.encoder.compile(dynamic=False)
@@ -205,7 +206,7 @@ def _load_model(checkpoint: Checkpoint, options: EncoderOptions, device: torch.d
 
 
 def _make_runner(model: FeatureModel, options: EncoderOptions) -> Runner:
-    """What runs batches on the model's device."""
+    """Return the runner of batches for the model's device."""
     if model.device.type == "cpu":
         from internvit_cli.encode.cpu import CpuRunner
 

@@ -1,4 +1,4 @@
-"""The contracts of an encoder: what it says of itself, what runs its batches, and a batch in flight."""
+"""Define the interfaces of an encoder: its facts, the runner of its batches, and a batch in flight."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EncoderInfo:
-    """What a loaded encoder says of itself."""
+    """Facts about a loaded encoder."""
 
     device_name: str
-    """Such as `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
+    """For example `cpu` or `cuda:0 (NVIDIA H100 80GB HBM3)`."""
     dtype: ComputeDtype
     """The type it computes in, never AUTO."""
     batch_tiles: int
-    """The most tiles of one `submit`; smaller after a batch ran out of memory."""
+    """The maximum tiles of one `submit`; smaller after a batch ran out of memory."""
     batch_tiles_to_record: int
-    """The batch that a later run must use again for the same bits; 0 on a CPU, which encodes tiles one by one."""
+    """The batch that a later run must use for the same bits; 0 on a CPU, which encodes tiles one by one."""
     kernels: str
-    """What computes: `triton` or `plain PyTorch`, and why where that is not the fastest."""
+    """The kernels in use, `triton` or `plain PyTorch`, with the reason if they are not the fastest."""
     halved: bool = False
     """Whether a batch ran out of memory and the size was halved."""
 
@@ -35,16 +35,16 @@ class PendingBatch(Protocol):
     """A batch in flight."""
 
     def result(self) -> TileFeatures:
-        """Wait for the features; the same object however often it is called.
+        """Wait for the features; every call returns the same object.
 
         Raises:
-            DeviceError: the device ran out of memory.
+            DeviceError: The device ran out of memory.
         """
         ...
 
 
 class Runner(Protocol):
-    """What does the work on one kind of device."""
+    """Runs batches on one kind of device."""
 
     batch_tiles: int
     halved: bool
@@ -53,16 +53,16 @@ class Runner(Protocol):
 
     @property
     def note(self) -> str:
-        """How batches are run, where that is worth telling; such as `, in CUDA graphs`."""
+        """A remark on how batches are run, such as `, in CUDA graphs`; usually empty."""
         ...
 
     @property
     def device_seconds(self) -> float:
-        """Time the device was busy so far, seconds."""
+        """Seconds that the device was busy so far."""
         ...
 
     def buffer(self) -> NDArray[np.uint8]:
-        """Return an empty batch, uint8 [batch_tiles,S,S,3], for whoever wants to copy tiles but once."""
+        """Return an empty batch, uint8 [batch_tiles,S,S,3], which lets the caller copy tiles only once."""
         ...
 
     def submit(self, tiles: Tiles) -> PendingBatch:
@@ -70,5 +70,5 @@ class Runner(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up threads and memory."""
+        """Release threads and memory."""
         ...

@@ -1,4 +1,4 @@
-"""How a model is run and what is kept of it: what an encoder is asked for, before PyTorch is loaded."""
+"""Define and check the options of an encoder without loading PyTorch."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ class EncoderOptions:
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: ComputeDtype = ComputeDtype.AUTO
     batch_tiles: int | None = None
-    """Tiles per batch; None takes 32, or what the memory holds (accelerators), or a few per thread (CPU)."""
+    """Tiles per batch; None selects 32, or what the memory holds (accelerators), or a few per thread (CPU)."""
     measure_batch: bool = False
-    """Where `batch_tiles` is None, take what is fastest on CUDA: it may differ from run to run."""
+    """If `batch_tiles` is None, select the fastest size on CUDA, which may differ between runs."""
     recorded_batch_tiles: int | None = None
-    """The output's batch, taken for want of `batch_tiles` where a row's last bits depend on it: not on a CPU."""
+    """The output's batch size, used if `batch_tiles` is None and a row's last bits depend on it (not on a CPU)."""
     tokens: Tokens = Tokens.VISUAL
     pool: Pool = Pool.MEAN
     tile_size: int = 448
     """Side of a tile, pixels."""
     layer: int | None = None
-    """How many blocks run; None is what the checkpoint was opened for."""
+    """Number of blocks that run; None means what the checkpoint was opened for."""
     earlier_layers: tuple[int, ...] = ()
-    """Layers before it whose features are kept too, ascending."""
+    """Earlier layers whose features are kept as well, ascending."""
     token_order: TokenOrder = TokenOrder.V2
     store_dtype: StoreDtype = StoreDtype.FLOAT16
     on_overflow: OnOverflow = OnOverflow.SKIP
     threads: int | None = None
-    """CPU only: tiles encoded at the same time, one thread each; None is one for every core this process may use."""
+    """CPU only: tiles encoded at the same time, one thread each; None means one per core that this process may use."""
     compile: bool = False
     """CUDA only: torch.compile over plain PyTorch instead of our kernels; half a minute before the first batch."""
     fused: bool = True
-    """CUDA only: whether Triton's kernels are used where they work; without them plain PyTorch is."""
+    """CUDA only: whether Triton kernels are used if they work; otherwise plain PyTorch is used."""
 
 
 class DeviceWord(NamedTuple):
-    """What a --device says, whether or not this machine has one."""
+    """A parsed `--device`, whether or not this machine has it."""
 
     kind: str
     """auto, cpu, cuda or mps."""
     number: int
-    """Of a card."""
+    """The number of a card."""
 
 
 def parse_device(name: str) -> DeviceWord:
-    """Read a device's name: auto, cpu, cuda, cuda:N or mps.
+    """Parse a device's name: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        UsageError: no machine has a device by that name.
+        UsageError: No machine has a device with that name.
     """
     kind, colon, number = name.partition(":")
     is_numbered = kind == "cuda" and number.isdecimal() and number.isascii() and len(number) < 4
@@ -69,17 +69,17 @@ def parse_device(name: str) -> DeviceWord:
 
 
 def check_kind(device: str, kind: str, dtype: ComputeDtype, *, compile: bool) -> None:  # noqa: A002 - its option's name
-    """Refuse what no device of a kind can do.
+    """Refuse options that no device of a kind supports.
 
     Args:
-        device: as messages name it.
-        kind: cpu, cuda or mps; `auto` is not decided yet, and refused nothing.
-        dtype: what to compute in.
-        compile: whether torch.compile is asked for.
+        device: The name of the device in messages.
+        kind: Cpu, cuda or mps; `auto` is not decided yet and passes every check.
+        dtype: The compute type.
+        compile: Whether torch.compile is requested.
 
     Raises:
-        DeviceError: fp8 anywhere but on NVIDIA cards.
-        UsageError: torch.compile anywhere but on CUDA.
+        DeviceError: Fp8 is requested elsewhere than on NVIDIA cards.
+        UsageError: Torch.compile is requested elsewhere than on CUDA.
     """
     if kind in (AUTO_DEVICE, "cuda"):
         return
@@ -89,4 +89,4 @@ def check_kind(device: str, kind: str, dtype: ComputeDtype, *, compile: bool) ->
             "use --dtype bfloat16",
         )
     if compile:
-        raise UsageError(f"--compile on {device}: it is for CUDA", "leave it out")
+        raise UsageError(f"--compile on {device}: it works only on CUDA", "leave it out")

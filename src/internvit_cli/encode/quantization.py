@@ -1,4 +1,4 @@
-"""How far hidden states in a coarse type, and tokens stored in one, are from wider ones, on the user's own tiles.
+"""Measure the error of hidden states and stored tokens in low-precision types on the user's own tiles.
 
 Letters in shapes as in model/vit.py; n tiles.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  (the name that everyone gives it)
+from torch.nn import functional as F  # noqa: N812  (the usual name)
 
 from internvit_cli.config import Pool, Tokens
 from internvit_cli.errors import DeviceError
@@ -30,16 +30,16 @@ TILES_AT_ONCE = 4
 
 
 def measure_computing(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequence[np.ndarray]) -> ComputeError:
-    """Encode tiles with a model and with its references, which are loaded one after the other and freed.
+    """Compare a model on some tiles with its references, which are loaded one after the other and freed.
 
     Args:
-        checkpoint: the model's weights.
-        model: what is measured.
-        tiles: uint8 [S,S,3] each, at least one.
+        checkpoint: The model's weights.
+        model: The model to measure.
+        tiles: Uint8 [S,S,3] each, at least one.
 
     Raises:
-        DeviceError: a reference does not fit the device's memory.
-        ModelError: the weights can't be read again.
+        DeviceError: A reference does not fit into the device's memory.
+        ModelError: The weights cannot be read again.
     """
     with as_current_device(model.device):
         measured = _hidden(model, tiles)
@@ -56,11 +56,11 @@ def measure_computing(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequen
 
 
 def measure_storing(model: FeatureModel, tiles: Sequence[np.ndarray]) -> StoreError | None:
-    """Compare tokens as they are read back with what the encoder gave; None for a model that stores none.
+    """Compare tokens as they are read back with the encoder's; return None if the model stores no tokens.
 
     Args:
-        model: what stores them, in a type with scales.
-        tiles: uint8 [S,S,3] each, at least one.
+        model: The model that stores them in a type with scales.
+        tiles: Uint8 [S,S,3] each, at least one.
     """
     if model.plan is None:
         return None
@@ -76,7 +76,7 @@ def measure_storing(model: FeatureModel, tiles: Sequence[np.ndarray]) -> StoreEr
 
 
 def _stored_and_given(model: FeatureModel, plan: StorePlan, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of hidden states [b,1+N,C] as they are read back, and as they were before storing; on the host."""
+    """Return tokens of hidden states [b,1+N,C] as they are read back and as they were before storing, on the host."""
     values = model.token_values(hidden)
     stored = model.kernels.store(values, plan)
     assert stored.scales is not None
@@ -97,12 +97,12 @@ class _Comparison:
 def _reference(
     checkpoint: Checkpoint, model: FeatureModel, dtype: torch.dtype, tiles: Sequence[np.ndarray]
 ) -> list[list[Tensor]]:
-    """Hidden states by plain PyTorch in another type; the model that gave them is gone afterwards."""
+    """Return hidden states by plain PyTorch in another type; its model is freed afterwards."""
     try:
         return _hidden(FeatureModel.load(checkpoint, model.spec, device=model.device, dtype=dtype, fused=False), tiles)
     except torch.cuda.OutOfMemoryError as error:
         raise DeviceError(
-            f"{model.device}: no memory for the model in {str(dtype).removeprefix('torch.')}, to measure fp8 against",
+            f"{model.device}: no memory for the model in {str(dtype).removeprefix('torch.')}, to compare fp8 with",
             "use --dtype bfloat16, or a smaller --batch-size",
         ) from error
     finally:
@@ -111,7 +111,7 @@ def _reference(
 
 
 def _hidden(model: FeatureModel, tiles: Sequence[np.ndarray]) -> list[list[Tensor]]:
-    """Each layer's hidden states on the host, a few tiles each [b,T,C]; the device never holds those of all tiles."""
+    """Return each layer's hidden states on the host, [b,T,C] each for a few tiles, to limit the device's memory."""
     kept = _kept_tokens(model.spec)
     with torch.inference_mode():
         batches = [[hidden[:, kept].cpu() for hidden in model.hidden(batch)] for batch in _batches(model, tiles)]
@@ -119,20 +119,20 @@ def _hidden(model: FeatureModel, tiles: Sequence[np.ndarray]) -> list[list[Tenso
 
 
 def _batches(model: FeatureModel, tiles: Sequence[np.ndarray]) -> Iterator[Tensor]:
-    """Tiles on the device, a few at a time: uint8 [b,S,S,3]."""
+    """Yield tiles on the device, a few at a time: uint8 [b,S,S,3]."""
     for start in range(0, len(tiles), TILES_AT_ONCE):
         yield torch.from_numpy(np.stack(tiles[start : start + TILES_AT_ONCE])).to(model.device)
 
 
 def _kept_tokens(spec: FeatureSpec) -> slice:
-    """Which of the 1 + N tokens leave a trace in what is stored."""
+    """Return which of the 1 + N tokens affect what is stored."""
     if spec.pool is Pool.MEAN:
         return slice(1, None)
     return slice(0, 1) if spec.tokens is Tokens.NONE and spec.pool is Pool.CLS else slice(0, None)
 
 
 def _worst(measured: list[list[Tensor]], reference: list[list[Tensor]]) -> _Comparison:
-    """Each figure of the layer where it is worst."""
+    """Return each figure of the layer where it is worst."""
     found = [_compare(one, other) for one, other in zip(measured, reference, strict=True)]
     return _Comparison(
         min(layer.lowest for layer in found),
@@ -142,7 +142,7 @@ def _worst(measured: list[list[Tensor]], reference: list[list[Tensor]]) -> _Comp
 
 
 def _compare(measured: list[Tensor], reference: list[Tensor]) -> _Comparison:
-    """Cosines of tokens, and the relative L2 error of all."""
+    """Return cosines of tokens, and the relative L2 error of all."""
     cosines, difference, norm = [], 0.0, 0.0
     for one, other in zip(measured, reference, strict=True):
         one, other = one.double(), other.double()  # noqa: PLW2901

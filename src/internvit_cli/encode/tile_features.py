@@ -1,4 +1,4 @@
-"""Features of tiles on the host, layer by layer: what an encoder gives back, without PyTorch."""
+"""Define the features of tiles on the host, layer by layer, as an encoder returns them; without PyTorch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Tiles: TypeAlias = "Sequence[NDArray[np.uint8]] | NDArray[np.uint8]"
 """uint8 [S,S,3] RGB each, one by one or as one array [n,S,S,3]."""
 UNFIT = {1: "a feature is too large for the stored type", 2: "a feature is not a number"}
-"""What the verdicts on a tile that cannot be stored say."""
+"""Messages for the verdicts on tiles that cannot be stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,14 @@ class LayerFeatures:
     """Features of n tiles from one layer."""
 
     tokens: NDArray[Any] | None
-    """[n,T,C] in the stored type, bfloat16 and fp8 as their bits; None when no tokens are stored."""
+    """[n,T,C] in the stored type, bfloat16 and fp8 as their bits; None if no tokens are stored."""
     pooled: NDArray[Any]
     """[n,d] float32."""
     scales: NDArray[Any] | None = None
-    """[n,T] float32: of tokens in a stored type that has them."""
+    """[n,T] float32, for tokens in a stored type that has scales."""
 
     def take(self, span: slice) -> LayerFeatures:
-        """Return those of some of the tiles, as views."""
+        """Return the features of some of the tiles, as views."""
         return LayerFeatures(
             tokens=None if self.tokens is None else self.tokens[span],
             pooled=self.pooled[span],
@@ -39,7 +39,7 @@ class LayerFeatures:
 
     @classmethod
     def join(cls, parts: Sequence[LayerFeatures]) -> LayerFeatures:
-        """Return those of all parts' tiles, in order, copied."""
+        """Return the features of all parts' tiles, in order, copied."""
         tokens = [part.tokens for part in parts if part.tokens is not None]
         scales = [part.scales for part in parts if part.scales is not None]
         return cls(
@@ -51,25 +51,25 @@ class LayerFeatures:
 
 @dataclass(frozen=True, slots=True)
 class TileFeatures:
-    """Features of n tiles, in the order they were submitted; the arrays belong to the caller."""
+    """Features of n tiles in the order in which they were submitted; the arrays belong to the caller."""
 
     layers: tuple[LayerFeatures, ...]
-    """The main layer's first, then those of each earlier layer, ascending."""
+    """The main layer first, then each earlier layer, ascending."""
     fits: NDArray[Any]
-    """[n] uint8: 0 the values can be stored, 1 one is too large for the stored type, 2 one is not a number."""
+    """[n] uint8: 0 if all values can be stored, 1 if one is too large for the stored type, 2 if one is not a number."""
     clamped: int
-    """How many values were clamped."""
+    """Number of values that were clamped."""
 
     def __len__(self) -> int:
         return len(self.fits)
 
     def take(self, span: slice) -> TileFeatures:
-        """Return those of some of the tiles, as views; `clamped` stays that of all."""
+        """Return the features of some of the tiles, as views; `clamped` remains that of all."""
         return TileFeatures(tuple(layer.take(span) for layer in self.layers), self.fits[span], self.clamped)
 
     @classmethod
     def join(cls, parts: Sequence[TileFeatures]) -> TileFeatures:
-        """Return those of all parts' tiles, in order, copied."""
+        """Return the features of all parts' tiles, in order, copied."""
         layers = zip(*(part.layers for part in parts), strict=True)
         return cls(
             layers=tuple(map(LayerFeatures.join, layers)),

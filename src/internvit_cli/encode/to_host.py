@@ -1,4 +1,4 @@
-"""Tensors on the host as the arrays that are handed on."""
+"""Convert tensors on the host to arrays."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def on_host(layers: Sequence[LayerTensors], spec: FeatureSpec) -> TileFeatures:
-    """Features whose tensors lie on the host, as arrays over the same memory.
+    """Return features in host tensors as arrays over the same memory.
 
     Args:
-        layers: of the same tiles, the main layer's first.
-        spec: what they are.
+        layers: Features of the same tiles, the main layer first.
+        spec: What the features are.
     """
     found = tuple(
         LayerFeatures(
@@ -37,5 +37,5 @@ def on_host(layers: Sequence[LayerTensors], spec: FeatureSpec) -> TileFeatures:
 
 
 def _as_stored(tokens: torch.Tensor) -> np.ndarray:
-    """Tokens as numpy sees them: bfloat16 as uint16 bits."""
+    """Return tokens for numpy, bfloat16 as uint16 bits."""
     return (tokens.view(torch.uint16) if tokens.dtype is torch.bfloat16 else tokens).numpy()

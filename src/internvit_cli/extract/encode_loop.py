@@ -1,6 +1,6 @@
-"""Fill rows: pictures are decoded, encoded in batches across images, and handed on, all at the same time.
+"""Decode images, encode them in batches across images, and store their rows, all at the same time.
 
-decode thread -> images -> main thread: batches -> encoder -> images' rows -> sink, a thread that stores them
+decode thread -> images -> main thread: batches -> encoder -> rows of images -> sink: a thread that stores them
 """
 
 from __future__ import annotations
@@ -35,54 +35,54 @@ if TYPE_CHECKING:
     from internvit_cli.runtime.signals import Stop
 
 BATCHES_IN_FLIGHT = 2
-"""One that the device works on and one that waits, so that the device never does."""
+"""One batch that the device works on and one that waits, so that the device is never idle."""
 LAG_SECONDS = 2.0
-"""Without a full batch for so long, what there is goes on its way: slow decoding must not hold back what is encoded."""
+"""A batch that is not full after this time is encoded anyway, so that slow decoding does not delay finished images."""
 POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeRules:
-    """What becomes of the features of an image, and of an image that has none."""
+    """How features of an image are stored, and what happens to an image that cannot be used."""
 
     recipe: Recipe
-    """What is stored of an image."""
+    """Decides what is stored."""
     is_begun: bool = False
-    """The output has rows: a value that is too large skips its image, and no more ends the run."""
+    """Whether the output has rows: then a value that is too large skips its image and does not end the run."""
     strict: bool = False
-    """End at the first image that cannot be used, leaving it pending."""
+    """Whether to end at the first image that cannot be used, which stays pending."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """Images to be encoded, and where they go."""
+    """Images to be encoded, and the sink that stores them."""
 
     keys: Any
     """The images' keys, by row."""
     jobs: Iterable[DecodeJob | None]
-    """None when there is none at the moment, and there may be later."""
+    """None means that no job is available now, but more may come."""
     sink: Sink
     rules: EncodeRules
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
-    """What became of the images of a job."""
+    """The outcome of a job."""
 
     stages: Stages
     tally: Tally
     clamped: int
-    """Values that were clamped to the stored type's range."""
+    """Number of values that were clamped to the range of the stored type."""
 
 
 @dataclass(slots=True)
 class _Assembly:
-    """An image whose tiles are on their way through the encoder."""
+    """An image whose tiles are being encoded."""
 
     row: int
     digest: bytes
     missing: int
-    """Tiles whose features have not come yet."""
+    """Number of tiles whose features are outstanding."""
     parts: list[TileFeatures] = field(default_factory=list)
     """Features of consecutive tiles."""
 
@@ -102,7 +102,7 @@ class EncodeLoop:
     def __init__(
         self, job: EncodeJob, decoder: Decoder, encoder: Encoder, stop: Stop, on_progress: Callable[[Tally], None]
     ) -> None:
-        """Make room for the batches; nothing runs yet."""
+        """Prepare the batches; nothing runs yet."""
         self._job = job
         self._decoder = decoder
         self._encoder = encoder
@@ -110,7 +110,7 @@ class EncodeLoop:
         self._on_progress = on_progress
         self._rules = job.rules
         self._buffer: NDArray[np.uint8] | None = None
-        """The batch at hand; None until there is a tile for it."""
+        """The current batch; None until there is a tile for it."""
         self._spans: list[_Span] = []
         self._filled = 0
         self._in_flight: deque[tuple[PendingBatch, list[_Span]]] = deque()
@@ -119,12 +119,12 @@ class EncodeLoop:
         self._clamped = 0
 
     def run(self) -> EncodeResult:
-        """Encode all images, or as many as there is time for before `stop`.
+        """Encode all images, or as many as possible before `stop`.
 
-        Everything that was encoded has gone to the sink when this returns, and also when it raises. The sink is closed.
+        Whether this returns or raises, everything that was encoded has gone to the sink, and the sink is closed.
 
         Raises:
-            InternvitError: the disk, the device or the workers fail; with `strict`, an image cannot be used.
+            InternvitError: The disk, the device or the workers fail; with `strict`, also if an image cannot be used.
         """
         started, host_before = time.perf_counter(), time.thread_time()
         decode_before, device_before = self._decoder.busy_seconds, self._encoder.device_seconds
@@ -159,7 +159,7 @@ class EncodeLoop:
             decoded.close()
 
     def _encode(self, image: DecodedImage) -> None:
-        """Copy an image's tiles into the batch at hand, sending off each batch that becomes full."""
+        """Copy an image's tiles into the current batch, and submit each batch that becomes full."""
         tiles = len(image.tiles)
         assembly = _Assembly(image.row, image.digest, tiles)
         position = 0
@@ -176,7 +176,7 @@ class EncodeLoop:
         image.release()
 
     def _catch_up(self) -> None:
-        """Fetch what the encoder has, and when it has nothing left, give it a batch that is not full."""
+        """Fetch all batches from the encoder; if there are none, submit a batch that is not full."""
         if self._in_flight:
             self._finish_oldest()
         else:
@@ -230,7 +230,7 @@ class EncodeLoop:
 
 
 def _unfit(parts: list[TileFeatures]) -> Skipped | None:
-    """Why an image's features cannot be stored; None when they can."""
+    """Return why an image's features cannot be stored; None if they can."""
     worst = max(int(part.fits.max()) for part in parts)
     if worst == 0:
         return None
@@ -238,7 +238,7 @@ def _unfit(parts: list[TileFeatures]) -> Skipped | None:
 
 
 def strict_error(key: bytes, skipped: Skipped) -> InternvitError:
-    """What `--strict` ends a run with."""
+    """Return the error with which `--strict` ends a run."""
     return InternvitError(
         f"{one_line(key)}: {skipped.status.word}: {skipped.message}",
         "run without --strict to skip such images and list them",
@@ -256,7 +256,7 @@ class _DecodeThread:
         self._thread.start()
 
     def __iter__(self) -> Iterator[DecodedImage | FailedImage | None]:
-        """Images as they come, and None now and then while there are none."""
+        """Yield images as they come, and None from time to time while there are none."""
         while True:
             try:
                 item = self._results.get(timeout=POLL_SECONDS)
@@ -275,7 +275,7 @@ class _DecodeThread:
 
     def _run(self, decoder: Decoder, jobs: Iterable[DecodeJob | None]) -> None:
         try:
-            # Slots bound what lies in the queue: an image keeps its slot until its tiles are taken.
+            # Slots bound the queue, because an image keeps its slot until its tiles are copied.
             for item in decoder.run(jobs, lambda: self._closed or bool(self._stop.signal)):
                 self._results.put(item)
         except BaseException as error:  # noqa: BLE001 - raised again where the results are read

@@ -1,4 +1,4 @@
-"""Rows of several images on their way to the disk at the same time: no two images share a byte."""
+"""Write the rows of several images in parallel; images share no bytes."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ if TYPE_CHECKING:
     from internvit_cli.storage.write.commit import ImageRows, WrittenImage
 
 MOST_THREADS = 4
-"""One thread copies about 2 GB/s into the page cache; a card gives no more than four of them take."""
+"""One thread copies about 2 GB/s into the page cache; four keep up with any card."""
 WAITING_PER_THREAD = 2
 SMALL_BYTES = 1 << 17
-"""An image that is no larger is written in less time than it takes to hand it over."""
+"""An image up to this size is written in less time than it takes to hand it over."""
 
 
 class RowThreads:
-    """Writes images in threads and says which are written. One thread calls it; close it before the files."""
+    """Writes images in threads and yields those that are written. One thread calls it; close it before the files."""
 
     def __init__(self, write: Callable[[ImageRows], WrittenImage]) -> None:
-        """Start with no thread; `write` is called in several at a time, each time for another image."""
+        """Start without threads; `write` is called in several threads at a time, each for another image."""
         self._write = write
         self._threads = max(1, min(MOST_THREADS, usable_cpus()))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rows")
         self._written: deque[Future[tuple[WrittenImage, float]]] = deque()
         self._busy_seconds = 0.0
         self.waited_seconds = 0.0
-        """Time that the caller waited because all threads had enough to do."""
+        """Seconds that the caller waited because all threads were busy."""
 
     @property
     def busy_seconds(self) -> float:
-        """Time that the threads wrote, divided by their number."""
+        """Seconds that the threads wrote, divided by their number."""
         return self._busy_seconds / self._threads
 
     def put(self, image: ImageRows) -> None:
-        """Have an image written.
+        """Write an image, usually in a thread.
 
         Raises:
-            OutputError: the disk failed.
+            OutputError: The disk failed.
         """
         if image.nbytes > SMALL_BYTES:
             self._written.append(self._pool.submit(self._timed, image))
@@ -53,13 +53,13 @@ class RowThreads:
             self._written.append(done)
 
     def written(self, *, is_end: bool = False) -> Iterator[WrittenImage]:
-        """Yield images that are written and were not yielded before, in the order in which they were put.
+        """Yield images that were written since the last call, in the order of `put`.
 
         Args:
-            is_end: wait for all of them; otherwise only while more wait than the threads soon come to.
+            is_end: Whether to wait for all of them; otherwise this waits only while the threads have a long queue.
 
         Raises:
-            OutputError: the disk failed.
+            OutputError: The disk failed.
         """
         while self._written:
             is_full = len(self._written) > WAITING_PER_THREAD * self._threads
@@ -72,7 +72,7 @@ class RowThreads:
             yield image
 
     def close(self) -> None:
-        """Wait until no thread writes any more; what was not begun is dropped."""
+        """Wait until no thread is writing; images that were not begun are dropped."""
         self._pool.shutdown(cancel_futures=True)
 
     def _timed(self, image: ImageRows) -> tuple[WrittenImage, float]:

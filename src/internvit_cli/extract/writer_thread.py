@@ -1,4 +1,4 @@
-"""Where finished images go while others are encoded: a thread that has their rows written and makes the checkpoints."""
+"""Write finished images and make checkpoints in a thread while other images are encoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CHECKPOINT_SECONDS = 2.0
 CHECKPOINT_BYTES = 256_000_000
 MOST_WAITING = 16
-"""Finished images that may wait for the disk."""
+"""Maximum finished images that wait for the disk."""
 
 
 class SkippedImage(NamedTuple):
@@ -37,14 +37,14 @@ FinishedImage = ImageRows | WrittenImage | SkippedImage
 
 
 class _Mark(Enum):
-    """What comes from a sink's queue beside images."""
+    """Markers from a sink's queue in place of images."""
 
     NOTHING = "no image for a while"
     END = "no image any more"
 
 
 class Sink(ABC):
-    """Takes finished images in a thread of its own. Once that has failed it takes and drops everything."""
+    """Takes finished images in its own thread. After a failure, it drops all further images."""
 
     def __init__(self) -> None:
         self._queue: queue.Queue[FinishedImage | _Mark] = queue.Queue(MOST_WAITING)
@@ -55,24 +55,24 @@ class Sink(ABC):
 
     @property
     def busy_seconds(self) -> float:
-        """Time that it took to store what was put, as far as it was not done beside something else."""
+        """Seconds spent on storing images, excluding parallel work."""
         return self._busy_seconds
 
     def put(self, image: FinishedImage) -> None:
-        """Hand over a finished image; waits while too many wait for the disk.
+        """Hand over a finished image, after waiting while too many images wait for the disk.
 
         Raises:
-            InternvitError: an earlier one could not be written.
+            InternvitError: An earlier image could not be written.
         """
         if self._failure is not None:
             raise self._failure
         self._queue.put(image)
 
     def close(self) -> None:
-        """Finish what was put and end; a second time does nothing.
+        """Finish all images and end; a second call does nothing.
 
         Raises:
-            InternvitError: the disk failed.
+            InternvitError: The disk failed.
         """
         if not self._thread.is_alive():
             return
@@ -87,7 +87,7 @@ class Sink(ABC):
 
     @abstractmethod
     def on_idle(self, *, is_end: bool) -> None:
-        """Called after each image, in idle moments, and at the end."""
+        """Do what is due; called after each image, in idle moments, and at the end."""
 
     def _run(self) -> None:
         is_end = False
@@ -101,7 +101,7 @@ class Sink(ABC):
                 if not isinstance(image, _Mark):
                     self.take(image)
                 self.on_idle(is_end=is_end)
-            except BaseException as error:  # noqa: BLE001 - raised again by whoever puts or closes
+            except BaseException as error:  # noqa: BLE001 - raised again in `put` or `close`
                 self._failure = error
             self._busy_seconds += time.perf_counter() - started
 
@@ -113,10 +113,10 @@ class Sink(ABC):
 
 
 class ShardSink(Sink):
-    """Writes the rows of one shard, or records those that other processes wrote, and commits them now and then.
+    """Writes the rows of one shard, or records those that other processes wrote, and commits them periodically.
 
-    Several threads write rows. A commit waits for the disk in a thread of its own, and is only about rows whose writes
-    have returned.
+    Several threads write rows. A commit waits for the disk in its own thread, and covers only rows whose writes have
+    returned.
     """
 
     def __init__(self, writer: ShardWriter, skip_log: SkipLog, keys: Any) -> None:
@@ -131,7 +131,7 @@ class ShardSink(Sink):
         super().__init__()
 
     def take(self, image: FinishedImage) -> None:
-        """Write or record it; it is done after the next checkpoint."""
+        """Write or record an image, which is done after the next checkpoint."""
         match image:
             case ImageRows():
                 self._rows.put(image)
@@ -142,7 +142,7 @@ class ShardSink(Sink):
                 self._skips.append(image)
 
     def on_idle(self, *, is_end: bool) -> None:
-        """Record what is written, and make a checkpoint when it is time, and the last one is through."""
+        """Record written images, and make a checkpoint if one is due and the last one has finished."""
         for written in self._rows.written(is_end=is_end):
             self._writer.record(written)
         if self._commit is not None and (is_end or self._commit.done()):
@@ -156,14 +156,14 @@ class ShardSink(Sink):
 
     @property
     def busy_seconds(self) -> float:
-        """Its own time, and that of the threads that write."""
+        """Seconds of this thread and of the threads that write."""
         return self._busy_seconds - self._rows.waited_seconds + self._rows.busy_seconds
 
     def close(self) -> None:
-        """Finish what was put and end; no thread writes to the shard after this, whatever went wrong.
+        """Finish all images and end; no thread writes to the shard after this, even if something failed.
 
         Raises:
-            InternvitError: the disk failed.
+            InternvitError: The disk failed.
         """
         try:
             super().close()
@@ -177,13 +177,13 @@ class ShardSink(Sink):
         return seconds >= CHECKPOINT_SECONDS or self._writer.uncommitted_bytes >= CHECKPOINT_BYTES
 
     def _taken(self) -> tuple[list[SkippedImage], NDArray[Any]]:
-        """What the next commit is about: images that were skipped, and rows, theirs too."""
+        """Return the skipped images and the rows of the next commit; the rows include those of skipped images."""
         skips, self._skips = self._skips, []
         for image in skips:
             self._writer.skip(image.row, image.skipped)
         return skips, self._writer.take_uncommitted()
 
     def commit(self, skips: list[SkippedImage], rows: NDArray[Any]) -> None:
-        """Have it all on the disk, the reasons first: a status that says skipped always has its line."""
+        """Commit rows, after the reasons of skipped images, so that every skipped status has its line."""
         self._skip_log.append((self._keys[image.row], image.skipped) for image in skips)
         self._writer.commit(rows)

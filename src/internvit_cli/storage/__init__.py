@@ -1,1 +1,1 @@
-"""Define feature files, write rows to them so that nothing is lost, and read them."""
+"""Define feature files, write rows to them crash-safely, and read them."""

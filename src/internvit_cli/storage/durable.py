@@ -1,4 +1,4 @@
-"""Writing that survives a crash: positioned writes, reserved space, syncs, names that appear whole or not at all."""
+"""Write files so that they survive a crash: positioned writes, reserved space, syncs and atomic renames."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""The last: a file over what the filesystem, or a limit of the shell, allows."""
+"""EFBIG: the file is larger than the filesystem or a shell limit allows."""
 WITHOUT_FALLOCATE = (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EPERM, ENOTSUPP)
-"""The last but one: what a sandbox answers to system calls that it does not know."""
+"""EPERM: sandboxes return it for system calls that they do not know."""
 WITHOUT_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, ENOTSUPP)
-"""What filesystems that sync no folders answer; a failing disk answers something else, such as EIO."""
+"""Errors of filesystems that cannot sync folders; a failing disk returns others, such as EIO."""
 
 
 @contextmanager
 def disk_errors(path: str) -> Iterator[None]:
-    """Turn an error of the disk into one that ends the run and says what to do."""
+    """Turn disk errors into errors that end the run and say what to do."""
     try:
         yield
     except OSError as error:
@@ -45,7 +45,7 @@ def disk_errors(path: str) -> Iterator[None]:
 
 
 def write_all(descriptor: int, data: Any, offset: int) -> None:
-    """Write a whole buffer at a byte offset, whatever the kernel takes at a time."""
+    """Write a whole buffer at a byte offset, in as many writes as the kernel needs."""
     view = memoryview(data).cast("B")
     while view:
         written = os.pwrite(descriptor, view, offset)
@@ -56,7 +56,7 @@ def read_exactly(descriptor: int, size: int, offset: int, path: str) -> bytearra
     """Read `size` bytes at a byte offset.
 
     Raises:
-        OutputError: the file ends before that.
+        OutputError: The file ends before that.
     """
     if offset + size > os.fstat(descriptor).st_size:
         raise too_short(path)
@@ -71,7 +71,7 @@ def read_exactly(descriptor: int, size: int, offset: int, path: str) -> bytearra
 
 
 def too_short(path: str) -> OutputError:
-    """Return the error of a file that ends before its rows do."""
+    """Return the error for a file that ends before its rows do."""
     return OutputError(f"{path} is shorter than its index says", f"it was truncated after it was written; {RESTORE}")
 
 
@@ -87,13 +87,13 @@ def sync_data(descriptor: int) -> None:
 
 
 def sync_together(descriptors: Mapping[str, int]) -> None:
-    """Sync the data of several files at the same time: a filesystem's journal takes in one go what waits for it.
+    """Sync the data of several files at the same time, which lets a filesystem's journal commit them together.
 
     Args:
-        descriptors: by path.
+        descriptors: Descriptors by path.
 
     Raises:
-        OutputError: a sync failed; all of them have been asked for, and none is ever asked for again.
+        OutputError: A sync failed. All of them were requested, and none is ever retried.
     """
     if len(descriptors) == 1:
         for path, descriptor in descriptors.items():
@@ -111,16 +111,16 @@ def sync_path(path: str) -> str:
     """Sync a file or a folder by name.
 
     Returns:
-        Why a folder is not synced, in the system's words, where its filesystem syncs none; otherwise nothing. Such a
-        filesystem must not make every run fail: what is lost there is told by `unsynced_folder`.
+        The system's message if the filesystem cannot sync folders; otherwise an empty string. Such a filesystem must
+        not make every run fail; `unsynced_folder` describes what is lost there.
 
     Raises:
-        OutputError: the disk failed. It is fatal, as in `sync_data`.
+        OutputError: The disk failed, which is fatal, as in `sync_data`.
     """
     with disk_errors(path):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except PermissionError as error:  # a folder that may be written and not read
+        except PermissionError as error:  # the folder may be written but not read
             if os.path.isdir(path):
                 return system_words(error)
             raise
@@ -136,34 +136,34 @@ def sync_path(path: str) -> str:
 
 
 def unsynced_folder(folder: str) -> str:
-    """Sync a folder; returns one sentence on what is not promised there, and nothing where all is.
+    """Sync a folder and return a sentence on which guarantees are missing there, or an empty string.
 
     Raises:
-        OutputError: the disk failed.
+        OutputError: The disk failed.
     """
     words = sync_path(folder)
     if not words:
         return ""
     return (
-        f"{folder} cannot be synced ({words}): after a power cut, not after a kill, a finished output may be missing "
-        "or still have the name of an unfinished one; run the same command again then"
+        f"{folder} cannot be synced ({words}): after a power cut (not after a kill) a finished output may be missing "
+        "or still have the name of an unfinished one; in that case, run the same command again"
     )
 
 
 def rename_durably(source: str, target: str) -> None:
-    """Move a synced file or folder to its name, replacing a file, so that the name itself survives a power cut."""
+    """Rename a synced file or folder, replacing an existing file, so that the new name survives a power cut."""
     with disk_errors(target):
         os.replace(source, target)
     sync_path(os.path.dirname(os.path.abspath(target)))
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a small file that is either there and whole, or not there.
+    """Write a small file atomically and durably.
 
-    A link that has its name is replaced, and what it leads to is left alone.
+    A link with that name is replaced; its target is left alone.
 
     Raises:
-        OutputError: a folder, a pipe or the like has its name, or the disk failed; nothing is left beside it.
+        OutputError: A folder, a pipe or the like has that name, or the disk failed; no temporary file is left behind.
     """
     temporary = f"{path}.tmp"
     if not os.path.islink(path):
@@ -182,25 +182,24 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def create(path: str, buffering: int = -1) -> BinaryIO:
-    """Make a file that is not there yet, for writing in binary.
+    """Create a file that does not exist yet, for writing in binary.
 
-    All files of ours begin here or in `append`, so that a link or another name of a file that somebody put in the way
-    is never written through.
+    All of our files are created here or in `append`, so that nothing is ever written through a symbolic or hard link.
 
     Raises:
-        FileExistsError: something has that name; a link that leads nowhere has it too.
+        FileExistsError: Something has that name; a dangling link counts.
     """
     return open(path, "xb", buffering=buffering)
 
 
 def append(path: str) -> BinaryIO:
-    """Open a file of ours for writing at its end, made if it is not there; what is in it can be read too.
+    """Open one of our files for reading and for appending; it is created if it does not exist.
 
     Raises:
-        OutputError: a link, a pipe or the like has its name.
+        OutputError: A link, a pipe or the like has its name.
     """
     descriptor = open_ours(path, os.O_CREAT | os.O_APPEND)
-    if os.fstat(descriptor).st_nlink > 1:  # another name of it, such as that of a snapshot, keeps what it had
+    if os.fstat(descriptor).st_nlink > 1:  # other hard links, such as a snapshot's, keep the old content
         with os.fdopen(descriptor, "rb") as shared:
             write_file(path, shared.read())
         descriptor = open_ours(path, os.O_APPEND)
@@ -208,10 +207,10 @@ def append(path: str) -> BinaryIO:
 
 
 def open_ours(path: str, flags: int = 0) -> int:
-    """Open a file of ours for reading and writing, and nothing else that has its name; returns the descriptor.
+    """Open one of our files for reading and writing, but nothing else with its name; return the descriptor.
 
     Raises:
-        OutputError: a link, a pipe or the like has its name.
+        OutputError: A link, a pipe or the like has its name.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, 0o666)
@@ -225,10 +224,10 @@ def open_ours(path: str, flags: int = 0) -> int:
 
 
 def refuse_special(path: str) -> None:
-    """Refuse what has the name of a file of ours and is none.
+    """Refuse anything but a regular file under the name of one of our files.
 
     Raises:
-        OutputError: it is a folder, a link, a pipe, a socket or a device.
+        OutputError: It is a folder, a link, a pipe, a socket or a device.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -236,15 +235,15 @@ def refuse_special(path: str) -> None:
         return
     if not stat.S_ISREG(mode):
         raise OutputError(
-            f"{path} is {file_kind(mode)}, where a file of internvit belongs", "move it away, or choose another name"
+            f"{path} is {file_kind(mode)}, but internvit keeps a file there", "move it away, or choose another name"
         )
 
 
 def make_way(temporary: str) -> None:
-    """Remove what a run that was cut short left under the name of a temporary file, and never what a link leads to.
+    """Remove a temporary file that an interrupted run left behind; the target of a link is never removed.
 
     Raises:
-        OutputError: something else has that name.
+        OutputError: Something else has that name.
     """
     if os.path.lexists(temporary):
         if not os.path.islink(temporary):
@@ -254,10 +253,10 @@ def make_way(temporary: str) -> None:
 
 @contextmanager
 def folder_for(path: str) -> Iterator[None]:
-    """Have the folder that a file is to be written in; a new one goes again when the file cannot be written.
+    """Create the folder of a file to be written, and remove a new folder again if the file cannot be written.
 
     Raises:
-        OutputError: it cannot be made.
+        OutputError: It cannot be created.
     """
     folder = os.path.dirname(os.path.abspath(path))
     is_new = not os.path.isdir(folder)
@@ -267,13 +266,13 @@ def folder_for(path: str) -> Iterator[None]:
         yield
     except BaseException:
         if is_new:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # it is not empty
                 os.rmdir(folder)
         raise
 
 
 def remove(path: str) -> None:
-    """Remove a file or a folder with all it holds; nothing when it is not there."""
+    """Remove a file, or a folder with its contents, if it exists."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
@@ -281,16 +280,16 @@ def remove(path: str) -> None:
 
 
 def reserve(path: str) -> bool:
-    """Have the filesystem set the blocks of a file aside, so that the disk cannot fill up in the middle of a run.
+    """Reserve the blocks of a file, so that the disk cannot fill up in the middle of a run.
 
-    This is fallocate(2) itself: the C library's stand-in for filesystems without it would write every block. There the
-    file stays sparse.
+    This calls fallocate(2) itself, because the C library's fallback would write every block on filesystems that lack
+    it. There, the file stays sparse.
 
     Returns:
-        Whether they are set aside.
+        Whether the blocks are reserved.
 
     Raises:
-        OSError: the blocks are not to be had.
+        OSError: The blocks are not available.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -311,14 +310,14 @@ def reserve(path: str) -> bool:
 
 
 def memory_file() -> BinaryIO:
-    """An empty file that lies in memory and goes when it is closed; its holes take no room."""
+    """Return an empty file in memory that disappears when it is closed; its holes take no space."""
     if not hasattr(os, "memfd_create"):
         return tempfile.TemporaryFile(buffering=0)
     return os.fdopen(os.memfd_create("internvit-plan"), "w+b", buffering=0)
 
 
 def written_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
-    """The parts of a file that are not holes, as (start, stop) bytes; all of it where holes cannot be told."""
+    """Yield the parts of a file that are not holes, as (start, stop) bytes; the whole file if holes are unknown."""
     size = os.fstat(descriptor).st_size
     if not hasattr(os, "SEEK_DATA"):
         yield 0, size
@@ -328,7 +327,7 @@ def written_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
         try:
             start = os.lseek(descriptor, stop, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole is left
+            if error.errno == errno.ENXIO:  # only a hole is left
                 return
             raise
         stop = os.lseek(descriptor, start, os.SEEK_HOLE)
@@ -336,7 +335,7 @@ def written_ranges(descriptor: int) -> Iterator[tuple[int, int]]:
 
 
 def free_bytes(path: str) -> int:
-    """Bytes that an ordinary user may still write beside `path`, which need not exist yet."""
+    """Return the bytes that an ordinary user may still write beside `path`, which need not exist yet."""
     folder = os.path.abspath(path)
     while not os.path.isdir(folder):
         folder = os.path.dirname(folder)
@@ -345,22 +344,22 @@ def free_bytes(path: str) -> int:
 
 
 def allocated_bytes(path: str) -> int:
-    """Bytes of disk that a file, or the files of a folder, take up already."""
+    """Return the bytes of disk that a file or the files of a folder occupy."""
     if os.path.isdir(path):
         return sum(allocated_bytes(entry.path) for entry in os.scandir(path))
     return os.stat(path).st_blocks * 512 if os.path.exists(path) else 0
 
 
 def check_space(path: str, needed: int, less: str = "--tokens none, --max-tiles") -> None:
-    """Refuse a plan that cannot fit.
+    """Refuse a plan that does not fit on the disk.
 
     Args:
-        path: what is to be written.
-        needed: bytes.
-        less: options with which it would be less.
+        path: The output.
+        needed: The number of bytes that will be written.
+        less: Options that reduce it.
 
     Raises:
-        NoSpaceError: fewer than `needed` bytes are free.
+        NoSpaceError: Fewer than `needed` bytes are free.
     """
     free = free_bytes(path)
     if needed > free:

@@ -1,4 +1,4 @@
-"""From features of an image's tiles to the rows that are stored of it: the one place that makes an image's vector."""
+"""Turn the features of an image's tiles into the rows that are stored; only this module makes an image's vector."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def image_arrays(parts: Sequence[Sequence[LayerFeatures]], recipe: Recipe) -> dict[str, list[NDArray[Any]]]:
-    """Return what is stored of one image.
+    """Return the rows that are stored for one image.
 
     Args:
-        parts: features of its tiles, in order, in one or more parts; each has one entry per layer, the main one first.
-        recipe: what is stored of them.
+        parts: Features of its tiles, in order, in one or more parts; each has one entry per layer, the main one first.
+        recipe: Decides what is stored.
 
     Returns:
-        By dataset, consecutive blocks of rows: one block of one row of those with one row per image.
+        Consecutive blocks of rows by dataset; datasets with one row per image have one block of one row.
     """
     arrays: dict[str, list[NDArray[Any]]] = {}
     for number, layer in enumerate((None, *recipe.earlier_layers)):
         of_layer = [part[number] for part in parts]
         vectors = np.concatenate([part.pooled for part in of_layer])
-        # Without a thumbnail the image's vector is the mean over its tiles'.
+        # Without a thumbnail, the image's vector is the mean over its tiles.
         pooled = vectors[-1] if recipe.thumbnail else vectors.mean(axis=0, dtype=np.float32)
         found = {
             POOLED: [pooled[None]],

@@ -1,4 +1,4 @@
-"""One writer an output: a lock that the kernel drops with its holder, so that a dead run never needs a human."""
+"""Allow one writer per output, with a lock that the kernel releases when its holder dies."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def exclusive(output: str, *, enabled: bool = True) -> Iterator[None]:
-    """Hold `output` for this process. The data itself is never locked, so readers always get in.
+    """Lock `output` for this process. The data itself is never locked, so readers are never blocked.
 
     Raises:
-        LockedError: another run holds it; the message names host, process and start.
-        OutputError: the folder cannot be written, something else has the name of the lock, or its filesystem has no
+        LockedError: Another run holds the lock; the message names its host, process and start.
+        OutputError: The folder cannot be written, something else has the name of the lock, or its filesystem has no
             locks.
     """
     if not enabled:
@@ -34,12 +34,12 @@ def exclusive(output: str, *, enabled: bool = True) -> Iterator[None]:
     descriptor = _acquire(path)
     try:
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with contextlib.suppress(OSError):  # such as a full disk: the lock holds without its text
+        with contextlib.suppress(OSError):  # such as a full disk: the lock works without its text
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
         yield
     finally:
-        # Unlinking while the lock is held is safe: whoever waits for this inode looks whether the path still has it.
+        # Unlinking while the lock is held is safe: a process that waits for this inode checks whether the path has it.
         if _is_at(descriptor, path):
             os.unlink(path)
         os.close(descriptor)
@@ -60,14 +60,14 @@ def _acquire(path: str) -> int:
         is_ours = _is_at(descriptor, path)
         if is_ours and os.fstat(descriptor).st_nlink == 1:
             return descriptor
-        if is_ours:  # its other name, such as that of a snapshot, must not get our text
+        if is_ours:  # another hard link, such as a snapshot's, must not get our text
             os.unlink(path)
         os.close(descriptor)
 
 
 def _open(path: str) -> tuple[int, bool]:
-    """Open the lock file, or make it; returns the descriptor, and whether it is new."""
-    # No link is followed: what it leads to would be overwritten.
+    """Open or create the lock file; return the descriptor, and whether the file is new."""
+    # No link is followed: its target would be overwritten.
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     while True:
         with contextlib.suppress(FileExistsError), _errors_of_folder(path):
@@ -84,24 +84,24 @@ def _open_present(path: str) -> int:
     except OSError as error:
         raise OutputError(
             f"cannot open the lock {path}: {system_words(error)}",
-            "it may be another user's: remove it when no run writes this output, or choose another output",
+            "it may belong to another user: remove it if no run is writing this output, or choose another output",
         ) from error
 
 
 def _refusal(error: OSError, path: str, descriptor: int) -> InternvitError:
-    """What to say when the kernel does not give the lock. Only one answer means that somebody has it."""
+    """Return the error for a lock that was not granted. Only one errno means that another process holds it."""
     if error.errno == errno.EWOULDBLOCK:
         output = path.removesuffix(".lock")
         return LockedError(f"{output} is held by another run{_holder(descriptor)}", "try again later")
     return OutputError(
         f"the filesystem of {path} has no locks that work: {system_words(error)}",
-        "run with --no-lock, and see to it that only one run writes this output",
+        "run with --no-lock, and make sure that only one run writes this output",
     )
 
 
 @contextlib.contextmanager
 def _errors_of_folder(path: str) -> Iterator[None]:
-    """Turn an error of making a file into one that says what to do, unless the file is there already."""
+    """Turn errors of creating a file into errors that say what to do, unless the file exists already."""
     try:
         yield
     except FileExistsError:
@@ -119,7 +119,7 @@ def _errors_of_folder(path: str) -> Iterator[None]:
 
 
 def _is_at(descriptor: int, path: str) -> bool:
-    """Whether a path still names the opened file, which another run may just have finished with and unlinked."""
+    """Return whether a path still names the opened file, which another run may have unlinked when it finished."""
     ours = os.fstat(descriptor)
     try:
         theirs = os.lstat(path)
@@ -129,7 +129,7 @@ def _is_at(descriptor: int, path: str) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    """Who holds the lock, as far as the file tells."""
+    """Describe the holder of the lock from the file's text."""
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
         return f": process {int(record['pid'])} on {record['host']!s:.255}, since {record['started']!s:.40}"

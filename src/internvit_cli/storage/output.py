@@ -1,4 +1,4 @@
-"""Where features go: one file, or a folder of shards with a manifest, and how a shard gets its final name."""
+"""Manage an output, which is one file or a folder of shards with a manifest, and give shards their final names."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ MANIFEST = "manifest.json"
 NEXT_MANIFEST = "manifest.next.json"
 SKIPPED = "skipped.jsonl"
 MANIFEST_BYTES = 16 << 20
-"""More than the manifest takes of a folder whose rows all count; a superseded row has its key there."""
+"""More than the manifest of a folder without superseded rows takes; it lists the key of each superseded row."""
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestEntry:
-    """One shard that exists because the manifest says so."""
+    """One shard as listed in the manifest."""
 
     name: str
     format: Format
     images: int
     tiles: int
     superseded: tuple[str, ...] = ()
-    """Keys whose rows here do not count: later shards have newer ones, or their pictures were pruned."""
+    """Keys whose rows in this shard do not count: later shards have newer ones, or their pictures were pruned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +64,16 @@ class FinishedShard:
     stored: StoredShard
     superseded: tuple[str, ...] = ()
     files: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """What `file_identity` said of each of its files when the index was read."""
+    """The `file_identity` of each of its files at the time the index was read."""
 
     @property
     def backend(self) -> ShardFormat:
-        """What reads it."""
+        """The module that reads it."""
         return backend_of(self.format)
 
     @property
     def is_partial(self) -> bool:
-        """Whether it is still to be filled."""
+        """Whether it is unfinished."""
         return self.path.endswith(PARTIAL)
 
     @property
@@ -89,7 +89,7 @@ class FinishedShard:
 
 
 class _Length(NamedTuple):
-    """How much of a file there is, and which file it is."""
+    """The size and the identity of a file."""
 
     inode: int
     size: int
@@ -97,28 +97,28 @@ class _Length(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Before:
-    """What was at an output when a run began."""
+    """The state of an output when a run began."""
 
     has_folder: bool
     number: int
-    """Of the shard at hand."""
+    """Number of the current shard."""
     has_partial: bool
     has_replacement: bool
     skipped: _Length | None
-    """None without a list of skipped images."""
+    """None if there is no list of skipped images."""
 
 
 class Output:
     """An output path and its shards. A single file is one shard; a folder has any number, listed in its manifest."""
 
     def __init__(self, path: str, wanted: Format | None = None) -> None:
-        """Interpret `-o PATH --format WANTED`; nothing is read or written.
+        """Interpret `-o PATH --format WANTED` without reading or writing anything.
 
         Raises:
-            UsageError: the name and the format contradict each other.
+            UsageError: The name and the format contradict each other.
         """
         name = named_path(path)
-        # Whatever a run makes beside its output, its lock above all, has to be found by any other name of the output.
+        # Files beside the output, above all its lock, must be found through every alias of the output.
         is_alias = os.path.islink(name) or os.path.basename(name) in (".", "..")
         self.path = os.path.realpath(name) if is_alias else name
         self.is_file = is_single_file(path)
@@ -139,15 +139,15 @@ class Output:
 
     @property
     def skipped_path(self) -> str:
-        """The JSON lines that say why images were skipped."""
+        """Path of the JSON lines that list skipped images."""
         return f"{self.path}.skipped.jsonl" if self.is_file else os.path.join(self.path, SKIPPED)
 
     def final_path(self, number: int) -> str:
-        """Where a finished shard lies: for .npy shards, what their files' names begin with."""
+        """Return the path of a finished shard; for .npy shards, the prefix of its files."""
         return self.path if self.is_file else os.path.join(self.path, _shard_name(number)) + self.backend.SUFFIX
 
     def partial_path(self, number: int) -> str:
-        """Where a shard lies while it is filled."""
+        """Return the path of a shard while it is filled."""
         return self.final_path(number) + PARTIAL
 
     @property
@@ -156,10 +156,10 @@ class Output:
         return os.path.dirname(os.path.abspath(self.path)) if self.is_file else self.path
 
     def prepare(self) -> None:
-        """Check that this is a place of ours, make the folder, and sweep away what a crash left half made.
+        """Check the place, create the folder, and remove half-written files that a crash left behind.
 
         Raises:
-            OutputError: the path is something else, or cannot be written.
+            OutputError: The path is something else, or cannot be written.
         """
         self.check_place()
         has_folder = os.path.isdir(self.path)
@@ -178,7 +178,7 @@ class Output:
         )
 
     def withdraw(self) -> None:
-        """Remove what was made since `prepare`, for a start that failed; nothing, once an image is stored."""
+        """Remove what a failed start created since `prepare`; nothing is removed once an image is stored."""
         before = self._before
         if before is None or self._published or before.has_partial or self._has_damaged_manifest():
             return
@@ -197,10 +197,10 @@ class Output:
             os.rmdir(self.path)
 
     def check_place(self) -> None:
-        """Check that an output of ours can be here, without writing or reading one.
+        """Check that an output can be here, without reading or writing one.
 
         Raises:
-            OutputError: something else is here, or there is no folder for it.
+            OutputError: Something else is here, or its folder does not exist.
         """
         parent = os.path.dirname(os.path.abspath(self.path))
         if not os.path.isdir(parent):
@@ -209,7 +209,7 @@ class Output:
             raise OutputError(f"{self.path} is a link that leads back to itself", "remove it, or choose another name")
         is_folder = os.path.isdir(self.path)
         if os.path.exists(self.path) and not is_folder and not os.path.isfile(self.path):
-            raise ForeignFileError(f"{self.path} is not a regular file", "choose another output, or move that away")
+            raise ForeignFileError(f"{self.path} is not a regular file", "choose another output, or move it away")
         if not self.is_file and os.path.exists(self.path) and not is_folder:
             raise OutputError(
                 f"{self.path} is a file, but the output would be a folder", "name it with .h5, or choose another name"
@@ -241,11 +241,11 @@ class Output:
                 refuse_special(os.path.join(self.path, name))
         if MANIFEST not in names and NEXT_MANIFEST not in names:
             self._refuse_unclaimed(names)
-        if not self._has_damaged_manifest():  # which vouches for nothing: loading it says so
+        if not self._has_damaged_manifest():  # loading it reports the damage
             self._recover()
 
     def finished(self) -> list[FinishedShard]:
-        """The complete shards, oldest first, each checked against its digest."""
+        """Load the complete shards, oldest first, each checked against its digest."""
         if self.is_file:
             return [load_shard("", self.path, self.backend)] if os.path.exists(self.path) else []
         return [self._load_entry(entry) for entry in self._entries()]
@@ -256,7 +256,7 @@ class Output:
         return load_own_shard(entry.name, path, backend, entry.superseded)
 
     def partial(self) -> FinishedShard | None:
-        """The shard that an earlier run left unfinished, with the statuses as they stand."""
+        """Load the shard that an earlier run left unfinished, with its current statuses."""
         number = self.next_number()
         path = self.partial_path(number)
         if not os.path.exists(path):
@@ -269,11 +269,11 @@ class Output:
         return os.path.exists(self.partial_path(self.next_number()))
 
     def next_number(self) -> int:
-        """Number of the shard that comes after all that a manifest names."""
+        """Return the number after those of all shards that a manifest names."""
         return max((int(name.removeprefix("shard-")) + 1 for name in self._named()), default=0)
 
     def publish(self, number: int, images: int, tiles: int, superseded: Mapping[str, Sequence[str]]) -> None:
-        """Make a filled shard part of the output: first its names, then the manifest, which is the commit."""
+        """Make a filled shard part of the output: rename its files, then write the manifest, which commits it."""
         partial = self.partial_path(number)
         self._published = True
         self.backend.publish(partial, self.final_path(number))
@@ -285,12 +285,12 @@ class Output:
         self._remove_partials(added.name)
 
     def drop_rows(self, dropped: Mapping[str, Sequence[str]]) -> None:
-        """Have rows of a folder's shards count no more: keys by the shard's name."""
+        """Mark rows of a folder's shards as superseded; `dropped` has keys by shard name."""
         self._write_manifest(self._without(dropped))
         self._sweep(self._named())
 
     def _without(self, dropped: Mapping[str, Sequence[str]]) -> list[ManifestEntry]:
-        """The manifest's entries with more keys superseded, but for shards of which nothing is left."""
+        """Return the manifest's entries with more keys superseded, without shards that have no live row left."""
         entries = [
             replace(entry, superseded=tuple(sorted({*entry.superseded, *dropped.get(entry.name, ())})))
             for entry in self._entries()
@@ -298,9 +298,9 @@ class Output:
         return [entry for entry in entries if len(entry.superseded) < entry.images]
 
     def replace_all(self) -> None:
-        """Begin an output that replaces the present one when it is complete, or go on with such a one.
+        """Begin an output that replaces the present one when it is complete, or continue one.
 
-        Where a manifest is damaged nobody can tell what is complete, and all shards go at once.
+        If a manifest is damaged, the complete shards are unknown, and all shards are removed at once.
         """
         if self.is_file:
             return
@@ -311,7 +311,7 @@ class Output:
             self._write_manifest([])
 
     def discard_partial(self) -> None:
-        """Forget the unfinished shard, and with it an unfinished replacement."""
+        """Discard the unfinished shard and an unfinished replacement."""
         if self._staged:
             self._write_manifest([])
         if self.is_file:
@@ -322,14 +322,14 @@ class Output:
             self._before = replace(self._before, has_partial=False)
 
     def complete(self) -> None:
-        """Say that all planned shards are there: a replacement takes the place of what it replaces."""
+        """Finish the output after all planned shards: a replacement takes the place of the old output."""
         if self._staged:
             rename_durably(os.path.join(self.path, NEXT_MANIFEST), os.path.join(self.path, MANIFEST))
             self._staged = False
             self._sweep(self._named())
 
     def _present_format(self) -> Format:
-        """The format of the shards that are there, so that a repeated command need not name it."""
+        """Return the format of the existing shards, so that a repeated command need not name it."""
         names = names_in(self.path) if os.path.isdir(self.path) else []
         return Format.H5 if any(SHARD_FILE.fullmatch(name) and ".h5" in name for name in names) else Format.NPY
 
@@ -349,11 +349,11 @@ class Output:
         write_file(os.path.join(self.path, self._manifest), text.encode() + b"\n")
 
     def _named(self) -> set[str]:
-        """The shards that a manifest names."""
+        """Return the names of the shards in the manifests."""
         return {entry.name for manifest in (MANIFEST, NEXT_MANIFEST) for entry in self._entries(manifest)}
 
     def _remove_partials(self, name: str) -> None:
-        """Remove what a finished shard was filled in, and what a run for another format had begun."""
+        """Remove the partial files of a finished shard, including those of the other format."""
         for shard_format in Format:
             partial = os.path.join(self.path, name) + backend_of(shard_format).SUFFIX + PARTIAL
             if os.path.exists(partial):
@@ -370,7 +370,7 @@ class Output:
         return False
 
     def _sweep(self, kept: Collection[str]) -> None:
-        """Remove half-written files, and all files of shards but the named ones."""
+        """Remove half-written files, and all shard files except the named ones."""
         for name in os.listdir(self.path):
             match = SHARD_FILE.fullmatch(name)
             is_ours = match is not None or name.removesuffix(".tmp") in (MANIFEST, NEXT_MANIFEST, SKIPPED)
@@ -378,7 +378,7 @@ class Output:
                 remove(os.path.join(self.path, name))
 
     def _refuse_foreign(self, final: str) -> None:
-        """Leave a file alone that only has the name of a shard; a damaged one of ours is for loading to tell."""
+        """Refuse to touch a foreign file with the name of a shard; loading reports a damaged shard of ours."""
         try:
             load_shard("", final, self.backend)
         except ForeignFileError:
@@ -387,30 +387,30 @@ class Output:
             return
 
     def _clear(self) -> None:
-        """Remove every shard, and the manifests last, so that a crash in between leaves them as they are."""
+        """Remove every shard and then the manifests, so that a crash in between leaves the manifests."""
         self._sweep(())
         for name in (NEXT_MANIFEST, MANIFEST):
             remove(os.path.join(self.path, name))
 
     def _refuse_unclaimed(self, names: Collection[str]) -> None:
-        """Leave shards alone that no manifest ever named: somebody else's, or ours whose manifest was lost.
+        """Refuse to touch shards without a manifest: they are somebody else's, or their manifest was lost.
 
-        A first run that was cut short leaves parts of the first shard, and its final .npy files beside those only.
+        An interrupted first run leaves only parts of the first shard, possibly with final .npy files beside them.
         """
         first = _shard_name(0)
         shards = [match for name in names if (match := SHARD_FILE.fullmatch(name)) and not name.endswith(".tmp")]
         apart = [match for match in shards if ".h5" not in match[0] and match[0] != first + PARTIAL]
         if any(match[1] != first for match in shards) or (apart and first + PARTIAL not in names):
             raise ForeignFileError(
-                f"{self.path} holds shards, and no {MANIFEST} that names them",
+                f"{self.path} holds shards but no {MANIFEST} that names them",
                 f"restore {MANIFEST} if they are features, or name a new or empty folder",
             )
 
     def _recover(self) -> None:
-        """Remove what no manifest names, but for the shard at hand: a crash may have come before its entry."""
+        """Remove what no manifest names, except the current shard: a crash may have happened before its entry."""
         current, named = self.next_number(), self._named()
         self._sweep({*named, _shard_name(current)})
-        for name in named:  # a crash came after the entry, and before what is unfinished no more was removed
+        for name in named:  # a crash happened between the entry and the removal of the partial files
             self._remove_partials(name)
         final, partial = self.final_path(current), self.partial_path(current)
         if os.path.isfile(final) and not os.path.exists(partial):
@@ -419,10 +419,10 @@ class Output:
 
 
 def read_manifest(path: str) -> list[ManifestEntry]:
-    """The shards that a manifest names; none when there is no manifest yet.
+    """Return the shards that a manifest names, or an empty list if there is no manifest yet.
 
     Raises:
-        OutputError: it is damaged, of a newer version, or names anything but a shard of its own folder.
+        OutputError: It is damaged, of a newer version, or names anything but a shard of its own folder.
     """
     try:
         manifest = parse_json(_manifest_text(path))
@@ -444,7 +444,7 @@ def read_manifest(path: str) -> list[ManifestEntry]:
 
 
 def _manifest_text(path: str) -> bytes:
-    """The bytes of a manifest, which has no more to say than the keys of the shards beside it."""
+    """Read a manifest, whose size is bounded by the keys of the shards beside it."""
     try:
         return read_bounded(path, MANIFEST_BYTES, follow_links=False)
     except TooLargeError:
@@ -464,7 +464,7 @@ def _entries_of(manifest: dict[str, Any], path: str) -> list[ManifestEntry]:
 
 
 def _digest(shards: Any) -> str:
-    """SHA-256 of a manifest's shards, 64 hex digits: files are removed on a manifest's word."""
+    """Return the SHA-256 of a manifest's shards, 64 hex digits; the manifest decides which files are removed."""
     return hashlib.sha256(json.dumps(shards, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -476,9 +476,9 @@ def _entry(shard: dict[str, Any], path: str) -> ManifestEntry:
         raise unknown_value({}, f"the format of {name} in {path} is {one_line(repr(shard['format']), 80)}")
     for count in (shard["images"], shard["tiles"]):
         if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count < 1 << 48:
-            raise ValueError(f"{one_line(repr(count), 80)} is no number of images or tiles")
+            raise ValueError(f"{one_line(repr(count), 80)} is not a number of images or tiles")
     for key in shard["superseded"]:
-        os.fsencode(key)  # an error for what no key can be
+        os.fsencode(key)  # raises for a text that cannot be a key
     return ManifestEntry(name, Format(shard["format"]), shard["images"], shard["tiles"], tuple(shard["superseded"]))
 
 
@@ -494,7 +494,7 @@ def names_in(folder: str) -> list[str]:
     """List what a folder holds.
 
     Raises:
-        OutputError: it cannot be read.
+        OutputError: It cannot be read.
     """
     try:
         return os.listdir(folder)
@@ -503,12 +503,12 @@ def names_in(folder: str) -> list[str]:
 
 
 def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str, ...] = ()) -> FinishedShard:
-    """Read a shard's index, checked against its digest.
+    """Read a shard's index and check it against its digest.
 
     Raises:
-        OutputError: there is none, or it is damaged.
+        OutputError: The shard does not exist, or is damaged.
     """
-    # Looked at first: a file that is replaced from here on shows as another one, never as this index's rows.
+    # Recorded first: a file that is replaced after this has another identity, and is never read with this index.
     files = {file: file_identity(file, os.stat(file)) for file in backend.final_paths(path) if os.path.exists(file)}
     stored = backend.read(path)
     check_shard(stored, path)
@@ -516,17 +516,17 @@ def load_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str
 
 
 def load_own_shard(name: str, path: str, backend: ShardFormat, superseded: tuple[str, ...] = ()) -> FinishedShard:
-    """Read the index of a shard that is ours by its place: a manifest names it, or it is being filled.
+    """Read the index of a shard that must be ours: a manifest names it, or it is being filled.
 
     Raises:
-        OutputError: it is damaged, maybe beyond recognition, and can be replaced.
-        ForeignFileError: another program's file has taken its place.
+        OutputError: It is damaged, maybe beyond recognition, and can be replaced.
+        ForeignFileError: Another program's file has taken its place.
     """
     try:
         return load_shard(name, path, backend, superseded)
     except UnrecognizedFileError as error:
         raise OutputError(
-            f"{path} is damaged: it has not even the first bytes of a shard", RESTORE_OR_OVERWRITE
+            f"{path} is damaged: its first bytes are not those of a shard", RESTORE_OR_OVERWRITE
         ) from error
 
 

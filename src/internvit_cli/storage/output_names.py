@@ -1,4 +1,4 @@
-"""What the name of an output stands for: one HDF5 file, a folder, or nothing that can be written."""
+"""Decide what the name of an output means: one HDF5 file, a folder, or something that cannot be written."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from internvit_cli.options import named_path
 
 SINGLE_FILE_SUFFIXES = (".h5", ".hdf5")
 EXPORTED_SUFFIXES = (".parquet", ".safetensors", ".tar", ".csv")
-"""Of files that `internvit export` writes beside feature files."""
+"""Suffixes of files that `internvit export` writes in addition to feature files."""
 PARTIAL = ".partial"
-"""What the name of a shard ends in while it is filled."""
+"""Suffix of a shard while it is filled."""
 OWN_SUFFIXES = (PARTIAL, ".lock", ".exporting", ".tmp")
-"""Of what lies beside an output while it is made."""
+"""Suffixes of temporary files beside an output."""
 DATA_FILE_SUFFIXES = frozenset(
     {
         *EXPORTED_SUFFIXES,
@@ -27,37 +27,37 @@ DATA_FILE_SUFFIXES = frozenset(
         *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".svg", ".mp4", ".mov", ".webm"),
     }
 )
-"""Names that look like a file of a format: no folder is made by such a name, unless a slash asks for one."""
+"""Suffixes that look like a file format: no folder is created under such a name unless it ends in a slash."""
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 SYSTEM_FOLDERS = ("/dev", "/proc", "/sys")
 MEMORY_FOLDER = "/dev/shm"  # noqa: S108 - a name that users give
 
 
 def suffix_of(path: str) -> str:
-    """The last part of a name with its dot, in small letters, such as `.h5`; empty for a name without a dot."""
+    """Return the suffix of a name with its dot, in lower case, such as `.h5`; empty for a name without a dot."""
     _, dot, last = os.path.basename(path.rstrip("/")).rpartition(".")
     return dot + last.lower()
 
 
 def says_folder(path: str) -> bool:
-    """Whether a name stands for a folder whatever it ends in: it has a slash at its end, or is a folder already."""
+    """Return whether a name means a folder whatever its suffix: it ends in a slash, or is a folder already."""
     return path.endswith("/") or os.path.isdir(path)
 
 
 def is_single_file(path: str) -> bool:
-    """Whether features by that name are one HDF5 file; otherwise they are a folder of shards."""
+    """Return whether a name means one HDF5 file; otherwise it means a folder of shards."""
     return suffix_of(path) in SINGLE_FILE_SUFFIXES and not says_folder(path)
 
 
 def unfinished_path(path: str) -> str:
-    """What a run has left of an output that it did not finish; empty where the output is there, or nothing of it."""
+    """Return the path of an unfinished output; empty if the output is finished or does not exist at all."""
     name = path.rstrip("/")
     partial = name + PARTIAL
     return partial if not os.path.exists(path) and suffix_of(name) != PARTIAL and os.path.exists(partial) else ""
 
 
 def unfinished_shards(path: str) -> list[str]:
-    """Names of the shards in a folder that a run has not filled; empty for what is no folder."""
+    """Return the names of the unfinished shards in a folder; empty if it is not a folder."""
     try:
         names = os.listdir(path)
     except OSError:
@@ -66,7 +66,7 @@ def unfinished_shards(path: str) -> list[str]:
 
 
 def missing(path: str) -> OutputError:
-    """The error of an output that is to be read and is not there."""
+    """Return the error for an output that should be read but does not exist."""
     if partial := unfinished_path(path):
         return OutputError(
             f"{path} is not there yet: the run that makes it has not finished",
@@ -76,10 +76,10 @@ def missing(path: str) -> OutputError:
 
 
 def check_features_name(path: str, option: str = "-o") -> None:
-    """Refuse a name by which no features can be written.
+    """Refuse a name under which no features can be written.
 
     Raises:
-        UsageError: it is the name of a file of another format, of something unfinished, or of no file at all.
+        UsageError: It is the name of a file of another format, of something unfinished, or not of a file.
     """
     check_place(path, option)
     name, suffix = named_path(path), suffix_of(path)
@@ -93,16 +93,16 @@ def check_features_name(path: str, option: str = "-o") -> None:
 
 
 def check_file_name(path: str, suffixes: tuple[str, ...], option: str, what: str) -> None:
-    """Refuse a name by which no file of a format can be written.
+    """Refuse a name under which no file of a format can be written.
 
     Args:
-        path: as a user gives it.
-        suffixes: one of which it has to end in.
-        option: that it is the value of.
-        what: such a file is, for the message.
+        path: The name as given by the user.
+        suffixes: The allowed suffixes.
+        option: The option that has this value.
+        what: What such a file is called in the message.
 
     Raises:
-        UsageError: it ends in none of them, or something that is no file has it.
+        UsageError: It ends in none of them, or something with that name is not a regular file.
     """
     check_place(path, option)
     hint = f"name a file that ends in {suffixes[0]}"
@@ -115,51 +115,52 @@ def check_file_name(path: str, suffixes: tuple[str, ...], option: str, what: str
 
 
 def check_folder_name(path: str, option: str) -> None:
-    """Refuse a name by which no folder of pictures should be made.
+    """Refuse a name under which no folder of pictures should be created.
 
     Raises:
-        UsageError: it looks like the name of a file.
+        UsageError: It looks like the name of a file.
     """
     check_place(path, option)
     if suffix_of(path) in {*DATA_FILE_SUFFIXES, *SINGLE_FILE_SUFFIXES} and not says_folder(path):
         raise UsageError(
-            f"{option} {path} names a file, and a folder belongs there", f"a folder by that name is {option} {path}/"
+            f"{option} {path} names a file, but it must be a folder",
+            f"for a folder with that name, use {option} {path}/",
         )
 
 
 def check_place(path: str, option: str) -> None:
-    """Refuse a name by which nothing can be written.
+    """Refuse a name under which nothing can be written.
 
     Raises:
-        UsageError: it is empty, standard output, an address, the name of something unfinished, or lies where the
-            system shows its devices.
+        UsageError: It is empty, standard output, an address, the name of something unfinished, or in a folder of
+            devices.
     """
     name, suffix = named_path(path), suffix_of(path)
     if path == "-":
         raise UsageError(
-            f"{option} -: nothing is written to standard output", "name a file or a folder; ./- is one called -"
+            f"{option} -: nothing is written to standard output", "name a file or a folder; ./- is a file called -"
         )
-    if name and not name.strip():  # such as a shell's "$OUT " with an empty variable
-        raise UsageError(f"{option} {path!r}: a name of blanks alone", "name a file or a folder")
+    if name and not name.strip():  # such as "$OUT " in a shell when the variable is empty
+        raise UsageError(f"{option} {path!r}: the name has only blanks", "name a file or a folder")
     if URL.match(path):
         raise UsageError(f"{option} {path}: not a local path", "write to a local disk, and copy the result from there")
     if suffix == PARTIAL or (suffix in OWN_SUFFIXES and not says_folder(path)):
         raise UsageError(
-            f"{option} {path}: {suffix} is how the name of something unfinished ends",
-            f"name {name.removesuffix(suffix)}: the same command continues what is unfinished",
+            f"{option} {path}: names of unfinished outputs end in {suffix}",
+            f"name {name.removesuffix(suffix)}: the same command continues the unfinished output",
         )
     parent, base = os.path.split(os.path.abspath(path))
     for place in (os.path.join(os.path.realpath(parent), base), os.path.realpath(path)):
         is_memory = place == MEMORY_FOLDER or place.startswith(f"{MEMORY_FOLDER}/")
         if not is_memory and any(place == folder or place.startswith(f"{folder}/") for folder in SYSTEM_FOLDERS):
             raise UsageError(
-                f"{option} {path} lies in {os.path.dirname(place)}, where the system has its devices and no files",
+                f"{option} {path} is in {os.path.dirname(place)}, which is for devices and not for files",
                 "name a file or a folder on a disk",
             )
 
 
 def _other_names(name: str, suffix: str, option: str) -> str:
-    """What to write instead of a name that is refused."""
+    """Suggest names instead of one that is refused."""
     stem = name
     while suffix_of(stem) in DATA_FILE_SUFFIXES or suffix_of(stem) in SINGLE_FILE_SUFFIXES:
         stem = stem[: -len(suffix_of(stem))]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ReplacedError(OutputError):
-    """Another file has the name by now, and the index says nothing of its rows."""
+    """Another file has taken the name, and the index does not describe its rows."""
 
     def __init__(self, path: str) -> None:
         """Name the file."""
@@ -22,10 +22,10 @@ class ReplacedError(OutputError):
 
 
 def file_identity(path: str, status: os.stat_result) -> tuple[int, ...]:
-    """Return what tells a file from one that takes its name later: inode, size, and the time of its last write.
+    """Return what distinguishes a file from one that takes its name later: inode, size, and the time of its last write.
 
-    The time is needed because a filesystem may give the inode to the file after next, which may well be as large. A
-    file that is still being filled is written all the time, so its time is left out.
+    The time is needed because a filesystem may reuse the inode for a file of the same size. The time of a file that is
+    still being filled is left out, because it changes with every write.
     """
     is_filled = PARTIAL in (os.path.splitext(path)[1], os.path.splitext(os.path.dirname(path))[1])
     return (status.st_ino, status.st_size) if is_filled else (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -35,12 +35,12 @@ def open_same(path: str, identities: Mapping[str, tuple[int, ...]]) -> int:
     """Open a file for reading and return its descriptor.
 
     Args:
-        path: the file.
-        identities: what `file_identity` returned when the index was read, by path; a file without one may be any.
+        path: The file.
+        identities: The `file_identity` of each path when the index was read; a path without one may be any file.
 
     Raises:
-        ReplacedError: it is another file now.
-        OSError: it cannot be opened.
+        ReplacedError: It is another file now.
+        OSError: It cannot be opened.
     """
     try:
         descriptor, status = open_regular(path)

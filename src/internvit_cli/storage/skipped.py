@@ -1,4 +1,4 @@
-"""The list of images that could not be used, one JSON line each, beside the features."""
+"""Read and write the list of images that could not be used, one JSON line each, beside the features."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _LIMITS = tuple(asdict(Limits()))
 class SkipLog:
     """`feats.h5.skipped.jsonl`: key, reason, exception, message and attempt of every skipped image.
 
-    Of images that exceeded a limit of their run also which, and what it must be above for another try.
+    An image that exceeded a limit of its run also has that limit and the value above which it is tried again.
     """
 
     def __init__(self, path: str, limits: Limits | None = None) -> None:
         """Read the list.
 
         Args:
-            path: of the list, which need not be there.
-            limits: those of this run; None for the defaults.
+            path: The path of the list, which need not exist.
+            limits: The limits of this run; None for the defaults.
         """
         self.path = path
         self._limits = limits or Limits()
@@ -42,19 +42,19 @@ class SkipLog:
         self._exceeded = {entry["key"]: _exceeded(entry) for entry in entries}
 
     def __contains__(self, key: bytes) -> bool:
-        """Whether an image is listed."""
+        """Return whether an image is listed."""
         return os.fsdecode(key) in self._attempts
 
     def __bool__(self) -> bool:
-        """Whether any is."""
+        """Return whether any image is listed."""
         return bool(self._attempts)
 
     def is_limited(self, key: bytes) -> bool:
-        """Whether the list says which limit an image exceeded."""
+        """Return whether the list says which limit an image exceeded."""
         return self._exceeded.get(os.fsdecode(key)) is not None
 
     def exceeded_limits(self, is_skipped: Callable[[str], bool]) -> dict[str, tuple[int, float]]:
-        """Return how many images exceeded each limit, and the value that it must be above for all of them."""
+        """Return, by limit, how many images exceeded it, and the value that it must be above to admit all of them."""
         found: dict[str, tuple[int, float]] = {}
         for key, exceeded in self._exceeded.items():
             if exceeded is not None and is_skipped(key):
@@ -63,18 +63,18 @@ class SkipLog:
         return found
 
     def is_admitted(self, key: bytes) -> bool:
-        """Whether an image exceeded a limit that is higher in this run, high enough to try it again."""
+        """Return whether an image exceeded a limit that is now high enough to try it again."""
         exceeded = self._exceeded.get(os.fsdecode(key))
         return exceeded is not None and bool(getattr(self._limits, exceeded[0]) > exceeded[1])
 
     def append(self, skips: Iterable[tuple[bytes, Skipped]]) -> None:
-        """Add lines and sync them: a status that says skipped always has its reason."""
+        """Add lines and sync them, so that every skipped status has its reason."""
         lines = [self._line(key, skipped) for key, skipped in skips]
         if not lines:
             return
         existed = os.path.exists(self.path)
         with disk_errors(self.path), append(self.path) as file:
-            # A line that a crash cut short must not swallow the next one.
+            # A line that was truncated by a crash must not be joined with the next one.
             size = os.fstat(file.fileno()).st_size
             if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                 file.write(b"\n")
@@ -85,7 +85,7 @@ class SkipLog:
             sync_path(os.path.dirname(os.path.abspath(self.path)))
 
     def rewrite(self, is_skipped: Callable[[str], bool]) -> None:
-        """Keep the last line of each image that still is skipped; without any the file goes."""
+        """Keep the last line of each image that is still skipped; remove the file if there are none."""
         entries = {entry["key"]: entry for entry in read_skip_log(self.path) if is_skipped(entry["key"])}
         if entries:
             write_file(self.path, b"".join(json.dumps(entry).encode() + b"\n" for entry in entries.values()))
@@ -93,7 +93,7 @@ class SkipLog:
             remove(self.path)
 
     def drop_others(self, is_skipped: Callable[[str], bool]) -> None:
-        """Rewrite the list where it names an image that is not skipped any more; otherwise it is not touched."""
+        """Rewrite the list if it names an image that is no longer skipped; otherwise leave it untouched."""
         if not all(map(is_skipped, self._attempts)):
             self.rewrite(is_skipped)
 
@@ -114,25 +114,27 @@ class SkipLog:
 
 
 def read_skip_log(path: str) -> list[dict[str, Any]]:
-    """The entries in the order in which they were written; a line that a crash cut short is left out.
+    """Return the entries in the order in which they were written, without lines that were truncated by a crash.
 
     Raises:
-        OutputError: the list cannot be read.
+        OutputError: The list cannot be read.
     """
     entries: list[dict[str, Any]] = []
     try:
-        # What follows on a line that is longer than any of ours was not written by a run.
+        # A line that is longer than any of ours was not written by a run.
         with opened(path, follow_links=False) as file, contextlib.suppress(ValueError):
             entries.extend(entry for line in lines_of(file) if (entry := _entry(line)) is not None)
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror}", "check what it is, or move it away") from error
+        raise OutputError(
+            f"cannot read {path}: {error.strerror}", "check what kind of file it is, or move it away"
+        ) from error
     return entries
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
-    """One line's entry; None for what is none, such as a key that no file can have."""
+    """Parse a line; return None if it is not an entry, for example if its key cannot be a file name."""
     try:
         entry = parse_json(line)
         os.fsencode(entry["key"])
@@ -142,13 +144,13 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _attempt(entry: dict[str, Any]) -> int:
-    """A number that people may have edited; it decides nothing."""
+    """Return the attempt; nothing depends on this number, which a person may have edited."""
     attempt = entry.get("attempt")
     return attempt if isinstance(attempt, int) else 1
 
 
 def _exceeded(entry: dict[str, Any]) -> tuple[str, float] | None:
-    """The limit that an entry names, and the value it must be above; None for what is neither."""
+    """Return the limit that an entry names and the value it must be above; None if they are missing or invalid."""
     limit, above = entry.get("limit"), entry.get("above")
     if limit not in _LIMITS or not isinstance(above, (int, float)) or isinstance(above, bool):
         return None

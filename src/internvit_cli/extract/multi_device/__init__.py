@@ -1,1 +1,1 @@
-"""Several encoders on one plan, each in a process of its own."""
+"""Encode on several devices, each in its own process."""

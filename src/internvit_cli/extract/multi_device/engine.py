@@ -1,4 +1,4 @@
-"""Run several devices, with a process for each that writes rows of the same shard, and one parent that commits.
+"""Run several devices, each in a process that writes rows of the same shard, with one parent that commits.
 
 Images go to any device with room. Rows of different images do not overlap, so the processes need no lock. Only the
 parent writes digests, CRCs and statuses, after a sync of what the processes wrote. If a process dies, its images go to
@@ -122,9 +122,9 @@ class DeviceEngine:
         """Measure the accuracy of low-precision types on the first device."""
         first = self._devices[0]
         first.connection.send(Measure(tuple(jobs), decode_options(self._options, workload)))
-        message = _answer(first, "while it measured")
+        message = _answer(first, "while it measured the accuracy")
         if not isinstance(message, Accuracy):
-            raise InternvitError(f"the process of {first.name} gave no figures")
+            raise InternvitError(f"the process of {first.name} returned no accuracy")
         return message
 
     def encode(self, job: ShardJob, stop: Stop, on_progress: Callable[[Tally], None]) -> EncodeResult:
@@ -185,7 +185,7 @@ def _answer(device: Device, when: str) -> Any:
     except (EOFError, OSError) as error:
         raise InternvitError(
             f"the process of {device.name} ended {when} ({describe_exit(device.process)})",
-            "check that there is memory for one encoder a device",
+            "check that there is enough memory for one encoder per device",
         ) from error
     if isinstance(message, Failure):
         raise error_of(message, device)

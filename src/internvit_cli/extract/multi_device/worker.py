@@ -1,7 +1,7 @@
-"""One device's process: it decodes and encodes the images that it is given, and writes their rows.
+"""Run the process of one device, which decodes and encodes the images that it receives, and writes their rows.
 
-What a row's status is, is for the parent alone to say: it hears of each image when its rows are written, syncs the
-file, and records it. So however this process ends, nothing is done that is not on the disk.
+Only the parent writes statuses: it is told of each image whose rows are written, syncs the file, and records the image.
+So no matter how this process ends, an image that is done is on the disk.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from internvit_cli.storage.format.layout import Extent
 
 
-# ---------------------------------------------------------------------------------------------- what the parent sends
+# --------------------------------------------------------------------------------------------- messages of the parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +44,22 @@ class DeviceSpec:
     checkpoint: Checkpoint
     encoder: EncoderOptions
     decode: DecodeOptions | None
-    """None when there is nothing to decode."""
+    """None if there is nothing to decode."""
 
 
 @dataclass(frozen=True, slots=True)
 class BeginShard:
-    """A shard whose images come next."""
+    """Announces the shard of the next images."""
 
     extents: Mapping[str, Extent]
     rules: EncodeRules
     decode: DecodeOptions
-    """Larger slots than before, maybe."""
+    """Decoder options, possibly with larger slots than before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Tell what the coarse types in use cost on these pictures; the answer is an `Accuracy`."""
+    """Asks for the accuracy of low-precision types on some pictures; the answer is an `Accuracy`."""
 
     jobs: tuple[DecodeJob, ...]
     decode: DecodeOptions
@@ -67,7 +67,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One image of the shard at hand."""
+    """One image of the current shard."""
 
     job: DecodeJob
     key: bytes
@@ -77,33 +77,33 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class NoMore:
-    """The shard has no more images for this device."""
+    """Tells that the shard has no more images for this device."""
 
     is_stop: bool
-    """Leave those alone, too, that are not in a batch yet."""
+    """Whether to drop images that are not in a batch yet."""
 
 
-# ----------------------------------------------------------------------------------------------- what the parent gets
+# ---------------------------------------------------------------------------------------------- messages to the parent
 
 
-# First comes the `EncoderInfo`, once the encoder is loaded.
+# The first message is the `EncoderInfo`, once the encoder is loaded.
 
 
 @dataclass(frozen=True, slots=True)
 class ShardEnd:
-    """All images that were given are finished, or a stop left some of them alone."""
+    """Tells that all given images are finished, or that a stop left some of them."""
 
     result: EncodeResult
     info: EncoderInfo
-    """Of the encoder now: its batch may have been halved."""
+    """Current facts about the encoder, whose batch may have been halved."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The process cannot go on."""
+    """Tells that the process cannot continue."""
 
     kind: str
-    """Name of a class in `errors`."""
+    """Name of a class in `internvit_cli.errors`."""
     message: str
     hint: str
 
@@ -112,9 +112,9 @@ class Failure:
 
 
 def serve_device(descriptor: int) -> None:
-    """Serve a parent over an inherited socket until it closes it."""
+    """Serve a parent over an inherited socket until the parent closes it."""
     ignore_stop_signals()
-    import internvit_cli.encode.encoder  # noqa: F401 - the slow part of starting, done before there is anything to wait for
+    import internvit_cli.encode.encoder  # noqa: F401 - the slow part of starting, done before any message
 
     _DeviceProcess(Connection(descriptor)).run()
 
@@ -122,12 +122,12 @@ def serve_device(descriptor: int) -> None:
 @dataclass(slots=True)
 class _StopFlag:
     signal: int = 0
-    """Any number but 0."""
+    """Not 0 after a request to stop."""
 
 
 @dataclass(slots=True)
 class _Shard:
-    """The shard at hand, as its messages arrive."""
+    """The current shard, as its messages arrive."""
 
     begin: BeginShard
     tasks: queue.SimpleQueue[Task | None] = field(default_factory=queue.SimpleQueue)
@@ -135,7 +135,7 @@ class _Shard:
     given: dict[int, Task] = field(default_factory=dict)
 
     def jobs(self) -> Iterator[DecodeJob | None]:
-        """Jobs as they come, None while there are none."""
+        """Yield jobs as they come, and None while there are none."""
         while True:
             try:
                 task = self.tasks.get_nowait()
@@ -149,7 +149,7 @@ class _Shard:
 
 
 class _Keys:
-    """Keys by row, of the images that were given."""
+    """Keys of the given images by row."""
 
     def __init__(self, given: dict[int, Task]) -> None:
         self._given = given
@@ -166,20 +166,20 @@ class _DeviceProcess:
         self._decoder: Decoder | None = None
 
     def run(self) -> None:
-        """Load the encoder, then encode shard after shard. Ends with the process."""
+        """Load the encoder and encode shard after shard, then end the process."""
         try:
             self._serve()
         except InternvitError as error:
             self.send(Failure(type(error).__name__, error.message, error.hint))
         except (EOFError, OSError):
-            pass  # the parent has gone
-        except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it
+            pass  # the parent has ended
+        except Exception as error:  # noqa: BLE001 - the parent must be told of any error
             place = traceback.format_exc().strip().splitlines()[-3:]
             self.send(Failure("InternvitError", f"a device's process failed: {error}", " ".join(place)))
-        os._exit(0)  # its threads wait for what will never come
+        os._exit(0)  # its threads wait for messages that will never come
 
     def send(self, message: Any) -> None:
-        """Tell the parent; from any thread."""
+        """Send a message to the parent, from any thread."""
         with self._sending:
             self._connection.send(message)
 
@@ -200,7 +200,7 @@ class _DeviceProcess:
                     self._encode(shard, encoder)
 
     def _listen(self) -> None:
-        """Sort what the parent sends, until it closes the connection: then everything ends, whatever it is doing."""
+        """Distribute the parent's messages until it closes the connection, which ends the process immediately."""
         shard: _Shard | None = None
         try:
             while True:
@@ -231,7 +231,7 @@ class _DeviceProcess:
         self.send(ShardEnd(result, encoder.info))
 
     def _decoder_for(self, options: DecodeOptions) -> Decoder:
-        """The workers, started anew where their slots are too small."""
+        """Return the decode workers, restarted if their slots are too small."""
         if self._decoder is None or self._decoder.tiles < options.tiles:
             if self._decoder is not None:
                 self._decoder.close()
@@ -240,7 +240,7 @@ class _DeviceProcess:
 
 
 class _ForwardingSink(Sink):
-    """Writes rows, and tells the parent of each image, which syncs and commits them."""
+    """Writes rows and tells the parent of each image; the parent syncs and commits them."""
 
     def __init__(self, process: _DeviceProcess, rows: RowWriter, given: dict[int, Task]) -> None:
         self._process = process
@@ -249,19 +249,19 @@ class _ForwardingSink(Sink):
         super().__init__()
 
     def take(self, image: FinishedImage) -> None:
-        """Have its rows written, or pass on that it has none."""
+        """Write an image's rows, or tell the parent that it has none."""
         if isinstance(image, ImageRows):
             self._rows.put(image)
         else:
             self._tell(image)
 
     def on_idle(self, *, is_end: bool) -> None:
-        """Tell the parent what is written."""
+        """Tell the parent which images are written."""
         for written in self._rows.written(is_end=is_end):
             self._tell(written)
 
     def close(self) -> None:
-        """Finish what was put and end; no thread writes to the shard after this."""
+        """Finish all images and end; no thread writes to the shard after this."""
         try:
             super().close()
         finally:

@@ -1,1 +1,1 @@
-"""Whether rows still are what was committed."""
+"""Check whether rows still are what was committed."""

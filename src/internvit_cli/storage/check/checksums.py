@@ -1,8 +1,8 @@
-"""The CRC of every committed row, read at the speed of the disk.
+"""Check the CRC of every committed row at the speed of the disk.
 
-An image's CRC runs over its rows dataset by dataset (`layout.crc_order`). In each dataset the rows of one image are
-contiguous, and those of consecutive images follow each other: so threads read long runs of each dataset, block by block
-into buffers that are used again, and carry the CRCs of the images along.
+An image's CRC covers its rows dataset by dataset (`layout.crc_order`). In each dataset, the rows of one image are
+contiguous and those of consecutive images follow each other. So threads read long runs of each dataset block by block
+into reused buffers, and update the CRCs of the images on the way.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from internvit_cli.plan.table import ImageTable
 
 CHUNK_BYTES = 32 << 20
-"""What one thread takes at a time: consecutive images of about so many bytes, or one larger image."""
+"""Bytes of a thread's task: consecutive images of about this size, or one larger image."""
 BLOCK_BYTES = 1 << 20
-"""Bytes of one read: what still lies in the processor's cache when its CRC is computed. The kernel reads ahead."""
+"""Bytes of one read, which are still in the processor's cache when their CRC is computed. The kernel reads ahead."""
 MOST_THREADS = 8
 CHUNKS_AHEAD = 2
-"""Chunks a thread that wait or are done, so that none is idle."""
+"""Chunks per thread that wait or are done, so that no thread is idle."""
 
 
 class RowProblem(NamedTuple):
-    """A row that is not what was committed."""
+    """A row that differs from what was committed."""
 
     row: int
     problem: str
@@ -58,7 +58,7 @@ class CheckedRows:
 
 @dataclass(frozen=True, slots=True)
 class CommittedRows:
-    """A shard's rows and what is recorded of them."""
+    """A shard's rows and their records."""
 
     extents: dict[str, Extent]
     table: ImageTable
@@ -66,7 +66,7 @@ class CommittedRows:
     checksums: NDArray[Any]
     """[n] uint32."""
     files: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """What `file_identity` said of the files when the table was read."""
+    """The `file_identity` of the files at the time the table was read."""
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -75,11 +75,11 @@ class CommittedRows:
 
     @property
     def vectors(self) -> tuple[str, ...]:
-        """Those with one row per image: a skipped image has NaN there."""
+        """Datasets with one row per image: a skipped image has NaN there."""
         return tuple(name for name in self.datasets if not feature_name(name).is_per_tile)
 
     def bytes_per(self, names: Iterable[str]) -> int:
-        """Bytes of one row of each of some datasets."""
+        """Return the total bytes of one row of each of the given datasets."""
         return sum(self.extents[name].spec.row_bytes for name in names)
 
     @property
@@ -96,17 +96,17 @@ class CommittedRows:
         return sum(chunk.nbytes for chunk in self._chunks())
 
     def check(self, threads: int) -> Iterator[CheckedRows]:
-        """Read every committed row: done images by their CRC, the vectors of skipped ones for being NaN.
+        """Read every committed row; compare done images with their CRC, and the vectors of skipped ones with NaN.
 
         Args:
-            threads: how many read and compute at the same time, at most `MOST_THREADS`.
+            threads: The number of threads that read and compute, at most `MOST_THREADS`.
 
         Yields:
-            What was found, chunk by chunk, in row order. A part of the file that cannot be read is a problem of the
-            rows that lie there.
+            What was found, chunk by chunk, in row order. A part of the file that cannot be read is a problem of its
+            rows.
 
         Raises:
-            ReplacedError: another file has the name by now.
+            ReplacedError: Another file has taken the name.
         """
         threads = max(1, min(threads, MOST_THREADS))
         buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
@@ -154,7 +154,7 @@ class CommittedRows:
             if chunk.stop - chunk.start == 1:
                 yield RowProblem(chunk.start, f"its rows cannot be read: {_reason(error)}")
                 return
-            for row in range(chunk.start, chunk.stop):  # which of them it is
+            for row in range(chunk.start, chunk.stop):  # find which of them it is
                 yield from self._problems(chunk._replace(start=row, stop=row + 1), buffer)
             return
         if not chunk.is_done:
@@ -169,12 +169,12 @@ class CommittedRows:
 
     @property
     def _crc_of_nothing(self) -> int:
-        """CRC of the vectors of a skipped image: NaN, with the bits that numpy gives it."""
+        """Return the CRC of the vectors of a skipped image: NaN with numpy's bits."""
         values = self.bytes_per(self.vectors) // np.dtype("<f4").itemsize
         return crc32(np.full(values, np.nan, "<f4").tobytes())
 
     def _sums(self, chunk: _Chunk, buffer: memoryview) -> tuple[NDArray[Any], NDArray[Any]]:
-        """CRC of each image's rows, of its vectors alone where it was skipped, and whether they are finite: [k]."""
+        """Return each image's CRC (of its vectors alone if skipped), and whether its vectors are finite, [k] each."""
         sums = [0] * (chunk.stop - chunk.start)
         is_finite = np.ones(len(sums), bool)
         offsets = self.table.tile_offset[chunk.start : chunk.stop + 1].astype(np.int64)
@@ -191,7 +191,7 @@ class CommittedRows:
         return np.array(sums, np.uint32), is_finite
 
     def _vectors(self, name: str, chunk: _Chunk, buffer: memoryview) -> Iterator[NDArray[Any]]:
-        """The images' vectors in one dataset, some at a time, [k,d] float32; they are good until the next."""
+        """Yield the images' vectors of one dataset in blocks, [k,d] float32, each valid until the next."""
         spec = self.extents[name].spec
         step = max(1, len(buffer) // spec.row_bytes)
         for first in range(chunk.start, chunk.stop, step):
@@ -202,7 +202,7 @@ class CommittedRows:
                 yield np.frombuffer(block, spec.dtype).reshape(last - first, -1)
 
     def _add(self, name: str, rows: NDArray[Any], sums: list[int], buffer: memoryview) -> None:
-        """Carry each image's CRC on over its rows of one dataset: image i has rows[i]:rows[i + 1]."""
+        """Update each image's CRC with its rows of one dataset: image i has rows[i]:rows[i + 1]."""
         extent = self.extents[name]
         bounds = (rows * extent.spec.row_bytes).tolist()
         image = 0
@@ -216,14 +216,14 @@ class CommittedRows:
                 taken = end
 
     def _blocks(self, name: str, start: int, stop: int, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
-        """Bytes start:stop of a dataset, block by block, each with its position; a block is good until the next.
+        """Yield bytes start:stop of a dataset in blocks, each with its position and valid until the next.
 
         Raises:
-            OutputError: the file ends before, or is another one now.
-            OSError: the disk cannot read.
+            OutputError: The file ends before, or is another one now.
+            OSError: The disk cannot be read.
         """
         extent = self.extents[name]
-        # A descriptor of its own for each run: the kernel follows, and reads ahead of, one place in an open file.
+        # Each run has its own descriptor, because the kernel reads ahead at one place per open file.
         descriptor = self._open(extent.path)
         try:
             for position in range(start, stop, len(buffer)):
@@ -250,7 +250,7 @@ class _Chunk(NamedTuple):
 
 
 def _runs(status: NDArray[Any]) -> Iterator[tuple[int, int, bool]]:
-    """Runs of rows that are done, and of rows that were skipped, as (start, stop, done); pending rows in none."""
+    """Yield runs of done rows and of skipped rows as (start, stop, done); pending rows are in none."""
     kind = np.where(status == Status.DONE, 1, np.where(status == Status.PENDING, 0, 2))
     edges = [0, *(np.flatnonzero(np.diff(kind)) + 1).tolist(), len(kind)] if len(kind) else []
     for start, stop in pairwise(edges):
@@ -262,7 +262,7 @@ def _read(descriptor: int, block: memoryview, offset: int, path: str) -> None:
     while block:
         got = os.preadv(descriptor, [block], offset)
         if got == 0:
-            raise OutputError(f"{path} ends before them", RESTORE)
+            raise OutputError(f"{path} ends before its rows do", RESTORE)
         block, offset = block[got:], offset + got
 
 

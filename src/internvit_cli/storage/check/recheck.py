@@ -1,6 +1,6 @@
-"""What an earlier run left unfinished is not taken on trust: records that contradict each other, rows that decayed.
+"""Check what an earlier run left unfinished for contradictory records and damaged rows.
 
-Every committed row is read again beside the encoding, at the speed of the disk, before its file gets a final name.
+Every committed row is read again during the encoding, at the speed of the disk, before its file gets its final name.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from internvit_cli.storage.write.commit import ShardWriter
 
 CHECK_THREADS = 1
-"""The encoder and the decode workers need the others."""
+"""The other CPUs are for the encoder and the decode workers."""
 POLL_SECONDS = 0.2
 
 
 def contradictory_rows(table: ImageTable, writer: ShardWriter, skip_log: SkipLog) -> list[int]:
-    """Rows whose status cannot be what was committed, so that their images have to be done again.
+    """Return rows whose status cannot be what was committed, so that their images must be encoded again.
 
-    A done image has a digest, a skipped one has none, and is listed with its reason. An image whose header could not be
-    read keeps its status: there is nothing to decode.
+    A done image has a digest; a skipped one has none and is listed with its reason. An image whose header could not be
+    read keeps its status, because there is nothing to decode.
 
     Args:
-        table: the shard's index.
-        writer: the shard, just opened.
-        skip_log: the list of skipped images.
+        table: The shard's index.
+        writer: The writer of the shard, just opened.
+        skip_log: The list of skipped images.
     """
     status, has_digest = writer.status, writer.digest.any(axis=1)
     suspects = (status == Status.DONE) & ~has_digest
@@ -47,10 +47,10 @@ def contradictory_rows(table: ImageTable, writer: ShardWriter, skip_log: SkipLog
 
 
 class Recheck:
-    """Compares committed rows with their CRCs in a thread of its own. Use it as a context, which ends the thread."""
+    """Compares committed rows with their CRCs in its own thread. Use it as a context manager, which ends the thread."""
 
     def __init__(self, table: ImageTable, writer: ShardWriter) -> None:
-        """Prepare to read what is committed by now; nothing is read before `start`."""
+        """Prepare to read what is committed so far; nothing is read before the context is entered."""
         self._rows = CommittedRows(writer.extents, table.with_status(writer.status.copy()), writer.checksums.copy())
         self._damaged: list[int] = []
         self._failure: BaseException | None = None
@@ -59,7 +59,7 @@ class Recheck:
 
     @property
     def nbytes(self) -> int:
-        """Bytes there are to read."""
+        """Bytes to read."""
         return self._rows.nbytes
 
     def __enter__(self) -> Self:
@@ -71,7 +71,7 @@ class Recheck:
         self._thread.join()
 
     def damaged_rows(self, stopped: Callable[[], bool]) -> list[int]:
-        """Wait for the end; rows that are not what was committed, or cannot be read. None of them after `stopped`."""
+        """Wait for the end; return rows that differ from what was committed or are unreadable, none if `stopped`."""
         while self._thread.is_alive() and not stopped():
             self._thread.join(POLL_SECONDS)
         if self._failure is not None:
@@ -84,5 +84,5 @@ class Recheck:
                 self._damaged += [problem.row for problem in checked.problems]
                 if self._cancelled:
                     return
-        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits
+        except BaseException as error:  # noqa: BLE001 - raised again in `damaged_rows`
             self._failure = error

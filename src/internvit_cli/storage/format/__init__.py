@@ -1,1 +1,1 @@
-"""What a shard holds, in HDF5 and in .npy files."""
+"""Define the contents of a shard, and store them in HDF5 or .npy files."""

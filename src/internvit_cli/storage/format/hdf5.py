@@ -1,7 +1,7 @@
-"""A shard as one HDF5 file.
+"""Store a shard as one HDF5 file.
 
-HDF5 makes the file and is closed before the first row: rows are then written at the datasets' byte offsets, so that no
-moment of a run leaves a file that HDF5 cannot open.
+HDF5 creates the file and closes it before the first row. Rows are then written at the datasets' byte offsets, so HDF5
+can open the file at every moment of a run.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 KEY_BLOCK = 65536
-"""Keys written in one call: bounds the memory of their conversion."""
+"""Keys written in one call, which bounds the memory of their conversion."""
 
 COPY_BLOCK = 1 << 24
 INDEX_BYTES, STRUCTURE_BYTES = 160, 1 << 20
-"""More than HDF5 takes for the index of an image, beside its key, and for a file's structure."""
+"""Upper bounds of what HDF5 needs for an image's index without its key, and for a file's structure."""
 KEY_BYTES = 2
-"""Times a key's length is more than HDF5 takes for it: keys share blocks of 4096 bytes, of which some are left over."""
+"""Upper bound of HDF5's bytes per byte of a key: keys share blocks of 4096 bytes, which are not filled completely."""
 
 KIND = Format.H5
 SUFFIX = ".h5"
 LOG_BYTES = 0
-"""The log is a dataset, with its full size from the start."""
+"""The log is a dataset that has its full size from the start."""
 
 
 def build(path: str, shard: NewShard) -> None:
-    """Write the index and lay out every dataset; rows take no room on the disk yet."""
-    # HDF5 never meets the disk: a file that it could not write it cannot close, and that crashes the process at exit.
+    """Write the index and lay out every dataset; rows take no disk space yet."""
+    # HDF5 never writes to the disk: it cannot close a file that it failed to write, and crashes the process at exit.
     with _laid_out(shard) as source, create(path, buffering=0) as target:
         os.truncate(target.fileno(), os.fstat(source.fileno()).st_size)
         for start, stop in written_ranges(source.fileno()):
@@ -62,23 +62,23 @@ def build(path: str, shard: NewShard) -> None:
 
 
 def planned_bytes(shard: NewShard) -> int:
-    """The exact size of the file: it is laid out in memory, where its unwritten rows take no room."""
+    """Return the exact size of the file, which is laid out in memory, where its unwritten rows take no space."""
     with _laid_out(shard) as file:
         return os.fstat(file.fileno()).st_size
 
 
 def index_bytes(table: ImageTable) -> NDArray[Any]:
-    """More than each image takes beside its rows, [n] int64; the first one also gives every dataset a page."""
+    """Return upper bounds of each image's bytes without its rows, [n] int64; the first includes a page per dataset."""
     lengths = np.fromiter((len(key) for key in table.keys), np.int64, len(table))
     bounds: NDArray[Any] = INDEX_BYTES + KEY_BYTES * lengths
     return bounds
 
 
 def _laid_out(shard: NewShard) -> BinaryIO:
-    """The whole file in memory, its rows unwritten."""
+    """Return the whole file in memory, with unwritten rows."""
     file = memory_file()
     try:
-        # A limit on the size of files holds in memory too, and is met here, before HDF5 would.
+        # A limit on file sizes applies in memory too; reach it here, before HDF5 does.
         index = int(index_bytes(shard.table).sum())
         os.truncate(file.fileno(), sum(ALIGNMENT + spec.nbytes for spec in shard.datasets) + index + STRUCTURE_BYTES)
         os.truncate(file.fileno(), 0)
@@ -93,14 +93,14 @@ def _write_structure(target: BinaryIO, shard: NewShard) -> None:
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     access.set_alignment(1, ALIGNMENT)
-    # The same driver for a real file and for one in memory: HDF5's layout depends on it, and a planned size has
-    # to be exact.
+    # Real files and files in memory use the same driver: HDF5's layout depends on it, and planned sizes must be
+    # exact.
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, target)
     with h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, fapl=access)) as file:
         for name, value in shard.complete_attributes.items():
             _write_attribute(file, name, value)
         file.create_group("image")
-        # Index first: what is read at every start stays together at the front of the file.
+        # The index comes first, so that everything that is read at each start is together at the front of the file.
         _write_keys(file, shard.table.keys)
         for name, dtype in (*COLUMN_DTYPES.items(), ("tile_offset", "<u8")):
             column = getattr(shard.table, name)
@@ -110,23 +110,23 @@ def _write_structure(target: BinaryIO, shard: NewShard) -> None:
         for spec in shard.datasets:
             _lay_out(file, spec)
         for name in filter(is_tokens, feature_datasets(shard.features)):
-            # numpy and h5py have no bfloat16: the dataset says itself what its bits are.
+            # numpy and h5py have no bfloat16, so the dataset has an attribute that says what its bits are.
             file[name].attrs["dtype"] = shard.features.store_dtype.value
 
 
 def extents(path: str) -> dict[str, Extent]:
-    """Where each dataset's rows lie, by name, for all that have elements."""
+    """Return the places of the rows of each dataset that has elements, by name."""
     with open_structure(path) as structure:
         return {name: extent for name, extent in structure.extents.items() if extent.spec.nbytes}
 
 
 def read(path: str) -> StoredShard:
-    """The shard's index and attributes."""
+    """Read the shard's index and attributes."""
     with open_structure(path) as structure:
         keys = list(structure.keys.strings())
         columns = {name: structure.array(f"image/{name}") for name in COLUMN_DTYPES}
         table = ImageTable.build(keys, structure.array(STATUS), columns)
-        # The digest is over the offsets that follow from the columns; these are what other programs go by.
+        # The digest covers offsets that follow from the columns; the stored ones are for other programs.
         if not np.array_equal(structure.array(TILE_OFFSET), table.tile_offset):
             raise ValueError("its tile offsets do not follow from its grids")
         specs = {name: extent.spec for name, extent in structure.extents.items()}
@@ -134,10 +134,10 @@ def read(path: str) -> StoredShard:
 
 
 def outline(path: str) -> Outline:
-    """What `info` tells of the shard: a million keys, which it does not tell, take longer than all else."""
+    """Read what `info` shows of the shard; this excludes the keys, of which a million take longest to read."""
     with open_structure(path) as structure:
         for _ in structure.keys.places():
-            pass  # there are as many images as the file says, and so what follows is in proportion to it
+            pass  # the number of images is true, so the following reads are in proportion to the file
         columns = {name: structure.array(f"image/{name}") for name in COLUMN_DTYPES}
         offset = tile_offsets(*(columns[name] for name in ("columns", "rows", "thumbnail")))
         if not np.array_equal(structure.array(TILE_OFFSET), offset):
@@ -149,30 +149,30 @@ def outline(path: str) -> Outline:
 
 
 def publish(partial: str, final: str) -> None:
-    """Give the finished file its name."""
+    """Give the finished file its final name."""
     sync_path(partial)
     rename_durably(partial, final)
 
 
 def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Digests, uint8 [n, 32], and CRCs, uint32 [n], of a shard."""
+    """Read the digests, uint8 [n, 32], and CRCs, uint32 [n], of a shard."""
     with open_structure(path) as structure:
         return structure.array(DIGEST), structure.array(CRC32)
 
 
 def run_log(path: str) -> list[dict[str, Any]]:
-    """One entry a start that wrote to the shard, oldest first."""
+    """Return one entry per start that wrote to the shard, oldest first."""
     with open_structure(path) as structure:
         return parse_run_log(structure.array(RUN_LOG).tobytes())
 
 
 def final_paths(final: str) -> list[str]:
-    """The files that make up a published shard."""
+    """Return the files of a published shard."""
     return [final]
 
 
 def _write_attribute(file: h5py.File, name: str, value: str | int) -> None:
-    if isinstance(value, str):  # as bytes, for the name of a folder need not be UTF-8
+    if isinstance(value, str):  # as bytes, because the name of a folder need not be UTF-8
         file.attrs.create(name, value.encode("utf-8", "surrogateescape"), dtype=h5py.string_dtype("utf-8"))
     else:
         file.attrs[name] = value

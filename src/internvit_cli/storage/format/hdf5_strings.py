@@ -1,7 +1,7 @@
-"""The strings of an HDF5 dataset, read by position: a million keys in a fraction of a second.
+"""Read the strings of an HDF5 dataset by position: a million keys in a fraction of a second.
 
-HDF5 itself sets memory aside by the length that a file claims for a string, and gives every row that names one large
-string a copy of it. Here no string is longer than a path, and all together are no longer than the file.
+HDF5 itself allocates as much memory as a file claims that a string has, and copies a large string for every row that
+refers to it. Here no string is longer than a path, and all strings together are not longer than the file.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PLACE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
-"""Where a dataset says that a string is: its bytes, the collection that holds it, and its number in there."""
+"""A reference to a string in a dataset: its length in bytes, the collection that holds it, and its number there."""
 ROWS = 65536
-"""Strings read in one go."""
+"""Strings read at a time."""
 COLLECTION, OBJECT = struct.Struct("<4sB3xQ"), struct.Struct("<HHIQ")
-"""What a collection begins with: signature, version, bytes. What each string in it does: number, users, bytes."""
+"""Headers of a collection (signature, version, bytes) and of each string in it (number, reference count, bytes)."""
 COLLECTION_START = b"GCOL\x01\0\0\0"
 USUAL_BYTES = 4096
-"""Of a collection."""
+"""Size of most collections."""
 
 
 def check_collection(descriptor: int, address: int, most: int) -> int:
-    """Check that the pieces of a collection follow each other to its end; returns its bytes.
+    """Check that the objects of a collection are contiguous up to its end; return its bytes.
 
     Raises:
-        OSError: they do not, or it has more than `most` bytes.
+        OSError: They are not, or it has more than `most` bytes.
     """
     head = os.pread(descriptor, COLLECTION.size, address)
     size = COLLECTION.unpack_from(head.ljust(COLLECTION.size))[2]
@@ -43,7 +43,7 @@ def check_collection(descriptor: int, address: int, most: int) -> int:
     data, position = os.pread(descriptor, size, address), COLLECTION.size
     while position + OBJECT.size <= len(data):
         index, _, _, length = OBJECT.unpack_from(data, position)
-        taken = OBJECT.size + (length + 7 & ~7) if index else length  # the room that is left counts its own head
+        taken = OBJECT.size + (length + 7 & ~7) if index else length  # the length of free space includes its header
         if not OBJECT.size <= taken <= size - position:
             raise OSError("the strings of its attributes are damaged")
         position += taken
@@ -60,11 +60,11 @@ class StringReader:
         """Prepare to read; nothing is read yet.
 
         Args:
-            descriptor: of the file.
-            path: of the file, for messages.
-            offset: where the dataset's rows lie.
-            count: how many there are.
-            longest: most bytes of one; none is empty.
+            descriptor: Descriptor of the file.
+            path: Path of the file, for messages.
+            offset: Byte offset of the dataset's rows.
+            count: Number of strings.
+            longest: Maximum bytes of a string; no string is empty.
         """
         self._descriptor = descriptor
         self._path = path
@@ -73,10 +73,10 @@ class StringReader:
         self._longest = longest
         self._size = os.fstat(descriptor).st_size
         self._room = 2 * self._size
-        """Bytes of collections that are yet to be read: they do not overlap, and few are read twice."""
+        """Bytes of collections that may still be read: they do not overlap, and few are read twice."""
 
     def places(self) -> Iterator[NDArray[Any]]:
-        """Read where the strings are, some at a time, [k] of `PLACE`."""
+        """Yield the references to the strings in blocks, [k] of `PLACE`."""
         total = 0
         for start in range(0, self._count, ROWS):
             count = min(ROWS, self._count - start)
@@ -93,7 +93,7 @@ class StringReader:
             yield places
 
     def strings(self) -> Iterator[bytes]:
-        """Read the strings in their order."""
+        """Yield the strings in order."""
         for places in self.places():
             yield from self._strings(places)
 
@@ -113,7 +113,7 @@ class StringReader:
         return [data[start:stop] for start, stop in zip(starts.tolist(), (starts + lengths).tolist(), strict=True)]
 
     def _collections(self, addresses: list[int]) -> tuple[bytes, NDArray[np.int64]]:
-        """Read collections one behind another; returns where each begins in what was read, and where the last ends."""
+        """Read collections one after another; return their bytes, and the start of each and the end of the last."""
         parts, bases = [], [0]
         for address in addresses:
             part = os.pread(self._descriptor, USUAL_BYTES, address)
@@ -129,7 +129,7 @@ class StringReader:
 
 
 def _expected_starts(collection: NDArray[Any], index: NDArray[Any], lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """Where strings begin in collections that hold them by their numbers, one behind another, and nothing else."""
+    """Return where strings begin if their collections hold nothing else, contiguously and ordered by number."""
     order = np.lexsort((index, collection))
     sizes = OBJECT.size + (lengths[order] + 7 & ~7)
     ends = np.cumsum(sizes)
@@ -143,7 +143,7 @@ def _expected_starts(collection: NDArray[Any], index: NDArray[Any], lengths: NDA
 def _are_there(
     data: bytes, starts: NDArray[Any], index: NDArray[Any], lengths: NDArray[Any], ends: NDArray[Any]
 ) -> NDArray[np.bool_]:
-    """Whether strings of these numbers and lengths begin there, in collections that end there."""
+    """Return whether strings of these numbers and lengths begin there, in collections that end there."""
     words = np.frombuffer(data, "<u8")
     is_inside = starts + lengths <= ends
     heads = np.where(is_inside, (starts - OBJECT.size) // 8, 0)
@@ -152,12 +152,12 @@ def _are_there(
 
 
 def _objects(data: bytes, start: int, stop: int) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Number, start and bytes of each string of a collection."""
+    """Yield the number of each string of a collection, with its start and its bytes."""
     position = start + COLLECTION.size
     while position + OBJECT.size <= stop:
         index, _, _, size = OBJECT.unpack_from(data, position)
         position += OBJECT.size
-        if index == 0 or size > stop - position:  # the room that is left, or damage
+        if index == 0 or size > stop - position:  # free space, or damage
             return
         yield index, (position, size)
         position += size + 7 & ~7

@@ -1,8 +1,8 @@
-"""What HDF5 says of a file that somebody else may have made, held against what a shard has to be.
+"""Open an HDF5 file that may be hostile, and check that its structure is that of a shard.
 
-HDF5 does what a file tells it to: it follows links and datasets into other files, runs filters that make gigabytes out
-of kilobytes, and walks groups without end. So it is asked for the attributes, and for the place of each dataset that
-has a name of ours; nothing else is opened, and no data is read through it.
+HDF5 trusts its files: it follows links and datasets into other files, runs filters that turn kilobytes into gigabytes,
+and walks endless groups. So it is used only to read the attributes, and to find the place of each dataset that has one
+of our names. Nothing else is opened, and no data is read through it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 KEYS = "image/key"
 TILE_OFFSET = "image/tile_offset"
 METADATA_READ_BYTES = ATTRIBUTES_BYTES + (1 << 20)
-"""More than HDF5 reads in one go of a file of ours: its longest piece is a long attribute."""
+"""Upper bound of a single read by HDF5 of one of our files, of which the longest is a long attribute."""
 ADDRESS_BYTES = (8, 8)
 DAMAGE = (
     KeyError,
@@ -71,20 +71,20 @@ DAMAGE = (
     OverflowError,
     MemoryError,
 )
-"""What HDF5 and h5py have been seen to raise on damaged files, and its kin."""
+"""Errors that HDF5 and h5py were observed to raise on damaged files, and similar ones."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """A file whose attributes and datasets are those of a shard; its data is read by position, and only on request."""
+    """A file with the attributes and datasets of a shard; its data is read by position, and only on request."""
 
     path: str
     attributes: dict[str, Any]
     recipe: Recipe
     sources: int
-    """How many folders its pictures came from."""
+    """Number of folders that its pictures came from."""
     extents: dict[str, Extent]
-    """Where the rows of each dataset lie but for the keys, also of those without rows."""
+    """Places of the rows of each dataset except the keys, including datasets without rows."""
     images: int
     tiles: int
     _descriptor: int
@@ -96,17 +96,17 @@ class Structure:
 
     @property
     def keys(self) -> StringReader:
-        """What reads the keys."""
+        """Return a reader of the keys."""
         return StringReader(self._descriptor, self.path, self._keys_offset, self.images, LONGEST_KEY)
 
 
 @contextmanager
 def open_structure(path: str) -> Iterator[Structure]:
-    """Open an HDF5 file and hold its structure against what a shard has to be.
+    """Open an HDF5 file and check that its structure is that of a shard.
 
     Raises:
-        ForeignFileError: another program's file, or no file at all.
-        OutputError: it is not there, cannot be read, is damaged, or of a newer version.
+        ForeignFileError: It is another program's file, or not a file.
+        OutputError: It does not exist, cannot be read, is damaged, or has a newer version.
     """
     descriptor = _open(path)
     try:
@@ -139,14 +139,14 @@ def _open(path: str) -> int:
 
 
 def _check_signature(path: str, start: bytes) -> None:
-    if not start:  # it may be what a full disk left of ours
+    if not start:  # a full disk may leave one of our files empty
         raise OutputError(f"{path} is empty", RESTORE_OR_OVERWRITE)
     if start != SIGNATURE:
         raise UnrecognizedFileError(f"{path} is not an HDF5 file", "choose another output, or move that file away")
 
 
 class _Metadata(io.RawIOBase):
-    """A file as HDF5 reads its structure: what asks for more than a structure can have is refused."""
+    """A file as HDF5 reads it; reads that are too large for a structure are refused."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class _Metadata(io.RawIOBase):
         self._position = 0
         self._checked: set[int] = set()
         self._room = 2 * METADATA_READ_BYTES
-        """Bytes of strings that are yet to be checked: more than the attributes of a shard have."""
+        """Bytes of strings that may still be checked; larger than the attributes of a shard."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move to a byte offset."""
@@ -167,23 +167,23 @@ class _Metadata(io.RawIOBase):
         """Fill a buffer.
 
         Raises:
-            OSError: the file ends before, or the buffer is too large.
+            OSError: The file ends before that, or the buffer is too large.
         """
         if len(buffer) > METADATA_READ_BYTES:
-            raise OSError(f"a piece of its structure has {len(buffer):,} bytes")
+            raise OSError(f"a part of its structure has {len(buffer):,} bytes")
         self._check_strings(self._position, len(buffer))
         view = memoryview(buffer).cast("B")
         while view:
             got = os.preadv(self._descriptor, [view], self._position)
             if got == 0:
-                raise OSError("its structure reaches beyond its end")
+                raise OSError("its structure extends beyond its end")
             view, self._position = view[got:], self._position + got
         return len(buffer)
 
     def _check_strings(self, start: int, size: int) -> None:
-        """Look at collections of strings before HDF5 does: it walks for ever through one whose pieces have no size.
+        """Check collections of strings before HDF5 reads them: it loops forever in a collection with objects of size 0.
 
-        It may read a collection in parts; each of them is checked whole where its first bytes are read.
+        HDF5 may read a collection in parts; the whole collection is checked when its first bytes are read.
         """
         before = max(0, start - len(COLLECTION_START) + 1)
         for found in re.finditer(COLLECTION_START, os.pread(self._descriptor, start + size - before, before)):
@@ -207,7 +207,7 @@ def _examine(file: h5py.File, path: str, descriptor: int, size: int) -> Structur
     recipe, sources = check_attributes(attributes, path)
     creation = file.id.get_create_plist()
     if creation.get_userblock() or creation.get_sizes() != ADDRESS_BYTES:
-        raise ValueError("it is laid out as no shard is")
+        raise ValueError("its layout is not that of a shard")
     datasets = _Datasets(file.id, size)
     images, keys_offset = datasets.keys()
     extents = datasets.find(expected_columns(images) | expected_records(images), path)
@@ -216,7 +216,7 @@ def _examine(file: h5py.File, path: str, descriptor: int, size: int) -> Structur
     extents |= datasets.find(expected, path)
     for name in FEATURE_DATASETS:
         if name not in expected and datasets.has(name):
-            raise damaged(path, f"{name} is there, but the recipe stores none")
+            raise damaged(path, f"{name} exists, but the recipe does not store it")
     for name in filter(is_tokens, expected):
         _check_type_attribute(datasets.type_attribute(name), name, recipe, attributes, path)
     _check_places(extents.values(), Extent(path, keys_offset, DatasetSpec(KEYS, (images,), PLACE.str)))
@@ -224,21 +224,21 @@ def _examine(file: h5py.File, path: str, descriptor: int, size: int) -> Structur
 
 
 class _Datasets:
-    """The datasets of an open file that have names of ours."""
+    """The datasets of an open file that have our names."""
 
     def __init__(self, file: h5py.h5f.FileID, size: int) -> None:
         self._size = size
         self._groups = {"": h5py.h5g.open(file, b"/")}
-        """By what the names in them begin with."""
+        """Groups by the prefix of the names in them."""
         _check_link(self._groups[""], b"image", "image")
         self._groups["image"] = h5py.h5g.open(self._groups[""], b"image")
 
     def has(self, name: str) -> bool:
-        """Return whether anything has a dataset's name."""
+        """Return whether anything has the name of a dataset."""
         return _exists(*self._place(name))
 
     def keys(self) -> tuple[int, int]:
-        """Return the number of images, and the byte offset of the places of their keys."""
+        """Return the number of images, and the byte offset of the references to their keys."""
         dataset = self._open(KEYS)
         if dataset.get_type() != h5py.h5t.py_create(h5py.string_dtype("utf-8"), logical=True):
             raise ValueError(f"{KEYS} holds {_name_of(dataset.get_type())}")
@@ -248,11 +248,11 @@ class _Datasets:
         return images, self._offset(dataset, KEYS, images * PLACE.itemsize)
 
     def find(self, expected: Mapping[str, ExpectedDataset], path: str) -> dict[str, Extent]:
-        """Return where datasets lie.
+        """Return the places of datasets.
 
         Raises:
-            OutputError: one is missing, or has another shape or type.
-            ValueError: one does not lie in one piece in this file.
+            OutputError: One is missing, or has another shape or type.
+            ValueError: One is not contiguous in this file.
         """
         opened = {name: self._open(name) for name in expected if self.has(name)}
         specs = {name: DatasetSpec(name, one.shape, _dtype_of(one, expected[name])) for name, one in opened.items()}
@@ -260,7 +260,7 @@ class _Datasets:
         return {name: Extent(path, self._offset(opened[name], name, spec.nbytes), spec) for name, spec in specs.items()}
 
     def type_attribute(self, name: str) -> Any:
-        """Return what the tokens say that their bits are; None when they say nothing."""
+        """Return the type attribute of a dataset of tokens; None if it has none."""
         dataset = self._open(name)
         return _value(h5py.h5a.open(dataset, b"dtype")) if h5py.h5a.exists(dataset, b"dtype") else None
 
@@ -269,19 +269,19 @@ class _Datasets:
         return self._groups[group], last.encode()
 
     def _open(self, name: str) -> h5py.h5d.DatasetID:
-        """Open a dataset that lies in this file as it is; one that does not is closed before it is looked at."""
+        """Open a dataset that is stored contiguously in this file, and refuse any other before reading it."""
         group, last = self._place(name)
         _check_link(group, last, name)
         if h5py.h5o.get_info(group, last).type != h5py.h5o.TYPE_DATASET:
-            raise ValueError(f"{name} is no dataset")
+            raise ValueError(f"{name} is not a dataset")
         dataset = h5py.h5d.open(group, last)
         if dataset.shape is None:
             raise ValueError(f"{name} has no shape")
         creation = dataset.get_create_plist()
         if creation.get_layout() != h5py.h5d.CONTIGUOUS or creation.get_nfilters():
-            raise ValueError(f"{name} does not lie in one piece")
+            raise ValueError(f"{name} is not contiguous")
         if creation.get_external_count():
-            raise ValueError(f"{name} lies in another file")
+            raise ValueError(f"{name} is in another file")
         return dataset
 
     def _offset(self, dataset: h5py.h5d.DatasetID, name: str, nbytes: int) -> int:
@@ -289,7 +289,7 @@ class _Datasets:
             return 0
         offset = dataset.get_offset()
         if offset is None or offset + nbytes > self._size:
-            raise ValueError(f"{name} reaches beyond the end of the file")
+            raise ValueError(f"{name} extends beyond the end of the file")
         return int(offset)
 
 
@@ -298,10 +298,10 @@ def _exists(group: h5py.h5g.GroupID, name: bytes) -> bool:
 
 
 def _check_link(group: h5py.h5g.GroupID, name: bytes, shown: str) -> None:
-    """Refuse what leads elsewhere, such as into another file; it is not followed.
+    """Refuse links, for example into another file, without following them.
 
     Raises:
-        ValueError: it is not there, or is a link.
+        ValueError: It does not exist, or is a link.
     """
     if not _exists(group, name):
         raise ValueError(f"{shown} is missing")
@@ -310,7 +310,7 @@ def _check_link(group: h5py.h5g.GroupID, name: bytes, shown: str) -> None:
 
 
 def _dtype_of(dataset: h5py.h5d.DatasetID, wanted: ExpectedDataset) -> str:
-    """Return a dataset's little-endian numpy type; words for a type that is no plain number."""
+    """Return a dataset's little-endian numpy type, or a description of a type that is not a plain number."""
     stored = dataset.get_type()
     if stored == h5py.h5t.py_create(np.dtype(wanted.dtype), logical=True):
         return wanted.dtype
@@ -323,15 +323,15 @@ def _name_of(stored: h5py.h5t.TypeID) -> str:
 
 
 def _check_places(extents: Collection[Extent], keys: Extent) -> None:
-    """Refuse datasets that lie where none can: rows are written there past HDF5, which would not notice.
+    """Refuse overlapping datasets: rows are written without HDF5, which would not notice.
 
     Raises:
-        ValueError: two of them share bytes.
+        ValueError: Two of them share bytes.
     """
     ordered = sorted((one for one in (*extents, keys) if one.spec.nbytes), key=lambda extent: extent.offset)
     for extent, following in pairwise(ordered):
         if extent.offset + extent.spec.nbytes > following.offset:
-            raise ValueError(f"{extent.spec.name} and {following.spec.name} lie in the same place")
+            raise ValueError(f"{extent.spec.name} and {following.spec.name} overlap")
 
 
 def _last_offset(descriptor: int, offsets: Extent) -> int:
@@ -349,17 +349,17 @@ def _read(descriptor: int, extent: Extent) -> NDArray[Any]:
 
 
 class _Unknown(NamedTuple):
-    """The value of an attribute of a type that no attribute of ours has."""
+    """The value of an attribute whose type none of our attributes has."""
 
     words: str
 
 
 def _root_attributes(file: h5py.File, path: str) -> dict[str, Any]:
-    """Read the attributes of a file of ours.
+    """Read the attributes of one of our files.
 
     Raises:
-        ForeignFileError: another program's file.
-        OutputError: a newer version's, or attributes that no shard has.
+        ForeignFileError: It is another program's file.
+        OutputError: It has a newer version, or attributes that no shard has.
     """
     count = h5py.h5a.get_num_attrs(file.id)
     values: dict[str, Any] = {}
@@ -381,10 +381,10 @@ def _root_attributes(file: h5py.File, path: str) -> dict[str, Any]:
 
 
 def _value(attribute: h5py.h5a.AttrID) -> Any:
-    """Return the value of an attribute that is one text or one number, and of no other."""
+    """Return the value of an attribute if it is a single text or number."""
     stored = attribute.get_type()
     if attribute.get_space().get_simple_extent_type() != h5py.h5s.SCALAR:
-        return _Unknown("no single value")
+        return _Unknown("not a single value")
     if isinstance(stored, h5py.h5t.TypeStringID) and stored.is_variable_str():
         text = np.empty((), object)
         attribute.read(text, mtype=h5py.h5t.py_create(h5py.string_dtype("utf-8")))
@@ -397,7 +397,7 @@ def _value(attribute: h5py.h5a.AttrID) -> Any:
 
 
 def _check_type_attribute(value: Any, name: str, recipe: Recipe, attributes: Mapping[str, Any], path: str) -> None:
-    """Refuse tokens that say that their bits are of another type than the recipe's: other programs go by that."""
+    """Refuse tokens whose type attribute differs from the recipe, because other programs rely on it."""
     wanted = recipe.store_dtype.value
     if value == wanted:
         return

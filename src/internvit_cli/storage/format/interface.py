@@ -1,4 +1,4 @@
-"""What a shard format has to offer. Rows are not its business: they go to the byte offsets that it names."""
+"""Define the interface of a shard format. Rows are written elsewhere, at the byte offsets that the format returns."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ if TYPE_CHECKING:
 
 
 class ShardFormat(Protocol):
-    """One way to keep a shard on disk, at a `partial` path before and a `final` one after it is complete."""
+    """A way to store a shard on disk, at a `partial` path until it is complete and then at a `final` path."""
 
     KIND: Format
     SUFFIX: str
-    """What a shard's name ends in, such as `.h5`."""
+    """Suffix of a shard's name, such as `.h5`."""
     LOG_BYTES: int
-    """What the log of a shard's first starts adds to `planned_bytes`."""
+    """Bytes that the log of a shard's first starts adds to `planned_bytes`."""
 
     def build(self, path: str, shard: NewShard) -> None:
-        """Write the index and lay out every dataset at full size, rows unwritten and without room on the disk."""
+        """Write the index and lay out every dataset at full size; rows are unwritten and take no disk space."""
         ...
 
     def planned_bytes(self, shard: NewShard) -> int:
-        """Bytes of the published shard, from its plan alone."""
+        """Return the bytes of the published shard, computed from its plan."""
         ...
 
     def index_bytes(self, table: ImageTable) -> NDArray[Any]:
-        """Bytes that each image of a shard takes at most beside its rows, [n] int64, from the second one on."""
+        """Return upper bounds of the bytes of each image, without its rows, from the second image on, [n] int64."""
         ...
 
     def extents(self, path: str) -> dict[str, Extent]:
-        """Where the rows of each dataset with elements lie, by dataset name."""
+        """Return the places of the rows of each dataset that has elements, by name."""
         ...
 
     def read(self, path: str) -> StoredShard:
-        """The index, the statuses and the attributes of a partial or final shard."""
+        """Read the index, the statuses and the attributes of a partial or final shard."""
         ...
 
     def outline(self, path: str) -> Outline:
-        """The attributes and statuses of a final shard, or of a partial file, without keys."""
+        """Read the attributes and statuses of a final shard, or of a partial file, without keys."""
         ...
 
     def commit_records(self, path: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Digests, uint8 [n, 32], and CRCs, uint32 [n], of a published shard."""
+        """Read the digests, uint8 [n, 32], and CRCs, uint32 [n], of a published shard."""
         ...
 
     def run_log(self, path: str) -> list[dict[str, Any]]:
-        """One entry a start that wrote to the shard, oldest first."""
+        """Return one entry per start that wrote to the shard, oldest first."""
         ...
 
     def publish(self, partial: str, final: str) -> None:
-        """Give a finished shard its final name, durably; repeating it after a crash finishes it."""
+        """Give a finished shard its final name durably; repeat this after a crash to finish it."""
         ...
 
     def final_paths(self, final: str) -> list[str]:
-        """The files that make up a published shard."""
+        """Return the files of a published shard."""
         ...
 
 
 def backend_of(shard_format: Format) -> ShardFormat:
-    """The module that implements a format."""
+    """Return the module that implements a format."""
     if shard_format is Format.H5:
         from internvit_cli.storage.format import hdf5
 

@@ -1,4 +1,4 @@
-"""What a shard holds, whatever its format: datasets with names, shapes and types, and the attributes beside them."""
+"""Define the contents of a shard in any format: the names, shapes and types of its datasets, and its attributes."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ ALIGNMENT = 4096
 """Datasets start at multiples of this many bytes, so that rows can be written with direct or mapped I/O."""
 RUN_LOG_BYTES = 65536
 SOURCES_BYTES = 32 << 20
-"""Of the JSON that names a shard's sources, at most: some hundred thousand folders."""
+"""Maximum size of the JSON that names a shard's sources: some hundred thousand folders."""
 TEXT_BYTES = 1 << 16
-"""Of any other attribute, at most."""
+"""Maximum size of any other attribute."""
 ATTRIBUTES_BYTES = SOURCES_BYTES + (1 << 20)
-"""More than all attributes of a shard take."""
+"""Upper bound of the size of all attributes of a shard."""
 SHARD_NAME = re.compile(r"shard-(\d{5}|[1-9]\d{5,8})")
 SHARD_FILE = re.compile(
     r"(shard-(?:\d{5}|[1-9]\d{5,8}))((\.h5)?(\.partial)?|\.json|\.images\.jsonl"
     r"|\.(?:pooled|tile_pooled|[a-z]+_(?:tokens|scales))(?:_layer_(?:0|[1-9]\d{0,9}))?\.npy)(\.tmp)?"
 )
-"""The names of our files in a folder and no others: a folder of `shard-00000.tar` is somebody else's."""
+"""Matches only the names of our files: a folder with `shard-00000.tar` is somebody else's."""
 NEWER = "install the version of internvit that wrote it, or a newer one"
 OUR_MARKS = {"recipe_digest", "index_digest"}
-"""Attributes that no other program's file has."""
+"""Attributes that files of other programs do not have."""
 
 DIGEST = "image/digest"
 CRC32 = "image/crc32"
@@ -57,27 +57,26 @@ TILE_POOLED = "tile_pooled"
 TOKEN_DATASETS = tuple(tokens.dataset for tokens in Tokens if tokens is not Tokens.NONE)
 SCALE_DATASETS = tuple(tokens.scales_dataset for tokens in Tokens if tokens is not Tokens.NONE)
 FEATURE_DATASETS = (POOLED, *TOKEN_DATASETS, *SCALE_DATASETS, TILE_POOLED)
-"""What can be stored of a layer, in the order in which an image's CRC goes over it (`crc_order`)."""
+"""The datasets that can be stored for a layer, in the order of an image's CRC (`crc_order`)."""
 MODEL_LAYERS = "model_layers"
-"""Attribute of outputs of several layers: how many blocks the model has, so that a layer can be counted from its end.
-"""
+"""Attribute of outputs of several layers: the number of the model's blocks, for counting layers from the end."""
 OF_LAYER = re.compile(r"(.+)_layer_(0|[1-9]\d{0,9})", re.ASCII)
 
 
 class ForeignFileError(OutputError):
-    """A file at the output that internvit did not make, and so does not touch."""
+    """A file at the output that internvit did not create and does not touch."""
 
 
 class UnrecognizedFileError(ForeignFileError):
-    """A file whose bytes say nothing of who made it; its name and its place may."""
+    """A file whose bytes do not tell who created it; its name and place may."""
 
 
 def dataset_of(kind: str, layer: int | None) -> str:
     """Return the name of the dataset with the rows of a layer.
 
     Args:
-        kind: one of `FEATURE_DATASETS`.
-        layer: an earlier layer; None is the main one, `Recipe.layer`.
+        kind: One of `FEATURE_DATASETS`.
+        layer: An earlier layer; None is the main one, `Recipe.layer`.
 
     >>> dataset_of("pooled", None), dataset_of("pooled", 21)
     ('pooled', 'pooled_layer_21')
@@ -86,7 +85,7 @@ def dataset_of(kind: str, layer: int | None) -> str:
 
 
 class FeatureName(NamedTuple):
-    """What the name of a dataset of features says."""
+    """The parts of the name of a feature dataset."""
 
     kind: str
     """One of `FEATURE_DATASETS`."""
@@ -95,7 +94,7 @@ class FeatureName(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> FeatureName | None:
-        """Read a name; None for a dataset that holds no features."""
+        """Parse a name; return None for a dataset that does not hold features."""
         match = OF_LAYER.fullmatch(name)
         kind, layer = (match[1], int(match[2])) if match else (name, None)
         return cls(kind, layer) if kind in FEATURE_DATASETS else None
@@ -112,7 +111,7 @@ class FeatureName(NamedTuple):
 
 
 def feature_name(name: str) -> FeatureName:
-    """Read the name of a dataset that is known to hold features."""
+    """Parse the name of a dataset that is known to hold features."""
     found = FeatureName.parse(name)
     assert found is not None, name
     return found
@@ -125,9 +124,9 @@ def is_tokens(name: str) -> bool:
 
 
 def crc_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of some datasets that hold features, in the order in which an image's CRC goes over them.
+    """Return the feature datasets among some names, in the order of an image's CRC.
 
-    That is first the main layer's, then those of each earlier layer, ascending; of a layer in the order of
+    The main layer comes first, then each earlier layer in ascending order; within a layer, the order is that of
     `FEATURE_DATASETS`.
     """
     found = {name: known for name in names if (known := FeatureName.parse(name)) is not None}
@@ -140,7 +139,7 @@ def crc_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def feature_datasets(stored: Recipe | FeatureShape) -> tuple[str, ...]:
-    """The names of the datasets of features, in the order of `crc_order`."""
+    """Return the names of the feature datasets, in the order of `crc_order`."""
     kinds = [POOLED]
     if stored.tokens is not Tokens.NONE:
         kinds.append(stored.tokens.dataset)
@@ -158,11 +157,11 @@ class DatasetSpec:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """Little-endian numpy type."""
+    """Little-endian numpy dtype."""
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row, that is of one index of the first axis."""
+        """Bytes of one row, which is one index of the first axis."""
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     @property
@@ -173,7 +172,7 @@ class DatasetSpec:
 
 @dataclass(frozen=True, slots=True)
 class FeatureShape:
-    """Sizes of the features of one tile and one image, as a recipe and a model give them."""
+    """Sizes of the features of one tile and one image, which follow from a recipe and a model."""
 
     tokens: Tokens
     tokens_per_tile: int
@@ -186,7 +185,7 @@ class FeatureShape:
     """As in the recipe; all layers have rows of the same sizes."""
 
     def row_datasets(self, images: int, tiles: int) -> tuple[DatasetSpec, ...]:
-        """The datasets of feature rows, in the order in which an image's CRC goes over them."""
+        """Return the datasets of feature rows, in the order of an image's CRC."""
         return tuple(self._spec(name, images, tiles) for name in feature_datasets(self))
 
     def _spec(self, name: str, images: int, tiles: int) -> DatasetSpec:
@@ -202,16 +201,16 @@ class FeatureShape:
 
 @dataclass(frozen=True, slots=True)
 class NewShard:
-    """All that is known of a shard when it is created."""
+    """Everything that is known about a shard when it is created."""
 
     table: ImageTable
     features: FeatureShape
     attributes: dict[str, Any]
-    """Root attributes but for `index_digest`: strings and integers."""
+    """Root attributes except `index_digest`: strings and integers."""
 
     @property
     def datasets(self) -> tuple[DatasetSpec, ...]:
-        """Every dataset that is filled by writing rows: commit records first, then features."""
+        """Return every dataset that is filled by writing rows: commit records first, then features."""
         images = len(self.table)
         return (
             DatasetSpec(STATUS, (images,), "|u1"),
@@ -223,41 +222,41 @@ class NewShard:
 
     @property
     def complete_attributes(self) -> dict[str, Any]:
-        """The attributes with the digest that vouches for them and for the table."""
+        """Return the attributes, including the digest of the attributes and the table."""
         return self.attributes | {"index_digest": index_digest(self.table, self.attributes)}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredShard:
-    """The index of a shard on disk: its table with the statuses as they stand, and its attributes."""
+    """The index of a shard on disk: its table with the current statuses, and its attributes."""
 
     table: ImageTable
     attributes: dict[str, Any]
     specs: Mapping[str, DatasetSpec]
-    """Its datasets by name, those without rows too."""
+    """Its datasets by name, including those without rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """What a shard says of itself but for its keys: read in a moment, and not vouched for by the index's digest."""
+    """A summary of a shard without its keys; quick to read, and not checked against the index's digest."""
 
     attributes: dict[str, Any]
     images: int
     status: NDArray[Any]
-    """As in the table, [n] uint8."""
+    """Statuses as in the table, [n] uint8."""
     tiles: int | None
-    """None where only the manifest has their sum."""
+    """None if only the manifest has the number of tiles."""
 
 
 def check_format(attributes: Mapping[str, Any], path: str) -> None:
-    """Refuse what is none of ours, or of a version that we do not know; before anything else of it is looked at.
+    """Refuse files of other programs or of unknown versions, before anything else is read.
 
     Raises:
-        ForeignFileError: another program's file.
-        OutputError: another version.
+        ForeignFileError: It is another program's file.
+        OutputError: It has another version.
     """
     if attributes.get("format") != FORMAT:
-        if attributes.keys() >= OUR_MARKS:  # one flipped bit does not make a file somebody else's
+        if attributes.keys() >= OUR_MARKS:  # a file of ours with a flipped bit is not somebody else's
             raise OutputError(f"{path} is damaged: its format is not {FORMAT!r}", RESTORE_OR_OVERWRITE)
         raise ForeignFileError(
             f"{path} is not an internvit feature file", "choose another output, or move that file away"
@@ -271,23 +270,23 @@ def check_format(attributes: Mapping[str, Any], path: str) -> None:
 
 
 def unknown_value(attributes: Mapping[str, Any], statement: str) -> OutputError:
-    """Return the error of a stored value that this version does not know, with both versions.
+    """Return the error for a stored value that this version does not know; it names both versions.
 
     Args:
-        attributes: of the shard; they tell which version wrote it.
-        statement: names the shard, the field and the value.
+        attributes: The attributes of the shard, which name the version that wrote it.
+        statement: Names the shard, the field and the value.
     """
-    from internvit_cli import __version__  # package metadata, read only to say this
+    from internvit_cli import __version__  # reads package metadata, so it is imported only here
 
     creator = one_line(str(attributes.get("created_by", "an unnamed program")), 80)
-    is_ours = creator.endswith(f" {__version__}")  # then it is damage: this version writes no such value
+    is_ours = creator.endswith(f" {__version__}")  # then the file is damaged: this version does not write such a value
     message = f"{statement}, which version {__version__} does not know; {creator} wrote it"
     return OutputError(message, RESTORE_OR_OVERWRITE if is_ours else NEWER)
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Where a dataset's bytes lie: what a row is written to and read from, without HDF5 or numpy in between."""
+    """The place of a dataset's bytes, for reading and writing rows without HDF5 or numpy in between."""
 
     path: str
     offset: int
@@ -296,7 +295,7 @@ class Extent:
 
 
 def index_digest(table: ImageTable, attributes: dict[str, Any]) -> str:
-    """SHA-256 over all that is fixed when a shard is created, 64 hex digits."""
+    """Return the SHA-256 of everything that is fixed when a shard is created, 64 hex digits."""
     hasher = hashlib.sha256()
     hasher.update(json.dumps(attributes, sort_keys=True, separators=(",", ":")).encode())
     table.digest_into(hasher)
@@ -304,26 +303,27 @@ def index_digest(table: ImageTable, attributes: dict[str, Any]) -> str:
 
 
 def stored_layer(wanted: int, recipe: Recipe, model_layers: int | None, holder: str) -> int | None:
-    """Find the stored layer that a number means.
+    """Find the stored layer for a layer number.
 
     Args:
-        wanted: a number of blocks, or a negative one, which counts from the end of the model: an index into
-            hidden_states, as `--layer` takes it.
-        recipe: what is stored.
-        model_layers: how many blocks the model has; None where that is not known.
-        holder: what the message calls the features.
+        wanted: A number of blocks, or a negative number that counts from the end of the model: an index into
+            hidden_states, as in `--layer`.
+        recipe: The recipe of the stored features.
+        model_layers: The number of the model's blocks; None if it is not known.
+        holder: The name of the features in the message.
 
     Returns:
         An earlier layer, or None for the main one.
 
     Raises:
-        UsageError: that layer is not stored, or nobody knows which it is.
+        UsageError: That layer is not stored, or the number counts from an unknown end.
     """
     layers = recipe.layers
     holds = f"it holds {'layer' if len(layers) == 1 else 'the layers'} {listed(layers)}"
     if wanted < 0 and model_layers is None:
         raise UsageError(
-            f"layer {wanted} counts from the end of the model, and {holder} does not record how long that is", holds
+            f"layer {wanted} counts from the end of the model, and {holder} does not record how many layers that has",
+            holds,
         )
     layer = wanted + model_layers + 1 if wanted < 0 and model_layers is not None else wanted
     if layer not in layers:
@@ -332,7 +332,7 @@ def stored_layer(wanted: int, recipe: Recipe, model_layers: int | None, holder: 
 
 
 def parse_run_log(data: bytes) -> list[dict[str, Any]]:
-    """The entries of a zero-padded log of JSON lines; what is damaged is left out, for it decides nothing."""
+    """Parse a zero-padded log of JSON lines; damaged lines are left out, because nothing depends on them."""
     entries = []
     for line in data.rstrip(b"\0").splitlines():
         with contextlib.suppress(ValueError):
@@ -341,10 +341,10 @@ def parse_run_log(data: bytes) -> list[dict[str, Any]]:
 
 
 def stored_recipe(attributes: Mapping[str, Any], path: str) -> Recipe:
-    """The recipe that a shard was made with.
+    """Return the recipe of a shard.
 
     Raises:
-        OutputError: there is none that this version understands.
+        OutputError: There is none that this version understands.
     """
     if "recipe" not in attributes:
         raise OutputError(f"{path} has no recipe", RESTORE_OR_OVERWRITE)
@@ -357,10 +357,10 @@ def stored_recipe(attributes: Mapping[str, Any], path: str) -> Recipe:
 
 
 def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
-    """The sources that a shard's table counts, as they were when it was made.
+    """Return the sources of a shard, as they were when it was created.
 
     Raises:
-        OutputError: they are damaged, or are no folders that pictures can have come from.
+        OutputError: They are damaged, or cannot be folders of pictures.
     """
     try:
         return [_source(entry) for entry in parse_json(attributes["sources"])]
@@ -378,12 +378,12 @@ def _source(entry: dict[str, Any]) -> Source:
 
 
 def decode_values(stored: NDArray[Any], dtype: StoreDtype, scales: NDArray[Any] | None = None) -> NDArray[Any]:
-    """Stored token values as numpy has them: bfloat16, int8 and fp8 become float32; others stay as they are.
+    """Convert stored token values for numpy: bfloat16, int8 and fp8 become float32; others stay as they are.
 
     Args:
-        stored: [...,C].
-        dtype: the stored type.
-        scales: [...] float32, of the types that have them.
+        stored: Values [...,C].
+        dtype: The stored type.
+        scales: Scales [...] float32, for the types that have them.
     """
     if scales is not None:
         values = _e4m3_values()[stored] if dtype is StoreDtype.FP8 else stored.astype(np.float32)
@@ -397,7 +397,7 @@ def decode_values(stored: NDArray[Any], dtype: StoreDtype, scales: NDArray[Any] 
 
 @cache
 def _e4m3_values() -> NDArray[Any]:
-    """The numbers behind the 256 codes of float8 e4m3: sign, 4 bits of exponent, 3 of mantissa, no infinities."""
+    """Return the values of the 256 codes of float8 e4m3: sign, 4 bits of exponent, 3 of mantissa, no infinities."""
     codes = np.arange(256)
     exponent, mantissa = codes >> 3 & 15, codes & 7
     magnitude = np.where(exponent, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)

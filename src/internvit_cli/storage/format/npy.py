@@ -1,8 +1,8 @@
-"""A shard as .npy files, for those who map arrays straight into memory.
+"""Store a shard as .npy files, for users who map arrays into memory.
 
-While it is filled the shard is a folder, `shard-00000.partial/`, with one fixed-size file a dataset. Publishing moves
-the feature arrays to `shard-00000.pooled.npy` and so on, and writes what is known of each image to
-`shard-00000.images.jsonl` and the attributes to `shard-00000.json`.
+While it is filled, the shard is a folder, `shard-00000.partial/`, with one fixed-size file per dataset. Publishing
+moves the feature arrays to `shard-00000.pooled.npy` and so on, and writes the index to `shard-00000.images.jsonl` and
+the attributes to `shard-00000.json`.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ if TYPE_CHECKING:
 KIND = Format.NPY
 SUFFIX = ""
 LOG_BYTES = 8192
-"""Beside the attributes: of eight starts and more."""
+"""Bytes for the log in the attributes: room for at least eight starts."""
 COMMIT_DATASETS = (STATUS, DIGEST, CRC32, RUN_LOG)
 INDEX_FILE = "images.jsonl"
 ATTRIBUTES_FILE = "attributes.json"
 ATTRIBUTES_BLOCK = 4096
 ATTRIBUTES_FILE_BYTES = 2 * ATTRIBUTES_BYTES
-"""Quotes in an attribute take two bytes there; the log of starts is small."""
+"""Quotes in an attribute take two bytes in the file; the log of starts is small."""
 LINES_BLOCK = 1 << 20
 DIGEST_BYTES = 32
 CRC_BYTES = 4
 SUFFIX_HEAD, STATUS_PLACES = len(b', "status": 12, "digest": "'), [12, 13]
-"""What follows on each line's columns up to its digest, and where in it the two digits of the status stand."""
+"""Length of the text between a line's columns and its digest, and the places of the status's two digits in it."""
 HEADER = re.compile(
     rb".{10}{'descr': '([|][ui]1|<u[24]|<f[24])', 'fortran_order': False, 'shape': \((\d{1,18}(?:, \d{1,18})*)",
     re.DOTALL,
@@ -86,7 +86,7 @@ HEADER = re.compile(
 
 
 def build(folder: str, shard: NewShard) -> None:
-    """Write the index and every array's header; rows take no room on the disk yet."""
+    """Write the index and every array's header; rows take no disk space yet."""
     os.mkdir(folder)
     write_file(os.path.join(folder, ATTRIBUTES_FILE), _pad(shard.complete_attributes))
     write_file(os.path.join(folder, INDEX_FILE), b"".join(_planned_lines(shard.table)))
@@ -95,13 +95,13 @@ def build(folder: str, shard: NewShard) -> None:
 
 
 def planned_bytes(shard: NewShard) -> int:
-    """The size of the published files, the log of starts in the attributes excepted."""
+    """Return the size of the published files, without the log of starts in the attributes."""
     arrays = sum(ALIGNMENT + spec.nbytes for spec in shard.features.row_datasets(len(shard.table), shard.table.tiles))
     return arrays + int(index_bytes(shard.table).sum()) + len(_pad(shard.complete_attributes))
 
 
 def index_bytes(table: ImageTable) -> NDArray[Any]:
-    """Length of each image's line in the published index, [n] int64, without writing the lines of a million images."""
+    """Return the length of each image's line in the published index, [n] int64, without writing a million lines."""
     blank = ImageTable.build([b""], np.zeros(1, np.uint8), {name: np.zeros(1, np.int64) for name in COLUMN_DTYPES})
     line = next(_finished_lines(blank, np.zeros((1, 32), np.uint8), np.zeros(1, np.uint32)))
     lengths = np.fromiter((len(json.dumps(os.fsdecode(key))) for key in table.keys), np.int64, len(table))
@@ -112,7 +112,7 @@ def index_bytes(table: ImageTable) -> NDArray[Any]:
 
 
 def _decimal_length(numbers: NDArray[Any]) -> NDArray[Any]:
-    """Characters of integers in JSON, [n] int64."""
+    """Return the number of characters of integers in JSON, [n] int64."""
     magnitude = np.abs(numbers).astype(np.uint64)
     powers = np.array([10**exponent for exponent in range(1, 20)], np.uint64)
     lengths: NDArray[Any] = 1 + np.searchsorted(powers, magnitude, side="right") + (numbers < 0)
@@ -120,14 +120,14 @@ def _decimal_length(numbers: NDArray[Any]) -> NDArray[Any]:
 
 
 def extents(path: str) -> dict[str, Extent]:
-    """Where each dataset's rows lie, by name: of a shard being filled, or of a published one (its feature arrays)."""
+    """Return the places of each dataset's rows by name: all of an unfinished shard, features of a published one."""
     with _damage(path):
         recipe, _ = check_attributes(_attributes(path), path)
         return {name: extent for name, extent in _arrays(path, recipe).items() if extent.spec.nbytes}
 
 
 def read(path: str) -> StoredShard:
-    """The shard's index and attributes, while it is filled or when it is published."""
+    """Read the index and attributes of an unfinished or published shard."""
     with _damage(path):
         attributes = _attributes(path)
         recipe, _ = check_attributes(attributes, path)
@@ -135,14 +135,14 @@ def read(path: str) -> StoredShard:
         table, _, _ = _read_lines(path)
         check_lengths([arrays[POOLED].spec.shape[0]], len(table), path)
         if (tiles := _tiles(arrays)) not in (None, table.tiles):
-            raise ValueError(f"its arrays hold {tiles:,} tiles, its images {table.tiles:,}")
+            raise ValueError(f"its arrays hold {tiles:,} tiles, but its images have {table.tiles:,}")
         if _is_filled(path):
             table = table.with_status(_read_array(arrays[STATUS]))
         return StoredShard(table, attributes, {name: extent.spec for name, extent in arrays.items()})
 
 
 def outline(path: str) -> Outline:
-    """What `info` tells of a published shard, from the fixed width in which every line of its index ends."""
+    """Read what `info` shows of a published shard, from the fixed-width end of every line of its index."""
     with _damage(path):
         attributes = _attributes(path)
         recipe, _ = check_attributes(attributes, path)
@@ -153,7 +153,7 @@ def outline(path: str) -> Outline:
             check_lengths([arrays[POOLED].spec.shape[0]], len(status), path)
             check_statuses(status, path)
             return Outline(attributes, len(status), status, _tiles(arrays))
-    stored = read(path)  # lines that another program wrote, or that are damaged
+    stored = read(path)  # lines are damaged, or another program wrote them
     check_shard(stored, path)
     return Outline(attributes, len(stored.table), stored.table.status, stored.table.tiles)
 
@@ -161,8 +161,8 @@ def outline(path: str) -> Outline:
 def publish(partial: str, final: str) -> None:
     """Move the arrays to their names and write the index beside them.
 
-    `partial` keeps what is known of each image and stays until the manifest names the shard, so that a crash in between
-    loses nothing: publishing again finishes what was begun.
+    `partial` keeps the records of each image until the manifest names the shard, so that a crash in between loses
+    nothing: publishing again finishes it.
     """
     table = read(partial).table
     digests, checksums = commit_records(partial)
@@ -179,7 +179,7 @@ def publish(partial: str, final: str) -> None:
 
 
 def run_log(path: str) -> list[dict[str, Any]]:
-    """One entry a start that wrote to the shard, oldest first."""
+    """Return one entry per start that wrote to the shard, oldest first."""
     with _damage(path):
         if _is_filled(path):
             recipe, _ = check_attributes(_attributes(path), path)
@@ -189,7 +189,7 @@ def run_log(path: str) -> list[dict[str, Any]]:
 
 
 def _newest(entries: list[Any]) -> list[dict[str, Any]]:
-    """The last entries of a log that a shard that is filled has room for; whoever copies a log syncs each."""
+    """Return the last entries of a log that fit into an unfinished shard; copying a log syncs each entry."""
     kept: list[dict[str, Any]] = []
     room = RUN_LOG_BYTES
     for entry in reversed(entries):
@@ -202,7 +202,7 @@ def _newest(entries: list[Any]) -> list[dict[str, Any]]:
 
 
 def final_paths(final: str) -> list[str]:
-    """The files that make up a published shard."""
+    """Return the files of a published shard."""
     with _damage(final):
         arrays = feature_datasets(stored_recipe(_attributes(final), final))
     names = [_beside(final, ATTRIBUTES_FILE), _beside(final, INDEX_FILE)]
@@ -210,7 +210,7 @@ def final_paths(final: str) -> list[str]:
 
 
 def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Digests, uint8 [n, 32], and CRCs, uint32 [n], while the shard is filled or when it is published."""
+    """Read the digests, uint8 [n, 32], and CRCs, uint32 [n], of an unfinished or published shard."""
     with _damage(path):
         if _is_filled(path):
             recipe, _ = check_attributes(_attributes(path), path)
@@ -222,20 +222,20 @@ def commit_records(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
 
 @contextmanager
 def _damage(path: str) -> Iterator[None]:
-    """Turn whatever damaged files raise into one error that says what to do."""
+    """Turn all errors of damaged files into one error that says what to do."""
     try:
         yield
     except FileNotFoundError as error:
         raise OutputError(f"{os.fsdecode(error.filename or path)} is not there", RESTORE_OR_OVERWRITE) from error
     except OSError as error:
         name = os.fsdecode(error.filename or path)
-        raise OutputError(f"cannot read {name}: {error.strerror}", "check what it is, and its permissions") from error
+        raise OutputError(f"cannot read {name}: {error.strerror}", "check its type and its permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise damaged(path, one_line(str(error))) from error
 
 
 def _attributes(path: str) -> dict[str, Any]:
-    """The attributes of a shard of ours, without the log of starts."""
+    """Return the checked attributes of one of our shards, without the log of starts."""
     attributes = _read_attributes(path)
     attributes.pop(RUN_LOG, None)
     check_format(attributes, path)
@@ -245,15 +245,15 @@ def _attributes(path: str) -> dict[str, Any]:
 def _read_attributes(path: str) -> dict[str, Any]:
     attributes = parse_json(read_bounded(_beside(path, ATTRIBUTES_FILE), ATTRIBUTES_FILE_BYTES, follow_links=False))
     if not isinstance(attributes, dict):
-        raise ValueError("its attributes are no JSON object")  # noqa: TRY004 - damage, not a mistake of the caller
+        raise ValueError("its attributes are not a JSON object")  # noqa: TRY004 - damage, not a mistake of the caller
     return attributes
 
 
 def _is_filled(path: str) -> bool:
-    """Whether a shard is a folder that is still being filled.
+    """Return whether a shard is an unfinished folder.
 
     Raises:
-        NotRegularError: a link to a folder, which may be anywhere.
+        NotRegularError: It is a link to a folder, which may be anywhere.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -265,12 +265,12 @@ def _is_filled(path: str) -> bool:
 
 
 def _opened(path: str) -> AbstractContextManager[BinaryIO]:
-    """A file of a shard, which is never a link: that could lead out of the folder that holds the shard."""
+    """Open a file of a shard but never a link, which could lead out of the folder of the shard."""
     return opened(path, follow_links=False)
 
 
 def _beside(path: str, name: str) -> str:
-    """A file of the shard: inside the folder while it is filled, behind the shard's name when it is published."""
+    """Return the path of a shard's file: inside the folder while it is filled, prefixed by its name when published."""
     if _is_filled(path):
         return os.path.join(path, name)
     return f"{path}.json" if name == ATTRIBUTES_FILE else f"{path}.{name}"
@@ -281,7 +281,7 @@ def _dataset_path(path: str, name: str) -> str:
 
 
 def _header(spec: DatasetSpec) -> bytes:
-    """The .npy header, version 1.0, padded so that rows start at `ALIGNMENT`."""
+    """Return the .npy header, version 1.0, padded so that rows start at `ALIGNMENT`."""
     fields = f"{{'descr': '{spec.dtype}', 'fortran_order': False, 'shape': {spec.shape!r}, }}"
     return b"\x93NUMPY\x01\x00" + (ALIGNMENT - 10).to_bytes(2, "little") + fields.encode().ljust(ALIGNMENT - 11) + b"\n"
 
@@ -293,12 +293,12 @@ def _lay_out(path: str, spec: DatasetSpec) -> None:
 
 
 def _arrays(path: str, recipe: Recipe) -> dict[str, Extent]:
-    """The arrays of a shard, those without rows too, each of the shape and the type that its recipe demands.
+    """Return the arrays of a shard, including those without rows, after checking shapes and types with the recipe.
 
-    Publishing may have been cut short, with some arrays moved to their names already.
+    Publishing may have been interrupted after some arrays were moved to their names.
 
     Raises:
-        OutputError: one is missing, too many, or another than it should be.
+        OutputError: One is missing, unexpected, or of the wrong shape or type.
     """
     found: dict[str, Extent] = {}
     names = dict.fromkeys((*FEATURE_DATASETS, *feature_datasets(recipe)))
@@ -319,13 +319,13 @@ def _arrays(path: str, recipe: Recipe) -> dict[str, Extent]:
 
 
 def _tiles(arrays: Mapping[str, Extent]) -> int | None:
-    """Number of tiles that arrays have rows for; None when none of them has a row a tile."""
+    """Return the number of tiles that arrays have rows for; None if none of them has one row per tile."""
     per_tile = (name for name in crc_order(arrays) if feature_name(name).is_per_tile)
     return next((arrays[name].spec.shape[0] for name in per_tile), None)
 
 
 def _read_header(path: str, name: str) -> Extent:
-    """The place of an array of ours, whose header is held to the very bytes that `_header` writes, and to its size."""
+    """Return the place of an array; its header must equal the bytes that `_header` writes, and its size must match."""
     with _opened(path) as file:
         header = file.read(ALIGNMENT)
         size = os.fstat(file.fileno()).st_size
@@ -335,7 +335,7 @@ def _read_header(path: str, name: str) -> Extent:
         spec = DatasetSpec(name, shape, match[1].decode())
         if header == _header(spec) and size == ALIGNMENT + spec.nbytes:
             return Extent(path, ALIGNMENT, spec)
-    raise OutputError(f"{path} is not a sound .npy file of ours", RESTORE_OR_OVERWRITE)
+    raise OutputError(f"{path} is not a sound .npy file of internvit", RESTORE_OR_OVERWRITE)
 
 
 def _read_array(extent: Extent) -> NDArray[Any]:
@@ -346,7 +346,7 @@ def _read_array(extent: Extent) -> NDArray[Any]:
 
 
 def _pad(attributes: dict[str, Any]) -> bytes:
-    """JSON with blanks behind it up to a whole block, so that its size can be planned."""
+    """Return JSON padded with blanks to a whole block, so that its size can be planned."""
     text = json.dumps(attributes, indent=1).encode()
     return text.ljust(-(-len(text) // ATTRIBUTES_BLOCK) * ATTRIBUTES_BLOCK - 1) + b"\n"
 
@@ -366,14 +366,14 @@ def _finished_lines(table: ImageTable, digests: NDArray[Any], checksums: NDArray
 
 
 def _finished_suffix(status: int, digest: bytes, checksum: int) -> bytes:
-    """Fixed width, so that the size of the file is known before the first image is decoded."""
+    """Return the end of a line, of fixed width, so that the size of the file is known before the first image."""
     return f', "status": {status:2d}, "digest": "{digest.hex()}", "crc32": "{checksum:08x}"}}\n'.encode()
 
 
 def _read_lines(path: str) -> tuple[ImageTable, NDArray[Any], NDArray[Any]]:
-    """The index with digests, uint8 [n, 32], and CRCs, uint32 [n]: zeros while the shard is filled.
+    """Read the index with digests, uint8 [n, 32], and CRCs, uint32 [n], which are zeros in an unfinished shard.
 
-    Line by line: a million parsed lines at once would take some gigabytes.
+    Lines are parsed one at a time, because a million parsed lines would take some gigabytes.
     """
     keys: list[bytes] = []
     status, checksums, digests = array("q"), array("Q"), bytearray()
@@ -389,7 +389,7 @@ def _read_lines(path: str) -> tuple[ImageTable, NDArray[Any], NDArray[Any]]:
                 status.append(entry["status"] if is_finished else Status.PENDING)
                 checksums.append(int.from_bytes(_hex(entry["crc32"], CRC_BYTES), "big") if is_finished else 0)
                 digests += _hex(entry["digest"], DIGEST_BYTES) if is_finished else bytes(DIGEST_BYTES)
-            except (KeyError, TypeError, ValueError, OverflowError) as error:  # noqa: PERF203 - the line is named
+            except (KeyError, TypeError, ValueError, OverflowError) as error:  # noqa: PERF203 - the message names the line
                 raise ValueError(f"line {number:,} of {INDEX_FILE} does not describe an image") from error
     typed = {name: _fitting(column, COLUMN_DTYPES[name], name) for name, column in columns.items()}
     table = ImageTable.build(keys, _fitting(status, "|u1", "status"), typed)
@@ -397,10 +397,10 @@ def _read_lines(path: str) -> tuple[ImageTable, NDArray[Any], NDArray[Any]]:
 
 
 def _hex(text: str, count: int) -> bytes:
-    """Bytes from their hex digits, as this program writes them.
+    """Parse hex digits as this program writes them.
 
     Raises:
-        ValueError: they are fewer or more, or something stands between them.
+        ValueError: There are fewer or more digits, or something is between them.
     """
     value = bytes.fromhex(text)
     if value.hex() != text or len(value) != count:
@@ -409,7 +409,7 @@ def _hex(text: str, count: int) -> bytes:
 
 
 def _fitting(column: array[int], dtype: str, name: str) -> NDArray[Any]:
-    """A column as its type, which a number that somebody wrote may not fit: numpy would cut it off in silence."""
+    """Convert a column to its type, and refuse numbers that do not fit, which numpy would truncate silently."""
     numbers = np.array(column, np.int64)
     bounds = np.iinfo(dtype)
     if len(numbers) and not bounds.min <= int(numbers.min()) <= int(numbers.max()) <= bounds.max:
@@ -419,9 +419,9 @@ def _fitting(column: array[int], dtype: str, name: str) -> NDArray[Any]:
 
 
 def _last_columns(file: BinaryIO) -> NDArray[Any] | None:
-    """Statuses, uint8 [n], of a published index; None when its lines do not end as ours do.
+    """Return the statuses, uint8 [n], of a published index; None if its lines do not end as ours do.
 
-    A million lines are 300 MB: parsing them takes thirty times as long as finding their ends.
+    A million lines are 300 MB; parsing them takes thirty times as long as finding their ends.
     """
     found, rest = [np.empty(0, np.uint8)], b""
     while block := file.read(LINES_BLOCK):
@@ -436,7 +436,7 @@ def _last_columns(file: BinaryIO) -> NDArray[Any] | None:
 
 
 def _statuses_before(data: NDArray[Any], ends: NDArray[Any]) -> NDArray[Any] | None:
-    """Statuses, uint8 [k], of the lines that end there; None when one has another suffix than `_finished_suffix`."""
+    """Return the statuses, uint8 [k], of the lines that end there; None if one does not end in `_finished_suffix`."""
     suffix = np.frombuffer(_finished_suffix(0, bytes(32), 0), np.uint8)
     starts = ends - len(suffix)
     if starts[0] < 0:

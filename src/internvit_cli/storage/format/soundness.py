@@ -1,7 +1,7 @@
-"""What is demanded of a shard before anything in it is believed, whoever made it and whatever became of it since.
+"""Check a shard, whose file may be damaged or hostile, before any of its contents are trusted.
 
-Both formats hold what they find against these rules as soon as they open a shard, so every command refuses the same
-files, by the same words, before it reads a row.
+Both formats apply these rules as soon as they open a shard. So every command refuses the same files, with the same
+messages, before it reads a row.
 """
 
 from __future__ import annotations
@@ -51,31 +51,31 @@ if TYPE_CHECKING:
 
 NUMBERS = ("format_version", "batch_tiles")
 TEXTS = ("format", "recipe", "recipe_digest", "index_digest", "sources", "weights_digest")
-"""Attributes that every shard has, beside the numbers."""
+"""Attributes that every shard has in addition to the numbers."""
 MORE_TEXTS = ("created_by", "model", "model_revision", "pooled_from", COMPUTE_ERROR, STORE_ERROR)
-"""Attributes that nothing depends on. Those of later versions are texts or numbers too."""
+"""Attributes that nothing depends on. Those of later versions are also texts or numbers."""
 MORE_NUMBERS = (MODEL_LAYERS,)
 MOST_LAYERS = 1024
-"""Of a model: many times more than any has."""
+"""Maximum layers of a model, many times more than any model has."""
 MOST_ATTRIBUTES = 64
 MOST_BATCH_TILES = 65536
 MOST_SCALE = 1e6
-"""Of means and standard deviations, and the inverse of the least scale: beyond, no checkpoint is accepted either."""
+"""Bound of means, standard deviations, and inverse scales; checkpoints beyond it are not accepted either."""
 MOST_LIGHT = 255
 MOST_TILE_SIDE = 16384
 MOST_GRID_TILES = 4096
 MOST_ROW_VALUES = 1 << 20
-"""Values of one vector, or of one token: many times more than any model gives."""
+"""Maximum width of a vector or token, many times more than that of any model."""
 LONGEST_KEY = 16384
-"""Bytes: four times the longest path."""
+"""Maximum bytes of a key: four times the longest path."""
 MOST_ORIENTATION = 8
 KEY_BLOCK = 65536
-"""Keys looked at in one go."""
+"""Keys checked at a time."""
 CLIMBING = re.compile(rb"[\0/]\.\.[\0/]")
 
 
 class ExpectedDataset(NamedTuple):
-    """A dataset as it has to be: the lengths of its first axes, the number of all, and its type."""
+    """What a dataset must be: the lengths of its first axes, the number of axes, and its type."""
 
     lengths: tuple[int, ...]
     dimensions: int
@@ -83,12 +83,12 @@ class ExpectedDataset(NamedTuple):
 
     @classmethod
     def exactly(cls, shape: tuple[int, ...], dtype: str) -> ExpectedDataset:
-        """Expect a shape of which every length is known."""
+        """Expect a shape with known lengths of all axes."""
         return cls(shape, len(shape), dtype)
 
 
 def expected_features(recipe: Recipe, images: int, tiles: int) -> dict[str, ExpectedDataset]:
-    """Return the datasets of features by name; the width of a vector and of a token is the model's affair."""
+    """Return the feature datasets by name; widths of vectors and tokens depend on the model and are not checked."""
     patches = (recipe.tile_size // PATCH_SIZE) ** 2
     count = patches if recipe.tokens is Tokens.PATCH else patches // 4
     of_kind = {
@@ -101,7 +101,7 @@ def expected_features(recipe: Recipe, images: int, tiles: int) -> dict[str, Expe
 
 
 def expected_records(images: int) -> dict[str, ExpectedDataset]:
-    """Return what is recorded of every image when it is committed, and the log of runs, by dataset name."""
+    """Return the datasets of commit records, and the log of runs, by name."""
     return {
         STATUS: ExpectedDataset.exactly((images,), "|u1"),
         DIGEST: ExpectedDataset.exactly((images, 32), "|u1"),
@@ -111,34 +111,34 @@ def expected_records(images: int) -> dict[str, ExpectedDataset]:
 
 
 def expected_columns(images: int) -> dict[str, ExpectedDataset]:
-    """Return the columns of the index that are arrays of their own, by dataset name."""
+    """Return the columns of the index that are separate arrays, by dataset name."""
     columns = {f"image/{name}": ExpectedDataset.exactly((images,), dtype) for name, dtype in COLUMN_DTYPES.items()}
     return columns | {"image/tile_offset": ExpectedDataset.exactly((images + 1,), "<u8")}
 
 
 def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, ExpectedDataset], path: str) -> None:
-    """Refuse datasets that are missing, too many, or of another shape or type than is demanded.
+    """Refuse datasets that are missing, unexpected, or of the wrong shape or type.
 
     Raises:
-        OutputError: the first of them is named.
+        OutputError: Names the first such dataset.
     """
     for name, wanted in expected.items():
         if name not in found:
             raise damaged(path, f"{name} is missing")
         _check_dataset(found[name], wanted, path)
     for name in crc_order(set(found) - set(expected)):
-        raise damaged(path, f"{name} is there, but the recipe stores none")
+        raise damaged(path, f"{name} exists, but the recipe does not store it")
     _check_widths(found, path)
 
 
 def _check_widths(found: Mapping[str, DatasetSpec], path: str) -> None:
-    """Refuse rows that are not as wide as those of the main layer: the recipe leaves the width to the model, once."""
+    """Refuse rows whose width differs from the main layer: the model decides the width, but all layers share it."""
     for name in crc_order(found):
         kind = feature_name(name).kind
         model = POOLED if kind == TILE_POOLED else kind
         row, wanted = found[name].shape[1:], found[model].shape[1:]
         if row != wanted:
-            raise damaged(path, f"a row of {name} has shape {row}, and one of {model} {wanted}")
+            raise damaged(path, f"a row of {name} has shape {row}, but a row of {model} has {wanted}")
 
 
 def _check_dataset(spec: DatasetSpec, wanted: ExpectedDataset, path: str) -> None:
@@ -155,14 +155,14 @@ def _check_dataset(spec: DatasetSpec, wanted: ExpectedDataset, path: str) -> Non
 
 
 def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, list[Source]]:
-    """Refuse attributes that cannot be those of a sound shard of a version we know.
+    """Refuse attributes that a sound shard of a known version cannot have.
 
     Returns:
-        The recipe and the sources that they hold.
+        The recipe and the sources in the attributes.
 
     Raises:
-        ForeignFileError: another program's file.
-        OutputError: a newer version's, or a damaged one.
+        ForeignFileError: It is another program's file.
+        OutputError: It has a newer version, or is damaged.
     """
     check_format(attributes, path)
     _check_kinds(attributes, path)
@@ -180,12 +180,12 @@ def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, 
     try:
         from_attributes(attributes)
     except ValueError as error:
-        raise damaged(path, f"the accuracy that it records: {error}") from error
+        raise damaged(path, f"its recorded accuracy is invalid: {error}") from error
     return recipe, recorded_sources(attributes, path)
 
 
 def _check_tiles(recipe: Recipe, path: str) -> None:
-    """Refuse tiles that no run cuts: of no whole patches, too large, or too many for one picture."""
+    """Refuse tiles that no run cuts: not made of whole patches, too large, or too many for one picture."""
     is_size = 0 < recipe.tile_size <= MOST_TILE_SIDE and recipe.tile_size % PATCH_SIZE == 0
     if not is_size or not 1 <= recipe.min_tiles <= recipe.max_tiles <= MOST_GRID_TILES:
         numbers = f"{recipe.min_tiles} to {recipe.max_tiles} tiles of {recipe.tile_size} px"
@@ -193,23 +193,23 @@ def _check_tiles(recipe: Recipe, path: str) -> None:
 
 
 def _check_pixels(recipe: Recipe, path: str) -> None:
-    """Refuse arithmetic on pixels that no model can have: with it, no picture could be encoded and compared."""
+    """Refuse pixel normalization that no model can have: no picture could be encoded again for comparison."""
     scales = (*recipe.std, recipe.rescale_factor)
     if not all(1 / MOST_SCALE <= value <= MOST_SCALE for value in scales) or max(map(abs, recipe.mean)) > MOST_SCALE:
-        raise damaged(path, "its recipe scales pixels by numbers that are no scale, or moves them out of all bounds")
+        raise damaged(path, "its recipe normalizes pixels with invalid scales or means")
     if recipe.background is not None and max(recipe.background) > MOST_LIGHT:
         raise damaged(path, f"its recipe has a background of {listed(recipe.background)}")
 
 
 def _check_layers(recipe: Recipe, model_layers: int, path: str) -> None:
-    """Refuse layers that no run stores: out of order, twice, or more than the model has."""
+    """Refuse layers that no run stores: out of order, duplicate, or more than the model has."""
     layers = recipe.layers
     if any(layer >= following for layer, following in pairwise(layers)):
-        raise damaged(path, f"its recipe stores the layers {listed(layers)}, which do not ascend")
+        raise damaged(path, f"its recipe stores the layers {listed(layers)}, which are not ascending")
     if recipe.earlier_layers and recipe.tokens is Tokens.PROJECTED:
         raise damaged(path, "its recipe stores projected tokens of several layers")
     if not recipe.layer <= MOST_LAYERS or (recipe.earlier_layers and not recipe.layer <= model_layers <= MOST_LAYERS):
-        raise damaged(path, f"it stores layer {recipe.layer} of a model of {model_layers}")
+        raise damaged(path, f"it stores layer {recipe.layer} of a model with {model_layers} layers")
 
 
 def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
@@ -220,7 +220,7 @@ def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
             raise unknown_value(attributes, f"attribute {one_line(name, 80)} of {path} is {one_line(repr(value), 80)}")
         most = SOURCES_BYTES if name == "sources" else TEXT_BYTES
         if isinstance(value, str) and (len(value) > most or not _is_storable(value)):
-            raise damaged(path, f"attribute {one_line(name, 80)} is no text of ours: {one_line(value, 80)}")
+            raise damaged(path, f"attribute {one_line(name, 80)} is not a valid text: {one_line(value, 80)}")
     for name in (*TEXTS, *NUMBERS):
         if name not in attributes:
             raise damaged(path, f"it has no attribute {name}")
@@ -232,7 +232,7 @@ def _check_kinds(attributes: Mapping[str, Any], path: str) -> None:
 
 
 def _is_storable(text: str) -> bool:
-    """Whether a text is one in every format: bytes that are not UTF-8 are, as in names of files; NUL is not."""
+    """Return whether every format can store a text, which may hold bytes that are not UTF-8, but not NUL."""
     try:
         return b"\0" not in text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -243,10 +243,10 @@ def _is_storable(text: str) -> bool:
 
 
 def check_shard(stored: StoredShard, path: str) -> None:
-    """Refuse an index that is not what was made, or that nobody could have made.
+    """Refuse an index that was changed, or that cannot exist.
 
     Raises:
-        OutputError: an index that does not match its digest, or contradicts itself, its recipe or its sources.
+        OutputError: It does not match its digest, or contradicts itself, its recipe or its sources.
     """
     attributes, table = stored.attributes, stored.table
     recipe, sources = check_attributes(attributes, path)
@@ -254,7 +254,7 @@ def check_shard(stored: StoredShard, path: str) -> None:
     check_statuses(table.status, path)
     unsigned = {name: value for name, value in attributes.items() if name != "index_digest"}
     if index_digest(table, unsigned) != attributes["index_digest"]:
-        raise damaged(path, "its index does not match the digest that vouches for it")
+        raise damaged(path, "its index does not match its digest")
     columns = {name: getattr(table, name) for name in COLUMN_DTYPES}
     check_columns(columns, table.status, recipe, len(sources), path)
     check_keys(table.keys, path)
@@ -262,10 +262,10 @@ def check_shard(stored: StoredShard, path: str) -> None:
 
 
 def check_statuses(status: NDArray[Any], path: str) -> None:
-    """Refuse statuses that mean nothing.
+    """Refuse undefined statuses.
 
     Raises:
-        OutputError: they are damaged.
+        OutputError: They are damaged.
     """
     if int(np.bincount(status, minlength=256)[list(Status)].sum()) != len(status):
         raise OutputError(f"the statuses of {path} are damaged", RESTORE_OR_OVERWRITE)
@@ -274,26 +274,26 @@ def check_statuses(status: NDArray[Any], path: str) -> None:
 def check_columns(
     columns: Mapping[str, NDArray[Any]], status: NDArray[Any], recipe: Recipe, sources: int, path: str
 ) -> None:
-    """Refuse columns that no listing of pictures gives under a recipe.
+    """Refuse columns that no listing of pictures can give with a recipe.
 
     Args:
-        columns: of the table, [n] each.
-        status: [n] uint8.
-        recipe: what the shard was made with.
-        sources: how many there are.
-        path: the shard, for the message.
+        columns: The columns of the table, [n] each.
+        status: The statuses, [n] uint8.
+        recipe: The recipe of the shard.
+        sources: The number of sources.
+        path: The shard, for the message.
 
     Raises:
-        OutputError: they contradict each other, the recipe or the sources.
+        OutputError: They contradict each other, the recipe or the sources.
     """
     if not len(status):
         return
     if int(columns["source"].max()) >= sources:
-        raise damaged(path, f"an image is of source {int(columns['source'].max())}, and there are {sources}")
+        raise damaged(path, f"an image is from source {int(columns['source'].max())}, but there are {sources}")
     most = recipe.max_tiles if recipe.preprocess is Preprocess.TILES else 1
     grid = columns["columns"].astype(np.uint64) * columns["rows"]
     if int(grid.max()) > most or int(columns["thumbnail"].max()) > 1:
-        raise damaged(path, f"an image has more tiles than its recipe allows, which are {most} and a thumbnail")
+        raise damaged(path, f"an image has more tiles than its recipe allows ({most} and a thumbnail)")
     if int(columns["orientation"].max()) > MOST_ORIENTATION:
         raise damaged(path, f"an image has orientation {int(columns['orientation'].max())}")
     is_done = status == Status.DONE
@@ -304,14 +304,14 @@ def check_columns(
 
 
 def check_keys(keys: Sequence[bytes], path: str) -> None:
-    """Refuse keys that lead out of the folder they are relative to, or that are no names of files at all.
+    """Refuse keys that lead out of their folder, or that cannot be names of files.
 
     Raises:
-        OutputError: one is empty, absolute, climbs with `..`, holds NUL, or names two images.
+        OutputError: A key is empty or absolute, climbs with `..`, holds NUL, or names two images.
     """
     for start in range(0, len(keys), KEY_BLOCK):
         block = keys[start : start + KEY_BLOCK]
-        text = b"\0" + b"\0".join(block) + b"\0"  # one search is some ten times as fast as one each
+        text = b"\0" + b"\0".join(block) + b"\0"  # one search is about ten times as fast as a search per key
         climbs = b".." in text and CLIMBING.search(text) is not None
         if climbs or b"\0\0" in text or b"\0/" in text or text.count(b"\0") > len(block) + 1:
             for key in block:
@@ -327,50 +327,52 @@ def _problem_of(key: bytes) -> str:
     if not key:
         return "is empty"
     if b"\0" in key:
-        return "holds NUL"
+        return "contains NUL"
     if key.startswith(b"/"):
         return "is absolute"
-    return "climbs out of its folder" if b".." in key.split(b"/") else ""
+    return "leads out of its folder" if b".." in key.split(b"/") else ""
 
 
 def _check_prefixes(keys: Sequence[bytes], source: NDArray[Any], sources: Sequence[Source], path: str) -> None:
-    """Refuse keys that lack the name of their source, which is cut off to find their files."""
+    """Refuse keys without the name of their source, which is removed to find their files."""
     for number, named in enumerate(sources):
         if not named.prefix:
             continue
         for row in np.flatnonzero(source == number).tolist():
             if not keys[row].startswith(named.prefix):
                 name = one_line(os.fsdecode(named.name), 80)
-                raise damaged(path, f"the key {one_line(keys[row], 80)!r} is not of its source {name!r}")
+                raise damaged(path, f"the key {one_line(keys[row], 80)!r} does not belong to its source {name!r}")
 
 
 def check_lengths(lengths: Collection[int], images: int, path: str) -> None:
-    """Refuse arrays that should have one row an image and have not.
+    """Refuse arrays that do not have one row per image.
 
     Raises:
-        OutputError: at least one differs.
+        OutputError: At least one differs.
     """
     if any(length != images for length in lengths):
-        raise damaged(path, f"it has not one entry for each of its {images:,} images everywhere")
+        raise damaged(path, f"its columns do not all have one entry for each of its {images:,} images")
 
 
 def check_alike(shards: Sequence[tuple[str, Mapping[str, DatasetSpec]]]) -> None:
     """Refuse shards of one output whose rows have different sizes.
 
     Args:
-        shards: path and datasets of each.
+        shards: The path and datasets of each.
 
     Raises:
-        OutputError: two of them differ.
+        OutputError: Two of them differ.
     """
     first: dict[str, tuple[str, DatasetSpec]] = {}
     for path, specs in shards:
         for name in crc_order(specs):
             where, spec = first.setdefault(name, (path, specs[name]))
             if (spec.shape[1:], spec.dtype) != (specs[name].shape[1:], specs[name].dtype):
-                raise damaged(path, f"a row of {name} is {specs[name].shape[1:]}, and that of {where} {spec.shape[1:]}")
+                raise damaged(
+                    path, f"a row of {name} has shape {specs[name].shape[1:]}, but in {where} {spec.shape[1:]}"
+                )
 
 
 def damaged(path: str, problem: str) -> OutputError:
-    """Return the error of a shard of ours that is not as it has to be."""
+    """Return the error for a shard that is not sound."""
     return OutputError(f"{path} is not a sound feature shard: {problem}", RESTORE_OR_OVERWRITE)

@@ -1,1 +1,1 @@
-"""Rows to disk, in the order that makes them safe."""
+"""Write rows to disk in an order that survives crashes."""

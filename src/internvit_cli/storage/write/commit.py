@@ -1,8 +1,8 @@
-"""The commit protocol: an image is done when, and only when, its rows are on the disk.
+"""Implement the commit protocol: an image is done if and only if its rows are on the disk.
 
-Rows, digests and CRCs are written and synced first, statuses after them, and synced again. So whatever instant a
-process dies or the power goes, a status that says done is true. Between checkpoints nothing is promised, and nothing
-but those images is done again.
+Rows, digests and CRCs are written and synced first; then statuses are written and synced. So a done status is true no
+matter when the process dies or the power fails. Images since the last checkpoint are not guaranteed, and only those are
+encoded again.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 
 def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
-    """Make an empty shard with its space reserved. It appears under `partial` whole and durable, or not at all.
+    """Create an empty shard with reserved space. It appears under `partial` complete and durable, or not at all.
 
-    Images whose header could not be read have their status, and NaN for vectors, from the start.
+    Images whose header could not be read have their final status and NaN vectors from the start.
     """
     temporary = f"{partial}.tmp"
     try:
@@ -68,7 +68,7 @@ def create_shard(backend: ShardFormat, partial: str, shard: NewShard) -> None:
             sync_path(temporary)
             rename_durably(temporary, partial)
     except BaseException:
-        remove(temporary)  # on a full disk above all: it may hold all the room that is left
+        remove(temporary)  # above all on a full disk: it may occupy all remaining space
         raise
 
 
@@ -99,21 +99,21 @@ class ImageRows:
     digest: bytes
     """SHA-256 of the file that was decoded, 32 bytes."""
     arrays: Mapping[str, Sequence[NDArray[Any]]]
-    """By dataset, consecutive blocks of its rows in the stored type: one row per image, or one per tile."""
+    """Consecutive blocks of its rows by dataset, in the stored type: one row per image or one per tile."""
 
     @property
     def blocks(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Every block with its dataset, in the order in which the image's CRC goes over them."""
+        """Yield every block with its dataset, in the order of the image's CRC."""
         return ((name, block) for name in crc_order(self.arrays) for block in self.arrays[name])
 
     @property
     def nbytes(self) -> int:
-        """Bytes that storing this image writes."""
+        """Bytes of all its rows."""
         return sum(block.nbytes for _, block in self.blocks)
 
     @property
     def checksum(self) -> int:
-        """CRC-32 over all its rows."""
+        """Return the CRC-32 of all its rows."""
         checksum = 0
         for _, block in self.blocks:
             checksum = crc32(np.ascontiguousarray(block).data, checksum)
@@ -128,28 +128,28 @@ class _Uncommitted:
 
 
 class WrittenImage(NamedTuple):
-    """An image whose rows are written, and what is to be recorded of it."""
+    """An image whose rows are written, with the facts to be recorded."""
 
     row: int
     digest: bytes
     """SHA-256 of the file that was decoded, 32 bytes."""
     checksum: int
-    """CRC-32 over its rows."""
+    """CRC-32 of its rows."""
     nbytes: int
-    """Of its rows."""
+    """Bytes of its rows."""
 
 
 class RowWriter:
-    """Writes feature rows at their places. Several processes may, each those of its own images: none shares a byte."""
+    """Writes feature rows at their places. Several processes may do so for different images, which share no bytes."""
 
     def __init__(self, extents: Mapping[str, Extent]) -> None:
-        """Open the files of a shard that `create_shard` made; `extents` say where its datasets lie."""
+        """Open the files of a shard that `create_shard` made; `extents` are the places of its datasets."""
         self.extents = extents
         self.descriptors = {path: open_ours(path) for path in {extent.path for extent in extents.values()}}
         self._vectors = [name for name in crc_order(extents) if not feature_name(name).is_per_tile]
 
     def write(self, image: ImageRows, first_tile: int) -> WrittenImage:
-        """Write the rows of a finished image; its tiles' rows begin at `first_tile`."""
+        """Write the rows of a finished image; its tile rows begin at `first_tile`."""
         checksum = 0
         written: dict[str, int] = {}
         for name, block in image.blocks:
@@ -160,13 +160,13 @@ class RowWriter:
         return WrittenImage(image.row, image.digest, checksum, image.nbytes)
 
     def write_nothing(self, row: int) -> int:
-        """Write the vectors of a skipped image, which are NaN; returns their bytes."""
+        """Write the NaN vectors of a skipped image and return their bytes."""
         for name in self._vectors:
             self.put(name, row, np.full((1, *self.extents[name].spec.shape[1:]), np.nan, "<f4"), 0)
         return sum(self.extents[name].spec.row_bytes for name in self._vectors)
 
     def put(self, name: str, position: int, rows: NDArray[Any], checksum: int) -> int:
-        """Write rows of one dataset from index `position` on; returns the running CRC."""
+        """Write rows of one dataset from index `position` on and return the running CRC."""
         extent = self.extents[name]
         data = np.ascontiguousarray(rows)
         with disk_errors(extent.path):
@@ -174,19 +174,19 @@ class RowWriter:
         return crc32(data.data, checksum)
 
     def close(self) -> None:
-        """Let the files go."""
+        """Close the files."""
         for descriptor in self.descriptors.values():
             os.close(descriptor)
         self.descriptors.clear()
 
 
 class ShardWriter:
-    """Fills one shard. Any thread writes rows; one records them, and one commits them, one commit at a time."""
+    """Fills one shard. Any thread may write rows; one thread records them, and one commits them."""
 
     def __init__(self, backend: ShardFormat, partial: str, table: ImageTable) -> None:
-        """Open a shard that `create_shard` made; `table` is its table with the statuses on disk."""
+        """Open a shard that `create_shard` made; `table` has the statuses on disk."""
         self.extents = backend.extents(partial)
-        """Where the rows of each dataset lie."""
+        """The places of the rows of each dataset."""
         self._rows = RowWriter(self.extents)
         self._descriptors = self._rows.descriptors
         self._tile_offset = table.tile_offset
@@ -199,12 +199,12 @@ class ShardWriter:
 
     @property
     def status(self) -> NDArray[Any]:
-        """Statuses as they will stand after the next checkpoint, [n] uint8; do not change them."""
+        """Statuses as they will be after the next checkpoint, [n] uint8; do not change them."""
         return self._status
 
     @property
     def digest(self) -> NDArray[Any]:
-        """SHA-256 of the files that rows came from, [n, 32] uint8, zeros where there is none; do not change them."""
+        """SHA-256 of each image's file, [n, 32] uint8, zeros if there is none; do not change them."""
         return self._digest
 
     @property
@@ -223,52 +223,52 @@ class ShardWriter:
         return time.monotonic() - self._pending.since if self._pending.rows else 0.0
 
     def rewrite_commit_records(self) -> None:
-        """Write digests, CRCs and statuses again and sync: an earlier, failed sync may have dropped them."""
+        """Write and sync digests, CRCs and statuses again, because an earlier failed sync may have dropped them."""
         self._write_records(np.arange(len(self._status)))
 
     def reset_to_pending(self, rows: Sequence[int]) -> None:
-        """Have images be pending again, on the disk too: what is recorded of them cannot be trusted."""
+        """Make images pending again, on disk as well, because their records cannot be trusted."""
         for row in rows:
             self._status[row], self._digest[row], self._crc32[row] = Status.PENDING, 0, 0
         if rows:
             self._write_records(np.array(sorted(rows), np.int64))
 
     def write(self, image: ImageRows) -> None:
-        """Write the rows of a finished image and record it. It is not done before the next checkpoint."""
+        """Write the rows of a finished image and record it; it is done after the next checkpoint."""
         self.record(self.write_rows(image))
 
     def write_rows(self, image: ImageRows) -> WrittenImage:
-        """Write the rows of a finished image, in any thread; it counts once it is recorded."""
+        """Write the rows of a finished image, in any thread; the image must then be recorded."""
         return self._rows.write(image, int(self._tile_offset[image.row]))
 
     def record(self, written: WrittenImage) -> None:
-        """Record an image whose rows are written, here or in another process. The next checkpoint makes it done."""
+        """Record an image whose rows were written here or in another process; the next checkpoint makes it done."""
         self._crc32[written.row] = written.checksum
         self._finish(written.row, Status.DONE, written.digest, written.nbytes)
 
     def skip(self, row: int, skipped: Skipped) -> None:
-        """Mark an image that could not be used: its vectors are NaN, its tile rows stay unwritten."""
+        """Mark an image as skipped: its vectors are NaN, and its tile rows stay unwritten."""
         self._finish(row, skipped.status, bytes(32), self._rows.write_nothing(row))
 
     def checkpoint(self) -> int:
-        """Commit all that was written; returns the number of images committed.
+        """Commit everything that was written and return the number of images committed.
 
         Raises:
-            OutputError: the disk reported an error. It is fatal: what a failed sync left behind cannot be known.
+            OutputError: The disk reported an error, which is fatal: the state after a failed sync is unknown.
         """
         return self.commit(self.take_uncommitted())
 
     def take_uncommitted(self) -> NDArray[Any]:
-        """The images that were written since the last time, by row, sorted; whoever takes them has to commit them."""
+        """Return the sorted rows that were written since the last call; the caller must commit them."""
         rows = np.array(sorted(self._pending.rows), np.int64)
         self._pending = _Uncommitted()
         return rows
 
     def commit(self, rows: NDArray[Any]) -> int:
-        """Commit images whose rows are written; returns their number. Others may be written meanwhile.
+        """Commit images whose rows are written and return their number. Others may be written meanwhile.
 
         Raises:
-            OutputError: the disk reported an error.
+            OutputError: The disk reported an error.
         """
         self._check_disk()
         if len(rows):
@@ -276,7 +276,7 @@ class ShardWriter:
         return len(rows)
 
     def append_run_log(self, entry: dict[str, Any]) -> None:
-        """Add one JSON line on this start to the shard; the oldest lines go when there is no room left."""
+        """Add a JSON line about this start to the shard; the oldest lines are dropped if there is no space left."""
         extent = self.extents[RUN_LOG]
         descriptor = self._descriptors[extent.path]
         log = read_exactly(descriptor, RUN_LOG_BYTES, extent.offset, extent.path).rstrip(b"\0")
@@ -288,7 +288,7 @@ class ShardWriter:
             sync_data(descriptor)
 
     def close(self) -> None:
-        """Let the files go, without a checkpoint."""
+        """Close the files without a checkpoint."""
         self._rows.close()
 
     def _load(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
@@ -322,17 +322,17 @@ class ShardWriter:
 
     def _check_disk(self) -> None:
         if self._failed:
-            raise OutputError("the disk has failed before", "check it, then run the same command again")
+            raise OutputError("the disk failed earlier", "check it, then run the same command again")
 
     def _sync(self, paths: set[str]) -> None:
         self._check_disk()
-        self._failed = True  # until the kernel says otherwise: a failed sync is never asked for again
+        self._failed = True  # until the sync succeeds: a failed sync is never retried
         sync_together({path: self._descriptors[path] for path in sorted(paths)})
         self._failed = False
 
 
 def _runs(rows: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Consecutive rows of a sorted array as (start, stop)."""
+    """Yield consecutive rows of a sorted array as (start, stop)."""
     if len(rows) == 0:
         return
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1

@@ -1,4 +1,4 @@
-"""Rows that a finished shard has already, carried into the shard that replaces it."""
+"""Copy rows from a finished shard into the shard that replaces it."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def reuse_rows(
     stopped: Callable[[], bool] = lambda: False,
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> int:
-    """Copy the rows of images that are pending in `table` and done, from the same file, in `old`.
+    """Copy the rows of images that are pending in `table` and done in `old` from the same file.
 
-    Each row's CRC is checked on the way; a damaged row is left pending and encoded again. Once `stopped` turns true
-    what is copied is committed, and no more.
+    Each row's CRC is checked; a damaged row stays pending and is encoded again. When `stopped` returns true, the copied
+    rows are committed and no more are copied.
 
     Args:
-        old: where rows are.
-        table: of the shard to fill.
-        writer: of the shard to fill.
-        stopped: asked before each image.
-        on_progress: called with the number of pending images looked at, and of all.
+        old: The shard to copy from.
+        table: The table of the shard to fill.
+        writer: The writer of the shard to fill.
+        stopped: Called before each image.
+        on_progress: Called with the number of pending images checked so far and in total.
 
     Returns:
         The number of images copied.
