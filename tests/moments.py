@@ -32,10 +32,10 @@ POLL_SECONDS = 0.01
 LOAD = ("internvit_cli.encode.encoder:Encoder.load",)
 SUBMIT = ("internvit_cli.encode.encoder:Encoder.submit",)
 """A batch goes to the encoder."""
-WRITE = ("internvit_cli.storage.write.commit:ShardWriter.write",)
+WRITE = ("internvit_cli.storage.write.commit:ShardWriter.write_rows",)
 """An image's rows are about to be written."""
-ROWS = ("internvit_cli.storage.write.commit:RowWriter.write",)
-"""The same in whatever process writes them."""
+TELL = ("internvit_cli.extract.multi_device.worker:_ForwardingSink._tell",)
+"""A device's process is about to tell the parent of an image that it has written."""
 RECORD = ("internvit_cli.storage.write.commit:ShardWriter.record",)
 """The same of an image that a device's process has written."""
 COMMIT = ("internvit_cli.storage.write.commit:ShardWriter.commit",)
