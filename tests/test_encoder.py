@@ -16,7 +16,7 @@ from model_helpers import (
     tiny_card,
 )
 
-from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
+from internvit_cli.config import DEFAULT_LOWEST_COSINE, ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.encode import devices as encoder_devices
 from internvit_cli.encode.accelerators import first_that_fits, measure_batch
 from internvit_cli.encode.batches import BatchRunner, Launcher
@@ -26,7 +26,7 @@ from internvit_cli.encode.options import EncoderOptions
 from internvit_cli.encode.quantization import measure_computing
 from internvit_cli.encode.tile_features import LayerFeatures
 from internvit_cli.errors import DeviceError, UsageError
-from internvit_cli.model.accuracy import LOWEST_TOKEN_COSINE
+from internvit_cli.model.accuracy import Accuracy, AccuracyError
 from internvit_cli.model.catalog import TINY_RANDOM, describe_model
 from internvit_cli.model.checkpoint import Checkpoint, Weight
 from internvit_cli.model.features import FeatureModel, FeatureSpec
@@ -454,7 +454,7 @@ def test_the_error_of_a_type_is_measured_against_bfloat16_and_float32():
     assert error.lowest_cosine_bfloat16 == pytest.approx(1, abs=1e-12)
     assert 0.999 < error.lowest_cosine_float32 <= error.mean_cosine_float32 < 1
     assert 0 < error.relative_error_float32 < 0.02
-    assert error.is_acceptable
+    Accuracy(error).check(DEFAULT_LOWEST_COSINE)
 
 
 @pytest.mark.parametrize("pool", Pool)
@@ -464,9 +464,10 @@ def test_the_error_of_fp8_is_larger_and_its_verdict_is_the_lowest_token(pool):
     model = FeatureModel.load(checkpoint, spec, device=CPU, dtype=TORCH_DTYPE[ComputeDtype.FP8])
     error = measure_computing(checkpoint, model, random_tiles(5))
     assert 0.99 < error.lowest_cosine_bfloat16 < error.mean_cosine_bfloat16 < 1 - 1e-6
-    assert error.is_acceptable is (error.lowest_cosine_bfloat16 >= LOWEST_TOKEN_COSINE)
-    assert not replace(error, lowest_cosine_bfloat16=LOWEST_TOKEN_COSINE - 1e-6).is_acceptable
-    assert not replace(error, lowest_cosine_bfloat16=float("nan")).is_acceptable
+    Accuracy(error).check(error.lowest_cosine_bfloat16)
+    for lower in (error.lowest_cosine_bfloat16 - 1e-6, float("nan")):
+        with pytest.raises(AccuracyError, match="--dtype fp8"):
+            Accuracy(replace(error, lowest_cosine_bfloat16=lower)).check(error.lowest_cosine_bfloat16)
 
 
 def test_tiles_of_a_wrong_size_are_not_measured():
