@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
 
 RESTORE = "restore it from a copy"
 """The hint on what was damaged after it was written."""
-RESTORE_OR_OVERWRITE = f"{RESTORE}, or start anew with --overwrite"
+RESTORE_OR_OVERWRITE = f"{RESTORE}, or start over with --overwrite"
 
 
 class InternvitError(Exception):
