@@ -18,7 +18,7 @@ from model_helpers import (
 
 from internvit_cli.config import DEFAULT_LOWEST_COSINE, ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.encode import devices as encoder_devices
-from internvit_cli.encode.accelerators import first_that_fits, measure_batch
+from internvit_cli.encode.accelerators import first_that_fits, given_batch, measure_batch, sizes_below
 from internvit_cli.encode.batches import BatchRunner, Launcher
 from internvit_cli.encode.devices import fastest_dtype, find_device
 from internvit_cli.encode.encoder import TORCH_DTYPE, Encoder
@@ -296,20 +296,26 @@ def batch_runner(holds, batch_tiles) -> BatchRunner:
 @pytest.mark.parametrize(("holds", "taken", "tried"), [(99, 32, 1), (20, 16, 2), (1, 1, 6)])
 def test_the_batch_is_decided_by_what_the_memory_holds_and_not_by_speed(holds, taken, tried):
     launcher = batch_runner(holds, 1)._launcher
-    assert first_that_fits(launcher, None).batch_tiles == taken
+    assert first_that_fits(launcher).batch_tiles == taken
     assert len(launcher.sizes) == tried
+
+
+def test_a_measured_batch_that_leaves_no_room_for_buffers_is_made_smaller_without_a_halving():
+    runner = first_that_fits(batch_runner(100, 1)._launcher, sizes_below(256))
+    assert (runner.batch_tiles, runner.halved) == (64, False)
+    assert sizes_below(48) == [48, 24, 12, 6, 3, 1]
 
 
 def test_memory_that_holds_no_tile_is_a_device_error():
     with pytest.raises(DeviceError, match="one tile does not fit"):
-        first_that_fits(batch_runner(0, 1)._launcher, None)
+        first_that_fits(batch_runner(0, 1)._launcher)
 
 
 @pytest.mark.parametrize(("holds", "taken"), [(99, 24), (12, 12)])
 def test_a_given_batch_is_tried_and_halved_once(holds, taken):
-    assert first_that_fits(batch_runner(holds, 1)._launcher, 24).batch_tiles == taken
+    assert given_batch(batch_runner(holds, 1)._launcher, 24).batch_tiles == taken
     with pytest.raises(DeviceError, match="out of memory with batches of"):
-        first_that_fits(batch_runner(5, 1)._launcher, 24)
+        given_batch(batch_runner(5, 1)._launcher, 24)
 
 
 def test_a_short_batch_is_padded_and_gives_only_its_own_tiles():

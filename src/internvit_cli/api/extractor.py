@@ -260,7 +260,7 @@ class _Flow:
         """Add a picture's tiles, and submit batches that are full."""
         for tile in () if isinstance(pending.tiled, Skipped) else pending.tiled.tiles:
             self._batch.append((pending, tile))
-            if len(self._batch) == self._encoder.info.batch_tiles:
+            if len(self._batch) >= self._encoder.info.batch_tiles:
                 self._submit()
 
     def finish(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -113,9 +113,10 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     output = find_output(options)
     listing = find_images(options, stdin, observer) if options.has_sources else EMPTY_LISTING
     card = describe_model(options.model.name, revision=options.model.revision, allow_catalog=True)
-    layers = card.resolve_layers(options.model.layers)
+    kept = _recipe_to_keep(output, card)
+    layers = (kept_layers(options, kept, card) if kept else None) or card.resolve_layers(options.model.layers)
     check_layers(options.store.tokens, layers)
-    facts = RecipeFacts.of_card(card, layers, UNKNOWN_DIGEST)
+    facts = RecipeFacts.of_card(card, layers, UNKNOWN_DIGEST).with_kept(kept)
     recipe = make_recipe(options, facts, LONGEST_DTYPE)
     shape = feature_shape(options, card, recipe)
     rule = pixel_rule(recipe, options.pictures.max_pixels)
@@ -124,6 +125,19 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
         plan = plan_images(listing, range(len(listing)), how, phase.at)
     listing = require_images(listing.without_drawn(plan.drawn)) if plan.drawn else listing
     return Survey(options, listing, plan.table, card, recipe, shape, output, plan.drawn_and_named)
+
+
+def _recipe_to_keep(output: Output, card: ModelCard) -> Recipe | None:
+    """Return the recipe of an output that the same model made: what is left to `auto` stays as it has it.
+
+    None if there is no such output; if it cannot be read, `_output_notes` says so.
+    """
+    try:
+        newest = find_all_places(output.path)[-1]
+        attributes = newest.backend.outline(newest.path).attributes
+        return stored_recipe(attributes, newest.path) if attributes.get("model") == card.recorded_name else None
+    except InternvitError:
+        return None
 
 
 def summarize_plan(found: Survey) -> PlanSummary:
@@ -178,12 +192,9 @@ def _check_recipe(found: Survey, attributes: dict[str, Any], path: str) -> None:
     Raises:
         InternvitError: It has another recipe, or is damaged.
     """
-    stored, options, card = stored_recipe(attributes, path), found.options, found.card
-    kept = stored if attributes.get("model") == card.recorded_name else None
-    layers = (kept_layers(options, kept, card) if kept else None) or card.resolve_layers(options.model.layers)
-    facts = RecipeFacts.of_card(card, layers, stored.weights_digest).with_kept(kept)
-    wanted = make_recipe(options, facts, planned_dtype(options, stored) or stored.compute_dtype)
-    check_same(wanted, stored, path)
+    stored = stored_recipe(attributes, path)
+    dtype = planned_dtype(found.options, stored) or stored.compute_dtype
+    check_same(replace(found.recipe, weights_digest=stored.weights_digest, compute_dtype=dtype), stored, path)
 
 
 def _device_notes(run: RunOptions) -> Iterator[str]:

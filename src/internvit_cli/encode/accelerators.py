@@ -11,7 +11,9 @@ from internvit_cli.encode.batches import OUT_OF_MEMORY_HINT, BatchRunner, Launch
 from internvit_cli.errors import DeviceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from internvit_cli.model.features import FeatureModel
 
@@ -34,40 +36,59 @@ def accelerator_runner(model: FeatureModel, batch_tiles: int | None, *, measure:
     Raises:
         DeviceError: The memory does not hold half of the given batch, or not even one tile.
     """
-    if model.device.type != "cuda":
-        return first_that_fits(Launcher(model, model.device), batch_tiles)
-    from internvit_cli.encode.cuda import CudaLauncher
+    launcher = Launcher(model, model.device)
+    sizes: Sequence[int] = DECIDED_SIZES
+    if model.device.type == "cuda":
+        from internvit_cli.encode.cuda import CudaLauncher
 
-    launcher = CudaLauncher(model, model.device)
-    return first_that_fits(launcher, measure_batch(launcher.seconds) if measure and not batch_tiles else batch_tiles)
+        launcher = CudaLauncher(model, model.device)
+        if measure and not batch_tiles:
+            sizes = sizes_below(measure_batch(launcher.seconds))
+    return given_batch(launcher, batch_tiles) if batch_tiles else first_that_fits(launcher, sizes)
 
 
-def first_that_fits(launcher: Launcher, batch_tiles: int | None) -> BatchRunner:
-    """Return a runner after trying a batch, so that running out of memory shows here and not an hour later.
-
-    Args:
-        launcher: The launcher of the device.
-        batch_tiles: Tiles per batch, halved once if it does not fit; None selects the first of `DECIDED_SIZES` that
-            fits.
+def given_batch(launcher: Launcher, batch_tiles: int) -> BatchRunner:
+    """Return a runner of a given batch after one batch, so that running out of memory shows now, not an hour later.
 
     Raises:
-        DeviceError: The memory does not hold half of the given batch, or not even one tile.
+        DeviceError: The memory does not even hold half of the batch.
     """
-    side = launcher.model.spec.tile_size
-    black = np.zeros((1, side, side, 3), np.uint8)
-    for size in (batch_tiles,) if batch_tiles else DECIDED_SIZES:
-        runner = BatchRunner(launcher, size)
-        try:
-            if batch_tiles:
-                runner.submit(black).result()
-            else:
-                launcher.launch(black, size).result()
-        except torch.cuda.OutOfMemoryError:
-            launcher.release()
-        else:
+    runner = BatchRunner(launcher, batch_tiles)
+    runner.submit(_black_tile(launcher)).result()
+    launcher.busy_seconds = 0.0
+    return runner
+
+
+def first_that_fits(launcher: Launcher, sizes: Sequence[int] = DECIDED_SIZES) -> BatchRunner:
+    """Return a runner of the first batch size that the memory holds, with all the buffers of a run.
+
+    Raises:
+        DeviceError: The memory holds none.
+    """
+    for size in sizes:
+        if _fits(launcher, size):
             launcher.busy_seconds = 0.0
-            return runner
+            return BatchRunner(launcher, size)
     raise DeviceError(f"{launcher.device}: one tile does not fit into the device's memory", SMALLER_MODEL_HINT)
+
+
+def _fits(launcher: Launcher, size: int) -> bool:
+    try:
+        launcher.launch(_black_tile(launcher), size).result()
+    except torch.cuda.OutOfMemoryError:
+        launcher.release()
+        return False
+    return True
+
+
+def sizes_below(size: int) -> list[int]:
+    """Return a batch size and its halves down to 1, for a measurement that left no room for the buffers of a run."""
+    return [size >> halvings for halvings in range(size.bit_length())]
+
+
+def _black_tile(launcher: Launcher) -> NDArray[np.uint8]:
+    side = launcher.model.spec.tile_size
+    return np.zeros((1, side, side, 3), np.uint8)
 
 
 def measure_batch(seconds: Callable[[int], float]) -> int:

@@ -14,7 +14,7 @@ from internvit_cli.extract.engine import EngineOptions, Workload
 from internvit_cli.extract.multi_device.engine import find_devices, start_engine
 from internvit_cli.extract.run_plan import decoded_tiles
 from internvit_cli.extract.sampling import SAMPLE_IMAGES
-from internvit_cli.model.accuracy import Accuracy, measured_attributes, to_attributes
+from internvit_cli.model.accuracy import Accuracy, check_recorded, measured_attributes, to_attributes
 from internvit_cli.recipes import encoder_options_of_run
 from internvit_cli.runtime.words import counted
 
@@ -75,7 +75,9 @@ class RunEngine:
         info = engine.info
         label = f"{self._model.card.name} in {info.dtype.value} on {info.device_name}"
         batch = f"{counted(info.batch_tiles, 'tile')} per batch"
-        if self._run.options.run.measure_batch and info.batch_tiles_to_record and not self._recorded_batch_tiles:
+        how = self._run.options.run
+        is_measured = how.measure_batch and not how.compile and info.device_name.startswith("cuda")
+        if is_measured and not self._recorded_batch_tiles:
             batch += " as measured here, which another run or card may not repeat"
         self._run.observer.note(f"encoding with {label}, {batch}, {info.kernels}")
         return engine
@@ -125,6 +127,7 @@ def measure_accuracy(run: Run, plan: RunPlan, engine: RunEngine) -> dict[str, st
     recipe, recorded = engine.recipe, plan.existing.attributes or {}
     names = measured_attributes(recipe)
     if all(name in recorded for name in names):
+        check_recorded(recorded, run.options.run.lowest_cosine)
         return {name: recorded[name] for name in names}
     accuracy = Accuracy()
     table = plan.planned.table

@@ -162,6 +162,8 @@ class ShardSink(Sink):
     def close(self) -> None:
         """Finish all images and end; no thread writes to the shard after this, even if something failed.
 
+        After a failure, a commit that has begun is completed: its rows are written, and nothing of it may be lost.
+
         Raises:
             InternvitError: The disk failed.
         """
@@ -169,6 +171,7 @@ class ShardSink(Sink):
             super().close()
         finally:
             self._rows.close()
+            self._commits.shutdown()
 
     @property
     def _is_due(self) -> bool:

@@ -73,15 +73,8 @@ class Accuracy:
         Raises:
             AccuracyError: A cosine is lower, or not a number.
         """
-        if self.compute is None or self.compute.lowest_cosine_bfloat16 >= lowest_cosine:
-            return
-        found = self.compute.lowest_cosine_bfloat16
-        accept = "" if math.isnan(found) else f", or accept it with --max-error {math.floor(max(0, found) * 1e4) / 1e4}"
-        raise AccuracyError(
-            f"--dtype fp8: a token of the first pictures has a cosine of {found:.5f} to its bfloat16 form, below "
-            f"{lowest_cosine}",
-            f"use --dtype bfloat16{accept}",
-        )
+        if self.compute is not None:
+            check_cosine(self.compute.lowest_cosine_bfloat16, lowest_cosine)
 
     @property
     def words(self) -> str:
@@ -98,6 +91,34 @@ class Accuracy:
                 f"{store.relative_error:.2%}"
             )
         return "; ".join(parts)
+
+
+def check_cosine(found: float, lowest: float) -> None:
+    """Refuse fp8 arithmetic if the cosine of a token to its bfloat16 form is below `lowest`, or is NaN.
+
+    Raises:
+        AccuracyError: It is.
+    """
+    if found >= lowest:
+        return
+    shown = math.floor(found * 1e5) / 1e5 if math.isfinite(found) else found  # rounded down: never "0.99 is below 0.99"
+    accept = f", or accept it with --max-error {shown}" if shown >= 0 else ""
+    raise AccuracyError(
+        f"--dtype fp8: a token of the first pictures has a cosine of {shown} to its bfloat16 form, below {lowest}",
+        f"use --dtype bfloat16{accept}",
+    )
+
+
+def check_recorded(attributes: Mapping[str, Any], lowest_cosine: float) -> None:
+    """Refuse to continue an output whose recorded accuracy of fp8 arithmetic is lower than what is accepted now.
+
+    Raises:
+        AccuracyError: It is.
+        ValueError: The record is damaged.
+    """
+    found = from_attributes(attributes).get(COMPUTE_ERROR, {}).get("lowest_cosine_bfloat16")
+    if found is not None:
+        check_cosine(found, lowest_cosine)
 
 
 def measured_attributes(recipe: Recipe) -> list[str]:

@@ -77,6 +77,8 @@ class DeviceEngine:
         self._options = options
         self._notes: list[str] = []
         self._devices: list[Device] = []
+        self._infos: list[EncoderInfo] = []
+        """What all devices were when they started, also those that died since."""
 
     @classmethod
     def start(cls, checkpoint: Checkpoint, options: EngineOptions, workload: Workload | None) -> Self:
@@ -99,11 +101,10 @@ class DeviceEngine:
     @property
     def info(self) -> EncoderInfo:
         """Facts about the first device's encoder, whose type and batch all share, with the names of all devices."""
-        infos = [device.info for device in self._devices if device.info]
         return replace(
-            infos[0],
-            device_name=", ".join(info.device_name for info in infos),
-            kernels="; ".join(dict.fromkeys(info.kernels for info in infos)),
+            self._infos[0],
+            device_name=", ".join(info.device_name for info in self._infos),
+            kernels="; ".join(dict.fromkeys(info.kernels for info in self._infos)),
         )
 
     @property
@@ -158,6 +159,7 @@ class DeviceEngine:
             device.connection.send(DeviceSpec(checkpoint, same, decode))
         for device in others:
             device.info = _loaded(device)
+        self._infos = [device.info for device in self._devices if device.info is not None]
 
     def _threads(self, name: str) -> int | None:
         """Return the threads of an encoder on a CPU, which several encoders share."""

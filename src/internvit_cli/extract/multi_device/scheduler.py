@@ -121,6 +121,7 @@ class ShardScheduler:
             self._send(device, BeginShard(self._job.extents, self._job.images.rules, decode))
         while filling := [device for device in self._devices if device.is_filling]:
             self._give(filling)
+            filling = [device for device in filling if device.is_filling]  # those that did not die meanwhile
             for connection in wait([device.connection for device in filling], POLL_SECONDS):
                 self._receive(next(device for device in filling if device.connection is connection))
         if self._failure is not None:

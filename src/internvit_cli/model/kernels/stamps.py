@@ -1,8 +1,8 @@
 """Remember which kernels passed their probes, so that the same kernels on the same card are not probed at every start.
 
 A stamp is an empty file in the user's cache folder. Its name is a digest of all that the result depends on: the card,
-its driver, PyTorch, Triton, the source of the kernels, and the sizes of the probes. If any of them changes, the kernels
-are probed again. Deleting the folder does so too.
+its driver, PyTorch, Triton, the system with its C compiler, the source of the kernels, and the sizes of the probes. If
+any of them changes, the kernels are probed again. Deleting the folder does so too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
+import shutil
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,35 +22,42 @@ if TYPE_CHECKING:
     from internvit_cli.model.kernels.probes import ProbeSizes
 
 DRIVER_FILE = "/proc/driver/nvidia/version"
+SYSTEM_FILE = "/etc/os-release"
 
 
-def stamp_path(device: torch.device, dtype: torch.dtype, sizes: ProbeSizes) -> str:
-    """Return the path of the stamp of the kernels that a CUDA device would run."""
+def stamp_path(device: torch.device, dtype: torch.dtype, sizes: ProbeSizes) -> str | None:
+    """Return the path of the stamp of the kernels that a CUDA device would run; None if the user has no folder."""
+    folder = stamp_folder()
+    if folder is None:
+        return None
     properties = torch.cuda.get_device_properties(device)
     facts = (properties.name, properties.total_memory, torch.cuda.get_device_capability(device), _driver())
     versions = (torch.__version__, torch.version.cuda, _version("triton"))
-    digest = hashlib.sha256(repr((facts, versions, str(dtype), sizes, _source_digest())).encode()).hexdigest()
-    return os.path.join(stamp_folder(), digest)
+    found = (facts, versions, _system(), str(dtype), sizes, _source_digest())
+    return os.path.join(folder, hashlib.sha256(repr(found).encode()).hexdigest())
 
 
-def stamp_folder() -> str:
-    """Return the folder of all stamps: `internvit/kernels` in the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(cache, "internvit", "kernels")
+def stamp_folder() -> str | None:
+    """Return the folder of all stamps, `internvit/kernels` in the user's cache folder; None if there is no such."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(cache):  # then it is to be ignored, says the XDG specification
+        cache = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(cache, "internvit", "kernels") if os.path.isabs(cache) else None
 
 
-def is_stamped(path: str) -> bool:
+def is_stamped(path: str | None) -> bool:
     """Return whether kernels have passed their probes before."""
-    return os.path.isfile(path)
+    return path is not None and os.path.isfile(path)
 
 
-def stamp(path: str) -> None:
+def stamp(path: str | None) -> None:
     """Remember that kernels have passed their probes; if the folder cannot be written, they are probed again."""
+    if path is None:
+        return
     with contextlib.suppress(OSError):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
-        os.close(descriptor)
-        os.replace(temporary, path)
+        # An empty file needs no atomic write, and whoever makes it first is right.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644))
 
 
 def _source_digest() -> str:
@@ -60,9 +68,19 @@ def _source_digest() -> str:
     return hasher.hexdigest()
 
 
+def _system() -> tuple[str | None, ...]:
+    """What Triton compiles with: a home may be shared by containers, and a kernel compiled in one of them only."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return sys.prefix, compiler, os.environ.get("TRITON_PTXAS_PATH"), _text_of(SYSTEM_FILE)
+
+
 def _driver() -> str:
+    return _text_of(DRIVER_FILE)
+
+
+def _text_of(path: str) -> str:
     try:
-        return Path(DRIVER_FILE).read_text()
+        return Path(path).read_text()
     except OSError:  # not Linux, or a container without it
         return ""
 
