@@ -304,3 +304,32 @@ def test_coarse_and_fine_outputs_are_compared_as_numbers(
     told = json.loads(capsys.readouterr().out)
     assert (told["equal_vectors"], told["equal_tokens"]) == (6, 0)
     assert 0.995 < told["tokens"]["lowest"] < 1
+
+
+@pytest.mark.parametrize(
+    ("found", "lowest", "shown", "accept"),
+    [
+        (0.989999, 0.99, "0.98999", "--max-error 0.98999"),
+        (0.5, 0.999, "0.5", "--max-error 0.5"),
+        (-0.1, 0.0, "-0.1", None),
+        (float("nan"), 0.0, "nan", None),
+    ],
+)
+def test_the_refusal_of_a_cosine_names_a_value_that_would_accept_it(
+    found: float, lowest: float, shown: str, accept: str | None
+) -> None:
+    with pytest.raises(AccuracyError) as refused:
+        accuracy.check_cosine(found, lowest)
+    assert f"a cosine of {shown} " in refused.value.message
+    assert refused.value.hint == "use --dtype bfloat16" + (f", or accept it with {accept}" if accept else "")
+    if accept:
+        accuracy.check_cosine(found, float(accept.split()[-1]))
+
+
+def test_what_an_output_records_is_held_to_what_is_accepted_now() -> None:
+    recorded = {"compute_error": json.dumps({"tiles": 2, "lowest_cosine_bfloat16": 0.99})}
+    accuracy.check_recorded(recorded, 0.99)
+    accuracy.check_recorded({"compute_error": json.dumps({"tiles": 0})}, 0.99)
+    accuracy.check_recorded({}, 0.99)
+    with pytest.raises(AccuracyError):
+        accuracy.check_recorded(recorded, 0.999)

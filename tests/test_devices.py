@@ -22,6 +22,7 @@ from internvit_cli.cli.arguments import chosen_devices, device_list
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.config import Status
 from internvit_cli.errors import UsageError
+from internvit_cli.extract.multi_device import scheduler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,6 +119,28 @@ def test_when_all_devices_die_what_is_done_stays_and_the_same_command_goes_on(
     done = statuses.count(Status.DONE)
     summary = summary_of(extract(pictures, "-o", output, *SHAPE, *DEVICES, "--json"))
     assert summary["encoded"] == PICTURES - done
+    checks.assert_same_output(output, whole / "file" / "feats.h5")
+
+
+def test_a_device_that_dies_before_it_is_given_work_leaves_the_others_to_it(
+    pictures: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the moment when the parent has read a message of it, and so finds room for another image."""
+    receive = scheduler.ShardScheduler._receive
+    killed: list[int] = []
+
+    def receive_and_kill(self: scheduler.ShardScheduler, device: scheduler.Device) -> None:
+        receive(self, device)
+        if not killed and device is self._devices[-1] and self._tally.images:
+            killed.append(device.process.pid)
+            device.process.kill()
+            device.process.wait()
+
+    monkeypatch.setattr(scheduler.ShardScheduler, "_receive", receive_and_kill)
+    output = tmp_path / "feats.h5"
+    ended = extract(pictures, "-o", output, *SHAPE, *DEVICES, "--json")
+    assert killed and ended.returncode == 3, ended.stderr
+    assert summary_of(ended)["device"] == "cpu, cpu", "those that it began with"
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,12 @@ from filling_helpers import (
     Stop,
     features_of,
 )
+from forking import PATIENCE
 from PIL import Image
 
 from internvit_cli.config import Format, Skipped, Status, Tokens
 from internvit_cli.errors import DeviceError, ExitCode, InternvitError, NoSpaceError
+from internvit_cli.extract import writer_thread
 from internvit_cli.storage.output import Output
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 from internvit_cli.storage.write.commit import ShardWriter, create_shard
@@ -243,6 +246,37 @@ def test_when_the_disk_fills_up_the_run_ends_and_does_not_hang(plain_pictures, o
     assert shard.status == [Status.PENDING] * 60
     shard.fill(Encoder(2))
     assert shard.status == [Status.DONE] * 60
+
+
+def test_a_row_that_cannot_be_written_loses_no_commit_that_has_begun(plain_pictures, output, monkeypatch):
+    """And when the sink is closed, no thread holds the shard's files any more: their numbers may be others' by then."""
+    shard = Shard(plain_pictures(range(2)), output)
+    table = output.partial().stored.table
+    writer = ShardWriter(output.backend, output.partial_path(0), table)
+    is_syncing, may_end = threading.Event(), threading.Event()
+    real_sync = os.fdatasync
+
+    def slow_sync(descriptor: int) -> None:
+        is_syncing.set()
+        may_end.wait(PATIENCE)
+        real_sync(descriptor)
+
+    def full(_: Any) -> Any:
+        threading.Timer(0.2, may_end.set).start()  # so that close has to wait for the commit
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fdatasync", slow_sync)
+    monkeypatch.setattr(writer_thread, "CHECKPOINT_BYTES", 1)
+    sink = writer_thread.ShardSink(writer, SkipLog(output.skipped_path), table.keys)
+    sink.put(helpers.random_image(shard.new, 0))
+    assert is_syncing.wait(PATIENCE)
+    sink._rows._write = full
+    sink.put(helpers.random_image(shard.new, 1))
+    with pytest.raises(OSError, match="No space left"):
+        sink.close()
+    assert shard.status == [Status.DONE, Status.PENDING]
+    assert not {thread.name for thread in threading.enumerate()} & {"sink", "rows_0", "commit_0"}
+    writer.close()
 
 
 def test_reasons_are_on_the_disk_before_the_statuses(plain_pictures, output, monkeypatch):

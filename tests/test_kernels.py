@@ -206,7 +206,7 @@ def test_kernels_that_passed_are_not_probed_again_until_something_they_depend_on
     for name, value in (("name", "another"), ("total_memory", 2), ("capability", (9, 1))):
         monkeypatch.setattr(card, name, value)
         assert [times_probed(monkeypatch, twin, twin) for _ in range(2)] == [1, 0]
-    for changed in ("_driver", "_source_digest"):
+    for changed in ("_driver", "_source_digest", "_system"):
         monkeypatch.setattr(stamps, changed, lambda: "newer")
         assert [times_probed(monkeypatch, twin, twin) for _ in range(2)] == [1, 0]
 
@@ -221,6 +221,16 @@ def test_a_cache_folder_that_cannot_be_written_costs_the_probes_and_nothing_else
     (tmp_path / "internvit").write_text("a file in its way")
     twin = plain_for(CPU, torch.float32)
     assert [times_probed(monkeypatch, twin, twin) for _ in range(2)] == [1, 1]
+
+
+@pytest.mark.parametrize("variables", [{"HOME": "~", "XDG_CACHE_HOME": ""}, {"HOME": "~", "XDG_CACHE_HOME": "here"}])
+def test_without_a_home_nothing_is_written_anywhere(card, monkeypatch, tmp_path, variables):
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    twin = plain_for(CPU, torch.float32)
+    assert [times_probed(monkeypatch, twin, twin) for _ in range(2)] == [1, 1]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, fp8.FP8], ids=str)

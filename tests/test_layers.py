@@ -277,6 +277,9 @@ def test_a_plan_knows_the_bytes_of_all_layers(pictures: Path, tmp_path: Path, ki
     files = [found] if found.is_file() else [file for file in found.iterdir() if file.name.startswith("shard-")]
     size = sum(file.stat().st_size for file in files)
     assert size == planned if kind != "npy" else 0 <= size - planned <= 8192  # the log of starts
+    left_to_auto = ("-o", tmp_path / name, "--model", "tiny-random", "--max-tiles", FEW[-1], *more)
+    again = summary_of(internvit("plan", pictures, *left_to_auto, "--json"))
+    assert (again["layers"], again["bytes"]) == ([0, 1, 2], planned), "as a run would keep them"
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
