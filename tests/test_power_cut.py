@@ -124,7 +124,10 @@ def run_and_cut(disk: Disk, pictures: Path, kind: str, moment: Moment, *own: str
 
 def is_stopped(pid: int) -> bool:
     """Whether every thread of a process stands still: the signal that stops one takes a moment for the others."""
-    states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    try:
+        states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):  # a thread that ended since it was listed: look again
+        return False
     return set(states) == {"T"}
 
 
