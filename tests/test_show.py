@@ -377,7 +377,7 @@ def test_json_is_one_object_with_the_figures_facts(stored, tmp_path):
         ((PHOTO, "--map", "sideways"), 2, "sideways"),
         ((PHOTO, "--terminal"), 2, "not a terminal"),
         ((PHOTO, "--terminal", "--json"), 2, "choose one"),
-        ((PHOTO, "-o", "/proc/nowhere"), 2, "lies in /proc"),
+        ((PHOTO, "-o", "/proc/nowhere"), 2, "is in /proc"),
         ((PHOTO, "-o", "x" * 300), 1, "cannot write"),
     ],
 )
