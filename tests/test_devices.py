@@ -97,6 +97,7 @@ def run_with_dying_devices(
     return run_apart(*line, env=dying)
 
 
+@pytest.mark.sweep
 def test_a_device_that_dies_costs_no_image(pictures: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "feats.h5"
     output.parent.mkdir()
@@ -165,6 +166,7 @@ def test_a_signal_commits_what_every_device_has_encoded(
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 
 
+@pytest.mark.sweep
 def test_devices_end_with_a_killed_parent_and_one_device_finishes_what_two_began(
     pictures: Path, whole: Path, tmp_path: Path
 ) -> None:
