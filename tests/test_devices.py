@@ -76,7 +76,7 @@ def are_gone(processes: list[int]) -> bool:
 
 @pytest.mark.parametrize(
     "kind",
-    ["file", "several layers", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("npy folder", "h5 folder"))],
+    ["file", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("npy folder", "h5 folder", "several layers"))],
 )
 def test_two_devices_make_the_same_output_as_one(pictures: Path, whole: Path, tmp_path: Path, kind: str) -> None:
     name, *options = ALL_KINDS[kind]
@@ -212,6 +212,7 @@ def test_a_device_that_is_not_there_is_one_error_line(pictures: Path, tmp_path: 
         assert not list(tmp_path.glob("*"))
 
 
+@pytest.mark.sweep
 def test_taken_over_and_incremental_rows_work_with_several_devices(pictures: Path, tmp_path: Path) -> None:
     folder, output = tmp_path / "pictures", tmp_path / "feats.h5"
     shutil.copytree(pictures, folder)

@@ -615,6 +615,7 @@ def killed_at_each_rename(*arguments: object) -> Iterator[int]:
         assert run.returncode == -signal.SIGKILL, run.stderr
 
 
+@pytest.mark.sweep
 def test_a_list_of_skipped_images_never_stands_beside_features_that_it_is_not_of(tmp_path: Path) -> None:
     new = tmp_path / "new.h5"
     for seed, name in enumerate(("old.h5", "a.h5")):
@@ -635,6 +636,7 @@ def test_a_list_of_skipped_images_never_stands_beside_features_that_it_is_not_of
     assert ("a.h5", False) in found
 
 
+@pytest.mark.sweep
 def test_a_list_of_a_series_never_names_tars_of_two_results(tmp_path: Path) -> None:
     for seed, name in enumerate(("old.h5", "a.h5")):
         make(tmp_path / name, seed=seed)

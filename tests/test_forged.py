@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROCESSES = 2
-FEW, MANY = 4, 80
+FEW, MANY = 1, 80
 """Forgeries that are tried of each kind of output. There are some 800 of each, and one takes most of a second."""
 
 

@@ -96,6 +96,7 @@ def unprivileged(request: pytest.FixtureRequest, tmp_path: Path) -> bool:
     return True
 
 
+@pytest.mark.sweep
 def test_public_broken_pictures_come_out_as_plain_pillow_reads_them(
     hostile: Path, tmp_path: Path, unprivileged: bool
 ) -> None:

@@ -62,6 +62,7 @@ def interpreted() -> dict[str, str]:
 
 
 @needs_triton
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", CASES)
 def test_in_tritons_interpreter_a_kernel_gives_what_its_twin_gives(case, interpreted):
     assert interpreted[case] == ""

@@ -379,6 +379,7 @@ def _expected_reasons(exception: str) -> set[Status]:
 
 
 @as_pillow_13
+@pytest.mark.sweep
 def test_the_hostile_tree_has_the_outcomes_that_its_maker_expects(made: Path) -> None:
     listing = discover([str(made)], DiscoverOptions())
     outcomes: dict[str, bool] = {}

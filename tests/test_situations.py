@@ -287,10 +287,10 @@ def limited(limit: str, *words: object) -> Result:
     ("limit", "options", "code"),
     [
         ("ulimit -n 8", (), 1),
-        ("ulimit -n 12", ("--format", "npy"), 1),
+        pytest.param("ulimit -n 12", ("--format", "npy"), 1, marks=pytest.mark.sweep),
         pytest.param("ulimit -f 0", (), 6, marks=pytest.mark.sweep),
         ("ulimit -f 1000", (), 6),
-        ("ulimit -v 4000000", ("--batch-size", 65536), 1),
+        pytest.param("ulimit -v 4000000", ("--batch-size", 65536), 1, marks=pytest.mark.sweep),
     ],
     ids=str,
 )
