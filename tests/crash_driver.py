@@ -37,7 +37,7 @@ from internvit_cli.runtime.workers import FinishedTask
 from internvit_cli.storage.durable import disk_errors, sync_data, sync_together
 from internvit_cli.storage.format.layout import FeatureShape
 from internvit_cli.storage.write import commit, reuse
-from internvit_cli.storage.write.commit import ImageRows, RowWriter, ShardWriter
+from internvit_cli.storage.write.commit import ImageRows, RowWriter, ShardWriter, WrittenImage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-    from internvit_cli.extract.writer_thread import FinishedImage
+    from internvit_cli.extract.writer_thread import FinishedImage, SkippedImage
     from internvit_cli.plan.table import ImageTable
     from internvit_cli.storage.format.layout import Extent
 
@@ -199,19 +199,18 @@ class InlineSink(ShardSink):
     def _run(self) -> None:
         """The thread itself ends at once."""
 
-    def take(self, image: FinishedImage) -> None:
-        if isinstance(image, ImageRows):
-            self._writer.write(image)
-        else:
-            super().take(image)
-
     def put(self, image: FinishedImage) -> None:
-        self._do(lambda: self.take(image), is_end=False)
+        self._do(
+            lambda: self.take(self._writer.write_rows(image) if isinstance(image, ImageRows) else image), is_end=False
+        )
         if self._commit is None and self._is_due:
             self._do(lambda: self.commit(*self._taken()), is_end=False)
 
     def close(self) -> None:
         self._do(lambda: None, is_end=True)
+
+    def _stored(self, image: FinishedImage) -> WrittenImage | SkippedImage:
+        return self._writer.write_rows(image) if isinstance(image, ImageRows) else image
 
     def _do(self, work: Callable[[], None], *, is_end: bool) -> None:
         if self._failure is None:

@@ -34,7 +34,7 @@ SUBMIT = ("internvit_cli.encode.encoder:Encoder.submit",)
 """A batch goes to the encoder."""
 WRITE = ("internvit_cli.storage.write.commit:ShardWriter.write_rows",)
 """An image's rows are about to be written."""
-TELL = ("internvit_cli.extract.multi_device.worker:_ForwardingSink._tell",)
+TELL = ("internvit_cli.extract.multi_device.worker:_ForwardingSink.take",)
 """A device's process is about to tell the parent of an image that it has written."""
 RECORD = ("internvit_cli.storage.write.commit:ShardWriter.record",)
 """The same of an image that a device's process has written."""

@@ -86,7 +86,7 @@ def grey_range_named(word: str) -> GreyRange | int:
 
 
 def batch_size_named(word: str) -> int:
-    """A number of tiles, or `MEASURED` for auto."""
+    """Parse a number of tiles; auto becomes `MEASURED`."""
     return MEASURED if word == AUTO else number(word, int, "auto or a number of tiles", 1, MOST_TILES)
 
 

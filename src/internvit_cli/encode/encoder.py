@@ -110,7 +110,7 @@ class Encoder:
         """Start encoding and return at once; several batches may be in flight.
 
         Args:
-            tiles: Uint8 [S,S,3] RGB each, C-contiguous, at least one; the first ones of a `buffer`, or any others. On a
+            tiles: uint8 [S,S,3] RGB each, C-contiguous, at least one; the first ones of a `buffer`, or any others. On a
                 CPU, their memory is read until `result` returns. On other devices, it is free when this returns, except
                 that of a `buffer`, which belongs to the encoder.
 
@@ -126,7 +126,7 @@ class Encoder:
         For fp8 arithmetic, the model is loaded in both wider types, one after the other, and freed again.
 
         Args:
-            tiles: Uint8 [S,S,3] RGB each; without tiles, nothing is measured.
+            tiles: uint8 [S,S,3] RGB each; without tiles, nothing is measured.
 
         Raises:
             DeviceError: A reference does not fit into the device's memory.

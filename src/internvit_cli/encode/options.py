@@ -73,13 +73,13 @@ def check_kind(device: str, kind: str, dtype: ComputeDtype, *, compile: bool) ->
 
     Args:
         device: The name of the device in messages.
-        kind: Cpu, cuda or mps; `auto` is not decided yet and passes every check.
+        kind: One of cpu, cuda and mps; `auto` is not decided yet and passes every check.
         dtype: The compute type.
         compile: Whether torch.compile is requested.
 
     Raises:
-        DeviceError: Fp8 is requested elsewhere than on NVIDIA cards.
-        UsageError: Torch.compile is requested elsewhere than on CUDA.
+        DeviceError: fp8 is requested elsewhere than on NVIDIA cards.
+        UsageError: torch.compile is requested elsewhere than on CUDA.
     """
     if kind in (AUTO_DEVICE, "cuda"):
         return

@@ -35,7 +35,7 @@ def measure_computing(checkpoint: Checkpoint, model: FeatureModel, tiles: Sequen
     Args:
         checkpoint: The model's weights.
         model: The model to measure.
-        tiles: Uint8 [S,S,3] each, at least one.
+        tiles: uint8 [S,S,3] each, at least one.
 
     Raises:
         DeviceError: A reference does not fit into the device's memory.
@@ -60,7 +60,7 @@ def measure_storing(model: FeatureModel, tiles: Sequence[np.ndarray]) -> StoreEr
 
     Args:
         model: The model that stores them in a type with scales.
-        tiles: Uint8 [S,S,3] each, at least one.
+        tiles: uint8 [S,S,3] each, at least one.
     """
     if model.plan is None:
         return None

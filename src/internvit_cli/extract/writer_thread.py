@@ -14,6 +14,8 @@ from internvit_cli.extract.row_threads import RowThreads
 from internvit_cli.storage.write.commit import ImageRows, WrittenImage
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from internvit_cli.config import Skipped
@@ -46,7 +48,9 @@ class _Mark(Enum):
 class Sink(ABC):
     """Takes finished images in its own thread. After a failure, it drops all further images."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: Callable[[ImageRows], WrittenImage]) -> None:
+        """Start the thread; `write` stores the rows of one image, in several threads at a time."""
+        self._rows = RowThreads(write)
         self._queue: queue.Queue[FinishedImage | _Mark] = queue.Queue(MOST_WAITING)
         self._failure: BaseException | None = None
         self._busy_seconds = 0.0
@@ -55,8 +59,8 @@ class Sink(ABC):
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds spent on storing images, excluding parallel work."""
-        return self._busy_seconds
+        """Seconds of this thread and of the threads that write, which are divided by their number."""
+        return self._busy_seconds - self._rows.waited_seconds + self._rows.busy_seconds
 
     def put(self, image: FinishedImage) -> None:
         """Hand over a finished image, after waiting while too many images wait for the disk.
@@ -69,7 +73,7 @@ class Sink(ABC):
         self._queue.put(image)
 
     def close(self) -> None:
-        """Finish all images and end; a second call does nothing.
+        """Finish all images and end; no thread writes rows after this. A second call does nothing.
 
         Raises:
             InternvitError: The disk failed.
@@ -78,12 +82,13 @@ class Sink(ABC):
             return
         self._queue.put(_Mark.END)
         self._thread.join()
+        self._rows.close()
         if self._failure is not None:
             raise self._failure
 
     @abstractmethod
-    def take(self, image: FinishedImage) -> None:
-        """Write one image."""
+    def take(self, image: WrittenImage | SkippedImage) -> None:
+        """Record an image whose rows are written, or that has none."""
 
     @abstractmethod
     def on_idle(self, *, is_end: bool) -> None:
@@ -98,8 +103,12 @@ class Sink(ABC):
                 continue
             started = time.perf_counter()
             try:
-                if not isinstance(image, _Mark):
+                if isinstance(image, ImageRows):
+                    self._rows.put(image)
+                elif not isinstance(image, _Mark):
                     self.take(image)
+                for written in self._rows.written(is_end=is_end):
+                    self.take(written)
                 self.on_idle(is_end=is_end)
             except BaseException as error:  # noqa: BLE001 - raised again in `put` or `close`
                 self._failure = error
@@ -123,28 +132,22 @@ class ShardSink(Sink):
         self._writer = writer
         self._skip_log = skip_log
         self._keys = keys
-        self._rows = RowThreads(writer.write_rows)
         self._skips: list[SkippedImage] = []
         self._first_skip = 0.0
         self._commits = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self._commit: Future[None] | None = None
-        super().__init__()
+        super().__init__(writer.write_rows)
 
-    def take(self, image: FinishedImage) -> None:
-        """Write or record an image, which is done after the next checkpoint."""
-        match image:
-            case ImageRows():
-                self._rows.put(image)
-            case WrittenImage():
-                self._writer.record(image)
-            case SkippedImage():
-                self._first_skip = self._first_skip if self._skips else time.monotonic()
-                self._skips.append(image)
+    def take(self, image: WrittenImage | SkippedImage) -> None:
+        """Record an image, which is done after the next checkpoint."""
+        if isinstance(image, WrittenImage):
+            self._writer.record(image)
+            return
+        self._first_skip = self._first_skip if self._skips else time.monotonic()
+        self._skips.append(image)
 
     def on_idle(self, *, is_end: bool) -> None:
-        """Record written images, and make a checkpoint if one is due and the last one has finished."""
-        for written in self._rows.written(is_end=is_end):
-            self._writer.record(written)
+        """Make a checkpoint if one is due and the last one has finished."""
         if self._commit is not None and (is_end or self._commit.done()):
             commit, self._commit = self._commit, None
             commit.result()
@@ -153,11 +156,6 @@ class ShardSink(Sink):
             self.commit(*self._taken())
         elif self._is_due and self._commit is None:
             self._commit = self._commits.submit(self.commit, *self._taken())
-
-    @property
-    def busy_seconds(self) -> float:
-        """Seconds of this thread and of the threads that write."""
-        return self._busy_seconds - self._rows.waited_seconds + self._rows.busy_seconds
 
     def close(self) -> None:
         """Finish all images and end; no thread writes to the shard after this, even if something failed.
@@ -170,7 +168,6 @@ class ShardSink(Sink):
         try:
             super().close()
         finally:
-            self._rows.close()
             self._commits.shutdown()
 
     @property

@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 from internvit_cli.decode.decoder import DecodeJob, DecodeOptions, Decoder
 from internvit_cli.errors import InternvitError
 from internvit_cli.extract.encode_loop import EncodeJob, EncodeLoop, EncodeResult, EncodeRules
-from internvit_cli.extract.row_threads import RowThreads
 from internvit_cli.extract.sampling import sample_tiles
 from internvit_cli.extract.writer_thread import Sink
 from internvit_cli.runtime.workers import ignore_stop_signals
-from internvit_cli.storage.write.commit import ImageRows, RowWriter
+from internvit_cli.storage.write.commit import RowWriter, WrittenImage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from internvit_cli.encode.encoder import Encoder
     from internvit_cli.encode.interface import EncoderInfo
     from internvit_cli.encode.options import EncoderOptions
-    from internvit_cli.extract.writer_thread import FinishedImage
+    from internvit_cli.extract.writer_thread import SkippedImage
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.storage.format.layout import Extent
 
@@ -245,28 +244,12 @@ class _ForwardingSink(Sink):
     def __init__(self, process: _DeviceProcess, rows: RowWriter, given: dict[int, Task]) -> None:
         self._process = process
         self._given = given
-        self._rows = RowThreads(lambda image: rows.write(image, given[image.row].first_tile))
-        super().__init__()
+        super().__init__(lambda image: rows.write(image, given[image.row].first_tile))
 
-    def take(self, image: FinishedImage) -> None:
-        """Write an image's rows, or tell the parent that it has none."""
-        if isinstance(image, ImageRows):
-            self._rows.put(image)
-        else:
-            self._tell(image)
-
-    def on_idle(self, *, is_end: bool) -> None:
-        """Tell the parent which images are written."""
-        for written in self._rows.written(is_end=is_end):
-            self._tell(written)
-
-    def close(self) -> None:
-        """Finish all images and end; no thread writes to the shard after this."""
-        try:
-            super().close()
-        finally:
-            self._rows.close()
-
-    def _tell(self, image: FinishedImage) -> None:
+    def take(self, image: WrittenImage | SkippedImage) -> None:
+        """Tell the parent about an image."""
         del self._given[image.row]
         self._process.send(image)
+
+    def on_idle(self, *, is_end: bool) -> None:
+        """Do nothing, because the parent makes the checkpoints."""

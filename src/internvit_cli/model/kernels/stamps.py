@@ -69,7 +69,7 @@ def _source_digest() -> str:
 
 
 def _system() -> tuple[str | None, ...]:
-    """What Triton compiles with: a home may be shared by containers, and a kernel compiled in one of them only."""
+    """Return what Triton compiles with, because containers may share a home, and kernels may compile only in one."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     return sys.prefix, compiler, os.environ.get("TRITON_PTXAS_PATH"), _text_of(SYSTEM_FILE)
 
