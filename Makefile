@@ -10,6 +10,9 @@ SPREAD := -n auto --dist worksteal
 COVERAGE ?=
 MEASURE := $(if $(COVERAGE),--cov)
 
+# Tests start the command hundreds of times: it is compiled once, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint sweep docs clean
 
 demo: $(VENV)/.installed

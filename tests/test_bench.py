@@ -81,9 +81,13 @@ def test_plan_says_how_long_it_will_take(pictures: Path, tmp_path: Path) -> None
     assert result.returncode == 0, result.stderr
     planned = json.loads(result.stdout)
     assert planned["images"] == 7 and planned["expected"]["seconds"] > 0
-    assert "time     about" in internvit("plan", pictures, "--model", "tiny-random", "--bench").stdout
     plain = json.loads(internvit("plan", pictures, "--model", "tiny-random", "--json").stdout)
     assert plain["expected"] is None
+
+
+@pytest.mark.sweep
+def test_the_page_of_a_plan_says_how_long_it_will_take(pictures: Path) -> None:
+    assert "time     about" in internvit("plan", pictures, "--model", "tiny-random", "--bench").stdout
 
 
 def survey(images: int, tiles: int, nbytes: int) -> Any:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("--devices", "cpu,cpu")
 SHAPE = ("--dtype", "float32", "--max-tiles", "4")
-PICTURES = 24
+PICTURES = 16
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,6 +123,7 @@ def test_when_all_devices_die_what_is_done_stays_and_the_same_command_goes_on(
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 
 
+@pytest.mark.sweep
 def test_a_device_that_dies_before_it_is_given_work_leaves_the_others_to_it(
     pictures: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

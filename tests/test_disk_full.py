@@ -47,7 +47,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["tmpfs", "ext4"])
+@pytest.fixture(params=["ext4", pytest.param("tmpfs", marks=pytest.mark.sweep)])
 def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """An empty filesystem of 64 MB; tmpfs has no room set aside for root, ext4 has."""
     folder, image = tmp_path / "disk", tmp_path / "image"

@@ -39,9 +39,18 @@ def processes() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-@pytest.mark.parametrize("most", [FEW, pytest.param(MANY, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("is_unfinished", [False, True], ids=["finished", "unfinished"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "is_unfinished", "most"),
+    [
+        ("file", True, FEW),
+        ("npy folder", False, FEW),
+        *(
+            pytest.param(kind, is_unfinished, MANY, marks=pytest.mark.sweep)
+            for kind in KINDS
+            for is_unfinished in (False, True)
+        ),
+    ],
+)
 def test_a_forged_output_is_refused_in_one_line_or_changes_nothing_and_tells_of_no_other_file(
     processes: ProcessPoolExecutor, kind: str, is_unfinished: bool, most: int
 ) -> None:

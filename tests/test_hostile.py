@@ -84,7 +84,7 @@ def assert_accounted(run: Run) -> None:
     assert run.megabytes < MOST_MEGABYTES
 
 
-@pytest.fixture(params=["root", pytest.param("unprivileged", marks=pytest.mark.sweep)])
+@pytest.fixture(params=["root", "unprivileged"])
 def unprivileged(request: pytest.FixtureRequest, tmp_path: Path) -> bool:
     if request.param == "root":
         return False
@@ -130,6 +130,7 @@ def test_a_picture_that_takes_minutes_is_skipped_and_the_others_are_done(endless
     assert open_features(endless.parent / "f.h5")["gray.jpg"].is_done
 
 
+@pytest.mark.sweep
 def test_a_tree_of_hostile_files_costs_only_what_cannot_be_read(
     made: Path, endless: Path, tmp_path: Path, unprivileged: bool
 ) -> None:

@@ -236,6 +236,7 @@ def test_a_terminal_that_closes_costs_no_finished_image(pictures: Path, tmp_path
     finish(*line)
 
 
+@pytest.mark.sweep
 def test_under_nohup_a_closing_terminal_is_no_reason_to_stop(pictures: Path, tmp_path: Path) -> None:
     process = start(["sh", "-c", "trap '' HUP; exec \"$@\"", "sh", *arguments(pictures, tmp_path, "file")])
     read_until(process, "encoding with")
