@@ -125,10 +125,20 @@ def install(clock: Clock, copies: Counter[str]) -> None:
         return any(start <= array.ctypes.data < end for start, end in pinned)
 
     class StandIn(cuda.CudaLauncher):
-        def launch(self, tiles: Any, size: int) -> Any:
+        def launch(self, tiles: Any, size: int, placed: Any = ()) -> Any:
             # One copy brought them here from the workers' memory; outside the buffer, another copy follows.
-            copies["in"] += len(tiles) * (1 if is_pinned(tiles[0]) else 2)
-            return super().launch(tiles, size)
+            # Tiles that were cut on the device were never copied by the host.
+            from_host = len(tiles) - sum(len(one.tiles) for one in placed)
+            copies["in"] += from_host * (1 if is_pinned(tiles[0]) else 2)
+            return super().launch(tiles, size, placed)
+
+        def cut(self, picture: Any, views: Any) -> Any:
+            side = self.model.spec.tile_size
+            return torch.empty((sum(view.tiles for view in views), side, side, 3), dtype=torch.uint8)
+
+        def register(self, memory: Any) -> None: ...
+
+        def close(self) -> None: ...
 
         def _enqueue(self, slot: cuda.Slot) -> None:
             slot.host_layers = [pool.take() for pool in self._pools]
@@ -200,9 +210,9 @@ class ThreadTimes(threading.Thread):
 
 
 def run_side(arguments: argparse.Namespace, rate: float) -> None:
-    from internvit_cli.config import ComputeDtype
+    from internvit_cli.config import ComputeDtype, Resize, Tokens
     from internvit_cli.extract.pipeline import extract
-    from internvit_cli.options import ExtractOptions, ModelOptions, RunOptions, StoreOptions
+    from internvit_cli.options import ExtractOptions, ModelOptions, PictureOptions, RunOptions, StoreOptions
     from internvit_cli.runtime.signals import StopRequest
     from internvit_cli.sources.interface import DiscoverOptions
 
@@ -221,15 +231,22 @@ def run_side(arguments: argparse.Namespace, rate: float) -> None:
     options = ExtractOptions(
         sources=(f"{arguments.scratch}/photos",),
         discover=DiscoverOptions(follow_links=True),
-        store=StoreOptions(output=f"{arguments.scratch}/feats"),
+        pictures=PictureOptions(max_tiles=arguments.max_tiles),
+        store=StoreOptions(output=f"{arguments.scratch}/feats", tokens=Tokens(arguments.tokens)),
         model=ModelOptions(name=f"{arguments.scratch}/model"),
-        run=RunOptions(dtype=ComputeDtype.FLOAT32, batch_tiles=BATCH, workers=arguments.workers),
+        run=RunOptions(
+            dtype=ComputeDtype.FLOAT32,
+            batch_tiles=BATCH,
+            workers=arguments.workers,
+            resize=Resize(arguments.resize),
+        ),
     )
     summary = extract(options, StopRequest())
     stages, tiles = summary.stages, summary.tiles
     figures = {
         "tiles": tiles,
         "tiles_per_second": tiles / stages.wall,
+        "images_per_second": summary.counts.done / stages.wall,
         "idle": clock.idle / stages.wall,
         "cpu_ms": {name: 1000 * seconds / tiles for name, seconds in times.by_name().items()},
         "copies": {name: copies[name] / tiles for name in ("in", "out")},
@@ -262,6 +279,9 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=6)
     parser.add_argument("--workers", type=int, default=2 * (os.cpu_count() or 1))
     parser.add_argument("--rates", type=float, nargs="+", default=[700.0, 0.0], help="tiles per second; 0: at once")
+    parser.add_argument("--max-tiles", type=int, default=12)
+    parser.add_argument("--tokens", default="visual", choices=["visual", "none"])
+    parser.add_argument("--resize", default="cpu", choices=["cpu", "device"], help="device: as if it took no time")
     parser.add_argument("--side", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -271,14 +291,15 @@ def main() -> None:
     cores, workers = os.cpu_count(), arguments.workers
     print(f"{cores} cores, {workers} decode workers, batches of {BATCH}, output in {arguments.output}\n")
     print_crc_rates()
-    print("| device, tiles/s | tiles/s | idle | writing | copies in, out | parent's CPU, ms per tile |")
-    print("|---|---|---|---|---|---|")
+    print("| device, tiles/s | tiles/s | images/s | idle | writing | copies in, out | parent's CPU, ms per tile |")
+    print("|---|---|---|---|---|---|---|")
     for rate in arguments.rates:
         with tempfile.TemporaryDirectory(dir=arguments.output) as scratch:
             link_photos(arguments.photos.resolve(), Path(scratch, "photos"), arguments.copies)
             make_checkpoint(Path(scratch, "model"))
             command = [sys.executable, __file__, str(arguments.photos), "--side", str(rate), "--scratch", scratch]
-            command += ["--workers", str(arguments.workers)]
+            command += ["--workers", str(arguments.workers), "--max-tiles", str(arguments.max_tiles)]
+            command += ["--tokens", arguments.tokens, "--resize", arguments.resize]
             done = subprocess.run(
                 command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | SIDE_ENVIRONMENT
             )
@@ -286,7 +307,7 @@ def main() -> None:
         parts = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(found["cpu_ms"].items(), key=lambda item: -item[1]))
         copies = ", ".join(f"{found['copies'][name]:.2f}" for name in ("in", "out"))
         print(
-            f"| {rate or 'at once':>7} | {found['tiles_per_second']:.0f} | {found['idle']:.0%} | "
+            f"| {rate or 'at once':>7} | {found['tiles_per_second']:.0f} | {found['images_per_second']:.0f} | {found['idle']:.0%} | "
             f"{found['write_share']:.0%} | {copies} | {sum(found['cpu_ms'].values()):.2f} ({parts}) |"
         )
 

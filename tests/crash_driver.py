@@ -158,6 +158,9 @@ class DigestDecoder:
                 pixels.reshape(-1)[:33] = np.frombuffer(digest + bytes([tile]), np.uint8)
             yield DecodedImage(job.row, tiles, digest, lambda: None)
 
+    def suits(self, options: Any) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 
@@ -167,6 +170,7 @@ class DigestEncoder:
 
     info = EncoderInfo("none", ComputeDtype.FLOAT32, batch_tiles=4, batch_tiles_to_record=4, kernels="none")
     device_seconds = 0.0
+    resizes = False
     tokens = (4, 6)
     layers: tuple[int | None, ...] = (None,)
 
@@ -180,7 +184,8 @@ class DigestEncoder:
         side = DigestDecoder.tile_size
         return np.empty((self.info.batch_tiles, side, side, 3), np.uint8)
 
-    def submit(self, tiles: NDArray[Any]) -> Any:
+    def submit(self, tiles: NDArray[Any], placed: Any) -> Any:
+        assert not placed
         names = [tile.reshape(-1)[:33].tobytes() for tile in tiles]
         layers = []
         for layer in self.layers:

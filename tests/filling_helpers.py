@@ -43,6 +43,7 @@ class Encoder:
     """Features that can be told from the pixels, and verdicts by color; no model."""
 
     device_seconds = 0.0
+    resizes = False
 
     def __init__(self, batch_tiles: int, fail_after: int | None = None) -> None:
         self.info = EncoderInfo("none", ComputeDtype.FLOAT32, batch_tiles, batch_tiles_to_record=0, kernels="none")
@@ -52,7 +53,8 @@ class Encoder:
     def buffer(self) -> NDArray[Any]:
         return np.empty((self.info.batch_tiles, SIDE, SIDE, 3), np.uint8)
 
-    def submit(self, tiles: Sequence[NDArray[Any]]) -> Any:
+    def submit(self, tiles: Sequence[NDArray[Any]], placed: Sequence[Any]) -> Any:
+        assert not placed
         self.sizes.append(len(tiles))
         assert len(tiles) <= self.info.batch_tiles
         if self._fail_after is not None and len(self.sizes) > self._fail_after:

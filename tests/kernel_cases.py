@@ -216,6 +216,20 @@ def check_store(actual, expected, setting: Setting) -> None:
     torch.testing.assert_close(actual.tokens, expected.tokens, equal_nan=True, **rounding)
 
 
+def resize(setting: Setting) -> None:
+    """Bit for bit, up and down, lines and columns, one pixel and many."""
+    from internvit_cli.encode.resizing.passes import PROBES, difference, plain_pass, table_on
+    from internvit_cli.encode.resizing.triton_pass import triton_pass
+
+    assert not difference(triton_pass, setting.device)
+    more = ((400, 3000, 448), (448, 2000, 1344), (1, 5000, 448)) * setting.large
+    for lines, size, target in (*PROBES, (2, 448, 448), (1, 1, 1), (7, 2, 1), *more):
+        generator = torch.Generator().manual_seed(size)
+        pixels = torch.randint(0, 256, (lines, size, 3), generator=generator, dtype=torch.uint8).to(setting.device)
+        table = table_on(setting.device, size, target)
+        assert torch.equal(triton_pass(pixels, table), plain_pass(pixels, table)), (lines, size, target)
+
+
 def nan_is_never_lost(setting: Setting) -> None:
     """A row with a NaN or an infinity has NaN in fp8 too, so that it is found in the end."""
     from internvit_cli.model.kernels import triton_norms
@@ -288,6 +302,7 @@ CASES: dict[str, Callable[[Setting], None]] = {
         quantize,
         patches,
         store,
+        resize,
         nan_is_never_lost,
         every_probe_passes,
         whole_encoder,

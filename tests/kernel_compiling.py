@@ -22,6 +22,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from internvit_cli.config import TokenOrder
+from internvit_cli.encode.resizing.passes import table_on
+from internvit_cli.encode.resizing.triton_pass import triton_pass
 from internvit_cli.model.catalog import KNOWN_MODELS
 from internvit_cli.model.kernels import fp8, triton_attention, triton_norms, triton_tiles
 from internvit_cli.model.kernels.interface import StorePlan
@@ -107,6 +109,8 @@ def calls(model: str, dtype: torch.dtype, capability: int = 90) -> dict[str, Cal
             some(2, 1 + N, C)[:, 1:], replace(plan, clamp=True, order=TokenOrder.V1)
         ),
     }
+    pixels, table = torch.zeros(vision.grid, 1000, 3, dtype=torch.uint8), table_on(torch.device("cpu"), 1000, 448)
+    found["resize"] = lambda: triton_pass(pixels, table)
     if in_fp8:
         found["quantize"] = lambda: triton_norms.quantize(some(1, 1 + N, C))
         found["quantize_gelu"] = lambda: triton_norms.quantize(some(1, 1 + N, M), gelu=True)

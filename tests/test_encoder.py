@@ -280,11 +280,11 @@ class ForgetfulLauncher(Launcher):
         self.holds = holds
         self.sizes = []
 
-    def launch(self, tiles, size):
+    def launch(self, tiles, size, placed=()):
         self.sizes.append(size)
         if size > self.holds:
             raise torch.cuda.OutOfMemoryError
-        return super().launch(tiles, size)
+        return super().launch(tiles, size, placed)
 
 
 def batch_runner(holds, batch_tiles) -> BatchRunner:

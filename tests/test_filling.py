@@ -304,8 +304,8 @@ def test_shards_without_tokens_are_filled(plain_pictures, tmp_path):
     create_shard(output.backend, output.partial_path(0), shard.new)
 
     class WithoutTokens(Encoder):
-        def submit(self, tiles: Sequence[NDArray[Any]]) -> Any:
-            features = super().submit(tiles).features
+        def submit(self, tiles: Sequence[NDArray[Any]], placed: Sequence[Any]) -> Any:
+            features = super().submit(tiles, placed).features
             layers = tuple(replace(layer, tokens=None) for layer in features.layers)
             return Pending(replace(features, layers=layers))
 

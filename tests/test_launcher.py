@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from model_helpers import open_all, random_tiles, tiny_card
+from PIL import Image
 
-from internvit_cli.config import Pool, StoreDtype, TokenOrder, Tokens
+from internvit_cli.config import PixelRule, Pool, StoreDtype, TilingRule, TokenOrder, Tokens
+from internvit_cli.decode.pictures import cut_tiles
 from internvit_cli.encode import cuda as encoder_cuda
 from internvit_cli.encode.batches import BatchRunner
 from internvit_cli.encode.cuda import IN_FLIGHT, LARGEST_GRAPH, CudaLauncher
+from internvit_cli.encode.interface import Placed
 from internvit_cli.encode.tile_features import TileFeatures
 from internvit_cli.model.features import FeatureModel, FeatureSpec
+from internvit_cli.plan.tiling import choose_grid, views_of
 from internvit_cli.storage.format.layout import decode_values
 
 CPU = torch.device("cpu")
@@ -201,3 +205,75 @@ def test_a_run_that_lets_features_go_allocates_no_more_memory_than_is_in_flight(
     for _ in range(20):
         addresses.add(launched.submit(random_tiles(2)).result().layers[0].tokens.ctypes.data)
     assert len(addresses) <= IN_FLIGHT
+
+
+# --------------------------------------------------------------------------------------------------- whole pictures
+
+
+def cut_on(runner: BatchRunner, sizes) -> tuple[list[torch.Tensor], np.ndarray]:
+    """Tiles of pictures on the device, and the same tiles by Pillow."""
+    rule, placed, expected = PixelRule(TilingRule(tile_size=56, max_tiles=4)), [], []
+    for number, (width, height) in enumerate(sizes):
+        picture = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
+        grid = choose_grid(width, height, rule.tiling)
+        placed.append(runner.cut(picture, views_of(width, height, grid, rule)))
+        tiles = np.empty((len(placed[-1]), 56, 56, 3), np.uint8)
+        cut_tiles(Image.fromarray(picture), grid, rule, tiles)
+        picture[:] = 0  # its memory is free
+        expected.append(tiles)
+    return placed, np.concatenate(expected)
+
+
+@pytest.mark.parametrize("batch", [2, 32])
+def test_tiles_that_were_cut_on_the_device_are_encoded_at_their_places_among_others(batch):
+    launched, plain = runner(batch), runner(batch)
+    cut, by_pillow = cut_on(launched, [(100, 60), (60, 150), (300, 310)])
+    others = np.stack(random_tiles(2))
+    every = np.concatenate([by_pillow[: len(cut[0])], others, by_pillow[len(cut[0]) :]])
+    tiles = np.full_like(every, 99)
+    tiles[len(cut[0]) : len(cut[0]) + 2] = others
+    starts = np.cumsum([0, len(cut[0]) + 2, len(cut[1])])
+    placed = [Placed(int(start), one) for start, one in zip(starts, cut, strict=True)]
+    assert np.array_equal(tokens_of(launched.submit(tiles, placed)), tokens(plain, list(every)))
+
+
+def test_a_batch_of_nothing_but_tiles_on_the_device_needs_no_copy_of_the_buffer():
+    launched, plain = runner(4), runner(4)
+    (cut,), by_pillow = cut_on(launched, [(50, 40)])
+    buffer = launched.buffer()
+    slot = launched._launcher._slots[launched._launcher._turn]
+    with torch.inference_mode():
+        slot.device_tiles[:] = 3
+    buffer[:] = 7
+    pending = launched.submit(buffer[:1], [Placed(0, cut)])
+    assert int(slot.device_tiles[1:].min()) == int(slot.device_tiles[1:].max()) == 3
+    assert np.array_equal(tokens_of(pending), tokens(plain, list(by_pillow)))
+
+
+class Driver:
+    """What CUDA's runtime does with memory that is registered."""
+
+    def __init__(self, answer):
+        self.answer, self.registered = answer, []
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        if self.answer == 0:
+            self.registered.append((address, nbytes))
+        return self.answer
+
+    def cudaHostUnregister(self, address):
+        self.registered = [one for one in self.registered if one[0] != address]
+        return 0
+
+
+@pytest.mark.parametrize("answer", [0, 1])
+def test_memory_is_registered_once_and_given_back_at_the_end_or_when_there_is_other(monkeypatch, answer):
+    driver = Driver(answer)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    launched = runner(2)
+    first, second = np.zeros((2, 4096), np.uint8), np.zeros((3, 4096), np.uint8)
+    for memory in (first, first, second):
+        launched.register(memory)
+        assert driver.registered == [(memory.ctypes.data, memory.nbytes)] * (answer == 0)
+    launched.close()
+    assert not driver.registered

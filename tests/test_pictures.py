@@ -316,7 +316,7 @@ def test_a_file_that_changes_under_our_eyes_is_changed(
         os.utime(path, ns=(0, 1))
         raise OSError("image file is truncated")
 
-    monkeypatch.setattr(pictures, "_fill", disturb)
+    monkeypatch.setattr(pictures, "cut_tiles", disturb)
     assert reason(path, ONE_VIEW, header) is Status.CHANGED
 
 
@@ -348,13 +348,13 @@ def test_the_files_of_public_test_suites_come_out_as_pillow_says(
 ) -> None:
     """The pictures that Pillow decodes are decoded, and those it refuses for a text; RGB pixels are Pillow's."""
     pixels: list[str] = []
-    fill = pictures._fill
+    fill = pictures.cut_tiles
 
     def spy(picture: Image.Image, *rest: Any) -> int:
         pixels.append(hashlib.md5(picture.tobytes()).hexdigest())
         return fill(picture, *rest)
 
-    monkeypatch.setattr(pictures, "_fill", spy)
+    monkeypatch.setattr(pictures, "cut_tiles", spy)
     rule = PixelRule(TilingRule(tile_size=28), exif=False)
     with open(hostile / "OUTCOMES.tsv", encoding="utf-8", newline="") as table:
         rows = list(csv.DictReader(table, delimiter="\t"))

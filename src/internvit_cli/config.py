@@ -123,6 +123,15 @@ class Preprocess(Choice):
     CLIP = "clip"
 
 
+class Resize(Choice):
+    """Where pictures are resized; the pixels are the same."""
+
+    AUTO = "auto"
+    """On an NVIDIA card, for pictures that fit into the memory between decoding and encoding; else on the CPU."""
+    CPU = "cpu"
+    DEVICE = "device"
+
+
 class StoreDtype(Choice):
     """The type of stored tokens; bfloat16 is stored as its uint16 bits, fp8 (e4m3) as its uint8 bits."""
 

@@ -18,6 +18,7 @@ from internvit_cli.config import (
     OnOverflow,
     Pool,
     Preprocess,
+    Resize,
     StoreDtype,
     Tokens,
     Truncated,
@@ -102,6 +103,8 @@ class RunOptions:
     """Number of decode processes; None derives it from the number of cores."""
     threads: int | None = None
     """Encoder threads on a CPU; None means one per core."""
+    resize: Resize = Resize.AUTO
+    """Where pictures are resized; the pixels are the same everywhere."""
     compile: bool = False
     """Use torch.compile instead of internvit's own kernels, on CUDA only."""
     decode_timeout: float = DEFAULT_DECODE_TIMEOUT

@@ -311,7 +311,14 @@ def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> Enc
 def encoder_options_of_run(run: RunOptions, recipe: Recipe, device: str) -> EncoderOptions:
     """Return the same for a run on a device; the type is the requested one, which may be AUTO."""
     how = encoder_options(recipe, device, run.batch_tiles)
-    return replace(how, dtype=run.dtype, threads=run.threads, compile=run.compile, measure_batch=run.measure_batch)
+    return replace(
+        how,
+        dtype=run.dtype,
+        threads=run.threads,
+        compile=run.compile,
+        measure_batch=run.measure_batch,
+        resize=run.resize,
+    )
 
 
 def check_same(wanted: Recipe, stored: Recipe, path: str) -> None:

@@ -24,6 +24,7 @@ from internvit_cli.config import (
     OnOverflow,
     Pool,
     Preprocess,
+    Resize,
     StoreDtype,
     Tokens,
     Truncated,
@@ -478,6 +479,15 @@ def run_options(
             min=1, max=512, help="Encode with N threads on a CPU.", show_default="one per core", rich_help_panel=RUN
         ),
     ] = None,
+    resize: Annotated[
+        Resize,
+        typer.Option(
+            metavar="WHERE",
+            help="Resize pictures in the decode processes (cpu) or where they are encoded (device); auto means device "
+            "on an NVIDIA GPU. The pixels are the same.",
+            rich_help_panel=RUN,
+        ),
+    ] = Resize.AUTO,
     compile_model: Annotated[
         bool,
         typer.Option(
@@ -523,6 +533,7 @@ def run_options(
         measure_batch=batch_size == MEASURED,
         workers=workers,
         threads=threads,
+        resize=resize,
         compile=compile_model,
         decode_timeout=decode_timeout,
         worker_memory=worker_memory,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from internvit_cli.config import ComputeDtype, Status, Tokens
-from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, decode_jobs
+from internvit_cli.decode.decoder import DecodeJob, Decoder, FailedImage, decode_jobs
 from internvit_cli.extract.engine import EngineOptions, Workload, decode_options
 from internvit_cli.extract.multi_device.engine import find_devices
 from internvit_cli.extract.writer_thread import CHECKPOINT_BYTES
@@ -220,11 +220,12 @@ def _decode_rate(
         decode_timeout=run.decode_timeout,
         worker_memory=run.worker_memory,
     )
-    decoder = Decoder(decode_options(engine, Workload(len(jobs), most)))
+    pixels = max(job.header.width * job.header.height for job in jobs)
+    decoder = Decoder(decode_options(engine, Workload(len(jobs), most, pixels)))
     try:
-        list(_release(decoder.run(jobs[: len(decoder.pids)])))  # wait until the workers are ready
+        list(_release(decoder.run_uncut(jobs[: len(decoder.pids)])))  # wait until the workers are ready
         before, started = decoder.busy_seconds, time.perf_counter()
-        done = list(_release(decoder.run(_repeated(jobs, started + how.seconds))))
+        done = list(_release(decoder.run_uncut(_repeated(jobs, started + how.seconds))))
         seconds, busy = time.perf_counter() - started, decoder.busy_seconds - before
         headers = [jobs[row % len(jobs)].header for row in done]
         pixels = sum(header.width * header.height for header in headers)
@@ -244,7 +245,7 @@ def _repeated(jobs: list[DecodeJob], deadline: float) -> Iterator[DecodeJob]:
 def _release(images: Any) -> Iterator[int]:
     """Yield the rows of decoded images, and release their slots at once."""
     for image in images:
-        if isinstance(image, DecodedImage):
+        if not isinstance(image, FailedImage):
             image.release()
         yield image.row
 

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import numpy as np
 
 from internvit_cli.config import PixelRule, Skipped
-from internvit_cli.decode.pictures import DecodedPicture, _fill, decode_tiles, upright_rgb
+from internvit_cli.decode.pictures import DecodedPicture, cut_tiles, decode_tiles, upright_rgb
 from internvit_cli.plan.headers import loaded_size, read_header, size_problem, upright_size
 from internvit_cli.plan.tiling import Grid, choose_grid, decoded_tile_count, has_thumbnail
 from internvit_cli.sources.files import pillow_failure, pillow_settings, system_failure, without_pixel_limit
@@ -104,7 +104,7 @@ def tile_picture(image: Image.Image, rule: PixelRule) -> TiledPicture | Skipped:
             grid = choose_grid(*size[:2], rule.tiling)
             tiles = _room(grid, rule)
             with without_pixel_limit():
-                _fill(upright_rgb(image, size[2], rule), grid, rule, tiles)
+                cut_tiles(upright_rgb(image, size[2], rule), grid, rule, tiles)
     except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
         return pillow_failure(error, rule.max_pixels)
     return _tiled(size, rule, tiles, NO_DIGEST)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from internvit_cli.config import MOST_GREY, GreyRange, PixelRule, Preprocess, Skipped, Status
+from internvit_cli.config import MOST_GREY, GreyRange, PixelRule, Skipped, Status
 from internvit_cli.plan.png_chunks import despite_texts
 from internvit_cli.plan.table import modified_ns
-from internvit_cli.plan.tiling import clip_size, has_thumbnail
+from internvit_cli.plan.tiling import views_of
 from internvit_cli.sources.files import open_picture, pillow_settings, readable_formats, without_pixel_limit
 
 if TYPE_CHECKING:
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.plan.headers import Header
-    from internvit_cli.plan.tiling import Grid
+    from internvit_cli.plan.tiling import Grid, View
     from internvit_cli.sources.files import OpenPicture
 
 _IN_MEMORY = 64 << 20
 """Files of up to this many bytes are read at once; larger ones are hashed in blocks, then decoded from the file."""
 _BLOCK = 1 << 20
+_BLOCK_PIXELS = 64 << 10
+"""Pixels of a whole picture that are copied at once."""
 _BLOCK_ROWS = 256
 """Rows of pixels that are scaled at once, to limit the memory of intermediate values."""
 
@@ -52,9 +54,10 @@ _TURNS = {
 
 @dataclass(frozen=True, slots=True)
 class DecodedPicture:
-    """The result of decoding a picture, whose tiles are in the output array."""
+    """The result of decoding a picture, whose tiles or pixels are in the output array."""
 
     tiles: int
+    """The number of tiles that were written; 0 if the picture was written whole."""
     digest: bytes
     """The SHA-256 of the file, 32 bytes."""
 
@@ -75,6 +78,29 @@ def decode_tiles(
         The number of tiles, and the digest of exactly the bytes that they come from; or the reason why the picture
         cannot be decoded, after which `out` may hold part of it.
     """
+    return _decode_file(path, header, rule, lambda picture: cut_tiles(picture, grid, rule, out))
+
+
+def decode_picture(path: bytes, header: Header, rule: PixelRule, out: NDArray[np.uint8]) -> DecodedPicture | Skipped:
+    """Decode a file into RGB, turned upright; only one thread of a process may do so at a time.
+
+    Args:
+        path: The file; links are followed.
+        header: The header from planning; a file that differs now is skipped.
+        rule: Everything that decides the pixels.
+        out: uint8 [height, width, 3] for the size in the header, which is filled.
+
+    Returns:
+        The digest of exactly the bytes that the pixels come from, with 0 tiles; or the reason why the picture cannot be
+        decoded, after which `out` may hold part of it.
+    """
+    return _decode_file(path, header, rule, lambda picture: _copy(picture, out))
+
+
+def _decode_file(
+    path: bytes, header: Header, rule: PixelRule, write: Callable[[Image.Image], int]
+) -> DecodedPicture | Skipped:
+    """Decode a file, and let `write` store the upright RGB picture and return the number of tiles."""
     picture = open_picture(path)
     if isinstance(picture, Skipped):
         return picture
@@ -82,11 +108,21 @@ def decode_tiles(
         if _differs(picture.status, header):
             return _changed()
         try:
-            outcome = _decode(picture, header, grid, rule, out)
+            outcome = _decode(picture, header, rule, write)
         except Exception as error:  # noqa: BLE001 -- damaged pictures make Pillow raise nearly anything.
             outcome = picture.failure(error, rule.max_pixels)
         # Checked after a failure too: a file that was being written is changed, not damaged.
         return _changed() if _differs(picture.status_now(), header) else outcome
+
+
+def _copy(picture: Image.Image, out: NDArray[np.uint8]) -> int:
+    width, height = picture.size
+    rows = max(1, _BLOCK_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        # In parts, because Pillow exports small pictures several times as fast as a large one.
+        out[top:bottom] = np.asarray(picture.crop((0, top, width, bottom)))
+    return 0
 
 
 def _differs(status: os.stat_result, header: Header) -> bool:
@@ -98,7 +134,7 @@ def _changed() -> Skipped:
 
 
 def _decode(
-    file: OpenPicture, header: Header, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]
+    file: OpenPicture, header: Header, rule: PixelRule, write: Callable[[Image.Image], int]
 ) -> DecodedPicture | Skipped:
     digest, stream = digested(file.stream(), header.file_size)
 
@@ -110,7 +146,7 @@ def _decode(
             if not _is_planned_size(image, header):  # some formats know their size only after decoding
                 return _size_mismatch(image, header)
             with without_pixel_limit():
-                return _fill(upright_rgb(image, header.orientation, rule), grid, rule, out)
+                return write(upright_rgb(image, header.orientation, rule))
 
     outcome = despite_texts(tiles_of, stream)
     return outcome if isinstance(outcome, Skipped) else DecodedPicture(outcome, digest)
@@ -209,42 +245,40 @@ def _float_scale(values: NDArray[Any]) -> Callable[[NDArray[Any]], NDArray[Any]]
     return scale
 
 
-def _fill(picture: Image.Image, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> int:
-    """Write the tiles of an RGB picture, and return their number."""
+def cut_tiles(picture: Image.Image, grid: Grid, rule: PixelRule, out: NDArray[np.uint8]) -> int:
+    """Write the tiles of an RGB picture, and return their number.
+
+    Args:
+        picture: The result of `upright_rgb`.
+        grid: The result of `choose_grid` for its size.
+        rule: Everything that decides the pixels.
+        out: uint8 [n, side, side, 3], n at least `decoded_tile_count(grid, rule)`; its first tiles are filled.
+    """
     side = rule.tiling.tile_size
-    if rule.tiling.preprocess is Preprocess.CLIP:
-        out[0] = np.asarray(_clip_view(picture, side))
-        return 1
-    if rule.global_view_only:
-        out[0] = np.asarray(_resize(picture, side, side))
-        return 1
-    whole = _resize(picture, grid.columns * side, grid.rows * side)
     count = 0
-    for top in range(0, grid.rows * side, side):
-        for left in range(0, grid.columns * side, side):
-            # Tile by tile, because Pillow exports small pictures several times as fast as a large one.
-            out[count] = np.asarray(whole.crop((left, top, left + side, top + side)))
-            count += 1
-    if has_thumbnail(grid, rule.tiling.thumbnail):
-        out[count] = np.asarray(_resize(picture, side, side))
-        count += 1
+    for view in views_of(*picture.size, grid, rule):
+        resized = _resize(picture, view, side)
+        for top in range(0, view.rows * side, side):
+            for left in range(0, view.columns * side, side):
+                # Tile by tile, because Pillow exports small pictures several times as fast as a large one.
+                out[count] = np.asarray(resized.crop((left, top, left + side, top + side)))
+                count += 1
     return count
 
 
-def _resize(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Resize with the bicubic filter, horizontally first, as in training; Pillow 13 may change the order."""
-    if picture.width != width:
-        picture = picture.resize((width, picture.height), Image.Resampling.BICUBIC)
-    if picture.height != height:
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+def _resize(picture: Image.Image, view: View, side: int) -> Image.Image:
+    """Return the part of a resized picture that a view's tiles cover.
+
+    The filter is bicubic, and the horizontal pass comes first, as in training; Pillow 13 may change the order.
+    """
+    width, height = view.columns * side, view.rows * side
+    if picture.width != view.width:
+        picture = picture.resize((view.width, picture.height), Image.Resampling.BICUBIC)
+    if view.width != width:
+        # The vertical pass does not mix columns, so it can leave out those outside the tiles.
+        picture = picture.crop((view.left, 0, view.left + width, picture.height))
+    if picture.height != view.height:
+        picture = picture.resize((width, view.height), Image.Resampling.BICUBIC)
+    if view.height != height:
+        picture = picture.crop((0, view.top, width, view.top + height))
     return picture
-
-
-def _clip_view(picture: Image.Image, side: int) -> Image.Image:
-    """Return CLIPImageProcessor's view: resize the shorter edge to `side`, then crop the central square."""
-    width, height = clip_size(*picture.size, side)
-    left, top = (width - side) // 2, (height - side) // 2
-    picture = _resize(picture, width, picture.height)
-    # The vertical pass does not mix columns, so it can leave out those outside the square.
-    picture = _resize(picture.crop((left, 0, left + side, picture.height)), side, height)
-    return picture.crop((0, top, side, top + side))

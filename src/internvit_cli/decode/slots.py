@@ -1,4 +1,4 @@
-"""Provide the shared memory in which decode workers pass tiles to the parent without a copy.
+"""Provide the shared memory in which decode workers pass tiles or pictures to the parent without a copy.
 
 The segment is an anonymous memory file that is passed by descriptor and allocated up front, so that a small /dev/shm
 cannot break a run, and nothing is left behind when a process is killed.
@@ -19,6 +19,8 @@ from internvit_cli.errors import InternvitError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+LESS_MEMORY_HINT = "lower --workers or --max-tiles"
+
 
 @dataclass(frozen=True, slots=True)
 class SlotShape:
@@ -27,22 +29,30 @@ class SlotShape:
     slots: int
     tiles: int
     tile_size: int
+    picture_bytes: int = 0
+    """Bytes of the largest picture that a slot holds whole; 0 if slots are only for tiles."""
+
+    @property
+    def slot_bytes(self) -> int:
+        """The size of one slot in bytes, whose start is that of a page, as for drivers of devices."""
+        tiles = self.tiles * self.tile_size * self.tile_size * 3
+        return -(-max(tiles, self.picture_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
 
     @property
     def nbytes(self) -> int:
         """The size of the segment in bytes."""
-        return self.slots * self.tiles * self.tile_size * self.tile_size * 3
+        return self.slots * self.slot_bytes
 
 
 class Slots:
-    """Slots that each hold the tiles of one image, uint8 [slots, tiles, S, S, 3]."""
+    """Slots that each hold the tiles of one image, or the whole picture."""
 
     def __init__(self, shape: SlotShape, descriptor: int) -> None:
         self.shape = shape
         self.descriptor = descriptor
         memory = mmap.mmap(descriptor, shape.nbytes)
-        dimensions = (shape.slots, shape.tiles, shape.tile_size, shape.tile_size, 3)
-        self._tiles: NDArray[Any] = np.frombuffer(memory, np.uint8).reshape(dimensions)
+        self.memory: NDArray[Any] = np.frombuffer(memory, np.uint8).reshape(shape.slots, shape.slot_bytes)
+        """All slots, uint8 [slots, bytes]."""
 
     @classmethod
     def allocate(cls, shape: SlotShape) -> Slots:
@@ -60,13 +70,18 @@ class Slots:
             os.close(descriptor)
             raise InternvitError(
                 f"no memory for {shape.nbytes / 1e6:.0f} MB of tiles between decoding and encoding: {error.strerror}",
-                "lower --workers or --max-tiles",
+                "lower --workers or --max-tiles, or use --resize cpu" if shape.picture_bytes else LESS_MEMORY_HINT,
             ) from error
         return cls(shape, descriptor)
 
     def tiles(self, slot: int, count: int) -> NDArray[Any]:
         """Return the first `count` tiles of a slot as a view of shared memory, uint8 [count, S, S, 3]."""
-        return self._tiles[slot, :count]
+        side = self.shape.tile_size
+        return self.memory[slot, : count * side * side * 3].reshape(count, side, side, 3)
+
+    def picture(self, slot: int, width: int, height: int) -> NDArray[Any]:
+        """Return a slot as a picture, a view of shared memory, uint8 [height, width, 3]."""
+        return self.memory[slot, : width * height * 3].reshape(height, width, 3)
 
     def close(self) -> None:
         """Close the descriptor; the memory is freed with its last view."""

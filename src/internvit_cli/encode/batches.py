@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from internvit_cli.encode.interface import placed_within
+from internvit_cli.encode.resizing.cutter import Cutter
 from internvit_cli.encode.tile_features import TileFeatures
 from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import DeviceError
@@ -25,9 +28,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from internvit_cli.encode.interface import PendingBatch
+    from internvit_cli.encode.interface import PendingBatch, Placed
     from internvit_cli.encode.tile_features import Tiles
     from internvit_cli.model.features import FeatureModel
+    from internvit_cli.plan.tiling import View
 
 OUT_OF_MEMORY_HINT = "give a smaller --batch-size"
 
@@ -56,7 +60,30 @@ class BatchRunner:
         """Return an empty batch that the launcher does not have to copy."""
         return self._launcher.buffer(self.batch_tiles)
 
-    def submit(self, tiles: Tiles) -> PendingBatch:
+    @property
+    def cutter(self) -> Cutter:
+        """Makes tiles of whole pictures."""
+        return self._launcher.cutter
+
+    def cut(self, picture: NDArray[np.uint8], views: Sequence[View]) -> Tensor:
+        """Resize a picture on the device, and return its tiles there.
+
+        Raises:
+            DeviceError: Out of memory.
+        """
+        try:
+            return self._launcher.cut(picture, views)
+        except torch.cuda.OutOfMemoryError as error:
+            raise DeviceError(
+                f"{self._launcher.device}: out of memory for resizing a picture",
+                f"use --resize cpu, or {OUT_OF_MEMORY_HINT}",
+            ) from error
+
+    def register(self, memory: NDArray[np.uint8]) -> None:
+        """Prepare memory in which pictures will lie."""
+        self._launcher.register(memory)
+
+    def submit(self, tiles: Tiles, placed: Sequence[Placed] = ()) -> PendingBatch:
         """Start a batch; more tiles than `batch_tiles`, as after a halving, become several batches.
 
         Raises:
@@ -67,7 +94,8 @@ class BatchRunner:
         while begin < len(tiles):
             part = tiles[begin : begin + self.batch_tiles]
             try:
-                parts.append(self._launcher.launch(part, self.batch_tiles))
+                within = placed_within(placed, begin, len(part))
+                parts.append(self._launcher.launch(part, self.batch_tiles, within))
             except torch.cuda.OutOfMemoryError as error:
                 self._halve(error)
             else:
@@ -86,7 +114,7 @@ class BatchRunner:
 
     def close(self) -> None:
         """Fetch the batches in flight and free the buffers."""
-        self._launcher.release()
+        self._launcher.close()
 
 
 class JoinedBatches:
@@ -119,6 +147,12 @@ def padded(tiles: Tiles, size: int) -> NDArray[np.uint8]:
     return batch
 
 
+def put(placed: Sequence[Placed], batch: Tensor) -> None:
+    """Copy tiles that are on a device to their places in a batch there."""
+    for one in placed:
+        batch[one.position : one.position + len(one.tiles)].copy_(one.tiles, non_blocking=True)
+
+
 class Launcher:
     """Runs padded batches on one device. This class works on any device and waits for each batch."""
 
@@ -129,16 +163,30 @@ class Launcher:
         self.busy_seconds = 0.0
         self.model = model
 
+    @cached_property
+    def cutter(self) -> Cutter:
+        """Makes tiles of whole pictures; its kernel is compiled and tried when it is first asked for."""
+        return Cutter(self.device, self.model.spec.tile_size)
+
     def buffer(self, size: int) -> NDArray[np.uint8]:
         """Return an empty batch of `size` tiles."""
         side = self.model.spec.tile_size
         return np.empty((size, side, side, 3), np.uint8)
 
-    def launch(self, tiles: Tiles, size: int) -> PendingBatch:
-        """Encode up to `size` tiles as a batch of exactly `size`."""
+    def cut(self, picture: NDArray[np.uint8], views: Sequence[View]) -> Tensor:
+        """Resize a picture [H,W,3] on the device, and return its tiles there, uint8 [n,S,S,3]."""
+        with torch.inference_mode():
+            return self.cutter.cut(torch.from_numpy(picture).to(self.device), views)
+
+    def register(self, memory: NDArray[np.uint8]) -> None:
+        """Do nothing, because this device copies from any memory."""
+
+    def launch(self, tiles: Tiles, size: int, placed: Sequence[Placed] = ()) -> PendingBatch:
+        """Encode up to `size` tiles as a batch of exactly `size`; `placed` replaces the tiles at its places."""
         start = time.perf_counter()
         with torch.inference_mode():
-            batch = torch.from_numpy(padded(tiles, size)).to(self.device)
+            batch = torch.from_numpy(padded(tiles, size)).to(self.device, copy=True)
+            put(placed, batch)
             layers: tuple[LayerTensors, ...] = self.model(batch)
             fetched = [first_tiles(each_part(layer, Tensor.cpu), len(tiles)) for layer in layers]
         self.busy_seconds += time.perf_counter() - start
@@ -146,6 +194,10 @@ class Launcher:
 
     def release(self) -> None:
         """Fetch the batches in flight and free the buffers."""
+
+    def close(self) -> None:
+        """Release everything; nothing is launched any more."""
+        self.release()
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from internvit_cli.encode.resizing.cutter import Cutter
 from internvit_cli.encode.tile_features import TileFeatures
 from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import DeviceError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    from collections.abc import Sequence
 
-    from internvit_cli.encode.interface import PendingBatch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from internvit_cli.encode.interface import PendingBatch, Placed
     from internvit_cli.encode.tile_features import Tiles
     from internvit_cli.model.features import FeatureModel, FeatureSpec, LayerTensors
+    from internvit_cli.plan.tiling import View
 
 CPU_TILES_PER_THREAD = 4
 """Tiles per thread in a batch on a CPU. Throughput does not depend on it, since tiles are encoded one by one. It must
@@ -43,6 +49,11 @@ class CpuRunner:
         self._lock = threading.Lock()
         self._busy_seconds = 0.0
 
+    @cached_property
+    def cutter(self) -> Cutter:
+        """Makes tiles of whole pictures."""
+        return Cutter(self._model.device, self._model.spec.tile_size)
+
     @property
     def device_seconds(self) -> float:
         """Thread seconds spent on tiles, divided by the number of threads."""
@@ -53,8 +64,19 @@ class CpuRunner:
         side = self._model.spec.tile_size
         return np.empty((self.batch_tiles, side, side, 3), np.uint8)
 
-    def submit(self, tiles: Tiles) -> PendingBatch:
+    def cut(self, picture: NDArray[np.uint8], views: Sequence[View]) -> Tensor:
+        """Resize a picture on this thread. That is slower than Pillow, and meant for tests of what devices do."""
+        return self.cutter.cut(torch.from_numpy(picture), views)
+
+    def register(self, memory: NDArray[np.uint8]) -> None:
+        """Do nothing, because the threads read any memory."""
+
+    def submit(self, tiles: Tiles, placed: Sequence[Placed] = ()) -> PendingBatch:
         """Queue one task per tile."""
+        if placed:
+            tiles = list(tiles)
+            for one in placed:
+                tiles[one.position : one.position + len(one.tiles)] = list(one.tiles.numpy())
         return CpuBatch([self._pool.submit(self._encode, tile) for tile in tiles], self._model.spec)
 
     def close(self) -> None:

@@ -1,7 +1,10 @@
-"""Run batches on a CUDA device; pinned buffers and three streams overlap copy in, computation and copy out.
+"""Run batches on a CUDA device; pinned buffers and streams overlap copy in, computation and copy out.
 
 A `buffer` is memory that the card reads directly, and features are returned in memory that the card wrote, which is
 reused when no array over it is left. So the host copies a tile once, and its features never.
+
+Whole pictures are read by the card where the decode workers wrote them, and are resized and cut there, before the batch
+that holds their tiles.
 
 A small batch takes the card less time than Python needs to start its kernels one by one. So it is captured as a CUDA
 graph, one per slot, and started as a whole.
@@ -9,6 +12,7 @@ graph, one per slot, and started as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -18,18 +22,21 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
-from internvit_cli.encode.batches import OUT_OF_MEMORY_HINT, Launcher, first_tiles
+from internvit_cli.encode.batches import OUT_OF_MEMORY_HINT, Launcher, first_tiles, put
 from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import DeviceError
 from internvit_cli.model.features import LayerTensors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from internvit_cli.encode.interface import PendingBatch
+    from internvit_cli.encode.interface import PendingBatch, Placed
     from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures, Tiles
     from internvit_cli.model.features import FeatureModel
+    from internvit_cli.plan.tiling import View
 
 LayerShapes: TypeAlias = "tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]"
 """Shape and type of each of `LayerTensors`; None for those that are None."""
@@ -51,7 +58,9 @@ class CudaLauncher(Launcher):
     def __init__(self, model: FeatureModel, device: torch.device) -> None:
         super().__init__(model, device)
         torch.cuda.set_device(device)  # otherwise pinning would open a context on device 0
-        self._copy_in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Resizing also runs here. Its short kernels go first, or each would wait for a whole matrix product.
+        self._copy_in = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+        self._upload = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._compute = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._copy_out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._slots: list[Slot] = []
@@ -59,6 +68,8 @@ class CudaLauncher(Launcher):
         """Host memory of features, layer by layer."""
         self._turn = 0
         self._size = 0
+        self._registered: NDArray[np.uint8] | None = None
+        """Memory that the card reads directly."""
         torch.cuda.synchronize(device)  # the weights were copied on the default stream
 
     def buffer(self, size: int) -> NDArray[np.uint8]:
@@ -66,12 +77,42 @@ class CudaLauncher(Launcher):
         with torch.cuda.device(self.device), torch.inference_mode():
             return self._next_slot(size).tiles
 
-    def launch(self, tiles: Tiles, size: int) -> PendingBatch:
+    def cut(self, picture: NDArray[np.uint8], views: Sequence[View]) -> Tensor:
+        """Copy a picture to the card, and queue its resizing; the tiles are ready on the stream of copies in."""
+        with torch.cuda.device(self.device), torch.inference_mode():
+            with torch.cuda.stream(self._upload):
+                pixels = torch.from_numpy(picture).to(self.device, non_blocking=True)
+            self._upload.synchronize()  # from here on, the caller may overwrite the picture
+            with torch.cuda.stream(self._copy_in):
+                tiles = self.cutter.cut(pixels, views)
+            pixels.record_stream(self._copy_in)  # otherwise its memory would be reused before it is read
+            return tiles
+
+    def register(self, memory: NDArray[np.uint8]) -> None:
+        """Let the card read memory directly. If the driver refuses, PyTorch copies it to memory of its own first."""
+        if memory is self._registered:
+            return
+        with torch.cuda.device(self.device):
+            self._unregister()
+            driver = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            if int(driver.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)) == 0:
+                self._registered = memory
+            else:
+                with contextlib.suppress(RuntimeError):
+                    torch.zeros(1, device=self.device)  # takes the error away, which the next kernel would report
+
+    def _unregister(self) -> None:
+        if self._registered is not None:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.cudart().cudaHostUnregister(self._registered.ctypes.data)  # type: ignore[no-untyped-call]
+            self._registered = None
+
+    def launch(self, tiles: Tiles, size: int, placed: Sequence[Placed] = ()) -> PendingBatch:
         """Start a batch of exactly `size` that begins with these tiles, and return at once."""
         with torch.cuda.device(self.device), torch.inference_mode():  # both are per thread
             slot = self._next_slot(size)
             self._turn = (self._turn + 1) % IN_FLIGHT
-            slot.fill(tiles)
+            slot.fill(tiles, placed)
             self._enqueue(slot)
         return slot.hand_out(len(tiles))
 
@@ -117,6 +158,12 @@ class CudaLauncher(Launcher):
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
 
+    def close(self) -> None:
+        """Release everything, and the memory that the card reads directly."""
+        self.release()
+        with torch.cuda.device(self.device):
+            self._unregister()
+
     def _allocate(self, size: int) -> None:
         self.release()
         self._slots = [Slot(self, size) for _ in range(IN_FLIGHT)]
@@ -153,7 +200,10 @@ class CudaLauncher(Launcher):
     def _enqueue(self, slot: Slot) -> None:
         """Queue copy in, computation and copy out, each on its own stream and after the previous one."""
         with torch.cuda.stream(self._copy_in):
-            slot.device_tiles.copy_(slot.host_tiles, non_blocking=True)
+            if sum(len(one.tiles) for one in slot.placed) < slot.count:
+                slot.device_tiles.copy_(slot.host_tiles, non_blocking=True)
+            put(slot.placed, slot.device_tiles)
+            slot.placed = ()
             slot.copied.record()
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(slot.copied)
@@ -198,6 +248,10 @@ class Slot:
         self.host_tiles = _pinned((size, side, side, 3), torch.uint8)
         self.tiles: NDArray[np.uint8] = self.host_tiles.numpy()
         """The same memory."""
+        self.placed: Sequence[Placed] = ()
+        """Tiles that are on the card already."""
+        self.count = 0
+        """Tiles of the batch; what follows is not used."""
         self.host_layers: list[LayerTensors] = []
         """Host memory for the features of the batch in flight, layer by layer."""
         self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -206,8 +260,9 @@ class Slot:
         self.finished = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._batch: CudaBatch | None = None
 
-    def fill(self, tiles: Tiles) -> None:
+    def fill(self, tiles: Tiles, placed: Sequence[Placed]) -> None:
         """Copy tiles into the pinned buffer unless they are already there; pad it with black."""
+        self.placed, self.count = placed, len(tiles)
         if not (isinstance(tiles, np.ndarray) and tiles.ctypes.data == self.tiles.ctypes.data):
             np.stack(list(tiles), out=self.tiles[: len(tiles)])
         self.tiles[len(tiles) :] = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from internvit_cli.config import ComputeDtype
+from internvit_cli.config import ComputeDtype, Resize
 from internvit_cli.encode.devices import device_name, fastest_dtype, find_fit_device
 from internvit_cli.encode.interface import EncoderInfo
 from internvit_cli.errors import DeviceError, UsageError
@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from numpy.typing import NDArray
+    from torch import Tensor
     from typing_extensions import Self
 
-    from internvit_cli.encode.interface import PendingBatch, Runner
+    from internvit_cli.encode.interface import PendingBatch, Placed, Runner
     from internvit_cli.encode.options import EncoderOptions
     from internvit_cli.encode.tile_features import Tiles
     from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.plan.tiling import View
 
 TORCH_DTYPE = {
     ComputeDtype.BFLOAT16: torch.bfloat16,
@@ -55,6 +57,7 @@ class Encoder:
         self._tile_shape = (model.spec.tile_size, model.spec.tile_size, 3)
         self._checkpoint = checkpoint
         self._compile = options.compile
+        self._resize = options.resize
         self._model = model
         self._runner = runner
 
@@ -91,7 +94,21 @@ class Encoder:
             batch_tiles_to_record=runner.batch_tiles if runner.fixed_batch else 0,
             kernels=(f"torch.compile over {kernels}" if self._compile else kernels) + runner.note,
             halved=runner.halved,
+            resizing=self._resizing(),
         )
+
+    @property
+    def resizes(self) -> bool:
+        """Whether whole pictures should be resized here by `cut`, and not by Pillow; the pixels are the same."""
+        if self._resize is Resize.AUTO:
+            return self._model.device.type == "cuda" and not self._runner.cutter.problem
+        return self._resize is Resize.DEVICE
+
+    def _resizing(self) -> str:
+        if not self.resizes:
+            return ""
+        problem = self._runner.cutter.problem
+        return f"pictures resized there{f' in plain PyTorch (triton: {problem})' if problem else ''}"
 
     @property
     def device_seconds(self) -> float:
@@ -106,19 +123,36 @@ class Encoder:
         """
         return self._runner.buffer()
 
-    def submit(self, tiles: Tiles) -> PendingBatch:
+    def register(self, memory: NDArray[np.uint8]) -> None:
+        """Prepare page-aligned memory in which pictures for `cut` will lie, and forget any from before."""
+        self._runner.register(memory)
+
+    def cut(self, picture: NDArray[np.uint8], views: Sequence[View]) -> Tensor:
+        """Resize a picture on the device, with the pixels of Pillow, and return its tiles there, uint8 [n,S,S,3].
+
+        Args:
+            picture: uint8 [H,W,3] RGB, C-contiguous, turned upright; its memory is free when this returns.
+            views: The result of `plan.tiling.views_of` for its size.
+
+        Raises:
+            DeviceError: The device ran out of memory.
+        """
+        return self._runner.cut(picture, views)
+
+    def submit(self, tiles: Tiles, placed: Sequence[Placed] = ()) -> PendingBatch:
         """Start encoding and return at once; several batches may be in flight.
 
         Args:
             tiles: uint8 [S,S,3] RGB each, C-contiguous, at least one; the first ones of a `buffer`, or any others. On a
                 CPU, their memory is read until `result` returns. On other devices, it is free when this returns, except
                 that of a `buffer`, which belongs to the encoder.
+            placed: Tiles from `cut`, with places in the batch; those of `tiles` at these places are not read.
 
         Raises:
             DeviceError: The device ran out of memory a second time.
         """
         self._check_tiles(tiles)
-        return self._runner.submit(tiles)
+        return self._runner.submit(tiles, placed)
 
     def accuracy(self, tiles: Sequence[np.ndarray]) -> Accuracy:
         """Measure the accuracy of low-precision types: fp8 arithmetic against bfloat16 and float32, int8 or fp8 tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from internvit_cli.config import ComputeDtype, OnOverflow, Pool, StoreDtype, TokenOrder, Tokens
+from internvit_cli.config import ComputeDtype, OnOverflow, Pool, Resize, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import DeviceError, UsageError
 
 AUTO_DEVICE = "auto"
@@ -41,6 +41,8 @@ class EncoderOptions:
     """CPU only: tiles encoded at the same time, one thread each; None means one per core that this process may use."""
     compile: bool = False
     """CUDA only: torch.compile over plain PyTorch instead of our kernels; half a minute before the first batch."""
+    resize: Resize = Resize.AUTO
+    """Where pictures are resized, if the caller has whole ones."""
     fused: bool = True
     """CUDA only: whether Triton kernels are used if they work; otherwise plain PyTorch is used."""
 

@@ -10,10 +10,11 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from internvit_cli.config import Skipped, Status
-from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, FailedImage
+from internvit_cli.decode.decoder import DecodedImage, DecodeJob, Decoder, FailedImage, UncutImage
+from internvit_cli.encode.interface import Placed
 from internvit_cli.encode.tile_features import UNFIT
 from internvit_cli.errors import InternvitError, one_line
 from internvit_cli.extract.results import Stages, Tally
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from internvit_cli.config import Recipe
     from internvit_cli.encode.encoder import Encoder
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from internvit_cli.encode.tile_features import TileFeatures
     from internvit_cli.extract.writer_thread import Sink
     from internvit_cli.runtime.signals import Stop
+
+_Decoded: TypeAlias = DecodedImage | UncutImage | FailedImage
+_Decode: TypeAlias = "Callable[[Iterable[DecodeJob | None], Callable[[], bool]], Iterator[_Decoded]]"
 
 BATCHES_IN_FLIGHT = 2
 """One batch that the device works on and one that waits, so that the device is never idle."""
@@ -112,6 +117,8 @@ class EncodeLoop:
         self._buffer: NDArray[np.uint8] | None = None
         """The current batch; None until there is a tile for it."""
         self._spans: list[_Span] = []
+        self._placed: list[Placed] = []
+        """Tiles of the current batch that were cut on the device."""
         self._filled = 0
         self._in_flight: deque[tuple[PendingBatch, list[_Span]]] = deque()
         self._submitted = time.monotonic()
@@ -141,8 +148,16 @@ class EncodeLoop:
         )
         return EncodeResult(stages, self._tally, self._clamped)
 
+    @property
+    def _decode(self) -> _Decode:
+        """The decoder's way to decode that suits the encoder."""
+        if not self._encoder.resizes:
+            return self._decoder.run
+        self._encoder.register(self._decoder.memory)
+        return self._decoder.run_uncut
+
     def _encode_all(self) -> None:
-        decoded = _DecodeThread(self._decoder, self._job.jobs, self._stop)
+        decoded = _DecodeThread(self._decode, self._job.jobs, self._stop)
         try:
             for item in decoded:
                 if isinstance(item, FailedImage):
@@ -158,22 +173,37 @@ class EncodeLoop:
         finally:
             decoded.close()
 
-    def _encode(self, image: DecodedImage) -> None:
-        """Copy an image's tiles into the current batch, and submit each batch that becomes full."""
-        tiles = len(image.tiles)
-        assembly = _Assembly(image.row, image.digest, tiles)
+    def _encode(self, image: DecodedImage | UncutImage) -> None:
+        """Put an image's tiles into the current batch, and submit each batch that becomes full."""
+        if isinstance(image, UncutImage):
+            tiles = self._encoder.cut(image.picture, image.views)
+            image.release()
+            self._put(image, tiles, self._place)
+        else:
+            self._put(image, image.tiles, self._copy)
+            image.release()
+
+    def _put(self, image: DecodedImage | UncutImage, tiles: Any, add: Callable[[Any], None]) -> None:
+        """Let `add` put as many tiles into the current batch as fit, until all are in one."""
+        assembly = _Assembly(image.row, image.digest, len(tiles))
         position = 0
-        while position < tiles:
+        while position < len(tiles):
             if self._buffer is None:
                 self._buffer = self._encoder.buffer()
-            count = min(tiles - position, len(self._buffer) - self._filled)
-            self._buffer[self._filled : self._filled + count] = image.tiles[position : position + count]
+            count = min(len(tiles) - position, len(self._buffer) - self._filled)
+            add(tiles[position : position + count])
             self._spans.append(_Span(assembly, self._filled, count))
             self._filled += count
             position += count
             if self._filled == len(self._buffer):
                 self._submit()
-        image.release()
+
+    def _copy(self, tiles: NDArray[np.uint8]) -> None:
+        assert self._buffer is not None
+        self._buffer[self._filled : self._filled + len(tiles)] = tiles
+
+    def _place(self, tiles: Tensor) -> None:
+        self._placed.append(Placed(self._filled, tiles))
 
     def _catch_up(self) -> None:
         """Fetch all batches from the encoder; if there are none, submit a batch that is not full."""
@@ -187,8 +217,9 @@ class EncodeLoop:
             return
         if len(self._in_flight) == BATCHES_IN_FLIGHT:
             self._finish_oldest()
-        self._in_flight.append((self._encoder.submit(self._buffer[: self._filled]), self._spans))
-        self._buffer, self._spans, self._filled = None, [], 0
+        pending = self._encoder.submit(self._buffer[: self._filled], self._placed)
+        self._in_flight.append((pending, self._spans))
+        self._buffer, self._spans, self._placed, self._filled = None, [], [], 0
         self._submitted = time.monotonic()
 
     def _finish_oldest(self) -> None:
@@ -248,14 +279,14 @@ def strict_error(key: bytes, skipped: Skipped) -> InternvitError:
 class _DecodeThread:
     """Runs the decoder beside the encoder, some images ahead of it."""
 
-    def __init__(self, decoder: Decoder, jobs: Iterable[DecodeJob | None], stop: Stop) -> None:
-        self._results: queue.SimpleQueue[DecodedImage | FailedImage | BaseException | None] = queue.SimpleQueue()
+    def __init__(self, decode: _Decode, jobs: Iterable[DecodeJob | None], stop: Stop) -> None:
+        self._results: queue.SimpleQueue[_Decoded | BaseException | None] = queue.SimpleQueue()
         self._closed = False
         self._stop = stop
-        self._thread = threading.Thread(target=self._run, args=(decoder, jobs), name="decode", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(decode, jobs), name="decode", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[DecodedImage | FailedImage | None]:
+    def __iter__(self) -> Iterator[_Decoded | None]:
         """Yield images as they come, and None from time to time while there are none."""
         while True:
             try:
@@ -273,10 +304,10 @@ class _DecodeThread:
         self._closed = True
         self._thread.join()
 
-    def _run(self, decoder: Decoder, jobs: Iterable[DecodeJob | None]) -> None:
+    def _run(self, decode: _Decode, jobs: Iterable[DecodeJob | None]) -> None:
         try:
             # Slots bound the queue, because an image keeps its slot until its tiles are copied.
-            for item in decoder.run(jobs, lambda: self._closed or bool(self._stop.signal)):
+            for item in decode(jobs, lambda: self._closed or bool(self._stop.signal)):
                 self._results.put(item)
         except BaseException as error:  # noqa: BLE001 - raised again where the results are read
             self._results.put(error)

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from internvit_cli.decode.decoder import PIXELS_IN_FLIGHT, DecodeJob, DecodeOptions, Decoder
+from internvit_cli.config import Resize
+from internvit_cli.decode.decoder import PIXELS_IN_FLIGHT, DecodeJob, DecodeOptions, Decoder, slots_for
 from internvit_cli.extract.encode_loop import EncodeLoop
 from internvit_cli.extract.sampling import sample_tiles
 from internvit_cli.runtime.workers import usable_cpus
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from internvit_cli.model.checkpoint import Checkpoint
     from internvit_cli.runtime.signals import Stop
     from internvit_cli.storage.format.layout import Extent
+
+
+PICTURE_MEMORY = 1 << 30
+"""Bytes of shared memory for pictures that a device resizes, for all devices together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ class Workload:
     images: int
     most_tiles: int
     """The number of decoded tiles of the largest image."""
+    most_pixels: int = 0
+    """The number of pixels of the largest picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +168,7 @@ class LocalEngine:
 
     def _decoder_for(self, workload: Workload) -> Decoder:
         """Return the workers, which are restarted if their slots are too small."""
-        if self._decoder is None or self._decoder.tiles < workload.most_tiles:
+        if self._decoder is None or not self._decoder.suits(decode_options(self._options, workload)):
             return self._start_decoder(workload)
         return self._decoder
 
@@ -187,14 +194,25 @@ def halved_note(devices: str) -> str:
 def decode_options(options: EngineOptions, workload: Workload) -> DecodeOptions:
     """Return the options for decoding one device's share of the pictures."""
     workers = options.workers or default_workers(options.devices[0])
+    workers = max(1, min(workers // len(options.devices), workload.images))
     return DecodeOptions(
         rule=options.rule,
         tiles=workload.most_tiles,
-        workers=max(1, min(workers // len(options.devices), workload.images)),
+        workers=workers,
         timeout_seconds=options.decode_timeout,
         memory_bytes=options.worker_memory,
         pixels_in_flight=PIXELS_IN_FLIGHT // len(options.devices),
+        picture_bytes=_picture_bytes(options, workload, workers),
     )
+
+
+def _picture_bytes(options: EngineOptions, workload: Workload, workers: int) -> int:
+    """Return the bytes of the largest picture that decode workers may leave to the device to resize."""
+    resize = options.encoder.resize
+    if resize is Resize.CPU or (resize is Resize.AUTO and not _is_card(options.devices[0])):
+        return 0
+    most = PICTURE_MEMORY // len(options.devices) // slots_for(workers)
+    return min(3 * workload.most_pixels, most)
 
 
 def default_workers(device: str) -> int:
@@ -203,5 +221,9 @@ def default_workers(device: str) -> int:
     With a card, every core decodes. On a CPU, the encoder needs the cores, and workers use what its threads leave.
     """
     cpus = usable_cpus()
-    on_card = device.startswith("cuda") or (device == "auto" and os.path.exists("/dev/nvidiactl"))
-    return min(cpus, 64) if on_card else max(1, cpus // 2)
+    return min(cpus, 64) if _is_card(device) else max(1, cpus // 2)
+
+
+def _is_card(device: str) -> bool:
+    """Return whether a device is an NVIDIA card, as far as can be told without PyTorch."""
+    return device.startswith("cuda") or (device == "auto" and os.path.exists("/dev/nvidiactl"))

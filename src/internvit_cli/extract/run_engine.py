@@ -19,9 +19,12 @@ from internvit_cli.recipes import encoder_options_of_run
 from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
-    from internvit_cli.config import Recipe
+    from numpy.typing import NDArray
+
+    from internvit_cli.config import PixelRule, Recipe
     from internvit_cli.extract.engine import Engine
     from internvit_cli.extract.run_plan import Run, RunPlan
+    from internvit_cli.plan.table import ImageTable
 
 
 class RunEngine:
@@ -59,6 +62,7 @@ class RunEngine:
             "batch_tiles": info.batch_tiles,
             "kernels": info.kernels,
             "workers": engine.workers,
+            "resizing": info.resizing or "on the CPU",
             "model": self._model.recorded_name,
             "output": os.path.abspath(self._run.output.path),
         }
@@ -79,7 +83,8 @@ class RunEngine:
         is_measured = how.measure_batch and not how.compile and info.device_name.startswith("cuda")
         if is_measured and not self._recorded_batch_tiles:
             batch += " as measured here, which another run or card may not repeat"
-        self._run.observer.note(f"encoding with {label}, {batch}, {info.kernels}")
+        resizing = f", {info.resizing}" if info.resizing else ""
+        self._run.observer.note(f"encoding with {label}, {batch}, {info.kernels}{resizing}")
         return engine
 
     def start_for_types(self) -> None:
@@ -117,6 +122,18 @@ class RunEngine:
             self.started.close()
 
 
+def workload_of(table: ImageTable, rows: NDArray[Any], rule: PixelRule) -> Workload:
+    """Return the amount of work of some images.
+
+    Args:
+        table: The table of their shard.
+        rows: The rows of the images, [k] int64, k at least 1.
+        rule: Decides how many tiles are decoded.
+    """
+    pixels = table.width[rows].astype(np.int64) * table.height[rows]
+    return Workload(len(rows), int(decoded_tiles(table, rule)[rows].max()), int(pixels.max()))
+
+
 def measure_accuracy(run: Run, plan: RunPlan, engine: RunEngine) -> dict[str, str]:
     """Return the accuracy of low-precision types as attributes, as recorded or measured on the first pictures.
 
@@ -133,7 +150,7 @@ def measure_accuracy(run: Run, plan: RunPlan, engine: RunEngine) -> dict[str, st
     table = plan.planned.table
     is_pending = table.status == Status.PENDING
     if engine.started is not None and is_pending.any():
-        workload = Workload(len(table), int(decoded_tiles(table, plan.rule)[is_pending].max()))
+        workload = workload_of(table, np.flatnonzero(is_pending), plan.rule)
         jobs = list(decode_jobs(table, np.flatnonzero(is_pending)[:SAMPLE_IMAGES], plan.listing.sources))
         with run.observer.phase("measuring what coarse types cost"):
             accuracy = engine.started.measure(jobs, workload, run.stop)

@@ -14,8 +14,9 @@ from internvit_cli.decode.decoder import decode_jobs
 from internvit_cli.errors import OutputError
 from internvit_cli.extract.changes import StoredImages, stored_sources
 from internvit_cli.extract.encode_loop import EncodeJob, EncodeRules
-from internvit_cli.extract.engine import ShardJob, Workload
+from internvit_cli.extract.engine import ShardJob
 from internvit_cli.extract.results import Tally, run_log_entry
+from internvit_cli.extract.run_engine import workload_of
 from internvit_cli.extract.run_plan import decoded_tiles
 from internvit_cli.extract.writer_thread import ShardSink
 from internvit_cli.runtime.observer import Work
@@ -138,7 +139,7 @@ class ShardFiller:
         rows = np.flatnonzero(writer.status == Status.PENDING)
         if not len(rows):
             return
-        workload = Workload(len(rows), int(decoded_tiles(table, self._rule)[rows].max()))
+        workload = workload_of(table, rows, self._rule)
         engine = self._engine.start(workload)
         is_begun = is_begun or bool((writer.status == Status.DONE).any())
         rules = EncodeRules(self._engine.recipe, is_begun=is_begun, strict=self._run.options.run.strict)

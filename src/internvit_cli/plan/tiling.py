@@ -25,6 +25,25 @@ class Grid(NamedTuple):
 ONE_TILE = Grid(1, 1)
 
 
+class View(NamedTuple):
+    """A picture that is resized as a whole, and the tiles that are cut from it."""
+
+    width: int
+    """The width in pixels after resizing."""
+    height: int
+    left: int
+    """The column of the resized picture at which the first tile begins."""
+    top: int
+    columns: int
+    """The number of columns of tiles."""
+    rows: int
+
+    @property
+    def tiles(self) -> int:
+        """The number of tiles."""
+        return self.columns * self.rows
+
+
 def choose_grid(width: int, height: int, rule: TilingRule) -> Grid:
     """Return the grid whose aspect ratio is closest to that of the picture.
 
@@ -56,6 +75,26 @@ def decoded_tile_count(grid: Grid, rule: PixelRule) -> int:
     return 1 if rule.global_view_only else tile_count(grid, rule.tiling.thumbnail)
 
 
+def views_of(width: int, height: int, grid: Grid, rule: PixelRule) -> tuple[View, ...]:
+    """Return how the tiles of a picture are made, in the order of its tiles; the thumbnail is the last view.
+
+    Args:
+        width: The width in pixels after orientation, at least 1.
+        height: The height in pixels after orientation, at least 1.
+        grid: The result of `choose_grid` for that size.
+        rule: Everything that decides the pixels.
+    """
+    side = rule.tiling.tile_size
+    if rule.tiling.preprocess is Preprocess.CLIP:
+        new_width, new_height = clip_size(width, height, side)
+        return (View(new_width, new_height, (new_width - side) // 2, (new_height - side) // 2, 1, 1),)
+    thumbnail = View(side, side, 0, 0, 1, 1)
+    if rule.global_view_only:
+        return (thumbnail,)
+    whole = View(grid.columns * side, grid.rows * side, 0, 0, grid.columns, grid.rows)
+    return (whole, thumbnail) if has_thumbnail(grid, rule.tiling.thumbnail) else (whole,)
+
+
 def clip_size(width: int, height: int, side: int) -> tuple[int, int]:
     """Return width and height in pixels after CLIPImageProcessor resizes the shorter edge to `side`, before its crop.
 
@@ -84,12 +123,8 @@ def largest_resized(width: int, height: int, rule: PixelRule) -> int:
 
     A picture of 1 x 1,000,000 pixels is small until it is made 448 pixels wide.
     """
-    side = rule.tiling.tile_size
-    if rule.tiling.preprocess is Preprocess.CLIP:
-        new_width, new_height = clip_size(width, height, side)
-        return new_width * max(height, new_height)
-    grid = ONE_TILE if rule.global_view_only else choose_grid(width, height, rule.tiling)
-    return grid.columns * side * max(height, grid.rows * side)
+    views = views_of(width, height, choose_grid(width, height, rule.tiling), rule)
+    return max(view.width * max(height, view.height) for view in views)
 
 
 @lru_cache(maxsize=1 << 16)

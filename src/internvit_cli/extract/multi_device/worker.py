@@ -231,7 +231,7 @@ class _DeviceProcess:
 
     def _decoder_for(self, options: DecodeOptions) -> Decoder:
         """Return the decode workers, restarted if their slots are too small."""
-        if self._decoder is None or self._decoder.tiles < options.tiles:
+        if self._decoder is None or not self._decoder.suits(options):
             if self._decoder is not None:
                 self._decoder.close()
             self._decoder = Decoder(options)
