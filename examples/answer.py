@@ -1,8 +1,8 @@
 """Ask a chat model about pictures of which only stored tokens exist: no picture is opened, and the tower does not run.
 
-    python examples/tiny_chat.py tiny-chat
-    internvit extract examples/images -o chat.h5 --model tiny-chat --tokens projected
-    python examples/answer.py chat.h5 tiny-chat "What do these pictures have in common?" street.jpg lund.jpg
+python examples/tiny_chat.py tiny-chat
+internvit extract examples/images -o chat.h5 --model tiny-chat --tokens projected
+python examples/answer.py chat.h5 tiny-chat "What do these pictures have in common?" street.jpg lund.jpg
 """
 
 from __future__ import annotations

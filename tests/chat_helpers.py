@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from folders import EXAMPLES, ROOT
-from PIL import Image
+from PIL import Image, ImageOps
 from run_helpers import internvit
 
 if TYPE_CHECKING:
@@ -58,11 +58,11 @@ class Chat:
         return AutoTokenizer.from_pretrained(self.folder)
 
     def pixel_values(self, *names: str) -> torch.Tensor:
-        """The tiles of example pictures as transformers' own processor makes them, [tiles, 3, 448, 448]."""
+        """The tiles of upright example pictures as transformers' processor makes them, [tiles, 3, 448, 448]."""
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
         processor = GotOcr2ImageProcessorPil.from_pretrained(self.folder)
-        pictures = [Image.open(EXAMPLES / name).convert("RGB") for name in names]
+        pictures = [ImageOps.exif_transpose(Image.open(EXAMPLES / name)).convert("RGB") for name in names]
         return torch.cat([processor(picture, return_tensors="pt")["pixel_values"] for picture in pictures])
 
     def prompt(self, text: str) -> dict[str, torch.Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from chat_helpers import Chat, example, extract_for, make_chat_model
-from folders import EXAMPLES
 
 from internvit_cli import Extractor, OutputError, SkippedImageError, UnknownKeyError, UsageError, open_features
 
@@ -125,9 +126,7 @@ def test_tokens_that_the_model_itself_made_give_its_own_bits(chat: Chat, feature
             chat.model(**prompt, mm_encoder_outputs=images.mm_encoder_outputs, labels=labels),
         ]
         embeds = images.inputs_embeds(chat.model, prompt["input_ids"])
-        outputs.append(
-            chat.model(inputs_embeds=embeds, attention_mask=prompt["attention_mask"], labels=labels)
-        )
+        outputs.append(chat.model(inputs_embeds=embeds, attention_mask=prompt["attention_mask"], labels=labels))
     for output in outputs[1:]:
         assert torch.equal(output.logits, outputs[0].logits)
         assert torch.equal(output.loss, outputs[0].loss)
@@ -189,9 +188,6 @@ def test_the_type_of_tokens_for_a_chat_model_is_that_of_to_torch(tmp_path: Path,
 
 def test_old_chat_models_get_their_own_order_of_tokens(tmp_path: Path, reference: Path) -> None:
     """`ps_version` v1 reads a tile column by column; everything else of the reader is row by row."""
-    import json
-    import shutil
-
     model = tmp_path / "old"
     shutil.copytree(reference / "300m-chat", model)
     config = json.loads((model / "config.json").read_text())
@@ -201,6 +197,12 @@ def test_old_chat_models_get_their_own_order_of_tokens(tmp_path: Path, reference
     assert torch.equal(image.chat_tokens().unflatten(1, (4, 4)), by_row.transpose(1, 2))
 
 
-def test_the_example_answers(chat: Chat, features: Features) -> None:
-    text = example("answer").answer(features.path, str(chat.folder), "What is this?", ["cobbles.webp"])
-    assert isinstance(text, str) and EXAMPLES.is_dir()
+def test_the_example_gives_the_answer_of_the_pictures(chat: Chat, features: Features) -> None:
+    question = "What is this?"
+    text = example("answer").answer(features.path, str(chat.folder), question, ["cobbles.webp"])
+    prompt = chat.prompt(features["cobbles.webp"].placeholder() + "\n" + question)
+    pixels = chat.pixel_values("cobbles.webp")
+    with torch.inference_mode():
+        ids = chat.model.generate(**prompt, pixel_values=pixels, max_new_tokens=20, do_sample=False)
+    expected = chat.tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text == expected != ""

@@ -357,9 +357,7 @@ class ImageFeatures:
         )
         return decode_values(stored, dtype, scales)
 
-    def _of_tokens(
-        self, kind: Tokens, name: str, start: int, stop: int, *, as_stored: bool = False
-    ) -> NDArray[Any]:
+    def _of_tokens(self, kind: Tokens, name: str, start: int, stop: int, *, as_stored: bool = False) -> NDArray[Any]:
         """Return a dataset of tokens, [tiles, T, ...], row by row or in the stored order, which is the model's."""
         values = self._tile_rows(name, start, stop)
         if not as_stored and kind is not Tokens.PATCH and self.recipe.token_order is TokenOrder.V1:

@@ -302,7 +302,7 @@ class Features(Mapping[str, ImageFeatures]):
 
         >>> inputs = open_features("chat.h5").to_transformers(["lund.jpg", "street.jpg"])
         >>> inputs.image_tokens.shape, inputs.token_count, inputs.text.count("<IMG_CONTEXT>")
-        (torch.Size([26, 16, 48]), 416, 416)
+        (torch.Size([26, 256, 48]), 6656, 6656)
         >>> [line[:14] for line in inputs.text.splitlines()]
         ['Image-1: <img>', 'Image-2: <img>']
         """
