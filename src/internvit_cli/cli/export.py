@@ -33,14 +33,15 @@ def export_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
     new: Annotated[
         str,
-        typer.Argument(metavar="NEW", help="A .h5, .parquet, .safetensors, .tar or .csv file, or a folder of shards."),
+        typer.Argument(metavar="NEW", help="A .h5, .parquet, .safetensors, .tar or .csv file, or a folder."),
     ],
     target: Annotated[
         Target | None,
         typer.Option(
+            "--to",
             "--format",
             metavar="FORMAT",
-            help="Write NEW in this format.",
+            help="Write NEW in this format, such as vllm, npy-folder or pt-folder: a folder with one file per image.",
             show_default="by the name of NEW; npy for a folder",
         ),
     ] = None,
@@ -100,10 +101,10 @@ def export_command(
     Every row is checked against its CRC. An .h5 file or a folder of .npy shards holds everything that OUT holds, and
     extract can continue it. NEW appears only when it is complete.
 
-    Example: internvit export feats.h5 feats.parquet
+    Examples: internvit export feats.h5 feats.parquet; internvit export chat.h5 tokens/ --to vllm
     """
     place = choose_target(new, target)
-    shard_bytes = shard_bytes_for(shard_size, has_shards=place.is_folder or place.target is Target.TAR)
+    shard_bytes = shard_bytes_for(shard_size, has_shards=place.has_shards)
     from internvit_cli.export.export import ExportOptions, WriteOptions, export
 
     write = WriteOptions(new, target, shard_bytes, overwrite=overwrite, lock=not no_lock, widen=widen)
