@@ -38,8 +38,8 @@ def export_command(
     target: Annotated[
         Target | None,
         typer.Option(
+            "--format",  # the first name is that of the variable and the key, which extract has too
             "--to",
-            "--format",
             metavar="FORMAT",
             help="Write NEW in this format, such as vllm, npy-folder or pt-folder: a folder with one file per image.",
             show_default="by the name of NEW; npy for a folder",
@@ -101,7 +101,7 @@ def export_command(
     Every row is checked against its CRC. An .h5 file or a folder of .npy shards holds everything that OUT holds, and
     extract can continue it. NEW appears only when it is complete.
 
-    Examples: internvit export feats.h5 feats.parquet; internvit export chat.h5 tokens/ --to vllm
+    Example: internvit export feats.h5 feats.parquet
     """
     place = choose_target(new, target)
     shard_bytes = shard_bytes_for(shard_size, has_shards=place.has_shards)

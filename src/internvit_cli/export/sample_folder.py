@@ -67,7 +67,9 @@ class SampleFolderWriter:
 
     def _only_layer(self) -> int:
         kept = self._selection.written_recipe.layers
-        layers = [layer for layer in kept if self._selection.kept_layers is None or layer in self._selection.kept_layers]
+        layers = [
+            layer for layer in kept if self._selection.kept_layers is None or layer in self._selection.kept_layers
+        ]
         if len(layers) > 1:
             raise UsageError(
                 f"--to {self._target.value} writes one layer, and the output holds {listed(layers)}",
