@@ -363,6 +363,11 @@ class Recipe:
     """Layers before `layer` that are stored too, in ascending order; each is a number of blocks."""
     truncated: Truncated = later_field(Truncated.SKIP)  # noqa: RUF009 - declares a field
     grey_range: GreyRange | int = later_field(GreyRange.FULL)  # noqa: RUF009 - declares a field
+    projector_digest: str = later_field("")
+    """For tokens that were projected from stored visual tokens: the SHA-256 of the projector's weights, which
+    `weights_digest` does not cover. Tokens of `extract --tokens projected` have none."""
+    projected_from: str = later_field("")
+    """The type in which those visual tokens were stored, such as `float16`."""
 
     @property
     def layers(self) -> tuple[int, ...]:
