@@ -30,8 +30,8 @@ def info_command(
         str | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="Say whether this checkpoint has the weights behind the features, or which tensors differ; exit with 1 if "
-            "they do.",
+            help="Say whether the features come from the weights in this checkpoint, which may be a chat model, or "
+            "which tensors differ; exit with 1 if any do.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

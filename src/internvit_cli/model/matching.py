@@ -78,7 +78,9 @@ def match_weights(
 ) -> WeightsMatch:
     """Compare the weights behind an output with those of a checkpoint, which may be a chat model with a tower inside.
 
-    Which tensors differ can be said only if the weights behind the output are available where the output says.
+    These are the tower's, and the projector's if the encoder projected; a projector that `internvit project` applied
+    to stored tokens is not compared. Which tensors differ can be said only if the weights behind the output are
+    available where the output says.
 
     Args:
         recipe: The recipe of the output.
@@ -90,8 +92,9 @@ def match_weights(
         ModelError: The checkpoint is not available, or is broken.
     """
     card = describe_model(name)
+    recipe = recipe.before_projection
     settings = tuple(_settings(recipe, card))
-    projector = recipe.tokens is Tokens.PROJECTED and not recipe.projector_digest
+    projector = recipe.tokens is Tokens.PROJECTED
     if recipe.layer > card.vision.num_layers:
         blocks = counted(card.vision.num_layers, "block")
         unknown = f"it has {blocks}, and the features are of layer {recipe.layer}"
