@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from chat_helpers import extract_for, make_chat_model
 
 import internvit_cli
 from internvit_cli.cli.app import run
@@ -34,13 +35,19 @@ def modules_with_examples() -> list[str]:
 
 
 def make_workplace(folder: Path) -> Path:
-    """Pictures in imgs/, and their features in feats.h5, in feats/ as arrays, in other formats, and of two layers."""
+    """Pictures in imgs/, and their features in feats.h5, in feats/ as arrays, in other formats, and of two layers.
+
+    chat.h5 has projected tokens, for the chat model in tiny-chat.
+    """
     arguments = ["--model", "tiny-random", "--dtype", "float32", "--device", "cpu", "-q"]
     for output in (["-o", str(folder / "feats.h5")], ["-o", str(folder / "feats"), "--format", "npy"]):
         assert run(["extract", str(folder / "imgs"), *output, *arguments]) == 0
     assert run(["extract", str(folder / "imgs"), "-o", str(folder / "layers.h5"), "--layer", "-2,-1", *arguments]) == 0
     for suffix in ("parquet", "safetensors", "tar", "csv"):
         assert run(["export", str(folder / "feats.h5"), str(folder / f"feats.{suffix}"), "-q"]) == 0
+    chat = make_chat_model(folder / "tiny-chat")
+    projected = ("--tokens", "projected", "--store-dtype", "float16")
+    extract_for(chat, folder / "chat.h5", *projected, pictures=folder / "imgs")
     return folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -372,6 +372,20 @@ class Recipe:
     """Layers before `layer` that are stored too, in ascending order; each is a number of blocks."""
     truncated: Truncated = later_field(Truncated.SKIP)  # noqa: RUF009 - declares a field
     grey_range: GreyRange | int = later_field(GreyRange.FULL)  # noqa: RUF009 - declares a field
+    projector_digest: str = later_field("")
+    """For tokens that were projected from stored visual tokens: the SHA-256 of the projector's weights, which
+    `weights_digest` does not cover. Tokens of `extract --tokens projected` have none."""
+    projected_from: StoreDtype | None = later_field(None)  # noqa: RUF009 - declares a field
+    """The type in which those visual tokens were stored."""
+
+    @property
+    def before_projection(self) -> Recipe:
+        """The recipe of the visual tokens that were projected; the same recipe if none were."""
+        if self.projected_from is None:
+            return self
+        return replace(
+            self, tokens=Tokens.VISUAL, store_dtype=self.projected_from, projector_digest="", projected_from=None
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -500,6 +514,7 @@ _FIELD_READERS: dict[str, Callable[[Any], Any]] = {
     "Pool": Pool,
     "ComputeDtype": _computed,
     "StoreDtype": StoreDtype,
+    "StoreDtype | None": lambda value: None if value is None else StoreDtype(value),
     "OnOverflow": OnOverflow,
 }
 """Functions that check and convert the stored value of a field, by the type of the field."""

@@ -41,8 +41,11 @@ OPTION_OF_FIELD = {
     "earlier_layers": "--layer",
 }
 """Recipe fields whose option has another name; the others differ only in underscores."""
-FIELDS_WITHOUT_OPTION = {"mean", "std", "rescale_factor", "token_order", "numerics_version"}
-"""Fields that the checkpoint or this program decides."""
+FIELDS_WITHOUT_OPTION = {
+    *("mean", "std", "rescale_factor", "token_order", "numerics_version"),
+    *("projector_digest", "projected_from"),
+}
+"""Fields that the checkpoint, this program, or the output that `project` read decides."""
 
 
 @dataclass(frozen=True, slots=True)

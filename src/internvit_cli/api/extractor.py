@@ -114,7 +114,7 @@ class Extractor:
         opened = features if isinstance(features, Features) else open_features(features)
         recipe, attributes = opened.recipe, opened.attributes
         if tokens is not None:
-            recipe = replace(recipe, tokens=choice("tokens", Tokens, tokens))
+            recipe = replace(recipe.before_projection, tokens=choice("tokens", Tokens, tokens))
             check_layers(recipe.tokens, recipe.layers)
         name = None if model is None else model_name(model)
         checkpoint = open_recorded(recipe, attributes, name, observer)

@@ -33,14 +33,15 @@ def export_command(
     path: Annotated[str, typer.Argument(metavar="OUT", help="A feature file, a .partial one, or a folder of shards.")],
     new: Annotated[
         str,
-        typer.Argument(metavar="NEW", help="A .h5, .parquet, .safetensors, .tar or .csv file, or a folder of shards."),
+        typer.Argument(metavar="NEW", help="A .h5, .parquet, .safetensors, .tar or .csv file, or a folder."),
     ],
     target: Annotated[
         Target | None,
         typer.Option(
-            "--format",
+            "--format",  # the first name is that of the variable and the key, which extract has too
+            "--to",
             metavar="FORMAT",
-            help="Write NEW in this format.",
+            help="Write NEW in this format, such as vllm, npy-folder or pt-folder: a folder with one file per image.",
             show_default="by the name of NEW; npy for a folder",
         ),
     ] = None,
@@ -103,7 +104,7 @@ def export_command(
     Example: internvit export feats.h5 feats.parquet
     """
     place = choose_target(new, target)
-    shard_bytes = shard_bytes_for(shard_size, has_shards=place.is_folder or place.target is Target.TAR)
+    shard_bytes = shard_bytes_for(shard_size, has_shards=place.has_shards)
     from internvit_cli.export.export import ExportOptions, WriteOptions, export
 
     write = WriteOptions(new, target, shard_bytes, overwrite=overwrite, lock=not no_lock, widen=widen)

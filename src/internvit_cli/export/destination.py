@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from internvit_cli.errors import OutputError, UsageError
+from internvit_cli.export.targets import EXPORT_FACTS, INDEX
 from internvit_cli.storage.durable import create, disk_errors, remove, rename_durably, sync_path
 from internvit_cli.storage.format.hdf5 import read as read_hdf5
 from internvit_cli.storage.format.layout import SHARD_FILE, ForeignFileError
@@ -52,6 +53,7 @@ class Destination:
         is_alias = os.path.islink(place.path) or os.path.basename(place.path) in (".", "..")
         self.path = os.path.realpath(place.path) if is_alias else os.path.abspath(place.path)
         self.is_folder = place.is_folder
+        self._target = place.target
         self.folder = self.path + STAGING
         self._skip_list = [f"{self.path}.{SKIPPED}"] if place.target.is_feature_file and not place.is_folder else []
         self._lock = lock
@@ -172,11 +174,20 @@ class Destination:
             what = "a file" if stat.S_ISREG(mode) else "not a regular file"
             raise UsageError(f"{self.path} is {what}, but the result would be a folder", "choose another name")
         names = os.listdir(self.path)
-        known = (MANIFEST, NEXT_MANIFEST, SKIPPED)
-        if strange := [name for name in names if name not in known and not SHARD_FILE.fullmatch(name)]:
+        if strange := self._foreign_names(names):
             raise UsageError(f"{self.path} holds other files, such as {min(strange)}", "name a new or empty folder")
         if names:
             self.refuse_present(self.path)
+
+    def _foreign_names(self, names: Sequence[str]) -> list[str]:
+        """Return the names in a folder that a result of this kind would not have."""
+        if self._target.is_sample_folder:
+            own = (INDEX, EXPORT_FACTS)
+            is_ours = EXPORT_FACTS in names  # it is written last, and no other program has both
+            suffix = self._target.sample_suffix
+            return [name for name in names if not (is_ours and (name in own or name.endswith(suffix)))]
+        known = (MANIFEST, NEXT_MANIFEST, SKIPPED)
+        return [name for name in names if name not in known and not SHARD_FILE.fullmatch(name)]
 
     def _refuse_foreign(self) -> None:
         """Refuse to replace the HDF5 file of another program; a damaged feature file may be replaced."""

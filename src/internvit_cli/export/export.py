@@ -139,9 +139,10 @@ def check_options(place: ResultPlace, options: WriteOptions) -> None:
     Raises:
         UsageError: An option does not apply.
     """
-    if options.shard_bytes is not None and not (place.is_folder or place.target is Target.TAR):
+    if options.shard_bytes is not None and not place.has_shards:
+        what = "has a file per image" if place.is_folder else "is one file"
         raise UsageError(
-            f"--shard-size: {place.path} is one file, and has no shards", "leave it out, or name a folder or a .tar"
+            f"--shard-size: {place.path} {what}, and has no shards", "leave it out, or name a folder or a .tar"
         )
     if options.widen and place.target not in (Target.PARQUET, Target.TAR):
         raise UsageError(
@@ -217,6 +218,10 @@ def open_writer(selection: RowSelection, job: ExportJob) -> Writer:
             from internvit_cli.export.csv_index import CsvWriter
 
             return CsvWriter(selection, destination)
+        case Target.VLLM | Target.NPY_FOLDER | Target.PT_FOLDER:
+            from internvit_cli.export.sample_folder import SampleFolderWriter
+
+            return SampleFolderWriter(selection, destination, job.place.target)
         case _:
             from internvit_cli.export.feature_files import FeatureFileWriter
 

@@ -145,9 +145,11 @@ class RowSelection:
     @property
     def written_recipe(self) -> Recipe:
         """The recipe of what is written, which has the deepest layer even if its rows are not written."""
-        tokens = Tokens.NONE if self.drops_tokens else self.recipe.tokens
         earlier = tuple(layer for layer in self.recipe.earlier_layers if self._is_kept(layer))
-        return replace(self.recipe, tokens=tokens, earlier_layers=earlier)
+        recipe = replace(self.recipe, earlier_layers=earlier)
+        if not self.drops_tokens:
+            return recipe
+        return replace(recipe, tokens=Tokens.NONE, projector_digest="", projected_from=None)
 
     @property
     def keeps_deepest(self) -> bool:

@@ -117,20 +117,35 @@ class Checkpoint:
             ModelError: A file cannot be read.
         """
         sha = hashlib.sha256()
+        for _, piece in self._hashed(observer):
+            sha.update(piece)
+        return sha.hexdigest()
+
+    def tensor_digests(self, observer: Observer = SILENT) -> dict[str, str]:
+        """Return the SHA-256 of every tensor in use by standalone name: of its name, type, shape and bytes.
+
+        Raises:
+            ModelError: A file cannot be read.
+        """
+        shas = {name: hashlib.sha256() for name in self.weights}
+        for name, piece in self._hashed(observer):
+            shas[name].update(piece)
+        return {name: sha.hexdigest() for name, sha in shas.items()}
+
+    def _hashed(self, observer: Observer) -> Iterator[tuple[str, bytes | memoryview]]:
+        """Yield what is hashed of each tensor, by name in alphabetical order; a piece is valid until the next one."""
         buffer = np.empty(READ_BYTES, np.uint8)
+        total = sum(weight.nbytes for weight in self.weights.values())
         done = 0
-        with observer.phase(
-            "hashing the weights", BYTES, sum(weight.nbytes for weight in self.weights.values())
-        ) as phase:
+        with observer.phase("hashing the weights", BYTES, total) as phase:
             for name in sorted(self.weights):
                 weight = self.weights[name]
-                sha.update(f"{name}\0{weight.dtype}\0{','.join(map(str, weight.shape))}\0".encode())
+                yield name, f"{name}\0{weight.dtype}\0{','.join(map(str, weight.shape))}\0".encode()
                 for part in weight.parts:
                     for piece in _pieces(part, buffer):
-                        sha.update(piece)
+                        yield name, piece
                         done += len(piece)
                         phase.at(done)
-        return sha.hexdigest()
 
     def read(self, name: str) -> np.ndarray:
         """Return the bytes of a tensor as a new writable uint8 array [nbytes].

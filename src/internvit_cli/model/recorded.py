@@ -30,8 +30,13 @@ def open_recorded(
         observer: Receives progress.
 
     Raises:
-        ModelError: The weights are not available, or are different ones.
+        ModelError: The weights are not available, or are different ones, or no weights repeat the recipe.
     """
+    if recipe.projector_digest:
+        raise ModelError(
+            "the tokens were projected from stored visual tokens, so pictures alone cannot give them again",
+            "use the output that internvit project read",
+        )
     name = model or str(attributes.get("model", ""))
     revision = None if model else attributes.get("model_revision") or None
     try:

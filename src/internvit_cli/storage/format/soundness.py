@@ -206,6 +206,9 @@ def _check_layers(recipe: Recipe, model_layers: int, path: str) -> None:
     layers = recipe.layers
     if any(layer >= following for layer, following in pairwise(layers)):
         raise damaged(path, f"its recipe stores the layers {listed(layers)}, which are not ascending")
+    is_projected = recipe.projected_from is not None
+    if is_projected != bool(recipe.projector_digest) or (is_projected and recipe.tokens is not Tokens.PROJECTED):
+        raise damaged(path, "its recipe contradicts itself about the projector")
     if recipe.earlier_layers and recipe.tokens is Tokens.PROJECTED:
         raise damaged(path, "its recipe stores projected tokens of several layers")
     if not recipe.layer <= MOST_LAYERS or (recipe.earlier_layers and not recipe.layer <= model_layers <= MOST_LAYERS):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from internvit_cli.config import Status, StoreDtype, TokenOrder, Tokens
 from internvit_cli.errors import InternvitError, OutputError, UsageError
+from internvit_cli.model.placeholders import placeholder, style_named, tokens_per_tile
 from internvit_cli.plan.tiling import ONE_TILE, Grid, covered_box
 from internvit_cli.runtime.words import listed
 from internvit_cli.storage.format.layout import (
@@ -251,6 +252,59 @@ class ImageFeatures:
         for number, (tile_tokens, vector) in enumerate(zip(tokens, vectors, strict=True)):
             yield Tile(self, number, tile_tokens, vector)
 
+    # ------------------------------------------------------------------------------------------------ in a chat model
+
+    @property
+    def token_count(self) -> int:
+        """The number of tokens that the image has in a chat model: 256 per tile of 448 pixels, thumbnail included.
+
+        Raises:
+            SkippedImageError: The image has no features.
+            UsageError: Its tiles do not divide into visual tokens.
+        """
+        self._refuse_skipped()
+        return self.tiles * tokens_per_tile(self.recipe.tile_size)
+
+    def placeholder(self, style: str = "plain", number: int = 1) -> str:
+        """Return the text that stands for the image in a prompt: `<img>`, one `<IMG_CONTEXT>` per token, `</img>`.
+
+        Args:
+            style: The label before it: `plain` for none, `image` for `Image-1: `, `frame` for `Frame-1: `, or
+                `old-frame` for `Frame1: `.
+            number: The number of the image or frame in the prompt, from 1.
+
+        Raises:
+            SkippedImageError: The image has no features.
+            UsageError: There is no such style, or tiles do not divide into visual tokens.
+
+        >>> image = open_features("feats.h5")["street.jpg"]
+        >>> image.tiles, image.token_count
+        (13, 3328)
+        >>> text = image.placeholder("image", number=2)
+        >>> text[:27], text.count("<IMG_CONTEXT>"), text[-6:]
+        ('Image-2: <img><IMG_CONTEXT>', 3328, '</img>')
+        """
+        return placeholder(self.token_count, style_named(style), number)
+
+    def chat_tokens(self) -> torch.Tensor:
+        """Return projected tokens as a CPU tensor [tiles, T, llm_hidden_size], in the order of the chat model.
+
+        That order is row by row, except in old chat models (`ps_version` v1), which read tiles column by column.
+        The type is that of `to_torch`.
+
+        Raises:
+            OutputError: The file holds no projected tokens.
+            SkippedImageError: The image has no features.
+        """
+        self._refuse_skipped()
+        kind = self.recipe.tokens
+        if kind is not Tokens.PROJECTED:
+            raise OutputError(
+                f"a chat model takes projected tokens, but the tokens of {self.key!r} are: {kind.value}",
+                "internvit project OUT NEW --model CHAT projects visual tokens; or extract with --tokens projected",
+            )
+        return self._token_tensor(kind, 0, self.tiles, as_stored=True)
+
     # --------------------------------------------------------------------------------------------------------- tensors
 
     def to_torch(self, name: str = "tokens", tile: int | None = None) -> torch.Tensor:
@@ -274,12 +328,17 @@ class ImageFeatures:
             if name != "tokens" and name not in TOKEN_DATASETS:
                 raise UsageError(f"an image has no {name!r}", f"it may have {', '.join(('tokens', *FEATURE_NAMES))}")
             kind = self._kind if name == "tokens" else Tokens(name.removesuffix("_tokens"))
-            dtype = self.recipe.store_dtype
-            if dtype.is_scaled:
-                tensor = as_tensor(self._tokens(kind, start, stop), StoreDtype.FLOAT32)
-            else:
-                tensor = as_tensor(self._of_tokens(kind, kind.dataset, start, stop), dtype)
+            tensor = self._token_tensor(kind, start, stop)
         return tensor if tile is None else tensor[0]
+
+    def _token_tensor(self, kind: Tokens, start: int, stop: int, *, as_stored: bool = False) -> torch.Tensor:
+        """Return tokens as a tensor, [tiles, T, C], row by row unless they are wanted in the stored order."""
+        from internvit_cli.model.tensors import as_tensor
+
+        dtype = self.recipe.store_dtype
+        if dtype.is_scaled:
+            return as_tensor(self._tokens(kind, start, stop, as_stored=as_stored), StoreDtype.FLOAT32)
+        return as_tensor(self._of_tokens(kind, kind.dataset, start, stop, as_stored=as_stored), dtype)
 
     # ------------------------------------------------------------------------------------------------------- the rows
 
@@ -287,17 +346,21 @@ class ImageFeatures:
     def _kind(self) -> Tokens:
         return self._store.recipe.tokens
 
-    def _tokens(self, kind: Tokens, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+    def _tokens(
+        self, kind: Tokens, start: int = 0, stop: int | None = None, *, as_stored: bool = False
+    ) -> NDArray[Any]:
         stop = self.tiles if stop is None else stop
         dtype = self.recipe.store_dtype
-        stored = self._of_tokens(kind, kind.dataset, start, stop)
-        scales = self._of_tokens(kind, kind.scales_dataset, start, stop) if dtype.is_scaled else None
+        stored = self._of_tokens(kind, kind.dataset, start, stop, as_stored=as_stored)
+        scales = (
+            self._of_tokens(kind, kind.scales_dataset, start, stop, as_stored=as_stored) if dtype.is_scaled else None
+        )
         return decode_values(stored, dtype, scales)
 
-    def _of_tokens(self, kind: Tokens, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Return a dataset of tokens, [tiles, T, ...], row by row."""
+    def _of_tokens(self, kind: Tokens, name: str, start: int, stop: int, *, as_stored: bool = False) -> NDArray[Any]:
+        """Return a dataset of tokens, [tiles, T, ...], row by row or in the stored order, which is the model's."""
         values = self._tile_rows(name, start, stop)
-        if kind is not Tokens.PATCH and self.recipe.token_order is TokenOrder.V1:
+        if not as_stored and kind is not Tokens.PATCH and self.recipe.token_order is TokenOrder.V1:
             side = math.isqrt(values.shape[1])
             by_column = values.reshape(-1, side, side, *values.shape[2:])
             values = by_column.swapaxes(1, 2).reshape(values.shape)
@@ -313,16 +376,19 @@ class ImageFeatures:
             SkippedImageError: The image has no features.
             OutputError: No such rows are stored.
         """
-        if not self.is_done:
-            why = f" ({self.reason})" if self.reason else ""
-            what = f"{self.key!r} has no features: {self.status.word}{why}"
-            raise SkippedImageError(what, "features[key].status tells")
+        self._refuse_skipped()
         name = dataset_of(kind, self._layer)
         if name not in self._store.stored:
             holdings = ", ".join(sorted(self._store.stored))
             what = "tokens" if kind == Tokens.NONE.dataset else name
             raise OutputError(f"the file holds no {what}", f"it holds {holdings}")
         return name
+
+    def _refuse_skipped(self) -> None:
+        if not self.is_done:
+            why = f" ({self.reason})" if self.reason else ""
+            what = f"{self.key!r} has no features: {self.status.word}{why}"
+            raise SkippedImageError(what, "features[key].status tells")
 
 
 @dataclass(frozen=True)

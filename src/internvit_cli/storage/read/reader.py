@@ -15,6 +15,7 @@ import numpy as np
 
 from internvit_cli.config import Status
 from internvit_cli.errors import UsageError
+from internvit_cli.model.placeholders import prompt_text, style_named
 from internvit_cli.options import named_path
 from internvit_cli.plan.table import COLUMN_DTYPES
 from internvit_cli.runtime.words import counted
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from internvit_cli.config import Recipe
+    from internvit_cli.model.chat_inputs import ChatInputs
     from internvit_cli.plan.table import ImageTable
     from internvit_cli.storage.output import FinishedShard
 
@@ -280,6 +282,39 @@ class Features(Mapping[str, ImageFeatures]):
         """
         vectors = self.vectors()
         return vectors.keys, vectors[:]
+
+    def to_transformers(self, keys: str | Sequence[str] | None = None, style: str | None = None) -> ChatInputs:
+        """Return images as transformers' InternVLForConditionalGeneration takes them in place of `pixel_values`.
+
+        Pass `inputs.mm_encoder_outputs` to `forward` or `generate`, with a prompt that contains `inputs.text`. For
+        versions without that argument, pass `inputs.inputs_embeds(model, input_ids)`, which gives the same values.
+
+        Args:
+            keys: One or more images, in the order of the prompt; None means all images of this view.
+            style: The labels in the text, as for `ImageFeatures.placeholder`; None means none for a single image, and
+                `Image-1: ` and so on for several.
+
+        Raises:
+            OutputError: The tokens are not projected tokens.
+            SkippedImageError: An image has no features.
+            UnknownKeyError: There is no such image.
+            UsageError: There are no images, or there is no such style.
+
+        >>> inputs = open_features("chat.h5").to_transformers(["lund.jpg", "street.jpg"])
+        >>> inputs.image_tokens.shape, inputs.token_count, inputs.text.count("<IMG_CONTEXT>")
+        (torch.Size([26, 256, 48]), 6656, 6656)
+        >>> [line[:14] for line in inputs.text.splitlines()]
+        ['Image-1: <img>', 'Image-2: <img>']
+        """
+        from internvit_cli.model.chat_inputs import joined_inputs
+
+        wanted = list(self) if keys is None else [keys] if isinstance(keys, str) else list(keys)
+        if not wanted:
+            raise UsageError("to_transformers needs at least one image", "give keys, such as [features[0].key]")
+        images = [self[key] for key in wanted]
+        tokens = [image.chat_tokens() for image in images]
+        chosen = None if style is None else style_named(style)
+        return joined_inputs(prompt_text([image.token_count for image in images], chosen), tokens)
 
     def vectors(self) -> PooledVectors:
         """Return the pooled vectors of all images with features, which are read on access."""
