@@ -132,7 +132,7 @@ def install(clock: Clock, copies: Counter[str]) -> None:
             copies["in"] += from_host * (1 if is_pinned(tiles[0]) else 2)
             return super().launch(tiles, size, placed)
 
-        def cut(self, picture: Any, views: Any) -> Any:
+        def cut(self, _: Any, views: Any) -> Any:
             side = self.model.spec.tile_size
             return torch.empty((sum(view.tiles for view in views), side, side, 3), dtype=torch.uint8)
 
@@ -307,7 +307,8 @@ def main() -> None:
         parts = ", ".join(f"{name} {ms:.2f}" for name, ms in sorted(found["cpu_ms"].items(), key=lambda item: -item[1]))
         copies = ", ".join(f"{found['copies'][name]:.2f}" for name in ("in", "out"))
         print(
-            f"| {rate or 'at once':>7} | {found['tiles_per_second']:.0f} | {found['images_per_second']:.0f} | {found['idle']:.0%} | "
+            f"| {rate or 'at once':>7} | {found['tiles_per_second']:.0f} | {found['images_per_second']:.0f} | "
+            f"{found['idle']:.0%} | "
             f"{found['write_share']:.0%} | {copies} | {sum(found['cpu_ms'].values()):.2f} ({parts}) |"
         )
 

@@ -36,7 +36,7 @@ def plain_pass(pixels: Tensor, table: Tensor) -> Tensor:
 
 def table_on(device: torch.device, size: int, target: int) -> Tensor:
     """Return the coefficients of an axis on a device, int32 [target,1 + taps]."""
-    return torch.from_numpy(coefficients(size, target)).to(device)
+    return torch.from_numpy(coefficients(size, target)).to(device, non_blocking=True)
 
 
 def choose_pass(device: torch.device) -> tuple[Pass, str]:
