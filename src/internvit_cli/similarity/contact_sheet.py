@@ -25,7 +25,7 @@ MOST_CELLS, MOST_ROWS = 12, 100
 
 
 @dataclass(frozen=True, slots=True)
-class _SheetPicture:
+class SheetPicture:
     """The place of a picture on a sheet."""
 
     image: ImageFeatures
@@ -46,13 +46,13 @@ def search_sheet(found: SearchResult, folder: str | None = None, observer: Obser
     rows = []
     for answer in found.answers:
         captions = answer.problem or "query", answer.query.key
-        query = _SheetPicture(answer.query, captions, None if answer.is_picture else folder, is_marked=True)
+        query = SheetPicture(answer.query, captions, None if answer.is_picture else folder, is_marked=True)
         hits = [
-            _SheetPicture(hit.image, (f"{number}.  {hit.similarity:.3f}", hit.image.key), folder)
+            SheetPicture(hit.image, (f"{number}.  {hit.similarity:.3f}", hit.image.key), folder)
             for number, hit in enumerate(answer.hits[:MOST_HITS], 1)
         ]
         rows.append((answer.query.key, [query, *hits]))
-    return _drawn(rows, found.notes, observer)
+    return pictures_sheet(rows, found.notes, observer)
 
 
 def duplicates_sheet(found: Duplicates, folder: str | None = None, observer: Observer = SILENT) -> Image.Image:
@@ -66,20 +66,26 @@ def duplicates_sheet(found: Duplicates, folder: str | None = None, observer: Obs
     rows = []
     for number, group in enumerate(found.similar[:MOST_ROWS], 1):
         places = [
-            _SheetPicture(member.image, (f"{member.similarity:.3f}", member.image.key), folder, is_marked=place == 0)
+            SheetPicture(member.image, (f"{member.similarity:.3f}", member.image.key), folder, is_marked=place == 0)
             for place, member in enumerate(group[:MOST_CELLS])
         ]
         rows.append((f"similar {number}: {counted(len(group), 'image')}", places))
     for number, identical in enumerate(found.identical[:MOST_ROWS], 1):
-        places = [_SheetPicture(image, ("same bytes", image.key), folder) for image in identical[:MOST_CELLS]]
+        places = [SheetPicture(image, ("same bytes", image.key), folder) for image in identical[:MOST_CELLS]]
         rows.append((f"identical {number}: {counted(len(identical), 'file')}", places))
-    return _drawn(rows[:MOST_ROWS], found.notes, observer)
+    return pictures_sheet(rows[:MOST_ROWS], found.notes, observer)
 
 
-def _drawn(
-    rows: Sequence[tuple[str, Sequence[_SheetPicture]]], notes: Sequence[str], observer: Observer
+def pictures_sheet(
+    rows: Sequence[tuple[str, Sequence[SheetPicture]]], notes: Sequence[str], observer: Observer
 ) -> Image.Image:
-    """Draw a sheet of rows with titles, and read the pictures of images that have features."""
+    """Draw a sheet of rows with titles, and read the pictures of images that have features.
+
+    Args:
+        rows: The title and the pictures of each row.
+        notes: Warnings for the viewer, drawn above the rows.
+        observer: Receives progress.
+    """
     places = [place for _, row in rows for place in row]
     files = [PictureFile.of(place.image, place.folder) for place in places if place.image.is_done]
     with observer.phase("drawing the sheet", "picture", len(files)) as phase:
@@ -88,7 +94,7 @@ def _drawn(
         return contact_sheet([SheetRow(title, [next(cells) for _ in row]) for title, row in rows], notes)
 
 
-def _cell(place: _SheetPicture, photograph: Photograph | None) -> Cell:
+def _cell(place: SheetPicture, photograph: Photograph | None) -> Cell:
     if photograph is None:
         return Cell(None, place.captions, place.is_marked, "no features")
     return Cell(photograph.picture, place.captions, place.is_marked, photograph.problem)

@@ -1,0 +1,1 @@
+"""Measure what stored features are worth: probes that classify images, on train and test parts."""

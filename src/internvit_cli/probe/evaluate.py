@@ -1,0 +1,493 @@
+"""Train and test probes on the stored features of labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from internvit_cli.config import Status
+from internvit_cli.errors import OutputError, UsageError, one_line
+from internvit_cli.model.caveats import caveats
+from internvit_cli.probe.data import Part, TokenReader, check_tokens
+from internvit_cli.probe.labels import FOLDER, TEST, Labels, check_keys, labels_of_keys, read_labels
+from internvit_cli.probe.metrics import Interval, Predictions, accuracy, predictions_of
+from internvit_cli.probe.nearest import NEIGHBORS, NearestNeighbors, choose_neighbors
+from internvit_cli.probe.split import group_numbers, shots_of, stratified_split
+from internvit_cli.runtime.observer import SILENT, Observer
+from internvit_cli.runtime.words import counted
+from internvit_cli.similarity.duplicates import DuplicateOptions, find_duplicates
+from internvit_cli.storage.read.reader import open_features
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
+
+    from internvit_cli.probe.heads import TrainedHead
+    from internvit_cli.similarity.duplicates import Duplicates
+    from internvit_cli.storage.read.reader import Features
+
+HELD_OUT = 0.1
+"""The share of the training part that chooses the strength of the linear probe."""
+QUERIES_PROBE = "queries"
+"""The cheap attention probe, which runs beside the official one."""
+
+
+class Probe(str, Enum):
+    """A way to classify images by their features."""
+
+    KNN = "knn"
+    LINEAR = "linear"
+    ATTENTION = "attention"
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeOptions:
+    """What to train on what, and how it is tested."""
+
+    path: str
+    test_path: str | None = None
+    """Another output to test on; None divides the images of `path`."""
+    labels: str = FOLDER
+    """`folder`, or the path of a table."""
+    depth: int = 1
+    """The folder of a key that is its label, counted from 1."""
+    probes: tuple[Probe, ...] | None = None
+    """None means all for which the output has features."""
+    test_fraction: float = 0.2
+    seed: int = 0
+    shots: tuple[int, ...] = ()
+    """Numbers of training images per class for few-shot tests."""
+    tries: int = 5
+    """Draws of each few-shot test."""
+    ignore_unknown: bool = False
+    """Whether labels of images that no output has are left out."""
+    ignore_duplicates: bool = False
+    """Whether copies of a picture may come to different parts."""
+    device: str = "auto"
+    layer: int | None = None
+    """The stored layer; None means the deepest."""
+    pictures: str | None = None
+    """The folder that holds the pictures; None means where they were when they were encoded."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_fraction < 1:
+            raise UsageError(
+                f"--test-fraction {self.test_fraction} is not between 0 and 1", "give a share, such as 0.2"
+            )
+        if any(shots < 1 for shots in self.shots):
+            raise UsageError("--shots must be at least 1 each", "give numbers of images per class, such as 1,5,10")
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The images of the outputs."""
+
+    train: int
+    test: int
+    unlabelled: int
+    """Images with features and without a label."""
+    skipped: int
+    """Images without features."""
+    unknown: int
+    """Labels of images that are in no output."""
+
+
+@dataclass(frozen=True, slots=True)
+class FewShots:
+    """Accuracies with few training images per class."""
+
+    probe: str
+    shots: int
+    mean: float
+    deviation: float
+    tries: int
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeScore:
+    """What one probe reaches on the test part."""
+
+    name: str
+    settings: dict[str, Any]
+    """What was chosen for it, such as `k` or `C`."""
+    accuracy: Interval
+    predictions: Predictions
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """All that was measured."""
+
+    options: ProbeOptions
+    classes: tuple[str, ...]
+    counts: Counts
+    label_source: str
+    test: Part
+    scores: tuple[ProbeScore, ...]
+    few_shots: tuple[FewShots, ...]
+    heads: dict[str, TrainedHead] = field(repr=False)
+    """Trained classifiers by probe."""
+    notes: tuple[str, ...]
+
+    @property
+    def best(self) -> ProbeScore:
+        """The score with the highest accuracy; the first of equals."""
+        return max(self.scores, key=lambda score: score.accuracy.value)
+
+
+@dataclass(frozen=True, eq=False)
+class _Split:
+    classes: tuple[str, ...]
+    train: Part
+    test: Part
+    counts: Counts
+    label_source: str
+    notes: tuple[str, ...]
+
+
+def run_probe(options: ProbeOptions, observer: Observer = SILENT) -> ProbeResult:
+    """Train and test all probes.
+
+    Raises:
+        OutputError: An output lacks the features that are needed, or is of another recipe.
+        UsageError: The labels do not fit the images, or there are too few images.
+    """
+    features = open_features(options.path, options.layer)
+    probes = _probes(options, features)
+    split = _split(options, features, observer)
+    trained = _Trainer(options, split, observer)
+    for probe in probes:
+        trained.run(probe)
+    few = tuple(_few_shots(options, split, probes, observer))
+    notes = (*split.notes, *caveats(features))
+    return ProbeResult(
+        options,
+        split.classes,
+        split.counts,
+        split.label_source,
+        split.test,
+        tuple(trained.scores),
+        few,
+        trained.heads,
+        notes,
+    )
+
+
+def _probes(options: ProbeOptions, features: Features) -> tuple[Probe, ...]:
+    """Return the probes to run, and refuse those for which the output lacks features."""
+    if options.probes is None:
+        try:
+            check_tokens(features)
+        except (OutputError, UsageError):
+            return (Probe.KNN, Probe.LINEAR)
+        return tuple(Probe)
+    if Probe.ATTENTION in options.probes:
+        check_tokens(features)
+    return options.probes
+
+
+# ------------------------------------------------------------------------------------------------- labels and parts
+
+
+def _split(options: ProbeOptions, features: Features, observer: Observer) -> _Split:
+    if options.test_path is not None:
+        return _split_outputs(options, features, open_features(options.test_path, options.layer), observer)
+    labels = _labels(options, [features])
+    labelled, names, counts = _labelled(features, labels)
+    classes = tuple(sorted(set(names)))
+    numbers = _numbers(names, classes)
+    part = Part(labelled, numbers)
+    notes: list[str] = []
+    if labels.has_split:
+        splits = np.array([labels.by_key[key].split or "" for key in labelled])
+        is_test, is_train = splits == TEST, splits == "train"
+        if without := int((~is_test & ~is_train).sum()):
+            notes.append(f"{counted(without, 'labelled image')} without a split left out")
+        notes += _leaks(part.take(is_train), part.take(is_test))
+    else:
+        groups = _groups(options, labelled, observer, notes)
+        is_test = stratified_split(numbers, groups, options.test_fraction, np.random.default_rng(options.seed))
+        is_train = ~is_test
+    train, test = part.take(is_train), part.take(is_test)
+    _check_parts(train, test, classes, options)
+    untested = set(range(len(classes))) - set(test.labels.tolist())
+    if untested:
+        names_of = ", ".join(one_line(classes[number]) for number in sorted(untested)[:3])
+        notes.append(f"{counted(len(untested), 'class', 'classes')} without a test image, such as {names_of}")
+    return _Split(classes, train, test, _counts(counts, train, test), labels.source, tuple(notes))
+
+
+def _split_outputs(options: ProbeOptions, features: Features, other: Features, observer: Observer) -> _Split:
+    """Train on one output and test on another."""
+    different = [name for name in other.recipe.differences(features.recipe) if name != "compute_dtype"]
+    if different:
+        raise OutputError(
+            f"{options.path} and {options.test_path} are of different recipes: {', '.join(different)} differ",
+            "extract both with the same model and options",
+        )
+    del observer
+    labels = _labels(options, [features, other])
+    trained, train_names, train_counts = _labelled(features, labels)
+    tested, test_names, test_counts = _labelled(other, labels)
+    classes = tuple(sorted(set(train_names)))
+    is_known = np.array([name in set(classes) for name in test_names], bool)
+    notes = []
+    if not is_known.all():
+        names_of = sorted({name for name, known in zip(test_names, is_known, strict=True) if not known})
+        notes.append(
+            f"{counted(int((~is_known).sum()), 'test image')} of classes that are not trained left out, such as "
+            f"{one_line(names_of[0])}"
+        )
+    kept = [name for name, known in zip(test_names, is_known, strict=True) if known]
+    train = Part(trained, _numbers(train_names, classes))
+    test = Part(tested.at(tested.positions[is_known]), _numbers(kept, classes))
+    _check_parts(train, test, classes, options)
+    notes += _leaks(train, test)
+    counts = Counts(
+        len(train),
+        len(test),
+        train_counts.unlabelled + test_counts.unlabelled,
+        train_counts.skipped + test_counts.skipped,
+        len([key for key in labels.by_key if key not in features and key not in other]) if labels.names_keys else 0,
+    )
+    return _Split(classes, train, test, counts, labels.source, tuple(notes))
+
+
+def _labels(options: ProbeOptions, outputs: Sequence[Features]) -> Labels:
+    keys = [key for features in outputs for key in features]
+    if options.labels == FOLDER:
+        labels = labels_of_keys(keys, options.depth)
+        if not labels.by_key:
+            raise UsageError(
+                f"no image of {options.path} is in a folder at depth {options.depth}: a key is {one_line(keys[0])}"
+                if keys
+                else f"{options.path} holds no images",
+                "give a table of labels with --labels FILE.csv, or another --depth",
+            )
+        return labels
+    labels = read_labels(options.labels)
+    if not options.ignore_unknown:
+        check_keys(labels, keys, options.path)
+    return labels
+
+
+def _labelled(features: Features, labels: Labels) -> tuple[Features, list[str], Counts]:
+    """Return the labelled images with features, their labels, and how many there are of the others."""
+    status = features.column("status")
+    keys = list(features)
+    has_label = np.array([key in labels.by_key for key in keys], bool)
+    is_done = status == Status.DONE
+    chosen = np.flatnonzero(has_label & is_done)
+    unknown = sum(key not in features for key in labels.by_key) if labels.names_keys else 0
+    counts = Counts(0, 0, int((is_done & ~has_label).sum()), int((~is_done).sum()), unknown)
+    names = [labels.by_key[keys[number]].name for number in chosen.tolist()]
+    return features.at(features.positions[chosen]), names, counts
+
+
+def _numbers(names: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
+    number = {name: place for place, name in enumerate(classes)}
+    return np.array([number[name] for name in names], np.int64)
+
+
+def _counts(counts: Counts, train: Part, test: Part) -> Counts:
+    return Counts(len(train), len(test), counts.unlabelled, counts.skipped, counts.unknown)
+
+
+def _check_parts(train: Part, test: Part, classes: Sequence[str], options: ProbeOptions) -> None:
+    if len(classes) < 2:
+        only = f": all labelled images are of {one_line(classes[0])}" if classes else ""
+        raise UsageError(
+            f"a probe needs at least two classes{only}",
+            "check --labels, or --depth, which says which folder of a key is the label",
+        )
+    if len(np.unique(train.labels)) < 2:
+        raise UsageError(
+            f"the training part holds {counted(len(np.unique(train.labels)), 'class', 'classes')} in "
+            f"{counted(len(train), 'image')}",
+            "label more images, or check the split column",
+        )
+    if not len(test):
+        raise UsageError(
+            "there are no images to test on",
+            "label more images per class" if options.test_path is None else "check the labels of the test output",
+        )
+
+
+def _groups(options: ProbeOptions, labelled: Features, observer: Observer, notes: list[str]) -> NDArray[np.int64]:
+    """Return a group number per image, which copies of a picture share."""
+    if options.ignore_duplicates:
+        return np.arange(len(labelled))
+    found = find_duplicates(DuplicateOptions(options.path, pictures=options.pictures, layer=options.layer), observer)
+    place = {key: number for number, key in enumerate(labelled)}
+    groups = [[place[key] for key in group if key in place] for group in _keys_of_groups(found)]
+    groups = [group for group in groups if len(group) > 1]
+    if groups:
+        images = counted(sum(map(len, groups)), "image")
+        notes.append(f"{images} are copies of each other, and each group of copies is in one part")
+    return group_numbers(len(labelled), groups)
+
+
+def _keys_of_groups(found: Duplicates) -> Iterable[list[str]]:
+    for group in found.identical:
+        yield [image.key for image in group]
+    for members in found.similar:
+        yield [member.image.key for member in members]
+
+
+def _leaks(train: Part, test: Part) -> list[str]:
+    """Return a note on test images whose file is also one for training."""
+    known = {image.digest for image in train.features.values()} - {bytes(32)}
+    both = sum(image.digest in known for image in test.features.values())
+    return [f"{counted(both, 'test image')} are the same file as a training image"] if both else []
+
+
+# ------------------------------------------------------------------------------------------------------- the probes
+
+
+class _Trainer:
+    """Trains one probe after the other, and keeps scores and heads."""
+
+    def __init__(self, options: ProbeOptions, split: _Split, observer: Observer) -> None:
+        self._options = options
+        self._split = split
+        self._observer = observer
+        self._train, self._test = split.train.vectors(), split.test.vectors()
+        self.scores: list[ProbeScore] = []
+        self.heads: dict[str, TrainedHead] = {}
+
+    def run(self, probe: Probe) -> None:
+        """Train and test one probe."""
+        if probe is Probe.KNN:
+            self._nearest()
+        elif probe is Probe.LINEAR:
+            self._linear()
+        else:
+            self._attention()
+
+    def _score(self, name: str, settings: dict[str, Any], probabilities: NDArray[Any]) -> None:
+        predictions = predictions_of(probabilities)
+        interval = accuracy(predictions.classes == self._split.test.labels, self._options.seed)
+        self.scores.append(ProbeScore(name, settings, interval, predictions))
+
+    def _nearest(self) -> None:
+        classes, labels = len(self._split.classes), self._split.train.labels
+        with self._observer.phase("comparing with the nearest"):
+            trained = NearestNeighbors.fit(self._train, labels, classes)
+            chosen = choose_neighbors(trained, self._train)
+            votes = trained.votes(self._test, tuple(sorted({chosen, *NEIGHBORS})))
+            by_k = {k: float((shares.argmax(axis=1) == self._split.test.labels).mean()) for k, shares in votes.items()}
+        self._score("knn", {"k": chosen, "accuracy_by_k": by_k}, votes[chosen])
+
+    def _linear(self) -> None:
+        from internvit_cli.probe.linear import STRENGTHS, choose_strength, fit_linear
+
+        classes, labels = len(self._split.classes), self._split.train.labels
+        random = np.random.default_rng(self._options.seed)
+        held_out = stratified_split(labels, np.arange(len(labels)), HELD_OUT, random)
+        with self._observer.phase("fitting linear probes", "strength", len(STRENGTHS)) as phase:
+            strength = choose_strength(self._train, labels, classes, held_out, phase.at) if held_out.any() else 1.0
+            head = fit_linear(self._train, labels, classes, strength)
+        self._score("linear", {"C": strength}, head.probabilities(self._test))
+        self._keep("linear", head)
+
+    def _attention(self) -> None:
+        import torch
+
+        from internvit_cli.encode.devices import find_device
+        from internvit_cli.probe.attention import AttentionPooling, QueryPooling, heads_for
+
+        device = find_device(self._options.device)
+        reader = TokenReader(self._split.train.features, str(device))
+        heads = heads_for(self._train.shape[1])
+        if reader.width % heads:
+            heads = heads_for(reader.width)
+        classes = len(self._split.classes)
+        torch.manual_seed(self._options.seed)
+        for name, head in (
+            ("attention", AttentionPooling(reader.width, heads, classes)),
+            (QUERIES_PROBE, QueryPooling(reader.width, classes)),
+        ):
+            self._train_head(name, head.to(device), reader)
+
+    def _train_head(self, name: str, head: Any, reader: TokenReader) -> None:
+        from internvit_cli.probe.attention import probabilities, train
+
+        labels = self._split.train.labels
+        if len(labels) < 2:
+            raise UsageError("an attention probe needs at least two training images", "label more images")
+        with self._observer.phase(f"training the {name} probe", "step", None) as phase:
+            train(head, reader, labels, self._options.seed, phase.at)
+        tested = TokenReader(self._split.test.features, reader.device)
+        with self._observer.phase(f"testing the {name} probe", "image", len(self._split.test)) as phase:
+            found = probabilities(head, tested, len(self._split.test), phase.at)
+        self._score(name, {}, found)
+        self._keep(name, head.cpu())
+
+    def _keep(self, name: str, model: Any) -> None:
+        from internvit_cli.probe.heads import TrainedHead
+
+        features = self._split.train.features
+        self.heads[name] = TrainedHead(name, model, self._split.classes, features.recipe, features.layer)
+
+
+def _few_shots(options: ProbeOptions, split: _Split, probes: Sequence[Probe], observer: Observer) -> Iterable[FewShots]:
+    """Train on a few images per class, several times each."""
+    if not options.shots:
+        return
+    from internvit_cli.probe.linear import FEW_SHOT_STRENGTH, fit_linear
+
+    train, test, classes = split.train.vectors(), split.test.vectors(), len(split.classes)
+    with observer.phase("few-shot tests", "try", len(options.shots) * options.tries) as phase:
+        for place, shots in enumerate(options.shots):
+            found: dict[Probe, list[float]] = {probe: [] for probe in (Probe.KNN, Probe.LINEAR) if probe in probes}
+            for attempt in range(options.tries):
+                random = np.random.default_rng((options.seed, shots, attempt))
+                chosen = shots_of(split.train.labels, shots, random)
+                vectors, labels = train[chosen], split.train.labels[chosen]
+                for probe, shares in found.items():
+                    if probe is Probe.KNN:
+                        k = min(NEIGHBORS[0], shots)
+                        votes = NearestNeighbors.fit(vectors, labels, classes).votes(test, (k,))[k]
+                    else:
+                        votes = (
+                            fit_linear(vectors, labels, classes, FEW_SHOT_STRENGTH).probabilities(test).astype(float)
+                        )
+                    shares.append(float((votes.argmax(axis=1) == split.test.labels).mean()))
+                phase.at(place * options.tries + attempt + 1)
+            for probe, shares in found.items():
+                yield FewShots(probe.value, shots, float(np.mean(shares)), float(np.std(shares)), options.tries)
+
+
+# -------------------------------------------------------------------------------------------------- applying a head
+
+
+def apply_head(
+    head: TrainedHead, path: str, layer: int | None, device: str, observer: Observer = SILENT
+) -> tuple[Features, Predictions]:
+    """Return the images with features of an output, and what a trained head says of each.
+
+    Raises:
+        OutputError: The features are of another kind than those of the training.
+        UsageError: There are no images with features.
+    """
+    from internvit_cli.encode.devices import find_device
+    from internvit_cli.probe.attention import probabilities
+    from internvit_cli.probe.heads import check_features
+    from internvit_cli.probe.linear import LinearHead
+
+    features = open_features(path, layer)
+    check_features(head, features.recipe, features.layer, path)
+    done = features.done
+    if not len(done):
+        raise UsageError(f"{path} holds no features", "give another output")
+    if isinstance(head.model, LinearHead):
+        found = [head.model.probabilities(block) for _, block in done.vectors().blocks()]
+        return done, predictions_of(np.concatenate(found))
+    chosen = find_device(device)
+    reader = TokenReader(done, str(chosen))
+    with observer.phase("labelling", "image", len(done)) as phase:
+        return done, predictions_of(probabilities(head.model.to(chosen), reader, len(done), phase.at))

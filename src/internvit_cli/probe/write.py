@@ -1,0 +1,212 @@
+"""Write what a probe found as a folder of tables and pictures, completely or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from internvit_cli import __version__
+from internvit_cli.errors import UsageError, one_line
+from internvit_cli.probe.heads import to_bytes
+from internvit_cli.probe.metrics import confusion
+from internvit_cli.runtime.observer import SILENT, Observer
+from internvit_cli.similarity.contact_sheet import SheetPicture, pictures_sheet
+from internvit_cli.storage.durable import disk_errors, folder_for, rename_durably, sync_path, write_file
+from internvit_cli.viz.draw.figure import Panel, figure
+from internvit_cli.viz.draw.palette import Scale
+from internvit_cli.viz.draw.png import encode_png
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from internvit_cli.probe.evaluate import ProbeResult, ProbeScore
+
+RESULTS, HEAD = "results.json", "head.safetensors"
+NAMES = (RESULTS, "per_class.csv", "predictions.csv", "confusion.png", "worst.png", HEAD)
+"""The files of a folder of results; the worst.png and the head only if there are any."""
+STAGING = ".probing"
+REPLACED = ".replaced"
+MOST_ERRORS = 60
+CONFUSION_SIDE = 640
+"""Side of the matrix of confusions in pixels, at most."""
+
+
+def check_folder(path: str, *, overwrite: bool) -> None:
+    """Refuse a folder that holds anything, unless these are results that may be replaced.
+
+    Raises:
+        UsageError: It does.
+    """
+    if not os.path.lexists(path):
+        return
+    if not os.path.isdir(path) or os.path.islink(path):
+        raise UsageError(f"-o {path} is not a folder", "choose another name")
+    names = os.listdir(path)
+    if strange := sorted(set(names) - set(NAMES)):
+        raise UsageError(f"-o {path} holds other files, such as {one_line(strange[0])}", "name a new or empty folder")
+    if names and not overwrite:
+        raise UsageError(f"-o {path} exists already", "choose another name, or replace it with --overwrite")
+
+
+def to_json(result: ProbeResult) -> dict[str, Any]:
+    """Return the results and everything that they follow from, for results.json and `--json`."""
+    options, recipe = result.options, result.test.features.recipe
+    return {
+        "path": options.path,
+        "test_path": options.test_path,
+        "labels": result.label_source,
+        "classes": len(result.classes),
+        "images": asdict(result.counts),
+        "probes": {
+            score.name: {
+                "accuracy": score.accuracy.value,
+                "interval": [score.accuracy.low, score.accuracy.high],
+                "settings": score.settings,
+            }
+            for score in result.scores
+        },
+        "gap": gap(result),
+        "few_shots": [asdict(one) for one in result.few_shots],
+        "seed": options.seed,
+        "test_fraction": None if options.test_path is not None else options.test_fraction,
+        "model": result.test.features.attributes.get("model"),
+        "layer": result.test.features.layer,
+        "recipe": json.loads(recipe.to_json()),
+        "versions": {"internvit": __version__, "torch": torch.__version__, "numpy": np.__version__},
+        "notes": list(result.notes),
+    }
+
+
+def gap(result: ProbeResult) -> float | None:
+    """Return by how much the better attention probe is above the linear one; None if either did not run."""
+    by_name = {score.name: score.accuracy.value for score in result.scores}
+    attention = [by_name[name] for name in ("attention", "queries") if name in by_name]
+    return max(attention) - by_name["linear"] if attention and "linear" in by_name else None
+
+
+def write_results(result: ProbeResult, path: str, observer: Observer = SILENT, *, overwrite: bool = False) -> None:
+    """Write all files into a folder beside the final one, and rename it.
+
+    Args:
+        result: What was measured.
+        path: The folder to create.
+        observer: Receives progress.
+        overwrite: Whether results in that folder may be replaced.
+
+    Raises:
+        UsageError: The folder holds something.
+        NoSpaceError: The disk is full.
+    """
+    path = os.path.abspath(path)
+    check_folder(path, overwrite=overwrite)
+    staged, replaced = path + STAGING, path + REPLACED
+    files = dict(_files(result, observer))
+    with folder_for(path), disk_errors(path):
+        for leftover in (staged, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+        os.mkdir(staged)
+        try:
+            for name, data in files.items():
+                write_file(os.path.join(staged, name), data)
+            sync_path(staged)
+            if os.path.lexists(path):
+                os.rename(path, replaced)
+            rename_durably(staged, path)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _files(result: ProbeResult, observer: Observer) -> Iterable[tuple[str, bytes]]:
+    yield RESULTS, (json.dumps(to_json(result), indent=2) + "\n").encode()
+    yield "per_class.csv", _table(_per_class(result))
+    yield "predictions.csv", _table(_predictions(result))
+    yield "confusion.png", encode_png(_confusion(result))
+    wrong = _surest_errors(result)
+    if wrong:
+        title = f"The surest errors of the {result.best.name} probe"
+        yield "worst.png", encode_png(pictures_sheet([(title, wrong)], result.notes, observer))
+    if (head := best_head(result)) is not None:
+        yield HEAD, to_bytes(result.heads[head])
+
+
+def best_head(result: ProbeResult) -> str | None:
+    """Return the probe whose trained head is kept, the most accurate one; None if none has a head."""
+    trained = [score for score in result.scores if score.name in result.heads]
+    return max(trained, key=lambda score: score.accuracy.value).name if trained else None
+
+
+def _table(rows: Iterable[Sequence[object]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _per_class(result: ProbeResult) -> Iterable[Sequence[object]]:
+    yield "class", "test_images", *(f"{score.name}_accuracy" for score in result.scores)
+    for number, name in enumerate(result.classes):
+        own = result.test.labels == number
+        if own.any():
+            shares = [f"{(score.predictions.classes[own] == number).mean():.4f}" for score in result.scores]
+            yield name, int(own.sum()), *shares
+
+
+def _predictions(result: ProbeResult) -> Iterable[Sequence[object]]:
+    yield "key", "label", *(f"{score.name}{part}" for score in result.scores for part in ("", "_confidence"))
+    for number, key in enumerate(result.test.features):
+        found = []
+        for score in result.scores:
+            predictions = score.predictions
+            found += [result.classes[predictions.classes[number]], f"{predictions.confidence[number]:.4f}"]
+        yield key, result.classes[result.test.labels[number]], *found
+
+
+def _surest_errors(result: ProbeResult) -> list[SheetPicture]:
+    predictions, labels = result.best.predictions, result.test.labels
+    wrong = np.flatnonzero(predictions.classes != labels)
+    wrong = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MOST_ERRORS]
+    return [_error(result, result.best, number) for number in wrong.tolist()]
+
+
+def _error(result: ProbeResult, score: ProbeScore, number: int) -> SheetPicture:
+    said = result.classes[score.predictions.classes[number]]
+    image = result.test.features[number]
+    captions = (
+        f"{said}, {score.predictions.confidence[number]:.0%}",
+        f"label: {result.classes[result.test.labels[number]]}",
+        image.key,
+    )
+    return SheetPicture(image, captions, result.options.pictures)
+
+
+def _confusion(result: ProbeResult) -> Image.Image:
+    """Draw the shares of each class that were taken for each class."""
+    best, classes = result.best, result.classes
+    counts = confusion(result.test.labels, best.predictions.classes, len(classes))
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    scale = Scale(0.0, 1.0)
+    side = max(1, CONFUSION_SIDE // len(classes))
+    cells = np.repeat(np.repeat(scale.colors(shares), side, axis=0), side, axis=1)
+    off = counts - np.diag(np.diag(counts))
+    pairs = np.argsort(-off, axis=None, kind="stable")[:5]
+    worst = [(int(pair) // len(classes), int(pair) % len(classes)) for pair in pairs if off.flat[pair]]
+    listed = [f"{classes[row]} taken for {classes[column]}: {off[row, column]} times." for row, column in worst]
+    names = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}, sorted by name"
+    panel = Panel(
+        "confusion",
+        "Share of each class (row) taken for each class (column)",
+        Image.fromarray(cells),
+        (f"Classes: {names}.", *listed),
+        scale,
+    )
+    subtitle = f"{len(result.test):,} test images, accuracy {best.accuracy.value:.1%}"
+    return figure(f"Confusions of the {best.name} probe", subtitle, [panel])
