@@ -80,8 +80,8 @@ class QueryPooling(nn.Module):
             torch.einsum("qc,btc->bqt", self.queries * self.norm.weight, normed).div(math.sqrt(width)).softmax(dim=-1)
         )
         pooled = torch.einsum("bqt,btqc->bqc", weights, normed.view(count, length, self.count, -1))
-        scores: Tensor = self.head(pooled.reshape(count, width) * self.norm.weight + self.norm.bias)
-        return scores
+        of_classes: Tensor = self.head(pooled.reshape(count, width) * self.norm.weight + self.norm.bias)
+        return of_classes
 
 
 def _normed(tokens: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ STRENGTHS = tuple(float(strength) for strength in 10.0 ** np.linspace(-6, 5, 45)
 """The values of C that are tried, as in the evaluations of CLIP and DINOv2."""
 FEW_SHOT_STRENGTH = 1.0
 """The value of C where there are too few images to choose one."""
+MOST_EXACT = 50_000_000
+"""Numbers in the training vectors up to which a fit is computed in float64; above that, in float32."""
 MOST_ITERATIONS = 500
-TOLERANCE = 1e-6
+TOLERANCE = 1e-8
 """The largest component of the gradient of the mean objective at which a fit ends."""
 _PATIENCE = 8
 """Strengths that are tried without a better result before the search ends."""
@@ -46,7 +48,7 @@ class LinearHead:
 
     def probabilities(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
         """Return the probability of each class, [n, classes], for vectors [n, d]."""
-        x = (torch.from_numpy(np.asarray(vectors, np.float32)) - self.mean) / self.scale
+        x = (torch.from_numpy(np.array(vectors, np.float32)) - self.mean) / self.scale
         return F.linear(x, self.weight, self.bias).softmax(dim=1).numpy()
 
 
@@ -64,7 +66,8 @@ class _Standardized:
     def of(cls, vectors: NDArray[Any], labels: NDArray[Any], classes: int) -> _Standardized:
         mean = vectors.mean(axis=0, dtype=np.float64)
         scale = np.maximum(vectors.std(axis=0, dtype=np.float64), _SMALLEST_SCALE)
-        x = torch.from_numpy(((vectors - mean) / scale).astype(np.float32))
+        dtype = np.float64 if vectors.size <= MOST_EXACT else np.float32
+        x = torch.from_numpy(((vectors - mean) / scale).astype(dtype))
         return cls(
             x,
             torch.from_numpy(np.asarray(labels, np.int64)),
@@ -74,7 +77,13 @@ class _Standardized:
         )
 
     def head(self, parameters: Tensor) -> LinearHead:
+        parameters = parameters.float()
         return LinearHead(self.mean, self.scale, parameters[:, :-1].clone(), parameters[:, -1].clone())
+
+    @property
+    def start(self) -> Tensor:
+        """Weights and biases of zero, [classes, d + 1]."""
+        return self.x.new_zeros(self.classes, self.x.shape[1] + 1)
 
 
 def fit_linear(vectors: NDArray[Any], labels: NDArray[Any], classes: int, strength: float) -> LinearHead:
@@ -87,7 +96,7 @@ def fit_linear(vectors: NDArray[Any], labels: NDArray[Any], classes: int, streng
         strength: C, by which cross-entropies are multiplied.
     """
     data = _Standardized.of(vectors, labels, classes)
-    return data.head(_fit(data, strength, torch.zeros(classes, data.x.shape[1] + 1)))
+    return data.head(_fit(data, strength, data.start))
 
 
 def choose_strength(
@@ -100,8 +109,8 @@ def choose_strength(
 ) -> float:
     """Return the value of C whose classifier of the other images classifies the held-out ones best.
 
-    Of equal accuracies, the one in the middle of the best run counts. The search goes from weak to strong fits, each
-    of which begins at the previous one, and ends when several in a row are worse than the best.
+    Of equal accuracies, the one with the lower cross-entropy counts. The search goes from weak to strong fits, each of
+    which begins at the previous one, and ends when several in a row are no better than the best.
 
     Args:
         vectors: Training vectors, [n, d] float32.
@@ -112,21 +121,22 @@ def choose_strength(
         strengths: The values to try, ascending.
     """
     data = _Standardized.of(vectors[~held_out], labels[~held_out], classes)
-    parameters = torch.zeros(classes, data.x.shape[1] + 1)
-    tried: list[tuple[float, float]] = []
-    best = -1.0
-    since = 0
+    parameters = data.start
+    best, chosen, since = (-1.0, 0.0), FEW_SHOT_STRENGTH, 0
+    expected = labels[held_out]
     for number, strength in enumerate(strengths, 1):
         parameters = _fit(data, strength, parameters)
-        found = data.head(parameters).probabilities(vectors[held_out]).argmax(axis=1)
-        score = float((found == labels[held_out]).mean())
-        tried.append((strength, score))
-        best, since = (score, 0) if score > best else (best, since + (score < best))
+        found = data.head(parameters).probabilities(vectors[held_out])
+        share = float((found.argmax(axis=1) == expected).mean())
+        loss = -float(np.log(np.maximum(found[np.arange(len(found)), expected], 1e-30)).mean())
+        if (share, -loss) > best:
+            best, chosen, since = (share, -loss), strength, 0
+        else:
+            since += 1
         on_try(number)
         if since >= _PATIENCE:
             break
-    good = [strength for strength, score in tried if score == best]
-    return good[len(good) // 2]
+    return chosen
 
 
 def _fit(data: _Standardized, strength: float, start: Tensor) -> Tensor:
@@ -137,7 +147,7 @@ def _fit(data: _Standardized, strength: float, start: Tensor) -> Tensor:
         [parameters],
         max_iter=MOST_ITERATIONS,
         tolerance_grad=TOLERANCE,
-        tolerance_change=1e-10,
+        tolerance_change=1e-12,
         history_size=20,
         line_search_fn="strong_wolfe",
     )

@@ -40,11 +40,18 @@ def predictions_of(probabilities: NDArray[Any]) -> Predictions:
 
 
 def accuracy(is_right: NDArray[np.bool_], seed: int) -> Interval:
-    """Return the share of right predictions with its bootstrap interval; the same seed gives the same interval."""
+    """Return the share of right predictions with its bootstrap interval; the same seed gives the same interval.
+
+    If all or none are right, resampling would see no other case, so that end is the exact one of Clopper and Pearson.
+    """
+    count, share = len(is_right), float(is_right.mean())
     random = np.random.default_rng(seed)
-    shares = random.binomial(len(is_right), is_right.mean(), RESAMPLES) / len(is_right)
-    low, high = np.percentile(shares, [2.5, 97.5])
-    return Interval(float(is_right.mean()), float(low), float(high))
+    low, high = np.percentile(random.binomial(count, share, RESAMPLES) / count, [2.5, 97.5])
+    if share == 1:
+        low = 0.025 ** (1 / count)
+    elif share == 0:
+        high = 1 - 0.025 ** (1 / count)
+    return Interval(share, float(low), float(high))
 
 
 def confusion(labels: NDArray[Any], predicted: NDArray[Any], classes: int) -> NDArray[np.int64]:

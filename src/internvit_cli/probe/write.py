@@ -19,14 +19,18 @@ from internvit_cli.errors import UsageError, one_line
 from internvit_cli.probe.heads import to_bytes
 from internvit_cli.probe.metrics import confusion
 from internvit_cli.runtime.observer import SILENT, Observer
+from internvit_cli.runtime.words import counted
 from internvit_cli.similarity.contact_sheet import SheetPicture, pictures_sheet
 from internvit_cli.storage.durable import disk_errors, folder_for, rename_durably, sync_path, write_file
 from internvit_cli.viz.draw.figure import Panel, figure
 from internvit_cli.viz.draw.palette import Scale
 from internvit_cli.viz.draw.png import encode_png
+from internvit_cli.viz.draw.text import PAPER, line_height, shortened_to_width, write_line, write_outlined
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    from numpy.typing import NDArray
 
     from internvit_cli.probe.evaluate import ProbeResult, ProbeScore
 
@@ -36,6 +40,9 @@ NAMES = (RESULTS, "per_class.csv", "predictions.csv", "confusion.png", "worst.pn
 STAGING = ".probing"
 REPLACED = ".replaced"
 MOST_ERRORS = 60
+SHARES = Scale(0.0, 1.0)
+MOST_NAMED, NAME_WIDTH, LETTERS = 20, 120, 12
+"""Classes of a matrix with names, and the width and the size of these in pixels."""
 CONFUSION_SIDE = 640
 """Side of the matrix of confusions in pixels, at most."""
 
@@ -133,7 +140,7 @@ def _files(result: ProbeResult, observer: Observer) -> Iterable[tuple[str, bytes
     yield "confusion.png", encode_png(_confusion(result))
     wrong = _surest_errors(result)
     if wrong:
-        title = f"The surest errors of the {result.best.name} probe"
+        title = f"surest errors, {result.best.name}"
         yield "worst.png", encode_png(pictures_sheet([(title, wrong)], result.notes, observer))
     if (head := best_head(result)) is not None:
         yield HEAD, to_bytes(result.heads[head])
@@ -192,21 +199,40 @@ def _confusion(result: ProbeResult) -> Image.Image:
     """Draw the shares of each class that were taken for each class."""
     best, classes = result.best, result.classes
     counts = confusion(result.test.labels, best.predictions.classes, len(classes))
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    scale = Scale(0.0, 1.0)
-    side = max(1, CONFUSION_SIDE // len(classes))
-    cells = np.repeat(np.repeat(scale.colors(shares), side, axis=0), side, axis=1)
     off = counts - np.diag(np.diag(counts))
     pairs = np.argsort(-off, axis=None, kind="stable")[:5]
     worst = [(int(pair) // len(classes), int(pair) % len(classes)) for pair in pairs if off.flat[pair]]
-    listed = [f"{classes[row]} taken for {classes[column]}: {off[row, column]} times." for row, column in worst]
-    names = ", ".join(classes) if len(classes) <= 20 else f"{classes[0]} to {classes[-1]}, sorted by name"
     panel = Panel(
         "confusion",
         "Share of each class (row) taken for each class (column)",
-        Image.fromarray(cells),
-        (f"Classes: {names}.", *listed),
-        scale,
+        _matrix(counts, classes),
+        [
+            f"{classes[row]} was taken for {classes[column]} {counted(off[row, column], 'time')}."
+            for row, column in worst
+        ]
+        or ["No class was taken for another."],
+        SHARES,
     )
-    subtitle = f"{len(result.test):,} test images, accuracy {best.accuracy.value:.1%}"
+    subtitle = f"{counted(len(result.test), 'test image')}, accuracy {best.accuracy.value:.1%}"
     return figure(f"Confusions of the {best.name} probe", subtitle, [panel])
+
+
+def _matrix(counts: NDArray[np.int64], classes: Sequence[str]) -> Image.Image:
+    """Draw shares as squares; with few classes, with their names and counts, and otherwise in the order of names."""
+    side = max(1, CONFUSION_SIDE // len(classes))
+    colors = SHARES.colors(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    squares = Image.fromarray(np.repeat(np.repeat(colors, side, axis=0), side, axis=1))
+    if len(classes) > MOST_NAMED:
+        return squares
+    names = [shortened_to_width(name, LETTERS, NAME_WIDTH - 8) for name in classes]
+    canvas = Image.new("RGB", (NAME_WIDTH + squares.width, line_height(LETTERS) + squares.height), PAPER)
+    top = canvas.height - squares.height
+    canvas.paste(squares, (NAME_WIDTH, top))
+    for row, name in enumerate(names):
+        middle = top + row * side + (side - line_height(LETTERS)) / 2
+        write_line(canvas, (0, middle), name, LETTERS)
+        above = shortened_to_width(classes[row], LETTERS, side - 4)
+        write_line(canvas, (NAME_WIDTH + row * side, 0), above, LETTERS)
+        for column in np.flatnonzero(counts[row]).tolist():
+            write_outlined(canvas, (NAME_WIDTH + column * side + 4, middle), str(counts[row, column]), LETTERS)
+    return canvas
