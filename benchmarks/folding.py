@@ -1,0 +1,167 @@
+"""Compare the error of two ways to add LayerScale in bfloat16: after the product, or folded into its weights.
+
+    python benchmarks/folding.py --shape 300m
+    python benchmarks/folding.py --model MODEL --photos PHOTOS
+
+Every row is a plan of where a block rounds to bfloat16:
+
+    scaled     y = round(W a + b); x = round(x + y * scale). This is what `Kernels.residual_norm` does.
+    folded     x = round(x + round(scale W) a + scale b): the product adds the residual, rounded once.
+    carried    x = round(x + round(scale W) a), and the sum of all scale b so far is a float32 vector that norms add.
+
+Products are computed in float32 from rounded inputs, as matrix units accumulate them, so the result does not depend on
+the device. Errors are relative L2, against the same weights without any rounding: of patches, class tokens, and means of
+patches. The last is the one that tells random errors from systematic ones, which do not cancel in a mean.
+"""
+
+# ruff: noqa: N806  (shape letters, as in model/vit.py)
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (the usual name)
+
+from internvit_cli.model.catalog import TINY_RANDOM, describe_model
+from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.model.loading import load_vit
+from internvit_cli.model.stand_in import stand_in_checkpoint
+from internvit_cli.model.vit import TileEmbedding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from internvit_cli.model.vit import Block, InternViT
+
+SHAPES = {"300m": "300m", "6b": "6b", "tiny": TINY_RANDOM}
+PLANS = ("scaled", "folded", "carried")
+
+Round = "Callable[[Tensor], Tensor]"
+
+
+def to_bfloat16(x: Tensor) -> Tensor:
+    """Round to bfloat16; the type stays float32."""
+    return x.to(torch.bfloat16).float()
+
+
+class Added(NamedTuple):
+    """A residual: hidden states, and a vector that still has to be added to every row."""
+
+    x: Tensor
+    """[1,T,C]."""
+    pending: Tensor
+    """[C]."""
+
+
+class RoundedBlocks:
+    """The blocks of a tower, with rounding where a plan has it."""
+
+    def __init__(self, vit: InternViT, plan: str, rounded: Round) -> None:
+        self._blocks: list[Block] = list(vit.encoder.layers)  # type: ignore[arg-type]
+        self._plan, self._round = plan, rounded
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Run all blocks on hidden states [1,T,C]."""
+        state = Added(x, torch.zeros_like(x[0, 0]))
+        for block in self._blocks:
+            state = self._add(state, self._attend(block, self._norm(state, block.norm1)), block.attn.proj, block.ls1)
+            hidden = F.linear(self._norm(state, block.norm2), self._round(block.mlp.fc1.weight), block.mlp.fc1.bias)
+            hidden = self._round(F.gelu(hidden, approximate="tanh"))
+            state = self._add(state, hidden, block.mlp.fc2, block.ls2)
+        return self._round(state.x + state.pending)
+
+    def _norm(self, state: Added, norm: nn.Module) -> Tensor:
+        normed: Tensor = norm(state.x + state.pending)
+        return self._round(normed)
+
+    def _attend(self, block: Block, h: Tensor) -> Tensor:
+        attn = block.attn
+        qkv = self._round(F.linear(h, self._round(attn.qkv.weight), attn.qkv.bias))
+        q, k, v = qkv.chunk(3, dim=-1)
+        if attn.norms is not None:
+            q, k = self._round(attn.norms[0](q)), self._round(attn.norms[1](k))
+        q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return self._round(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def _add(self, state: Added, a: Tensor, layer: nn.Linear, scale: Tensor) -> Added:
+        if self._plan == "scaled":
+            y = self._round(F.linear(a, self._round(layer.weight), layer.bias))
+            return Added(self._round(state.x + y * scale), state.pending)
+        product = F.linear(a, self._round(layer.weight * scale[:, None]))
+        bias = layer.bias * scale
+        if self._plan == "folded":
+            return Added(self._round(state.x + product + bias), state.pending)
+        return Added(self._round(state.x + product), state.pending + bias)
+
+
+def relative(actual: Tensor, exact: Tensor) -> float:
+    return float((actual - exact).norm() / exact.norm())
+
+
+def photographs(folder: Path, count: int, side: int) -> np.ndarray:
+    """Return the centers of the first photographs, uint8 [n,S,S,3]."""
+    tiles = []
+    for path in sorted(folder.iterdir())[:count]:
+        with Image.open(path) as image:
+            tiles.append(np.asarray(ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))))
+    return np.stack(tiles)
+
+
+def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
+    card = describe_model(arguments.model or SHAPES[arguments.shape], allow_catalog=arguments.model is None)
+    blocks = card.resolve_layer() if arguments.blocks is None else arguments.blocks
+    return Checkpoint.open(card, layer=blocks) if arguments.model else stand_in_checkpoint(card, layer=blocks)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="300m", help="random weights in a model's shape")
+    parser.add_argument("--model", help="trained weights instead")
+    parser.add_argument("--photos", type=Path, help="a folder of photographs (default: random pixels)")
+    parser.add_argument("--tiles", type=int, default=8)
+    parser.add_argument("--blocks", type=int, help="number of blocks to run (default: all that run)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    checkpoint = checkpoint_of(arguments)
+    card = checkpoint.card
+    side = card.tile_size
+    if arguments.photos:
+        tiles = photographs(arguments.photos, arguments.tiles, side)
+    else:
+        tiles = np.random.default_rng(1).integers(0, 256, (arguments.tiles, side, side, 3), np.uint8)
+    vit = load_vit(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    embedding = TileEmbedding(
+        vit.embeddings, normalization=card.normalization, tile_size=side, dtype=torch.float32
+    )
+    exact: list[Tensor] = []
+    found: dict[str, list[Tensor]] = {plan: [] for plan in PLANS}
+    with torch.inference_mode():
+        for tile in tiles:
+            x = embedding(torch.from_numpy(tile)[None])
+            exact.append(RoundedBlocks(vit, "scaled", lambda x: x)(x))
+            for plan in PLANS:
+                found[plan].append(RoundedBlocks(vit, plan, to_bfloat16)(to_bfloat16(x)))
+    reference = torch.cat(exact)
+    print(f"{card.name}, {checkpoint.blocks} blocks, {len(tiles)} tiles of {side} pixels")
+    print("| plan | patches | class token | mean of patches | lowest cosine of a token |\n|---|---|---|---|---|")
+    for plan in PLANS:
+        states = torch.cat(found[plan])
+        cosine = F.cosine_similarity(states, reference, dim=-1).min()
+        print(
+            f"| {plan} | {relative(states[:, 1:], reference[:, 1:]):.5f} | {relative(states[:, 0], reference[:, 0]):.5f} "
+            f"| {relative(states[:, 1:].mean(1), reference[:, 1:].mean(1)):.5f} | {float(cosine):.6f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
