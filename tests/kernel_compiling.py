@@ -50,6 +50,11 @@ class Compiled:
     code: str
     """Disassembly."""
 
+    @property
+    def instructions(self) -> int:
+        """All of them, without jumps back: the kernels that only move memory have no loops."""
+        return len(re.findall(r"/\*[0-9a-f]{4}\*/\s+(?!NOP)\S", self.code))
+
     def count(self, instruction: str) -> int:
         return len(re.findall(rf"\b{instruction}\b", self.code))
 
