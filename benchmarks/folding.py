@@ -116,14 +116,21 @@ def photographs(folder: Path, count: int, side: int) -> np.ndarray:
     return np.stack(tiles)
 
 
+def tiles_of(arguments: argparse.Namespace, side: int) -> np.ndarray:
+    """Return the tiles to encode, uint8 [n,S,S,3]."""
+    if arguments.photos:
+        return photographs(arguments.photos, arguments.tiles, side)
+    return np.random.default_rng(1).integers(0, 256, (arguments.tiles, side, side, 3), np.uint8)
+
+
 def checkpoint_of(arguments: argparse.Namespace) -> Checkpoint:
     card = describe_model(arguments.model or SHAPES[arguments.shape], allow_catalog=arguments.model is None)
     blocks = card.resolve_layer() if arguments.blocks is None else arguments.blocks
     return Checkpoint.open(card, layer=blocks) if arguments.model else stand_in_checkpoint(card, layer=blocks)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="300m", help="random weights in a model's shape")
     parser.add_argument("--model", help="trained weights instead")
     parser.add_argument("--photos", type=Path, help="a folder of photographs (default: random pixels)")
@@ -132,35 +139,36 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def print_head(checkpoint: Checkpoint, tiles: np.ndarray, first: str) -> None:
+    """Print what is measured, and the head of the table."""
+    print(f"{checkpoint.card.name}, {checkpoint.blocks} blocks, {len(tiles)} tiles of {tiles.shape[1]} pixels")
+    print(f"| {first} | patches | class token | mean of patches | lowest cosine of a token |\n|---|---|---|---|---|")
+
+
+def print_row(name: str, states: Tensor, exact: Tensor) -> None:
+    """Print the errors of hidden states [n,T,C]."""
+    patches = relative(states[:, 1:], exact[:, 1:])
+    classes = relative(states[:, 0], exact[:, 0])
+    means = relative(states[:, 1:].mean(1), exact[:, 1:].mean(1))
+    cosine = float(F.cosine_similarity(states, exact, dim=-1).min())
+    print(f"| {name} | {patches:.5f} | {classes:.5f} | {means:.5f} | {cosine:.6f} |", flush=True)
+
+
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__)
     checkpoint = checkpoint_of(arguments)
     card = checkpoint.card
-    side = card.tile_size
-    if arguments.photos:
-        tiles = photographs(arguments.photos, arguments.tiles, side)
-    else:
-        tiles = np.random.default_rng(1).integers(0, 256, (arguments.tiles, side, side, 3), np.uint8)
+    tiles = tiles_of(arguments, card.tile_size)
     vit = load_vit(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
-    embedding = TileEmbedding(vit.embeddings, normalization=card.normalization, tile_size=side, dtype=torch.float32)
-    exact: list[Tensor] = []
-    found: dict[str, list[Tensor]] = {plan: [] for plan in PLANS}
+    embedding = TileEmbedding(
+        vit.embeddings, normalization=card.normalization, tile_size=card.tile_size, dtype=torch.float32
+    )
     with torch.inference_mode():
-        for tile in tiles:
-            x = embedding(torch.from_numpy(tile)[None])
-            exact.append(RoundedBlocks(vit, None)(x))
-            for plan in PLANS:
-                found[plan].append(RoundedBlocks(vit, plan)(to_bfloat16(x)))
-    reference = torch.cat(exact)
-    print(f"{card.name}, {checkpoint.blocks} blocks, {len(tiles)} tiles of {side} pixels")
-    print("| plan | patches | class token | mean of patches | lowest cosine of a token |\n|---|---|---|---|---|")
-    for plan in PLANS:
-        states = torch.cat(found[plan])
-        patches = relative(states[:, 1:], reference[:, 1:])
-        classes = relative(states[:, 0], reference[:, 0])
-        means = relative(states[:, 1:].mean(1), reference[:, 1:].mean(1))
-        cosine = float(F.cosine_similarity(states, reference, dim=-1).min())
-        print(f"| {plan} | {patches:.5f} | {classes:.5f} | {means:.5f} | {cosine:.6f} |", flush=True)
+        embedded = [embedding(torch.from_numpy(tile)[None]) for tile in tiles]
+        exact = torch.cat([RoundedBlocks(vit, None)(x) for x in embedded])
+        print_head(checkpoint, tiles, "plan")
+        for plan in PLANS:
+            print_row(plan, torch.cat([RoundedBlocks(vit, plan)(to_bfloat16(x)) for x in embedded]), exact)
 
 
 if __name__ == "__main__":
