@@ -5,14 +5,14 @@
 Every round runs the command in a new process with a new output, and records when each stage begins and ends, counted
 from the moment at which the process was started. The first round only fills the caches. The table has the medians of
 the others; stages whose times overlap run at the same time. Without --model, random bfloat16 weights of the 300M shape
-are written first. Small tiles (`-- --tile-size 56`) keep the encoding of the first tile short on a CPU.
+are written first. Small tiles (`-- --tile-size 56`) keep the encoding of the first tile short on a CPU. With --against,
+the rounds alternate with those of another version, whose `src` folder it names.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import json
 import os
 import platform
@@ -125,13 +125,17 @@ def run_side(started: float, result: Path, arguments: list[str]) -> None:
         result.write_text(json.dumps(timeline.spans))
 
 
-def one_round(scratch: Path, pictures: Path, model: str, options: list[str]) -> dict[str, tuple[float, float]]:
-    """Run the command once with a new output, and return its timeline."""
+def one_round(
+    scratch: Path, pictures: Path, model: str, options: list[str], source: Path | None
+) -> dict[str, tuple[float, float]]:
+    """Run the command of a version once with a new output, and return its timeline."""
+    paths = [str(source.resolve())] * (source is not None) + [path for path in sys.path[1:] if path]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         result = Path(folder, "timeline.json")
         line = [sys.executable, __file__, "--side", str(time.monotonic()), str(result)]
         line += [str(pictures), "-o", f"{folder}/feats.h5", "--model", model, "--follow-links", "--quiet", *options]
-        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+        subprocess.run(line, check=True, stdout=subprocess.DEVNULL, env=environment)
         spans: dict[str, tuple[float, float]] = json.loads(result.read_text())
     for stage, earlier in LASTING.items():
         begin, end = spans[stage]
@@ -139,7 +143,7 @@ def one_round(scratch: Path, pictures: Path, model: str, options: list[str]) -> 
     return spans
 
 
-def print_table(rounds: list[dict[str, tuple[float, float]]]) -> None:
+def print_table(rounds: Sequence[dict[str, tuple[float, float]]]) -> None:
     """Print the median begin and end of every stage, in the order in which they begin."""
     stages = {
         stage: tuple(statistics.median(spans[stage][side] for spans in rounds) for side in (0, 1))
@@ -149,7 +153,7 @@ def print_table(rounds: list[dict[str, tuple[float, float]]]) -> None:
     for stage, (begin, end) in sorted(stages.items(), key=lambda item: item[1]):
         print(f"| {stage} | {begin:.2f} | {end:.2f} | {end - begin:.2f} |")
     ends = sorted(spans[FIRST_ROW][1] for spans in rounds)
-    print(f"\nfirst row stored after {statistics.median(ends):.2f} s ({ends[0]:.2f} to {ends[-1]:.2f})")
+    print(f"\nfirst row stored after {statistics.median(ends):.2f} s ({ends[0]:.2f} to {ends[-1]:.2f})\n")
 
 
 def main() -> None:
@@ -165,7 +169,10 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or a hub id (default: random weights of the 300M shape)")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scratch", type=Path, help="where weights and outputs are written (default: the temporary folder)")
+    parser.add_argument(
+        "--scratch", type=Path, help="where weights and outputs are written (default: the temporary folder)"
+    )
+    parser.add_argument("--against", type=Path, help="the src folder of a version to compare with")
     arguments = parser.parse_args(mine)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         pictures = Path(scratch, "pictures")
@@ -182,8 +189,14 @@ def main() -> None:
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "h5py", "pillow"))
         print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
         print(f"{len(list(pictures.iterdir()))} pictures, options of extract: {' '.join(options) or 'none'}\n")
-        rounds = [one_round(Path(scratch), pictures, model, options) for _ in range(arguments.rounds + 1)]
-        print_table(rounds[1:])
+        sources = [None] if arguments.against is None else [arguments.against, None]
+        rounds = [
+            [one_round(Path(scratch), pictures, model, options, source) for source in sources]
+            for _ in range(arguments.rounds + 1)
+        ]
+    for source, of_one in zip(sources, zip(*rounds[1:], strict=True), strict=True):
+        print(f"{source or 'this version'}:\n")
+        print_table(of_one)
 
 
 if __name__ == "__main__":

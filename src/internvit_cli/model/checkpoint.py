@@ -31,11 +31,12 @@ from internvit_cli.model.layouts import (
 )
 from internvit_cli.model.tiny import tiny_weights
 from internvit_cli.model.weights import choose_weights, read_stored
+from internvit_cli.runtime.background import CancelledError
 from internvit_cli.runtime.observer import BYTES, SILENT, Observer
 from internvit_cli.runtime.untrusted import opened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import BinaryIO
 
     from internvit_cli.model.card import ModelCard
@@ -110,14 +111,19 @@ class Checkpoint:
         weights = {name: _weight(name, shapes[name], wanted[name], stored) for name in shapes}
         return cls(card, layer, weights, (chosen.note,) if chosen.note else ())
 
-    def digest(self, observer: Observer = SILENT) -> str:
+    def digest(self, observer: Observer = SILENT, is_cancelled: Callable[[], bool] = lambda: False) -> str:
         """Return the SHA-256 of the names, types, shapes and bytes of the tensors in use, equal for all layouts.
 
+        Args:
+            observer: Receives progress.
+            is_cancelled: Asked before every 8 MiB whether to end.
+
         Raises:
+            CancelledError: It was asked to end.
             ModelError: A file cannot be read.
         """
         sha = hashlib.sha256()
-        for _, piece in self._hashed(observer):
+        for _, piece in self._hashed(observer, is_cancelled):
             sha.update(piece)
         return sha.hexdigest()
 
@@ -132,7 +138,9 @@ class Checkpoint:
             shas[name].update(piece)
         return {name: sha.hexdigest() for name, sha in shas.items()}
 
-    def _hashed(self, observer: Observer) -> Iterator[tuple[str, bytes | memoryview]]:
+    def _hashed(
+        self, observer: Observer, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[str, bytes | memoryview]]:
         """Yield what is hashed of each tensor, by name in alphabetical order; a piece is valid until the next one."""
         buffer = np.empty(READ_BYTES, np.uint8)
         total = sum(weight.nbytes for weight in self.weights.values())
@@ -143,6 +151,8 @@ class Checkpoint:
                 yield name, f"{name}\0{weight.dtype}\0{','.join(map(str, weight.shape))}\0".encode()
                 for part in weight.parts:
                     for piece in _pieces(part, buffer):
+                        if is_cancelled():
+                            raise CancelledError
                         yield name, piece
                         done += len(piece)
                         phase.at(done)
