@@ -129,7 +129,8 @@ def one_round(
     scratch: Path, pictures: Path, model: str, options: list[str], source: Path | None
 ) -> dict[str, tuple[float, float]]:
     """Run the command of a version once with a new output, and return its timeline."""
-    paths = [str(source.resolve())] * (source is not None) + [path for path in sys.path[1:] if path]
+    paths = [] if source is None else [str(source.resolve())]
+    paths += [path for path in sys.path[1:] if path]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         result = Path(folder, "timeline.json")
         line = [sys.executable, __file__, "--side", str(time.monotonic()), str(result)]
