@@ -5,8 +5,9 @@
 
 The script uses a DataLoader whose workers cut tiles with PIL as in the model card, transformers' InternVLVisionModel,
 and one HDF5 group per image. Both sides encode the same pictures with the shape of tiny-random, or with the weights of
-FOLDER in transformers' layout, and store visual tokens and pooled vectors. On a card, both compute in bfloat16. Each round runs every side once, one after another, in separate processes; a side's figure is its
-median. Time is measured from the start of the work, including planning and loading the model, until the file is closed;
+FOLDER in transformers' layout, and store visual tokens and pooled vectors. On a card, both compute in bfloat16. Each
+round runs every side once, one after another, in separate processes; a side's figure is its median. Time is measured
+from the start of the work, including planning and loading the model, until the file is closed;
 imports are excluded on both sides.
 """
 
