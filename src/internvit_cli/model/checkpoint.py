@@ -65,51 +65,12 @@ class Weight:
         return math.prod(self.shape) * FLOAT_BYTES[self.dtype]
 
 
-class Checkpoint:
-    """The tensors that a run uses, located and checked; they are read on demand.
+class TensorSet:
+    """Tensors that were located and checked; they are read on demand."""
 
-    Use `Checkpoint.open` to create one.
-    """
-
-    def __init__(
-        self, card: ModelCard, blocks: int, weights: Mapping[str, Weight], notes: tuple[str, ...] = ()
-    ) -> None:
-        self.card = card
-        self.blocks = blocks
-        """The number of blocks that run."""
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
         self.weights = weights
         """The tensors by standalone name."""
-        self.notes = notes
-        """Notes for the user on how the weights were found."""
-
-    @classmethod
-    def open(cls, card: ModelCard, *, layer: int, projector: bool = False, observer: Observer = SILENT) -> Checkpoint:
-        """Locate the tensors of a run, fetch them from the hub if needed, and check their names, types and shapes.
-
-        Args:
-            card: The model.
-            layer: The number of blocks that run, from `ModelCard.resolve_layer`.
-            projector: Whether projected tokens are needed.
-            observer: Receives the progress of downloads.
-
-        Raises:
-            ModelError: There are no weights, or the message names a tensor that is missing, unexpected, misshapen or
-                broken.
-            UsageError: The model has no projector, but one is needed.
-        """
-        if projector and card.projector_size is None:
-            raise UsageError(f"--tokens projected: {card.name} has no projector", "use --tokens visual")
-        shapes = expected_shapes(card.vision, layer, card.projector_size if projector else None)
-        if card.origin == "memory":
-            arrays = tiny_weights(expected_shapes(card.vision, card.vision.num_layers, None))
-            weights = {name: Weight("F32", shapes[name], (arrays[name],)) for name in shapes}
-            return cls(card, layer, weights)
-        files = files_of(card, observer)
-        chosen = choose_weights(files, card.weights_file)
-        wanted = _locate(list(chosen.tensors), card, shapes)
-        stored = read_stored(files, chosen, [part for parts in wanted.values() for part in parts])
-        weights = {name: _weight(name, shapes[name], wanted[name], stored) for name in shapes}
-        return cls(card, layer, weights, (chosen.note,) if chosen.note else ())
 
     def digest(self, observer: Observer = SILENT, is_cancelled: Callable[[], bool] = lambda: False) -> str:
         """Return the SHA-256 of the names, types, shapes and bytes of the tensors in use, equal for all layouts.
@@ -173,6 +134,52 @@ class Checkpoint:
         return data
 
 
+class Checkpoint(TensorSet):
+    """The tensors that a run uses.
+
+    Use `Checkpoint.open` to create one.
+    """
+
+    def __init__(
+        self, card: ModelCard, blocks: int, weights: Mapping[str, Weight], notes: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(weights)
+        self.card = card
+        self.blocks = blocks
+        """The number of blocks that run."""
+        self.notes = notes
+        """Notes for the user on how the weights were found."""
+
+    @classmethod
+    def open(cls, card: ModelCard, *, layer: int, projector: bool = False, observer: Observer = SILENT) -> Checkpoint:
+        """Locate the tensors of a run, fetch them from the hub if needed, and check their names, types and shapes.
+
+        Args:
+            card: The model.
+            layer: The number of blocks that run, from `ModelCard.resolve_layer`.
+            projector: Whether projected tokens are needed.
+            observer: Receives the progress of downloads.
+
+        Raises:
+            ModelError: There are no weights, or the message names a tensor that is missing, unexpected, misshapen or
+                broken.
+            UsageError: The model has no projector, but one is needed.
+        """
+        if projector and card.projector_size is None:
+            raise UsageError(f"--tokens projected: {card.name} has no projector", "use --tokens visual")
+        shapes = expected_shapes(card.vision, layer, card.projector_size if projector else None)
+        if card.origin == "memory":
+            arrays = tiny_weights(expected_shapes(card.vision, card.vision.num_layers, None))
+            weights = {name: Weight("F32", shapes[name], (arrays[name],)) for name in shapes}
+            return cls(card, layer, weights)
+        files = files_of(card, observer)
+        chosen = choose_weights(files, card.weights_file)
+        wanted = _locate(list(chosen.tensors), card, shapes)
+        stored = read_stored(files, chosen, [part for parts in wanted.values() for part in parts])
+        weights = {name: weight_of(name, shapes[name], wanted[name], stored) for name in shapes}
+        return cls(card, layer, weights, (chosen.note,) if chosen.note else ())
+
+
 def _locate(
     stored_names: list[str], card: ModelCard, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[str, ...]]:
@@ -219,9 +226,20 @@ def _missing(name: str, tower: Tower, where: str) -> ModelError:
     )
 
 
-def _weight(
+def weight_of(
     name: str, shape: tuple[int, ...], stored_names: tuple[str, ...], stored: Mapping[str, StoredTensor]
 ) -> Weight:
+    """Return a tensor that consists of stored ones.
+
+    Args:
+        name: Its standalone name.
+        shape: The shape that it must have.
+        stored_names: The stored names of its parts, in order.
+        stored: All stored tensors by name.
+
+    Raises:
+        ModelError: A part is missing, or has another type or shape than it must have.
+    """
     parts = []
     for stored_name in stored_names:
         tensor = stored.get(stored_name)
