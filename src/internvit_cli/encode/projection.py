@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from internvit_cli.config import ComputeDtype, OnOverflow
+from internvit_cli.config import ComputeDtype, OnOverflow, StoreDtype
 from internvit_cli.encode.devices import device_name, find_fit_device
 from internvit_cli.encode.encoder import TORCH_DTYPE
 from internvit_cli.errors import UsageError
@@ -26,7 +26,6 @@ from internvit_cli.model.kernels.interface import Kernels, StorePlan
 from internvit_cli.model.loading import load_projector
 from internvit_cli.model.tensors import as_tensor
 from internvit_cli.runtime.workers import usable_cpus
-from internvit_cli.storage.format.layout import decode_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -106,20 +105,11 @@ class TokenProjector:
         """The name of the device."""
         return device_name(self.device)
 
-    def project(self, stored: NDArray[Any], scales: NDArray[Any] | None) -> ProjectedTiles:
-        """Project the visual tokens of n tiles.
-
-        Args:
-            stored: [n,T,4C] in the stored type.
-            scales: [n,T] float32, for scaled types.
-        """
-        size = 1 if self.device.type == "cpu" else BATCH_TILES
-        spans = [slice(start, start + size) for start in range(0, len(stored), size)]
-
-        def project_span(span: slice) -> ProjectedTiles:
-            return self._batch(stored[span], None if scales is None else scales[span], size)
-
-        parts = list(self._pool.map(project_span, spans))
+    def project(self, tokens: NDArray[Any]) -> ProjectedTiles:
+        """Project the visual tokens of n tiles, [n,T,4C] in the stored type; those of scaled types as float32."""
+        size = self._batch_tiles
+        cut = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+        parts = list(self._pool.map(self._batch, cut))
         return ProjectedTiles(
             np.concatenate([part.tokens for part in parts]), np.concatenate([part.fits for part in parts])
         )
@@ -128,24 +118,26 @@ class TokenProjector:
         """End the threads."""
         self._pool.shutdown()
 
-    def _batch(self, stored: NDArray[Any], scales: NDArray[Any] | None, size: int) -> ProjectedTiles:
+    @property
+    def _batch_tiles(self) -> int:
+        return 1 if self.device.type == "cpu" else BATCH_TILES
+
+    def _batch(self, stored: NDArray[Any]) -> ProjectedTiles:
         count = len(stored)
         with torch.inference_mode():  # is per thread
-            tokens = self._values(stored, scales)
-            if count < size:
-                tokens = torch.cat((tokens, tokens.new_zeros(size - count, *tokens.shape[1:])))
+            tokens = self._values(stored)
+            if missing := self._batch_tiles - count:
+                tokens = torch.cat((tokens, tokens.new_zeros(missing, *tokens.shape[1:])))
             values = self._projector(tokens.to(self.device, self._dtype))
             found = self._kernels.store(values, self._plan(values))
             kept, extremes = found.tokens[:count].cpu(), found.extremes[:count].cpu().numpy()
         bits = kept.view(torch.uint16) if kept.dtype is torch.bfloat16 else kept
         return ProjectedTiles(bits.numpy(), self._verdicts(extremes))
 
-    def _values(self, stored: NDArray[Any], scales: NDArray[Any] | None) -> Tensor:
+    def _values(self, stored: NDArray[Any]) -> Tensor:
         """Return visual tokens [n,T,4C] in the order of the wanted recipe."""
         source, wanted = self._types.source, self._types.wanted
-        dtype = source.store_dtype
-        wide = decode_values(stored, dtype, scales) if dtype.is_scaled else stored
-        tokens = as_tensor(wide, dtype)
+        tokens = as_tensor(stored, StoreDtype.FLOAT32 if source.store_dtype.is_scaled else source.store_dtype)
         if source.token_order is wanted.token_order:
             return tokens
         n, count, width = tokens.shape

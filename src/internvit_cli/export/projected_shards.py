@@ -22,7 +22,7 @@ from internvit_cli.extract.resume import load_existing, shards_to_continue
 from internvit_cli.extract.shard_plan import ShardPlanRules, ShardSize, plan_shards
 from internvit_cli.storage.check.recheck import Recheck, contradictory_rows
 from internvit_cli.storage.durable import check_space, disk_errors, write_file
-from internvit_cli.storage.format.layout import NewShard
+from internvit_cli.storage.format.layout import NewShard, decode_values
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
 from internvit_cli.storage.write.commit import ImageRows, ShardWriter, create_shard
 from internvit_cli.storage.write.reuse import reuse_rows
@@ -287,7 +287,10 @@ class ProjectedShards:
 
     def _project_block(self, shard: _OpenShard, block: RowBlock, pending: Sequence[_Pending]) -> None:
         visual = (Tokens.VISUAL.dataset, Tokens.VISUAL.scales_dataset)
-        found = self._started().project(block.arrays[visual[0]], block.arrays.get(visual[1]))
+        dtype, tokens = self._selection.recipe.store_dtype, block.arrays[visual[0]]
+        if dtype.is_scaled:
+            tokens = decode_values(tokens, dtype, block.arrays[visual[1]])
+        found = self._started().project(tokens)
         skipped: list[tuple[_Pending, Skipped]] = []
         for number, image in enumerate(pending):
             span = slice(int(block.tiles[number]), int(block.tiles[number + 1]))
