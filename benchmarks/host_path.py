@@ -44,20 +44,21 @@ THREADS = {
 }
 
 
-def make_checkpoint(folder: Path) -> None:
-    """Write random weights of one block in transformers' layout."""
+def make_checkpoint(folder: Path, blocks: int = BLOCKS, dtype: str = "float32") -> None:
+    """Write random weights of some blocks of the 300M's width in transformers' layout."""
+    import torch
     from transformers import InternVLVisionConfig, InternVLVisionModel
 
     config = InternVLVisionConfig(
         hidden_size=HIDDEN,
-        num_hidden_layers=BLOCKS,
+        num_hidden_layers=blocks,
         num_attention_heads=HEADS,
         intermediate_size=4 * HIDDEN,
         image_size=[448, 448],
         attention_bias=True,
         norm_type="layer_norm",
     )
-    InternVLVisionModel(config).save_pretrained(folder)
+    InternVLVisionModel(config).to(getattr(torch, dtype)).save_pretrained(folder)
 
 
 def link_photos(photos: Path, folder: Path, copies: int) -> None:

@@ -1,11 +1,13 @@
 """Compare the whole pipeline with a typical script, in one run on one machine.
 
     python benchmarks/pipeline.py PHOTOS [--repeat 4] [--rounds 3]
+    python benchmarks/pipeline.py PHOTOS --device cuda --model FOLDER
 
 The script uses a DataLoader whose workers cut tiles with PIL as in the model card, transformers' InternVLVisionModel,
-and one HDF5 group per image. Both sides encode the same pictures with the shape of tiny-random, and store visual tokens
-and pooled vectors. Each round runs every side once, one after another, in separate processes; a side's figure is its
-median. Time is measured from the start of the work, including planning and loading the model, until the file is closed;
+and one HDF5 group per image. Both sides encode the same pictures with the shape of tiny-random, or with the weights of
+FOLDER in transformers' layout, and store visual tokens and pooled vectors. On a card, both compute in bfloat16. Each
+round runs every side once, one after another, in separate processes; a side's figure is its median. Time is measured
+from the start of the work, including planning and loading the model, until the file is closed;
 imports are excluded on both sides.
 """
 
@@ -22,14 +24,19 @@ import tempfile
 import time
 
 SIDES = {
-    "script, float32": ["peer"],
-    "internvit, best dtype": ["ours", "auto"],
-    "internvit, float32": ["ours", "float32"],
+    "cpu": {
+        "script, float32": ["peer", "float32"],
+        "internvit, best dtype": ["ours", "auto"],
+        "internvit, float32": ["ours", "float32"],
+    },
+    "cuda": {"script, bfloat16": ["peer", "bfloat16"], "internvit, bfloat16": ["ours", "bfloat16"]},
 }
+"""What is compared on a device; the first side is the one that the others are compared with."""
 
 
-def peer(folder: str, output: str, workers: int) -> dict[str, float]:
+def peer(arguments: argparse.Namespace, dtype_name: str) -> dict[str, float]:
     """Run the typical script."""
+    folder, device = arguments.photos, arguments.device
     import h5py
     import numpy as np
     import torch
@@ -94,19 +101,24 @@ def peer(folder: str, output: str, workers: int) -> dict[str, float]:
         norm_type="layer_norm",
         attn_implementation="sdpa",
     )
-    model = InternVLVisionModel(config).eval()
+    if arguments.model is None:
+        model = InternVLVisionModel(config)
+    else:
+        model = InternVLVisionModel.from_pretrained(arguments.model, attn_implementation="sdpa")
+    dtype = getattr(torch, dtype_name)
+    model = model.to(device, dtype).eval()
     tiles = 0
-    with h5py.File(output, "w") as file, torch.inference_mode():
-        for name, pixels in DataLoader(Photos(), batch_size=None, num_workers=workers):
-            hidden = model(pixel_values=pixels).last_hidden_state
+    with h5py.File(arguments.output, "w") as file, torch.inference_mode():
+        for name, pixels in DataLoader(Photos(), batch_size=None, num_workers=arguments.workers):
+            hidden = model(pixel_values=pixels.to(device, dtype)).last_hidden_state
             group = file.create_group(name)
-            group["tokens"] = unshuffle(hidden[:, 1:]).half().numpy()
-            group["pooled"] = hidden[-1, 1:].mean(dim=0).numpy()
+            group["tokens"] = unshuffle(hidden[:, 1:]).half().cpu().numpy()
+            group["pooled"] = hidden[-1, 1:].float().mean(dim=0).cpu().numpy()
             tiles += len(pixels)
     return {"seconds": time.perf_counter() - started, "tiles": tiles}
 
 
-def ours(folder: str, output: str, dtype: str) -> dict[str, float]:
+def ours(arguments: argparse.Namespace, dtype: str) -> dict[str, float]:
     """Run internvit as its command line does."""
     import torch  # noqa: F401 - imported before the clock starts, as in the script
 
@@ -116,19 +128,21 @@ def ours(folder: str, output: str, dtype: str) -> dict[str, float]:
     from internvit_cli.runtime.signals import StopRequest
 
     options = ExtractOptions(
-        sources=(folder,),
-        store=StoreOptions(output=output),
-        model=ModelOptions(name="tiny-random"),
-        run=RunOptions(dtype=ComputeDtype(dtype)),
+        sources=(arguments.photos,),
+        store=StoreOptions(output=arguments.output),
+        model=ModelOptions(name=arguments.model or "tiny-random"),
+        run=RunOptions(dtype=ComputeDtype(dtype), devices=(arguments.device,)),
     )
     return extract(options, StopRequest()).to_json()
 
 
-def run_side(arguments: list[str], folder: str, workers: int) -> dict[str, float]:
+def run_side(side: list[str], folder: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Run one side in a separate process and return its result."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, __file__, folder, "--side", *arguments, "--output", f"{scratch}/features.h5"]
-        result = subprocess.run([*command, "--workers", str(workers)], check=True, capture_output=True, text=True)
+        command = [sys.executable, __file__, folder, "--side", *side, "--output", f"{scratch}/features.h5"]
+        command += ["--workers", str(arguments.workers), "--device", arguments.device]
+        command += [] if arguments.model is None else ["--model", arguments.model]
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -151,24 +165,22 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="workers of the script's DataLoader"
     )
+    parser.add_argument("--device", choices=SIDES, default="cpu")
+    parser.add_argument("--model", help="the folder of a checkpoint (default: random weights of a small shape)")
     parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--output", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        kind, *rest = arguments.side
-        result = (
-            peer(arguments.photos, arguments.output, arguments.workers)
-            if kind == "peer"
-            else ours(arguments.photos, arguments.output, *rest)
-        )
-        print(json.dumps(result))
+        kind, dtype = arguments.side
+        print(json.dumps(peer(arguments, dtype) if kind == "peer" else ours(arguments, dtype)))
         return
+    sides = SIDES[arguments.device]
     with tempfile.TemporaryDirectory() as scratch:
         images = repeat_photos(arguments.photos, arguments.repeat, scratch)
-        results: dict[str, list[dict[str, float]]] = {name: [] for name in SIDES}
+        results: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for _ in range(arguments.rounds):
-            for name, side in SIDES.items():
-                results[name].append(run_side(side, scratch, arguments.workers))
+            for name, side in sides.items():
+                results[name].append(run_side(side, scratch, arguments))
     report(images, results)
 
 
@@ -182,12 +194,12 @@ def report(images: int, results: dict[str, list[dict[str, float]]]) -> None:
     """Print a Markdown table; ratios compare runs of the same round."""
     import torch
 
-    first = results["script, float32"]
+    first = next(iter(results.values()))
     print(f"{processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
     print(f"{images} images, {first[0]['tiles']:.0f} tiles, {len(first)} rounds\n")
     print("| side | images/s | tiles/s | ratio to the script, median (least..most) | stages, share of the main part |")
     print("|---|---|---|---|---|")
-    script = [run["seconds"] for run in results["script, float32"]]
+    script = [run["seconds"] for run in first]
     for name, runs in results.items():
         seconds = statistics.median(run["seconds"] for run in runs)
         ratios = [theirs / run["seconds"] for theirs, run in zip(script, runs, strict=True)]

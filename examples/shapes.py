@@ -48,6 +48,7 @@ def picture(name: str, random: np.random.Generator) -> Image.Image:
 
 
 def main() -> None:
+    """Draw the pictures that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--each", type=int, default=30)

@@ -348,6 +348,15 @@ def test_what_only_moves_memory_does_so_in_accesses_of_16_bytes_and_spills_nothi
     assert re.search(r"\bLDG\.E\.128\b", kernel.code)
 
 
+@pytest.mark.parametrize(("model", "values", "most"), [("300m", 16, 26), ("6b", 32, 24)])
+def test_gelu_and_quantization_for_hopper_issue_few_instructions_per_value(compiling, model, values, most):
+    """At three bytes per value, the memory of an H200 allows about 21 instructions; with erf, there would be 47."""
+    kernel = compiling.compiled(model, "quantize_gelu", fp8.FP8)
+    assert kernel.stack == 0
+    assert 8 * values < kernel.instructions <= most * values
+    assert kernel.count("MUFU") <= 2 * values + 1
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, fp8.FP8], ids=str)

@@ -25,7 +25,7 @@ from internvit_cli.config import Pool, StoreDtype, TokenOrder, Tokens
 from internvit_cli.encode.to_host import on_host
 from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.model.features import FeatureModel, FeatureSpec, LayerTensors
-from internvit_cli.model.vit import Block
+from internvit_cli.model.vit import MLP, Block
 from internvit_cli.storage.format.layout import FeatureName, crc_order, dataset_of
 from internvit_cli.verify.checks import verify
 from internvit_cli.verify.result import VerifyOptions
@@ -134,6 +134,30 @@ def test_without_tokens_each_layer_has_its_own_vector(pool: Pool) -> None:
         (alone,) = features_of((layer,), tiles, tokens=Tokens.NONE, pool=pool)
         assert together[number].tokens is None
         torch.testing.assert_close(together[number].pooled, alone.pooled, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pool", "rows"),
+    [
+        (Tokens.NONE, Pool.CLS, 1),
+        (Tokens.NONE, Pool.MEAN, 17),
+        (Tokens.NONE, Pool.CLS_MEAN, 17),
+        (Tokens.PATCH, Pool.CLS, 17),
+    ],
+)
+def test_the_last_block_computes_the_rows_that_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tokens: Tokens, pool: Pool, rows: int
+) -> None:
+    """For the class token alone, that is one row of the projection after attention and of the MLP."""
+    widths, forward = [], MLP.forward
+
+    def counted(mlp: MLP, h: torch.Tensor) -> torch.Tensor:
+        widths.append(h.shape[1])
+        return forward(mlp, h)
+
+    monkeypatch.setattr(MLP, "forward", counted)
+    features_of((2,), random_tiles(1), tokens=tokens, pool=pool)
+    assert widths == [17, rows]
 
 
 def test_one_layer_that_cannot_be_stored_is_enough_to_skip_a_tile() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import (
@@ -23,16 +22,22 @@ from internvit_cli.model.checkpoint import Checkpoint
 from internvit_cli.model.names import parse_model_name
 from internvit_cli.model.own_tiling import tiling_note
 from internvit_cli.model.pixels import Normalization
+from internvit_cli.runtime.background import Background
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import listed
 from internvit_cli.storage.format.layout import FeatureShape, stored_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
 
     from internvit_cli.options import ExtractOptions, RunOptions
 
 LONGEST_DTYPE = ComputeDtype.BFLOAT16
+UNKNOWN_DIGEST = "0" * 64
+"""Stands for the digest of weights that are not hashed yet, or not at all; it has the same length."""
 OPTION_OF_FIELD = {
     "weights_digest": "--model",
     "exif": "--exif",
@@ -102,7 +107,8 @@ class ModelInUse:
     """The model of a run, of which only as much is read as the run needs.
 
     A repeated command whose output names the same model on the hub is compared with what the output recorded, without
-    network, weights or torch.
+    network, weights or torch. The weights are hashed in a thread beside other work, so this is a context manager: no
+    thread outlives the block, and if the hashing fails, its error comes before those of what ran beside it.
     """
 
     def __init__(self, options: ExtractOptions, stored: dict[str, Any] | None, observer: Observer = SILENT) -> None:
@@ -125,18 +131,48 @@ class ModelInUse:
         self._revision = options.model.revision
         recorded = _recorded_recipe(options, stored)
         kept = recorded if stored and stored.get("model") == self._name.recorded else None
+        self._hashing: Background[str] | None = None
         is_pinned = kept is not None and stored is not None and self._is_on_hub(stored)
         self._kept_layers = kept_layers(options, kept, None if is_pinned else self.card) if kept else None
-        if kept and stored and is_pinned:
+        if stored and is_pinned:
             self._revision = stored.get("model_revision") or None
-            facts = RecipeFacts.of_recipe(kept) if self.layers == kept.layers else self._facts_of_weights()
+        self._digest_is_recorded = kept is not None and is_pinned and self.layers == kept.layers
+        if kept and self._digest_is_recorded:
+            facts = RecipeFacts.of_recipe(kept)
         else:
-            facts = self._facts_of_weights()
+            facts = RecipeFacts.of_card(self.card, self.layers, UNKNOWN_DIGEST)
         facts = facts.with_kept(kept)
         dtype = planned_dtype(options, recorded)
         self.dtype_is_known = dtype is not None
-        self.recipe = make_recipe(options, facts, dtype or LONGEST_DTYPE)
-        """The wanted recipe; an unknown compute type is replaced by one of the same length."""
+        self.draft = make_recipe(options, facts, dtype or LONGEST_DTYPE)
+        """The wanted recipe without the digest of weights that are still to be hashed. An unknown compute type is
+        replaced by one of the same length."""
+        if not self._digest_is_recorded:
+            self.hash_weights()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the hashing: at once after an interruption, or else with its result, whose error comes first."""
+        if self._hashing is None:
+            return
+        try:
+            if error is None or isinstance(error, Exception):
+                self.confirm_weights()
+        finally:
+            self._hashing.cancel()
+
+    @property
+    def recipe(self) -> Recipe:
+        """The wanted recipe, after waiting for the digest of the weights; see `draft` for the compute type.
+
+        Raises:
+            ModelError: The weights cannot be read.
+        """
+        return self.draft if self._digest_is_recorded else replace(self.draft, weights_digest=self._digest)
 
     @property
     def card(self) -> ModelCard:
@@ -177,22 +213,32 @@ class ModelInUse:
         found = (*self._card.notes, tiling_note(self._card.own_tiling, self._options.pictures))
         return tuple(note for note in (*found, *(self._checkpoint.notes if self._checkpoint else ())) if note)
 
-    def confirm_weights(self) -> None:
-        """Check that the available weights are those that the recipe names.
+    def hash_weights(self) -> None:
+        """Begin to hash the weights beside other work, unless that has begun before.
 
         Raises:
+            ModelError: There are no weights.
+        """
+        if self._hashing is None:
+            checkpoint, observer = self.checkpoint, self._observer
+            self._hashing = Background(lambda is_cancelled: checkpoint.digest(observer, is_cancelled), "hash")
+
+    def confirm_weights(self) -> None:
+        """Check that the available weights are those that the recipe names, after waiting for their digest.
+
+        Raises:
+            ModelError: The weights cannot be read.
             OtherRecipeError: They are not, so the model changed under its name.
         """
         if self._digest != self.recipe.weights_digest:
             check_same(replace(self.recipe, weights_digest=self._digest), self.recipe, self._options.store.output)
 
-    def _facts_of_weights(self) -> RecipeFacts:
-        return RecipeFacts.of_card(self.card, self.layers, self._digest)
-
-    @cached_property
+    @property
     def _digest(self) -> str:
-        """Return the digest of the available weights: gigabytes, which are read once."""
-        return self.checkpoint.digest(self._observer)
+        """The digest of the available weights: gigabytes, which are hashed once."""
+        self.hash_weights()
+        assert self._hashing is not None, "it has begun"
+        return self._hashing.result()
 
     def _is_on_hub(self, stored: dict[str, Any]) -> bool:
         """Return whether the output's commit of a model on the hub is the one to use."""

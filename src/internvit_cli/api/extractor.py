@@ -79,10 +79,10 @@ class Extractor:
             UsageError: Options are invalid or contradict each other.
         """
         wanted = extract_options(model, options)
-        in_use = ModelInUse(wanted, None)
-        recipe, run = in_use.recipe, wanted.run
-        how = encoder_options_of_run(run, recipe, run.devices[0])
-        self._start(in_use.checkpoint, recipe, how, wanted.pictures.max_pixels)
+        with ModelInUse(wanted, None) as in_use:
+            recipe, run = in_use.recipe, wanted.run
+            how = encoder_options_of_run(run, recipe, run.devices[0])
+            self._start(in_use.checkpoint, recipe, how, wanted.pictures.max_pixels)
 
     @classmethod
     def like(

@@ -88,6 +88,18 @@ def export_command(
         ),
     ] = None,
     null: Annotated[bool, typer.Option("-0", "--null", help="Expect NUL after each key of a list.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="CHAT",
+            help="Refuse tokens that this chat model would not compute, because it has other weights.",
+        ),
+    ] = None,
+    allow_mismatch: Annotated[
+        bool,
+        typer.Option("--allow-mismatch", help="Write tokens of another tower than that of their projector or CHAT."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW once the new one is complete.")] = False,
     no_lock: Annotated[
         bool, typer.Option("--no-lock", help="Do not lock NEW, on filesystems that have no locks.")
@@ -111,7 +123,16 @@ def export_command(
     keys = tuple(read_keys(keys_from, null_separated=null)) if keys_from is not None else ()
     if keys_from is not None and not keys:
         raise UsageError(f"--keys-from {one_line(keys_from)}: the list names no image", "write one key per line")
-    options = ExportOptions(found_output(path), write, tuple(key or ()), keys, tokens=not no_tokens, layers=layer)
+    options = ExportOptions(
+        source=found_output(path),
+        write=write,
+        words=tuple(key or ()),
+        keys=keys,
+        tokens=not no_tokens,
+        layers=layer,
+        model=model,
+        allow_mismatch=allow_mismatch,
+    )
     return run_stoppable(lambda stop, observer: export(options, stop, observer), as_json=json, quiet=quiet)
 
 

@@ -78,6 +78,7 @@ def _print_tables(facts: dict[str, Any]) -> None:
     rows = {
         "file": facts["path"],
         "model": f"{facts['model']} {facts['model_revision']}".strip(),
+        **({"projector": facts["projector"]} if facts["projector"] else {}),
         "images": f"{facts['total_images']:,}: {images}",
         "tiles": f"{facts['tiles']:,}",
         "bytes": f"{facts['bytes']:,} ({human_bytes(facts['bytes'])}) in {counted(facts['shards'], 'shard')}",

@@ -54,6 +54,7 @@ def describe_output(path: str) -> dict[str, Any]:
         "unfinished": _unfinished(path, places),
         "model": attributes.get("model", ""),
         "model_revision": attributes.get("model_revision", ""),
+        "projector": attributes.get("projector", ""),
         "recipe": json.loads(recipe.to_json()),
         "recipe_digest": attributes.get("recipe_digest", ""),
         "total_images": len(status),

@@ -24,6 +24,7 @@ from internvit_cli.plan.scan import PlanOptions, plan_images
 from internvit_cli.plan.table import count_statuses
 from internvit_cli.recipes import (
     LONGEST_DTYPE,
+    UNKNOWN_DIGEST,
     RecipeFacts,
     check_layers,
     check_same,
@@ -51,9 +52,6 @@ if TYPE_CHECKING:
     from internvit_cli.sources import Listing
     from internvit_cli.storage.format.layout import FeatureShape
     from internvit_cli.storage.output import Output
-
-UNKNOWN_DIGEST = "0" * 64
-"""Replaces the digest of the weights, which are not read; only its length matters."""
 
 
 @dataclass(frozen=True, slots=True)

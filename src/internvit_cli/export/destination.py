@@ -60,7 +60,7 @@ class Destination:
         self._overwrite = overwrite
         self._check_parent()
         for source in sources:
-            self._check_overlap(source)
+            refuse_overlap(source, self.path)
         self._check_present()
 
     @property
@@ -140,14 +140,6 @@ class Destination:
         parent = os.path.dirname(self.path)
         if not os.path.isdir(parent):
             raise OutputError(f"the folder {parent} does not exist", f"create it: mkdir -p {parent}")
-
-    def _check_overlap(self, source: str) -> None:
-        read, written = (os.path.realpath(path) for path in (source.rstrip("/") or "/", self.path))
-        if read == written or _is_same(read, written):
-            raise UsageError(f"{self.path} is the output that is read", "choose another name")
-        for inner, outer in ((written, read), (read, written)):
-            if inner.startswith(outer + os.sep):
-                raise UsageError(f"{inner} lies inside {outer}", "choose a name outside")
 
     def _check_present(self) -> None:
         self._refuse_foreign_folder()
@@ -236,6 +228,20 @@ class Destination:
                 os.rename(final, self.staged(REPLACED))
                 os.rename(staged, final)
         sync_path(os.path.dirname(final))
+
+
+def refuse_overlap(source: str, result: str) -> None:
+    """Refuse to write a result over the output that is read, or inside it.
+
+    Raises:
+        UsageError: They are the same, or one lies inside the other.
+    """
+    read, written = (os.path.realpath(path.rstrip("/") or "/") for path in (source, result))
+    if read == written or _is_same(read, written):
+        raise UsageError(f"{result} is the output that is read", "choose another name")
+    for inner, outer in ((written, read), (read, written)):
+        if inner.startswith(outer + os.sep):
+            raise UsageError(f"{inner} lies inside {outer}", "choose a name outside")
 
 
 def _is_same(one: str, other: str) -> bool:

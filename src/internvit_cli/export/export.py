@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Tokens
-from internvit_cli.errors import StoppedError, UsageError
+from internvit_cli.errors import ModelError, StoppedError, UsageError
 from internvit_cli.export.blocks import read_blocks
 from internvit_cli.export.destination import Destination
 from internvit_cli.export.selection import RowSelection, select_all_rows
 from internvit_cli.export.targets import ResultPlace, Target, choose_target
+from internvit_cli.model.matching import ALLOW_MISMATCH, match_weights, mismatch_error
 from internvit_cli.plan.table import count_statuses
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.signals import Interruption
 from internvit_cli.storage.durable import check_space, disk_errors, unsynced_folder
+from internvit_cli.storage.format.layout import PROJECTOR, PROJECTOR_TOWER
 
 if TYPE_CHECKING:
     from internvit_cli.export.writer import UnpublishedResult, Writer
@@ -52,6 +54,11 @@ class ExportOptions:
     """Whether to write tokens; otherwise only vectors are written."""
     layers: tuple[int, ...] | None = None
     """The layers to write, as for `Features.at_layer`; None means all."""
+    model: str | None = None
+    """The chat model that is to read the tokens, whose weights must be those behind them; None means that it is not
+    checked."""
+    allow_mismatch: bool = False
+    """Whether to write tokens of another tower than that of the projector or of `model`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +104,7 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
             selection = select_all_rows(options.source)
         if options.words or options.keys:
             selection = selection.take(selection.positions_of(options.words, options.keys, options.source))
+        _refuse_mismatch(options, selection, observer)
         if not options.tokens:
             selection = selection.without_tokens()
         if options.layers is not None:
@@ -107,6 +115,28 @@ def export(options: ExportOptions, stop: StopRequest, observer: Observer = SILEN
         )
     except Interruption:
         raise StoppedError("stopped before everything was written; nothing was kept") from None
+
+
+def _refuse_mismatch(options: ExportOptions, selection: RowSelection, observer: Observer) -> None:
+    """Refuse tokens that a chat model would misread, because another tower made them.
+
+    Raises:
+        ModelError: The tokens were projected by the projector of another tower, or `options.model` has other weights.
+    """
+    if options.allow_mismatch or not options.tokens:
+        return
+    attributes = selection.attributes()
+    own = attributes.get(PROJECTOR_TOWER, "")
+    if own and own != selection.recipe.weights_digest:
+        raise ModelError(
+            f"the tokens of {options.source} come from another tower than that of {attributes[PROJECTOR]}, whose "
+            "projector was applied to them",
+            f"extract with that model, or {ALLOW_MISMATCH} if that is what you want",
+        )
+    if options.model is not None:
+        match = match_weights(selection.recipe, attributes, options.model, observer)
+        if not match.matches:
+            raise mismatch_error(match)
 
 
 def _check_layers(selection: RowSelection, place: ResultPlace) -> None:

@@ -125,13 +125,13 @@ class LocalEngine:
 
     @classmethod
     def start(cls, checkpoint: Checkpoint, options: EngineOptions, workload: Workload | None) -> Self:
-        """Start the decode workers, and while they start, load the encoder."""
-        from internvit_cli.encode.encoder import Encoder
-
+        """Start the decode workers, and while they start, import PyTorch and load the encoder."""
         engine = cls(options)
         if workload is not None:
             engine._start_decoder(workload)
         try:
+            from internvit_cli.encode.encoder import Encoder
+
             engine._encoder = Encoder.load(checkpoint, options.encoder)
         except BaseException:
             engine._close_decoder()

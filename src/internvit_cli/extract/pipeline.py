@@ -13,10 +13,11 @@ from internvit_cli.extract.encode_loop import strict_error
 from internvit_cli.extract.requests import check_words, find_output
 from internvit_cli.extract.resume import Existing, load_existing
 from internvit_cli.extract.run_engine import RunEngine, measure_accuracy
-from internvit_cli.extract.run_plan import Run, RunPlan, decoded_tiles, prepare
+from internvit_cli.extract.run_plan import Run, RunPlan, decoded_tiles, prepare, read_output
 from internvit_cli.extract.shard_filler import CreatedShard, ShardFiller, is_skipped_by
 from internvit_cli.extract.shard_plan import RunMeasurements, ShardPlan, ShardPlanRules, new_shard, plan_shards
 from internvit_cli.extract.summary import Account, Totals, look_ahead, summarize
+from internvit_cli.recipes import ModelInUse
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.signals import Interruption
 from internvit_cli.runtime.words import counted
@@ -26,6 +27,7 @@ from internvit_cli.storage.lock import exclusive
 from internvit_cli.storage.write.commit import create_shard
 
 if TYPE_CHECKING:
+    from internvit_cli.config import Recipe
     from internvit_cli.extract.results import Summary
     from internvit_cli.options import ExtractOptions
     from internvit_cli.runtime.signals import StopRequest
@@ -69,7 +71,14 @@ def extract(
 
 
 def _extract(run: Run, listing: Listing, started: float) -> Summary:
-    plan = prepare(run, listing)
+    existing = read_output(run)
+    with ModelInUse(run.options, existing.attributes, run.observer) as model:
+        plan = prepare(run, listing, existing, model)
+        del existing, listing  # the plan has what is still needed, and they are large
+        return _carry_out(run, plan, started)
+
+
+def _carry_out(run: Run, plan: RunPlan, started: float) -> Summary:
     totals = Totals.of(plan)
     with closing(RunEngine(run, plan)) as engine:
         if not plan.is_up_to_date:
@@ -95,7 +104,8 @@ def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> 
     existing, planned, output = plan.existing, plan.planned, run.output
     rules = ShardPlanRules(plan.shard_size, plan.listing.sources, run.relocations)
     shard_plans = plan_shards(existing.finished, plan.gone, planned.table, rules)
-    _check(run, plan, shard_plans, engine)
+    plan.model.hash_weights()
+    _check(run, plan, shard_plans)
     totals.unsynced = unsynced_folder(output.folder)
     run.observer.note(
         look_ahead(
@@ -106,6 +116,7 @@ def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> 
         engine.start(plan.workload)
     else:
         engine.start_for_types()
+    plan.model.confirm_weights()  # hashed beside all of the above, and needed from here on
     accuracy = measure_accuracy(run, plan, engine) if shard_plans else None
     plan.skip_log.append((planned.table.keys[row], skip) for row, skip in planned.skipped.items())
     filler = ShardFiller(run, plan, engine, totals)
@@ -118,7 +129,7 @@ def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> 
     for number, shard_plan in enumerate(shard_plans, 1):
         if run.is_stopped:
             return
-        shard = _new_shard(plan, shard_plan, engine, RunMeasurements(engine.batch_tiles_to_record, accuracy))
+        shard = _new_shard(plan, shard_plan, engine.recipe, RunMeasurements(engine.batch_tiles_to_record, accuracy))
         with run.observer.phase("setting space aside"):
             create_shard(output.backend, output.partial_path(output.next_number()), shard)
         filler.fill(CreatedShard(shard.table, shard.complete_attributes, shard_plans[number:]), finished)
@@ -126,22 +137,19 @@ def _make_shards(run: Run, plan: RunPlan, engine: RunEngine, totals: Totals) -> 
         output.drop_rows(finished.by_shard(plan.dropped))
 
 
-def _check(run: Run, plan: RunPlan, shard_plans: list[ShardPlan], engine: RunEngine) -> None:
+def _check(run: Run, plan: RunPlan, shard_plans: list[ShardPlan]) -> None:
     """Refuse a run that cannot succeed, and report notes for the user, before any work.
 
     Raises:
-        OtherRecipeError: The model has changed under the same name.
         InternvitError: An image cannot be used and the run is strict, or there is not enough space.
     """
-    plan.model.confirm_weights()
     for note in plan.model.notes:
         run.observer.note(note)
     if plan.planned.skipped and run.options.run.strict:
         row, skipped = min(plan.planned.skipped.items())
         raise strict_error(plan.planned.table.keys[row], skipped)
-    _check_space(
-        run, plan.existing, [_new_shard(plan, shard_plan, engine, RunMeasurements()) for shard_plan in shard_plans]
-    )
+    draft = plan.model.draft
+    _check_space(run, plan.existing, [_new_shard(plan, planned, draft, RunMeasurements()) for planned in shard_plans])
     if shard_plans and run.output.is_file and plan.existing.finished:
         copied = counted(os.path.getsize(run.output.path), "byte")
         run.observer.note(f"{run.output.path} is made anew: up to {copied} of its rows copied")
@@ -159,9 +167,9 @@ def _check_space(run: Run, existing: Existing, shards: list[NewShard]) -> None:
     check_space(output.path, needed)
 
 
-def _new_shard(plan: RunPlan, shard_plan: ShardPlan, engine: RunEngine, measured: RunMeasurements) -> NewShard:
+def _new_shard(plan: RunPlan, shard_plan: ShardPlan, recipe: Recipe, measured: RunMeasurements) -> NewShard:
     assert plan.shape is not None, "there is something to do"
-    return new_shard(shard_plan, plan.shape, engine.recipe, plan.model.card, measured)
+    return new_shard(shard_plan, plan.shape, recipe, plan.model.card, measured)
 
 
 def _complete(run: Run, plan: RunPlan) -> None:

@@ -31,6 +31,11 @@ class Existing:
         return [*self.finished, *([self.partial] if self.partial else [])]
 
     @property
+    def is_absent(self) -> bool:
+        """Whether there is no shard, not even a damaged one, so that there is no recipe to compare with."""
+        return not self.shards and self.damage is None
+
+    @property
     def attributes(self) -> dict[str, Any] | None:
         """The attributes of the newest shard; None if there is none."""
         return self.shards[-1].stored.attributes if self.shards else None

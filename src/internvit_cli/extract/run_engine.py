@@ -41,7 +41,7 @@ class RunEngine:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the run, with the compute type once the engine has started."""
+        """The recipe of the run, once the weights are hashed, with the compute type once the engine has started."""
         recipe = self._model.recipe
         return recipe if self.started is None else replace(recipe, compute_dtype=self.started.info.dtype)
 
@@ -97,7 +97,7 @@ class RunEngine:
             self._start(None)
 
     def _start(self, workload: Workload | None) -> Engine:
-        how, recipe = self._run.options.run, self._model.recipe
+        how, recipe = self._run.options.run, self._model.draft
         devices = find_devices(how.devices)
         encoder = replace(
             encoder_options_of_run(how, recipe, devices[0]),

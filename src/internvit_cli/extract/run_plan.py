@@ -14,7 +14,7 @@ from internvit_cli.extract.engine import Workload
 from internvit_cli.extract.resume import load_existing, shards_to_continue
 from internvit_cli.extract.shard_plan import EMPTY_TABLE, RunMeasurements, ShardPlan, ShardSize, is_moved, new_shard
 from internvit_cli.plan.scan import PlanOptions, plan_images
-from internvit_cli.recipes import ModelInUse, feature_shape, pixel_rule
+from internvit_cli.recipes import feature_shape, pixel_rule
 from internvit_cli.runtime.workers import usable_cpus
 from internvit_cli.sources.find_images import require_images
 from internvit_cli.storage.skipped import SkipLog, read_skip_log
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from internvit_cli.options import ExtractOptions
     from internvit_cli.plan.scan import Plan
     from internvit_cli.plan.table import ImageTable
+    from internvit_cli.recipes import ModelInUse
     from internvit_cli.runtime.observer import Observer
     from internvit_cli.runtime.signals import StopRequest
     from internvit_cli.sources import Listing
@@ -104,12 +105,25 @@ def decoded_tiles(table: ImageTable, rule: PixelRule) -> NDArray[Any]:
     return np.ones_like(counts) if rule.global_view_only else counts
 
 
-def prepare(run: Run, listing: Listing) -> RunPlan:
+def read_output(run: Run) -> Existing:
+    """Read what is at the output.
+
+    Raises:
+        OutputError: It is damaged and not to be overwritten, or is not from internvit.
+    """
+    run.output.prepare()
+    with run.observer.phase("reading the output"):
+        return load_existing(run.output, overwrite=run.options.store.overwrite)
+
+
+def prepare(run: Run, listing: Listing, existing: Existing, model: ModelInUse) -> RunPlan:
     """Compare the sources with the output, and read the headers of what is new or changed.
 
     Args:
         run: The command.
         listing: The files in the sources.
+        existing: What is at the output.
+        model: The model, whose weights may still be hashed; a new output does not wait for them.
 
     Raises:
         OtherRecipeError: The output was made with another recipe.
@@ -117,11 +131,8 @@ def prepare(run: Run, listing: Listing) -> RunPlan:
         InternvitError: The run cannot start.
     """
     store, output = run.options.store, run.output
-    output.prepare()
-    with run.observer.phase("reading the output"):
-        existing = load_existing(output, overwrite=store.overwrite)
-    model = ModelInUse(run.options, existing.attributes, run.observer)
-    existing = shards_to_continue(output, existing, model.recipe, overwrite=store.overwrite)
+    wanted = model.draft if existing.is_absent else model.recipe
+    existing = shards_to_continue(output, existing, wanted, overwrite=store.overwrite)
     stored = StoredImages(existing.shards, run.relocations)
     skip_log = SkipLog(output.skipped_path, run.options.limits)
     with run.observer.phase("comparing with the output", "image", len(listing)) as phase:
@@ -131,7 +142,7 @@ def prepare(run: Run, listing: Listing) -> RunPlan:
     _list_unreadable_folders(listing, output, skip_log)
     if not existing.shards:
         _shape_and_size(run, model, listing)  # fails early, before a million headers are read
-    rule = pixel_rule(model.recipe, run.options.pictures.max_pixels)
+    rule = pixel_rule(model.draft, run.options.pictures.max_pixels)
     planned = _read_headers(run, listing, changes, rule)
     drawn = set(planned.drawn)
     replaced = tuple(listing.keys[entry] for entry in changes.changed if entry not in drawn)
@@ -161,10 +172,10 @@ def _shape_and_size(run: Run, model: ModelInUse, listing: Listing) -> tuple[Feat
     Raises:
         UsageError: Empty shards are already larger than requested.
     """
-    shape = feature_shape(run.options, model.card, model.recipe)
+    shape = feature_shape(run.options, model.card, model.draft)
     if run.output.is_file:
         return shape, None
-    nothing = new_shard(ShardPlan(EMPTY_TABLE, listing.sources), shape, model.recipe, model.card, RunMeasurements())
+    nothing = new_shard(ShardPlan(EMPTY_TABLE, listing.sources), shape, model.draft, model.card, RunMeasurements())
     size = ShardSize.of(run.options.store.shard_bytes, run.output.backend, shape, nothing.attributes)
     return shape, size
 

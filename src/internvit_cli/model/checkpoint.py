@@ -31,11 +31,12 @@ from internvit_cli.model.layouts import (
 )
 from internvit_cli.model.tiny import tiny_weights
 from internvit_cli.model.weights import choose_weights, read_stored
+from internvit_cli.runtime.background import CancelledError
 from internvit_cli.runtime.observer import BYTES, SILENT, Observer
 from internvit_cli.runtime.untrusted import opened
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import BinaryIO
 
     from internvit_cli.model.card import ModelCard
@@ -64,8 +65,77 @@ class Weight:
         return math.prod(self.shape) * FLOAT_BYTES[self.dtype]
 
 
-class Checkpoint:
-    """The tensors that a run uses, located and checked; they are read on demand.
+class TensorSet:
+    """Tensors that were located and checked; they are read on demand."""
+
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        self.weights = weights
+        """The tensors by standalone name."""
+
+    def digest(self, observer: Observer = SILENT, is_cancelled: Callable[[], bool] = lambda: False) -> str:
+        """Return the SHA-256 of the names, types, shapes and bytes of the tensors in use, equal for all layouts.
+
+        Args:
+            observer: Receives progress.
+            is_cancelled: Asked before every 8 MiB whether to end.
+
+        Raises:
+            CancelledError: It was asked to end.
+            ModelError: A file cannot be read.
+        """
+        sha = hashlib.sha256()
+        for _, piece in self._hashed(observer, is_cancelled):
+            sha.update(piece)
+        return sha.hexdigest()
+
+    def tensor_digests(self, observer: Observer = SILENT) -> dict[str, str]:
+        """Return the SHA-256 of every tensor in use by standalone name: of its name, type, shape and bytes.
+
+        Raises:
+            ModelError: A file cannot be read.
+        """
+        shas = {name: hashlib.sha256() for name in self.weights}
+        for name, piece in self._hashed(observer):
+            shas[name].update(piece)
+        return {name: sha.hexdigest() for name, sha in shas.items()}
+
+    def _hashed(
+        self, observer: Observer, is_cancelled: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[str, bytes | memoryview]]:
+        """Yield what is hashed of each tensor, by name in alphabetical order; a piece is valid until the next one."""
+        buffer = np.empty(READ_BYTES, np.uint8)
+        total = sum(weight.nbytes for weight in self.weights.values())
+        done = 0
+        with observer.phase("hashing the weights", BYTES, total) as phase:
+            for name in sorted(self.weights):
+                weight = self.weights[name]
+                yield name, f"{name}\0{weight.dtype}\0{','.join(map(str, weight.shape))}\0".encode()
+                for part in weight.parts:
+                    for piece in _pieces(part, buffer):
+                        if is_cancelled():
+                            raise CancelledError
+                        yield name, piece
+                        done += len(piece)
+                        phase.at(done)
+
+    def read(self, name: str) -> np.ndarray:
+        """Return the bytes of a tensor as a new writable uint8 array [nbytes].
+
+        Raises:
+            ModelError: The file cannot be read.
+        """
+        weight = self.weights[name]
+        data = np.empty(weight.nbytes, np.uint8)
+        begin = 0
+        for part in weight.parts:
+            size = part.nbytes if isinstance(part, np.ndarray) else part.end - part.begin
+            _read_into(part, data[begin : begin + size])
+            begin += size
+        return data
+
+
+class Checkpoint(TensorSet):
+    """The tensors that a run uses.
 
     Use `Checkpoint.open` to create one.
     """
@@ -73,11 +143,10 @@ class Checkpoint:
     def __init__(
         self, card: ModelCard, blocks: int, weights: Mapping[str, Weight], notes: tuple[str, ...] = ()
     ) -> None:
+        super().__init__(weights)
         self.card = card
         self.blocks = blocks
         """The number of blocks that run."""
-        self.weights = weights
-        """The tensors by standalone name."""
         self.notes = notes
         """Notes for the user on how the weights were found."""
 
@@ -107,60 +176,8 @@ class Checkpoint:
         chosen = choose_weights(files, card.weights_file)
         wanted = _locate(list(chosen.tensors), card, shapes)
         stored = read_stored(files, chosen, [part for parts in wanted.values() for part in parts])
-        weights = {name: _weight(name, shapes[name], wanted[name], stored) for name in shapes}
+        weights = {name: weight_of(name, shapes[name], wanted[name], stored) for name in shapes}
         return cls(card, layer, weights, (chosen.note,) if chosen.note else ())
-
-    def digest(self, observer: Observer = SILENT) -> str:
-        """Return the SHA-256 of the names, types, shapes and bytes of the tensors in use, equal for all layouts.
-
-        Raises:
-            ModelError: A file cannot be read.
-        """
-        sha = hashlib.sha256()
-        for _, piece in self._hashed(observer):
-            sha.update(piece)
-        return sha.hexdigest()
-
-    def tensor_digests(self, observer: Observer = SILENT) -> dict[str, str]:
-        """Return the SHA-256 of every tensor in use by standalone name: of its name, type, shape and bytes.
-
-        Raises:
-            ModelError: A file cannot be read.
-        """
-        shas = {name: hashlib.sha256() for name in self.weights}
-        for name, piece in self._hashed(observer):
-            shas[name].update(piece)
-        return {name: sha.hexdigest() for name, sha in shas.items()}
-
-    def _hashed(self, observer: Observer) -> Iterator[tuple[str, bytes | memoryview]]:
-        """Yield what is hashed of each tensor, by name in alphabetical order; a piece is valid until the next one."""
-        buffer = np.empty(READ_BYTES, np.uint8)
-        total = sum(weight.nbytes for weight in self.weights.values())
-        done = 0
-        with observer.phase("hashing the weights", BYTES, total) as phase:
-            for name in sorted(self.weights):
-                weight = self.weights[name]
-                yield name, f"{name}\0{weight.dtype}\0{','.join(map(str, weight.shape))}\0".encode()
-                for part in weight.parts:
-                    for piece in _pieces(part, buffer):
-                        yield name, piece
-                        done += len(piece)
-                        phase.at(done)
-
-    def read(self, name: str) -> np.ndarray:
-        """Return the bytes of a tensor as a new writable uint8 array [nbytes].
-
-        Raises:
-            ModelError: The file cannot be read.
-        """
-        weight = self.weights[name]
-        data = np.empty(weight.nbytes, np.uint8)
-        begin = 0
-        for part in weight.parts:
-            size = part.nbytes if isinstance(part, np.ndarray) else part.end - part.begin
-            _read_into(part, data[begin : begin + size])
-            begin += size
-        return data
 
 
 def _locate(
@@ -209,9 +226,20 @@ def _missing(name: str, tower: Tower, where: str) -> ModelError:
     )
 
 
-def _weight(
+def weight_of(
     name: str, shape: tuple[int, ...], stored_names: tuple[str, ...], stored: Mapping[str, StoredTensor]
 ) -> Weight:
+    """Return a tensor that consists of stored ones.
+
+    Args:
+        name: Its standalone name.
+        shape: The shape that it must have.
+        stored_names: The stored names of its parts, in order.
+        stored: All stored tensors by name.
+
+    Raises:
+        ModelError: A part is missing, or has another type or shape than it must have.
+    """
     parts = []
     for stored_name in stored_names:
         tensor = stored.get(stored_name)

@@ -47,6 +47,11 @@ _ROUNDS_TO_INFINITY = {
 }
 
 
+def infinite_from(dtype: StoreDtype) -> float:
+    """Return the smallest magnitude that rounds to infinity in a stored type."""
+    return _ROUNDS_TO_INFINITY[dtype]
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureSpec:
     """Which features are computed from hidden states, and how they are stored."""

@@ -219,16 +219,24 @@ def expected_shapes(vision: VisionConfig, blocks: int, projector_size: int | Non
     }
     for block in range(blocks):
         shapes |= {f"encoder.layers.{block}.{name}": shape for name, shape in _block_shapes(vision).items()}
-    if projector_size is not None:
-        shapes |= {
-            "mlp1.0.weight": (4 * hidden,),
-            "mlp1.0.bias": (4 * hidden,),
-            "mlp1.1.weight": (projector_size, 4 * hidden),
-            "mlp1.1.bias": (projector_size,),
-            "mlp1.3.weight": (projector_size, projector_size),
-            "mlp1.3.bias": (projector_size,),
-        }
-    return shapes
+    return shapes if projector_size is None else shapes | projector_shapes(4 * hidden, projector_size)
+
+
+def projector_shapes(token_size: int, projector_size: int) -> dict[str, tuple[int, ...]]:
+    """Return the standalone names and shapes of a projector's tensors.
+
+    Args:
+        token_size: The number of values of a visual token.
+        projector_size: That of a projected token.
+    """
+    return {
+        "mlp1.0.weight": (token_size,),
+        "mlp1.0.bias": (token_size,),
+        "mlp1.1.weight": (projector_size, token_size),
+        "mlp1.1.bias": (projector_size,),
+        "mlp1.3.weight": (projector_size, projector_size),
+        "mlp1.3.bias": (projector_size,),
+    }
 
 
 def _block_shapes(vision: VisionConfig) -> dict[str, tuple[int, ...]]:

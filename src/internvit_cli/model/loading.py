@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from internvit_cli.model.checkpoint import Checkpoint
+    from internvit_cli.model.checkpoint import Checkpoint, TensorSet
     from internvit_cli.model.kernels.interface import Kernels
 
 _TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -66,15 +66,15 @@ def _type_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.startswith("embeddings.") else base_dtype(dtype)
 
 
-def load_projector(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Projector:
-    """Return the projector of a checkpoint that was opened with one.
+def load_projector(checkpoint: TensorSet, *, device: torch.device, dtype: torch.dtype) -> Projector:
+    """Return the projector among some tensors.
 
     Raises:
         ModelError: A file of weights cannot be read.
     """
-    size = checkpoint.weights["mlp1.3.bias"].shape[0]
+    size, token_size = checkpoint.weights["mlp1.1.weight"].shape
     with torch.device("meta"):
-        projector = Projector(checkpoint.card.vision.hidden_size, size)
+        projector = Projector(token_size // 4, size)
     state = {
         name.removeprefix("mlp1."): read_tensor(checkpoint, name, device, dtype)
         for name in checkpoint.weights
@@ -83,7 +83,7 @@ def load_projector(checkpoint: Checkpoint, *, device: torch.device, dtype: torch
     return _assign(projector, state)
 
 
-def read_tensor(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def read_tensor(checkpoint: TensorSet, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return a tensor on a device and in a type; it shares no memory with the file."""
     weight = checkpoint.weights[name]
     tensor = torch.from_numpy(checkpoint.read(name)).view(_TORCH_DTYPES[weight.dtype]).reshape(weight.shape)

@@ -9,6 +9,7 @@ from internvit_cli.config import Tokens
 from internvit_cli.errors import InternvitError, ModelError
 from internvit_cli.model.catalog import describe_model
 from internvit_cli.model.checkpoint import Checkpoint
+from internvit_cli.model.projector import open_projector
 from internvit_cli.model.recorded import open_recorded
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import counted
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from internvit_cli.config import Recipe
     from internvit_cli.model.card import ModelCard
 
+ALLOW_MISMATCH = "--allow-mismatch"
+"""The option with which commands go on although weights differ."""
 MOST_NAMED = 5
 """Tensors that a message names."""
 
@@ -28,7 +31,7 @@ class DifferentTensor:
     """A tensor that differs between the weights behind an output and a checkpoint."""
 
     name: str
-    """The standalone name."""
+    """The standalone name; `mlp1` for the whole projector that `internvit project` applied."""
     difference: str
     """What differs: `values`, `type`, `shape`, or that the checkpoint has `no such tensor`."""
     recorded_digest: str
@@ -78,9 +81,9 @@ def match_weights(
 ) -> WeightsMatch:
     """Compare the weights behind an output with those of a checkpoint, which may be a chat model with a tower inside.
 
-    These are the tower's, and the projector's if the encoder projected; a projector that `internvit project` applied
-    to stored tokens is not compared. Which tensors differ can be said only if the weights behind the output are
-    available where the output says.
+    These are the tower's, and those of the projector if tokens are projected; `mlp1` stands for all tensors of a
+    projector that `internvit project` applied. Which tensors of the tower differ can be said only if the weights behind
+    the output are available where the output says.
 
     Args:
         recipe: The recipe of the output.
@@ -92,41 +95,53 @@ def match_weights(
         ModelError: The checkpoint is not available, or is broken.
     """
     card = describe_model(name)
-    recipe = recipe.before_projection
-    settings = tuple(_settings(recipe, card))
-    projector = recipe.tokens is Tokens.PROJECTED
-    if recipe.layer > card.vision.num_layers:
+    tower = recipe.before_projection
+    settings = tuple(_settings(tower, card))
+    if tower.layer > card.vision.num_layers:
         blocks = counted(card.vision.num_layers, "block")
-        unknown = f"it has {blocks}, and the features are of layer {recipe.layer}"
-        return WeightsMatch(name, False, 0, recipe.weights_digest, "", (), unknown, settings)
-    has_projector = projector and card.projector_size is not None
-    checkpoint = Checkpoint.open(card, layer=recipe.layer, projector=has_projector, observer=observer)
+        unknown = f"it has {blocks}, and the features are of layer {tower.layer}"
+        return WeightsMatch(name, False, 0, tower.weights_digest, "", (), unknown, settings)
+    projector = tower.tokens is Tokens.PROJECTED and card.projector_size is not None
+    checkpoint = Checkpoint.open(card, layer=tower.layer, projector=projector, observer=observer)
     digest = checkpoint.digest(observer)
-    if digest == recipe.weights_digest:
-        return WeightsMatch(name, True, len(checkpoint.weights), recipe.weights_digest, digest, (), "", settings)
+    different: tuple[DifferentTensor, ...] = ()
+    if recipe.projector_digest and (found := _other_projector(recipe, card, name, observer)):
+        different = (found,)
+    if digest == tower.weights_digest:
+        count = len(checkpoint.weights)
+        return WeightsMatch(name, not different, count, tower.weights_digest, digest, different, "", settings)
     try:
-        recorded = open_recorded(recipe, attributes, observer=observer)
-        digests, found = recorded.tensor_digests(observer), checkpoint.tensor_digests(observer)
+        recorded = open_recorded(tower, attributes, observer=observer)
+        ours, theirs = recorded.tensor_digests(observer), checkpoint.tensor_digests(observer)
     except InternvitError as error:
         unknown = f"which tensors differ is not known, because {error.message}"
-        return WeightsMatch(name, False, 0, recipe.weights_digest, digest, (), unknown, settings)
-    different = tuple(
-        DifferentTensor(tensor, _difference(recorded, checkpoint, tensor), digests[tensor], found.get(tensor, ""))
+        return WeightsMatch(name, False, 0, tower.weights_digest, digest, (), unknown, settings)
+    in_tower = tuple(
+        DifferentTensor(tensor, _difference(recorded, checkpoint, tensor), ours[tensor], theirs.get(tensor, ""))
         for tensor in recorded.weights
-        if digests[tensor] != found.get(tensor)
+        if ours[tensor] != theirs.get(tensor)
     )
-    return WeightsMatch(name, False, len(digests), recipe.weights_digest, digest, different, "", settings)
+    return WeightsMatch(name, False, len(ours), tower.weights_digest, digest, (*in_tower, *different), "", settings)
 
 
-def mismatch_error(match: WeightsMatch, option: str) -> ModelError:
-    """Return the error that an output does not have the weights of a checkpoint.
+def _other_projector(recipe: Recipe, card: ModelCard, name: str, observer: Observer) -> DifferentTensor | None:
+    """Return how a model's projector differs from the one that was applied to stored tokens; None if it does not."""
+    if card.projector_size is None:
+        return DifferentTensor("mlp1", "no such tensor", recipe.projector_digest, "")
+    digest = open_projector(name, observer).tensors.digest(observer)
+    return (
+        None
+        if digest == recipe.projector_digest
+        else DifferentTensor("mlp1", "values", recipe.projector_digest, digest)
+    )
 
-    Args:
-        match: The comparison.
-        option: What to add to go on all the same.
-    """
-    reason = match.summary.removeprefix("no: ")
-    return ModelError(reason, f"extract again with --model {match.checkpoint}; or {option} if that is what you want")
+
+def mismatch_error(match: WeightsMatch) -> ModelError:
+    """Return the error that an output does not have the weights of a checkpoint."""
+    return ModelError(
+        match.summary.removeprefix("no: "),
+        f"extract again with --model {match.checkpoint}; or {ALLOW_MISMATCH} if that is what you want",
+    )
 
 
 def _settings(recipe: Recipe, card: ModelCard) -> list[str]:

@@ -7,8 +7,8 @@ Code that works opens a phase, which says what it counts, and reports how far it
 ...     for number in range(3):
 ...         phase.at(number + 1)
 
-A phase is complete when it begins, so an observer always has its name, unit and total. Phases may be nested; the
-innermost one is the current work.
+A phase is complete when it begins, so an observer always has its name, unit and total. Phases may be nested, or run
+beside each other in several threads; of those that have not ended, the last that began is the current work.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ class Observer:
         """Receive a note for the user, as one line."""
 
     def began(self, phase: Phase) -> None:
-        """Receive the beginning of a phase, nested in the current one."""
+        """Receive the beginning of a phase, which becomes the current one; called from any thread."""
 
     def moved(self, phase: Phase) -> None:
         """Receive a new state of a phase; called often, and from any thread."""
 
     def ended(self, phase: Phase) -> None:
-        """Receive the end of a phase, with or without an error."""
+        """Receive the end of a phase, with or without an error; called from any thread."""
 
     @contextmanager
     def phase(self, name: str, unit: str = "", total: int | None = None) -> Iterator[Phase]:

@@ -18,7 +18,6 @@ from internvit_cli.model.kernels.interface import Norm, QuantizedRows, Rows
 
 _LARGEST_FP8 = tl.constexpr(LARGEST_FP8)
 _SMALLEST_ROW = tl.constexpr(SMALLEST_ROW)
-_ROOT_HALF = tl.constexpr(0.7071067811865476)
 
 
 @triton.jit
@@ -142,6 +141,25 @@ def _qk_norm(
 
 
 @triton.jit
+def _gelu(x: tl.tensor) -> tl.tensor:
+    """Return the exact GELU of float32 values, x * Phi(x) with the normal distribution Phi.
+
+    Phi(x) is 1 / (1 + 2**(x * p(x**2))), and p is smooth enough for a polynomial, the best one on 0 <= |x| <= 5 when
+    weighted by its effect on the result. Over all numbers, the result is within 4e-7 of the exact one, as it is with
+    erf in float32, which takes three times as many instructions; and instructions are what limits this kernel.
+    """
+    square = tl.minimum(x * x, 25.0)
+    power = 3.823487965e-07 - 5.146616209e-09 * square
+    power = power * square - 1.141044622e-05
+    power = power * square + 1.590902958e-04
+    power = power * square + 9.659021473e-05
+    power = power * square - 1.048400077e-01
+    power = power * square - 2.302206551e00
+    root = tl.rsqrt(1.0 + tl.exp2(x * power))  # one instruction, unlike a division
+    return x * root * root
+
+
+@triton.jit
 def _quantize(
     x: tl.tensor, out: tl.tensor, out_scales: tl.tensor, width: tl.tensor, GELU: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
@@ -150,7 +168,7 @@ def _quantize(
     columns = tl.arange(0, BLOCK)
     value = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
     if GELU:
-        value = 0.5 * value * (1.0 + tl.erf(value * _ROOT_HALF))
+        value = _gelu(value)
     _write_row(value, out, out_scales, row, columns, width, True)
 
 
@@ -211,7 +229,7 @@ def quantize(x: Tensor, *, gelu: bool = False) -> QuantizedRows:
     rows = QuantizedRows(torch.empty_like(x, dtype=FP8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    _quantize[(x.numel() // width,)](x, *rows, width, GELU=gelu, BLOCK=block, **_options(block))
+    _quantize[(x.numel() // width,)](x, *rows, width, GELU=gelu, BLOCK=block, **_options(block, 16))
     return rows
 
 
@@ -253,6 +271,6 @@ def _bias(norm: Norm) -> Tensor:
     return norm.weight if bias is None else bias
 
 
-def _options(block: int) -> dict[str, int]:
-    """Return launch options for eight values per thread (a load of 16 bytes at 16 bits), up to 16 warps."""
-    return {"num_warps": min(max(block // 256, 1), 16), "enable_fp_fusion": True}
+def _options(block: int, values: int = 8) -> dict[str, int]:
+    """Return launch options for some values per thread, up to 16 warps; a load of 16 bytes is eight in 16 bits."""
+    return {"num_warps": min(max(block // (32 * values), 1), 16), "enable_fp_fusion": True}

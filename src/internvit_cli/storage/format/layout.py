@@ -60,6 +60,9 @@ FEATURE_DATASETS = (POOLED, *TOKEN_DATASETS, *SCALE_DATASETS, TILE_POOLED)
 """The datasets that can be stored for a layer, in the order of an image's CRC (`crc_order`)."""
 MODEL_LAYERS = "model_layers"
 """Attribute of outputs of several layers: the number of the model's blocks, for counting layers from the end."""
+PROJECTOR, PROJECTOR_TOWER = "projector", "projector_tower_digest"
+"""Attributes of outputs that `internvit project` made: the model of the projector, and the digest of that model's own
+tower, empty if the projector came alone."""
 OF_LAYER = re.compile(r"(.+)_layer_(0|[1-9]\d{0,9})", re.ASCII)
 
 

@@ -24,6 +24,8 @@ from internvit_cli.storage.format.layout import (
     DIGEST,
     MODEL_LAYERS,
     POOLED,
+    PROJECTOR,
+    PROJECTOR_TOWER,
     RUN_LOG,
     RUN_LOG_BYTES,
     SOURCES_BYTES,
@@ -52,7 +54,10 @@ if TYPE_CHECKING:
 NUMBERS = ("format_version", "batch_tiles")
 TEXTS = ("format", "recipe", "recipe_digest", "index_digest", "sources", "weights_digest")
 """Attributes that every shard has in addition to the numbers."""
-MORE_TEXTS = ("created_by", "model", "model_revision", "pooled_from", COMPUTE_ERROR, STORE_ERROR)
+MORE_TEXTS = (
+    *("created_by", "model", "model_revision", "pooled_from", COMPUTE_ERROR, STORE_ERROR),
+    *(PROJECTOR, PROJECTOR_TOWER),
+)
 """Attributes that nothing depends on. Those of later versions are also texts or numbers."""
 MORE_NUMBERS = (MODEL_LAYERS,)
 MOST_LAYERS = 1024
