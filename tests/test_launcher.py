@@ -250,6 +250,25 @@ def test_a_batch_of_nothing_but_tiles_on_the_device_needs_no_copy_of_the_buffer(
     assert np.array_equal(tokens_of(pending), tokens(plain, list(by_pillow)))
 
 
+def test_the_way_of_a_picture_to_the_card_is_tried_and_left_if_it_is_wrong_or_fails(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Driver(0))
+    assert runner(2).resize_problem == ""
+    cut = CudaLauncher.cut
+
+    def too_late(self, picture, views):
+        """As if the copy were not over when the memory is filled again."""
+        tiles = cut(self, picture, views).clone()
+        tiles[0, 0, 0] ^= 1
+        return tiles
+
+    def fail(self, picture, views):
+        raise RuntimeError("invalid argument")
+
+    for broken, words in ((too_late, "wrong"), (fail, "invalid argument")):
+        monkeypatch.setattr(CudaLauncher, "cut", broken)
+        assert words in runner(2).resize_problem
+
+
 class Driver:
     """What CUDA's runtime does with memory that is registered."""
 

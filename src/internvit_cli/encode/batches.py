@@ -61,9 +61,9 @@ class BatchRunner:
         return self._launcher.buffer(self.batch_tiles)
 
     @property
-    def cutter(self) -> Cutter:
-        """Makes tiles of whole pictures."""
-        return self._launcher.cutter
+    def resize_problem(self) -> str:
+        """Why the device does not resize pictures as fast as it could, or at all; empty if it does."""
+        return self._launcher.resize_problem
 
     def cut(self, picture: NDArray[np.uint8], views: Sequence[View]) -> Tensor:
         """Resize a picture on the device, and return its tiles there.
@@ -167,6 +167,11 @@ class Launcher:
     def cutter(self) -> Cutter:
         """Makes tiles of whole pictures; its kernel is compiled and tried when it is first asked for."""
         return Cutter(self.device, self.model.spec.tile_size)
+
+    @cached_property
+    def resize_problem(self) -> str:
+        """Why the device does not resize pictures as fast as it could, or at all; empty if it does."""
+        return self.cutter.problem
 
     def buffer(self, size: int) -> NDArray[np.uint8]:
         """Return an empty batch of `size` tiles."""

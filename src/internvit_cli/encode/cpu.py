@@ -64,6 +64,11 @@ class CpuRunner:
         side = self._model.spec.tile_size
         return np.empty((self.batch_tiles, side, side, 3), np.uint8)
 
+    @property
+    def resize_problem(self) -> str:
+        """Why pictures are not resized here unless that is asked for."""
+        return "it is slower than Pillow"
+
     def cut(self, picture: NDArray[np.uint8], views: Sequence[View]) -> Tensor:
         """Resize a picture on this thread. That is slower than Pillow, and meant for tests of what devices do."""
         return self.cutter.cut(torch.from_numpy(picture), views)

@@ -13,19 +13,23 @@ graph, one per slot, and started as a whole.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 import time
 import weakref
 from collections import deque
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
 from internvit_cli.encode.batches import OUT_OF_MEMORY_HINT, Launcher, first_tiles, put
+from internvit_cli.encode.resizing.cutter import Cutter
 from internvit_cli.encode.to_host import on_host
-from internvit_cli.errors import DeviceError
+from internvit_cli.errors import DeviceError, one_line
 from internvit_cli.model.features import LayerTensors
+from internvit_cli.plan.tiling import View
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +40,6 @@ if TYPE_CHECKING:
     from internvit_cli.encode.interface import PendingBatch, Placed
     from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures, Tiles
     from internvit_cli.model.features import FeatureModel
-    from internvit_cli.plan.tiling import View
 
 LayerShapes: TypeAlias = "tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]"
 """Shape and type of each of `LayerTensors`; None for those that are None."""
@@ -48,6 +51,8 @@ LARGEST_GRAPH = 16
 """Tiles of the largest batch that becomes a graph. Kernels of larger batches take longer than their starts, and their
 graphs would waste memory."""
 
+PROBE_WIDTH, PROBE_HEIGHT = 457, 123
+"""Pixels of the pictures with which resizing is tried."""
 TIMED_SECONDS = 1.0
 """A batch that takes longer than this is not timed twice."""
 
@@ -87,6 +92,35 @@ class CudaLauncher(Launcher):
                 tiles = self.cutter.cut(pixels, views)
             pixels.record_stream(self._copy_in)  # otherwise its memory would be reused before it is read
             return tiles
+
+    @cached_property
+    def resize_problem(self) -> str:
+        """Why pictures are better resized on the host: the kernel or the way to it does not work; empty if it does."""
+        if self.cutter.problem:
+            return f"plain PyTorch: {self.cutter.problem}"
+        try:
+            return self._cut_problem()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as failure:  # noqa: BLE001 -- drivers fail with classes of their own
+            return one_line(str(failure), 200) or type(failure).__name__
+
+    def _cut_problem(self) -> str:
+        """Cut pictures that follow each other in one piece of memory, as in a run, and compare them with the host's."""
+        side = self.model.spec.tile_size
+        views = View(2 * side, side, 0, 0, 2, 1), View(side, side, 0, 0, 1, 1)
+        by_host, random = Cutter(torch.device("cpu"), side), np.random.default_rng(0)
+        memory = np.frombuffer(mmap.mmap(-1, PROBE_HEIGHT * PROBE_WIDTH * 3), np.uint8)
+        picture = memory.reshape(PROBE_HEIGHT, PROBE_WIDTH, 3)
+        self.register(memory)
+        expected, found = [], []
+        for _ in range(3):
+            picture[:] = random.integers(0, 256, picture.shape, np.uint8)
+            expected.append(by_host.cut(torch.from_numpy(picture), views))
+            found.append(self.cut(picture, views))
+        torch.cuda.synchronize(self.device)
+        is_right = all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+        return "" if is_right else "tiles that were cut on the card are wrong"
 
     def register(self, memory: NDArray[np.uint8]) -> None:
         """Let the card read memory directly. If the driver refuses, PyTorch copies it to memory of its own first."""

@@ -101,14 +101,14 @@ class Encoder:
     def resizes(self) -> bool:
         """Whether whole pictures should be resized here by `cut`, and not by Pillow; the pixels are the same."""
         if self._resize is Resize.AUTO:
-            return self._model.device.type == "cuda" and not self._runner.cutter.problem
+            return self._model.device.type == "cuda" and not self._runner.resize_problem
         return self._resize is Resize.DEVICE
 
     def _resizing(self) -> str:
         if not self.resizes:
             return ""
-        problem = self._runner.cutter.problem
-        return f"pictures resized there{f' in plain PyTorch (triton: {problem})' if problem else ''}"
+        problem = self._runner.resize_problem
+        return f"pictures resized there{f' ({problem})' if problem else ''}"
 
     @property
     def device_seconds(self) -> float:

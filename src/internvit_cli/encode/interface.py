@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from internvit_cli.config import ComputeDtype
-    from internvit_cli.encode.resizing.cutter import Cutter
     from internvit_cli.encode.tile_features import TileFeatures, Tiles
     from internvit_cli.plan.tiling import View
 
@@ -100,8 +99,8 @@ class Runner(Protocol):
         ...
 
     @property
-    def cutter(self) -> Cutter:
-        """Makes tiles of whole pictures; it is prepared when it is first asked for."""
+    def resize_problem(self) -> str:
+        """Why the device does not resize pictures as fast as it could, or at all; empty if it does."""
         ...
 
     def cut(self, picture: NDArray[np.uint8], views: Sequence[View]) -> Tensor:
