@@ -20,7 +20,6 @@ from internvit_cli.plan.tiling import views_of
 from internvit_cli.sources.files import open_picture, pillow_settings, readable_formats, without_pixel_limit
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable
 
     from numpy.typing import NDArray
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from internvit_cli.plan.headers import Header
     from internvit_cli.plan.tiling import Grid, View
     from internvit_cli.sources.files import OpenPicture
+    from internvit_cli.sources.members import FileStatus
 
 _IN_MEMORY = 64 << 20
 """Files of up to this many bytes are read at once; larger ones are hashed in blocks, then decoded from the file."""
@@ -125,7 +125,7 @@ def _copy(picture: Image.Image, out: NDArray[np.uint8]) -> int:
     return 0
 
 
-def _differs(status: os.stat_result, header: Header) -> bool:
+def _differs(status: FileStatus, header: Header) -> bool:
     return (status.st_size, modified_ns(status)) != (header.file_size, header.file_mtime_ns)
 
 

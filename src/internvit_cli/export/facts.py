@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Status, StoreDtype
 from internvit_cli.plan.table import COLUMN_DTYPES
+from internvit_cli.sources.members import shown
 from internvit_cli.storage.format.layout import decode_values, is_tokens
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def image_facts(selection: RowSelection, position: int) -> dict[str, Any]:
         "tiles": int(table.tile_offset[position + 1]) - int(table.tile_offset[position]),
         "digest": selection.digests[position].tobytes().hex() if is_done else "",
         "crc32": f"{int(selection.checksums[position]):08x}" if is_done else "",
-        "path": os.fsdecode(selection.sources[numbers["source"]].path(key)),
+        "path": os.fsdecode(shown(selection.sources[numbers["source"]].path(key))),
     }
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from internvit_cli.config import Status
 from internvit_cli.errors import InternvitError, OtherRecipeError, UsageError, one_line
 from internvit_cli.plan.table import modified_ns
-from internvit_cli.runtime.untrusted import opened
 from internvit_cli.runtime.words import counted_of
-from internvit_cli.sources.interface import Listing, Source
+from internvit_cli.sources.members import exists, open_place, status_of
 from internvit_cli.storage.format.layout import SOURCES_BYTES, recorded_sources
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from internvit_cli.sources.interface import Listing, Source
     from internvit_cli.storage.output import FinishedShard
     from internvit_cli.storage.skipped import SkipLog
 
@@ -65,11 +65,11 @@ class Relocation:
     def apply(self, source: Source) -> Source:
         """Return a source at its current place."""
         if source.root == self.old:
-            return Source(self.new, source.name)
+            return replace(source, root=self.new)
         below = self.old.rstrip(b"/") + b"/"
         if not source.root.startswith(below):
             return source
-        return Source(self.new.rstrip(b"/") + b"/" + source.root.removeprefix(below), source.name)
+        return replace(source, root=self.new.rstrip(b"/") + b"/" + source.root.removeprefix(below))
 
 
 class StoredImages:
@@ -192,7 +192,7 @@ class StoredImages:
             return int(table.status[row]) == listing.skipped[entry].status
         path = listing.path(entry)
         try:
-            now = os.stat(path)
+            now = status_of(path)
         except OSError:
             return True  # the row is kept; opening the file reports the problem
         # Pictures on a disk that was temporarily missing must not stay skipped for ever.
@@ -247,7 +247,7 @@ def prunable(stored: StoredImages, changes: Changes, listing: Listing, *, confir
 
 def _is_out(path: bytes, listing: Listing) -> bool:
     """Return whether a picture that is not in a listing was deleted, or is excluded by its patterns."""
-    return not os.path.lexists(path) or listing.excludes(path)
+    return not exists(path) or listing.excludes(path)
 
 
 def stored_sources(attributes: dict[str, Any], path: str, relocations: Sequence[Relocation] = ()) -> list[Source]:
@@ -268,7 +268,7 @@ def sources_to_json(sources: Sequence[Source]) -> str:
     Raises:
         UsageError: There are more sources than a shard can name.
     """
-    text = json.dumps([{"root": os.fsdecode(source.root), "name": os.fsdecode(source.name)} for source in sources])
+    text = json.dumps([_source_facts(source) for source in sources])
     if len(text) > SOURCES_BYTES:
         raise UsageError(
             f"the pictures come from {len(sources):,} folders, each a source of its own: more than an output can name",
@@ -277,9 +277,16 @@ def sources_to_json(sources: Sequence[Source]) -> str:
     return text
 
 
+def _source_facts(source: Source) -> dict[str, Any]:
+    facts: dict[str, Any] = {"root": os.fsdecode(source.root), "name": os.fsdecode(source.name)}
+    return facts | {"archive": True} if source.is_archive else facts
+
+
 def _file_digest(path: bytes) -> bytes:
     hasher = hashlib.sha256()
-    with opened(path) as file:
-        while block := file.read(HASH_BLOCK):
+    opened = open_place(path)
+    with os.fdopen(opened.descriptor, "rb", buffering=0):
+        stream = opened.stream()
+        while block := stream.read(HASH_BLOCK):
             hasher.update(block)
     return hasher.digest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from internvit_cli.plan.headers import Header, OwnDrawing
 from internvit_cli.plan.table import ImageTable, modified_ns
 from internvit_cli.plan.tiling import choose_grid, has_thumbnail
 from internvit_cli.runtime.workers import FinishedTask, LostTask, WorkerPool, WorkerSpec
+from internvit_cli.sources.members import status_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -140,7 +140,7 @@ class _Chunks:
 def _size_and_time(path: bytes) -> tuple[int, int]:
     """Return size and modification time, which later tell whether an unreadable file was replaced; zeros if absent."""
     try:
-        status = os.stat(path)
+        status = status_of(path)
     except OSError:
         return 0, 0
     return status.st_size, modified_ns(status)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from internvit_cli.sources.members import FileStatus
+
 COLUMN_DTYPES: dict[str, str] = {
     "source": "<u4",
     "width": "<u4",
@@ -32,7 +34,7 @@ COLUMN_DTYPES: dict[str, str] = {
 _LATEST_NS = (1 << 63) - 1
 
 
-def modified_ns(status: os.stat_result) -> int:
+def modified_ns(status: FileStatus | os.stat_result) -> int:
     """Return the modification time of a file for the column, in nanoseconds since 1970.
 
     A filesystem may have times outside the range of the column, which ends in 2262; they become its limits.

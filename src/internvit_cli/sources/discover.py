@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from array import array
+from glob import glob
 from typing import TYPE_CHECKING
 
-from internvit_cli.errors import UsageError, one_line
+from internvit_cli.config import Skipped, Status
+from internvit_cli.errors import NoImagesError, UsageError, one_line, system_words
 from internvit_cli.sources import globs
+from internvit_cli.sources.archives import index_of, is_archive
 from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, child_path, path_below
 from internvit_cli.sources.lists import read_list, unquoted
+from internvit_cli.sources.members import shown
 from internvit_cli.sources.missing import LOOKED_AT, MissingList, explain_missing, how_to_cut
 from internvit_cli.sources.refusals import refuse_container, refuse_output, refuse_url
 from internvit_cli.sources.selection import FileSelection
@@ -18,8 +22,6 @@ from internvit_cli.sources.walk import walk
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import BinaryIO
-
-    from internvit_cli.config import Skipped
 
 STANDARD_INPUT = "-"
 
@@ -69,6 +71,7 @@ class _Collection:
         self._found = 0
         """The number of keys that do not come from a list of which no file exists."""
         self._unreadable_folders: list[FolderProblem] = []
+        self._notes: list[str] = []
         self._unfollowed_links = 0
 
     def add_argument(self, argument: str, *, is_alone: bool) -> None:
@@ -78,15 +81,17 @@ class _Collection:
             self.add_list(argument)
         elif os.path.isdir(path):
             self._add_folder(Source(absolute_folder(path)))
+        elif is_archive(path) and os.path.isfile(path):
+            self._add_archive(path)
         elif os.path.lexists(path):
             refuse_container(path, is_alone=is_alone)
             self._add_file(path, is_named=True)
         else:
             refuse_url(path)
             if (named := _named_folder(path)) is not None:
-                self._add_folder(named)
+                self._add_members(named) if named.is_archive else self._add_folder(named)
             elif globs.has_wildcard(path):
-                self._add_pattern(path)
+                self._add_archives(path) if is_archive(path) else self._add_pattern(path)
             else:
                 raise _missing(path)
 
@@ -139,6 +144,7 @@ class _Collection:
             is_missing=bool(self._missing) and not self._found,
             selection=self._selection,
             tops=tuple(self._tops),
+            notes=tuple(self._notes),
         )
 
     def _source(self, source: Source) -> int:
@@ -162,6 +168,49 @@ class _Collection:
         self._skipped.update({offset + i: skipped for i, skipped in found.skipped.items()})
         self._unreadable_folders += found.unreadable_folders
         self._unfollowed_links += found.unfollowed_links
+
+    def _add_archive(self, path: bytes) -> None:
+        """Add the members of an archive, whose key begins theirs."""
+        folder, name = os.path.split(path)
+        whole = child_path(absolute_folder(folder or b"."), name)
+        root = self._root or os.path.dirname(whole)
+        key = path_below(whole, root)
+        if key is None:
+            raise _outside(path, root)
+        self._add_members(Source(whole, key, is_archive=True))
+
+    def _add_archives(self, pattern: bytes) -> None:
+        found = sorted(path for path in glob(pattern, recursive=True) if os.path.isfile(path))
+        if not found:
+            raise NoImagesError(f"no archive matches {one_line(pattern)}", "check the pattern")
+        for path in found:
+            self._add_archive(path)
+
+    def _add_members(self, source: Source) -> None:
+        if source in self._walked:
+            return
+        self._walked.add(source)
+        try:
+            index = index_of(source.root)
+        except OSError as error:
+            raise UsageError(f"cannot read {one_line(source.root)}: {system_words(error)}", "check the path") from error
+        names = sorted({*index.members, *index.refused})
+        if index.problem and not names:
+            raise UsageError(
+                f"{one_line(source.root)} cannot be read as an archive: {index.problem}",
+                "check that it is a complete .tar or .zip archive",
+            )
+        if index.problem:
+            problem = Skipped(Status.TRUNCATED, "", f"damaged archive: {index.problem}")
+            self._unreadable_folders.append(FolderProblem(source.root, problem))
+        self._notes += [f"{one_line(source.root)}: {note}" for note in index.notes]
+        owner = self._source(source)
+        for name in names:
+            if self._selection.takes_member(name):
+                if name in index.refused:
+                    self._skipped[len(self._keys)] = index.refused[name]
+                self._add_key(source.prefix + name, owner, is_named=False)
+                self._found += 1
 
     def _check_patterns(self, root: bytes) -> None:
         """Refuse a pattern that is a path to a place below the source, because patterns are relative to the source."""
@@ -231,9 +280,10 @@ class _Collection:
         sources = list(self._sources)
         paths = sources[first].path(key), sources[second].path(key)
         if not _same_file(*paths):
+            one, other = map(shown, paths)
             raise UsageError(
-                f"two files have the key {one_line(key)}: {one_line(paths[0])} and {one_line(paths[1])}",
-                f"name a folder, as in NAME={one_line(os.path.dirname(paths[1]))}, or give files a common --root",
+                f"two files have the key {one_line(key)}: {one_line(one)} and {one_line(other)}",
+                f"name a folder, as in NAME={one_line(os.path.dirname(other))}, or give files a common --root",
             )
 
 
@@ -253,6 +303,8 @@ def _named_folder(argument: bytes) -> Source | None:
     name, equals, folder = argument.partition(b"=")
     if not equals or not name or b"/" in name:
         return None
+    if is_archive(folder) and os.path.isfile(folder) and name not in (b".", b".."):
+        return Source(os.path.abspath(folder), name, is_archive=True)
     if not os.path.isdir(folder):
         if globs.has_wildcard(argument):
             return None
@@ -296,5 +348,5 @@ def _outside(path: bytes, root: bytes) -> UsageError:
 def _same_file(first: bytes, second: bytes) -> bool:
     try:
         return first == second or os.path.samefile(first, second)
-    except OSError:
+    except (OSError, ValueError):  # members of archives have addresses instead of paths
         return False

@@ -30,6 +30,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from internvit_cli.config import Skipped, Status, Truncated
 from internvit_cli.errors import one_line
 from internvit_cli.runtime import untrusted
+from internvit_cli.sources.members import MemberError, OpenFile, Window, open_place
 from internvit_cli.sources.signatures import FIRST_BYTES, describe, picture_format
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from internvit_cli.config import PixelRule
+    from internvit_cli.sources.members import FileStatus
 
 FORMATS = (
     "JPEG",
@@ -102,14 +104,16 @@ def readable_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def open_or_skip(path: bytes) -> untrusted.OpenFile | Skipped:
-    """Open a regular file, following links, without ever waiting and without opening anything else.
+def open_or_skip(path: bytes) -> OpenFile | Skipped:
+    """Open a regular file, following links, or an archive's member, without waiting and without opening anything else.
 
     Returns:
-        The descriptor (not inherited by child processes) and its fstat, or the reason why it cannot be opened.
+        The descriptor (not inherited by child processes) with size and time, or the reason why it cannot be opened.
     """
     try:
-        return untrusted.open_regular(path)
+        return open_place(path)
+    except MemberError as error:
+        return Skipped(Status.TRUNCATED, "", error.strerror or "")
     except untrusted.NotRegularError:
         return Skipped(Status.NOT_REGULAR, "", "not a regular file")
     except OSError as error:
@@ -119,14 +123,14 @@ def open_or_skip(path: bytes) -> untrusted.OpenFile | Skipped:
 class OpenPicture:
     """An open file that is read as a picture, and explains why if it cannot be."""
 
-    __slots__ = ("_descriptor", "_error", "_first", "size", "status")
+    __slots__ = ("_error", "_first", "_opened", "size", "status")
 
-    def __init__(self, opened: untrusted.OpenFile) -> None:
+    def __init__(self, opened: OpenFile) -> None:
         """Take over the descriptor, which is closed at the end of a `with` block."""
-        self._descriptor = opened.descriptor
+        self._opened = opened
         self._error: OSError | None = None
         self.status = opened.status
-        """The result of fstat when the file was opened."""
+        """Size and time when the file was opened."""
         self.size = opened.status.st_size
         self._first = b""
 
@@ -134,28 +138,31 @@ class OpenPicture:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        os.close(self._opened.descriptor)
 
-    def status_now(self) -> os.stat_result:
-        """Return the current result of fstat."""
-        return os.fstat(self._descriptor)
+    def status_now(self) -> FileStatus:
+        """Return the current size and time."""
+        return self._opened.status_now()
 
     def stream(self) -> BinaryIO:
         """Return the file as a stream from its start; only one stream is usable at a time."""
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        return io.BufferedReader(_Bytes(self._descriptor, self._failed))
+        return io.BufferedReader(_Bytes(self._opened, self._failed))
 
     def at(self, position: int, count: int) -> bytes:
         """Return `count` bytes from a position, or fewer at the end; the beginning is read only once."""
         end = position + count
         try:
             if end > READ_AT_ONCE:
-                return os.pread(self._descriptor, count, position) if position < self.size else b""
-            self._first = self._first or os.pread(self._descriptor, READ_AT_ONCE, 0)
+                return self._read(position, count)
+            self._first = self._first or self._read(0, READ_AT_ONCE)
         except OSError as error:
             self._error = error
             raise
         return self._first[position:end]
+
+    def _read(self, position: int, count: int) -> bytes:
+        count = min(count, self.size - position)
+        return os.pread(self._opened.descriptor, count, self._opened.start + position) if count > 0 else b""
 
     def _failed(self, error: OSError) -> None:
         self._error = error
@@ -204,23 +211,16 @@ def _words_of(error: Exception) -> str:
     return "" if (error.__cause__ is not None and text == str(error.__cause__)) or text in _EMPTY_WORDS else text
 
 
-class _Bytes(io.FileIO):
+class _Bytes(Window):
     """A stream over a descriptor that stays open; it records failures of the system to read it."""
 
-    def __init__(self, descriptor: int, failed: Callable[[OSError], None]) -> None:
-        super().__init__(descriptor, closefd=False)
+    def __init__(self, opened: OpenFile, failed: Callable[[OSError], None]) -> None:
+        super().__init__(opened.descriptor, opened.start, opened.status.st_size)
         self._failed = failed
 
-    def readinto(self, buffer: Any) -> int | None:
+    def readinto(self, buffer: Any) -> int:
         try:
             return super().readinto(buffer)
-        except OSError as error:
-            self._failed(error)
-            raise
-
-    def readall(self) -> bytes:
-        try:
-            return super().readall()
         except OSError as error:
             self._failed(error)
             raise

@@ -57,6 +57,7 @@ def listing_notes(listing: Listing, drawn_and_named: int) -> list[str]:
         drawn_and_named: The number of pictures that internvit drew, and that are taken because the user named them.
     """
     notes = [f"{missing.message}: {missing.hint}" for missing in listing.missing_lists]
+    notes += listing.notes
     if listing.unfollowed_links:
         notes.append(
             f"{counted(listing.unfollowed_links, 'link')} to folders not followed (--follow-links follows them)"

@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from internvit_cli.sources.archives import member_address
 from internvit_cli.sources.left_out import LeftOut
 
 if TYPE_CHECKING:
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A folder to which keys are relative."""
+    """A folder or an archive to which keys are relative."""
 
     root: bytes
-    """Absolute path of the folder."""
+    """Absolute path of the folder or the archive."""
     name: bytes = b""
-    """NAME of `NAME=DIR`, the first part of all its keys; empty if there is none."""
+    """NAME of `NAME=DIR`, or the key of an archive: the first part of all its keys; empty if there is none."""
+    is_archive: bool = False
 
     @property
     def prefix(self) -> bytes:
@@ -31,8 +33,9 @@ class Source:
         return self.name + b"/" if self.name else b""
 
     def path(self, key: bytes) -> bytes:
-        """Return the path of the file with a key."""
-        return child_path(self.root, key[len(self.prefix) :])
+        """Return the path of the file with a key, or the address of the archive's member."""
+        name = key[len(self.prefix) :]
+        return member_address(self.root, name) if self.is_archive else child_path(self.root, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class Listing:
     selection: FileSelection | None = None
     tops: tuple[bytes, ...] = ()
     """The folders to which the patterns of the selection are relative."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about the sources."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -23,7 +23,7 @@ _FETCHING |= {b"https": _FETCHING[b"http"], b"ftp": _FETCHING[b"http"], b"s3a": 
 _REMEDIES: dict[Kind, str] = {
     kinds.VIDEO: "extract frames from it, for example with: ffmpeg -i VIDEO -vf fps=1 frames/%06d.jpg",
     kinds.DOCUMENT: "render its pages, for example with: pdftoppm -r 150 -png DOCUMENT.pdf page",
-    kinds.ARCHIVE: "unpack it, and name the folder",
+    kinds.ARCHIVE: "unpack it, and name the folder; .tar and .zip archives are read as they are",
     kinds.PACKED: "write its pictures to files first, and name their folder",
     kinds.ARRAYS: "name the pictures; internvit info shows what a feature file holds",
     kinds.TABLE: "give only the paths, one per line, to --files-from",

@@ -73,6 +73,20 @@ class FileSelection:
         self._counter.unread(name)
         return False
 
+    def takes_member(self, path: bytes) -> bool:
+        """Return whether a member of an archive is taken, by its name.
+
+        Args:
+            path: Its path in the archive.
+        """
+        if excluding := self._whole_paths.file(path):
+            self._counter.excluded(excluding)
+            return False
+        if looks_like_picture(path.rpartition(b"/")[2]):
+            return True
+        self._counter.unread(path.rpartition(b"/")[2])
+        return False
+
     def takes_named(self, path: bytes) -> bool:
         """Return whether a file that the user named is taken, which only the user's patterns decide.
 

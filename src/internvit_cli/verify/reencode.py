@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -18,6 +17,7 @@ from internvit_cli.model.recorded import open_recorded
 from internvit_cli.plan.table import modified_ns
 from internvit_cli.recipes import encoder_options, pixel_rule
 from internvit_cli.runtime.words import counted_of
+from internvit_cli.sources.members import status_of
 from internvit_cli.storage.format.layout import (
     SCALE_DATASETS,
     dataset_of,
@@ -204,7 +204,7 @@ def _job(row: StoredRow, number: int) -> DecodeJob | str:
     """Return the job that decodes a row's picture, or why the picture cannot be the same."""
     table, at = row.shard.table, row.number
     try:
-        now = os.stat(row.picture)
+        now = status_of(row.picture)
     except OSError as error:
         return error.strerror or str(error)
     if now.st_size != int(table.file_size[at]):

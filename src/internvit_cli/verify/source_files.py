@@ -61,7 +61,8 @@ def check_picture(row: StoredRow) -> CheckedPicture:
     opened = open_or_skip(row.picture)
     if isinstance(opened, Skipped):
         return CheckedPicture(PictureState.MISSING, 0)
-    with os.fdopen(opened.descriptor, "rb", buffering=0) as file:
+    with os.fdopen(opened.descriptor, "rb", buffering=0):
+        file = opened.stream()
         if opened.status.st_size != int(row.shard.table.file_size[row.number]):
             return CheckedPicture(PictureState.CHANGED, 0)
         hasher, nbytes = hashlib.sha256(), 0

@@ -21,6 +21,7 @@ from internvit_cli.errors import one_line
 from internvit_cli.plan.png_chunks import despite_texts
 from internvit_cli.runtime.workers import FinishedTask, LostTask, WorkerPool, WorkerSpec, map_in_workers, usable_cpus
 from internvit_cli.sources.files import open_or_skip, pillow_settings, readable_formats, system_failure
+from internvit_cli.sources.members import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,7 +43,7 @@ class PictureFile:
     """The file of an image as its row describes it, which is small enough to be sent to a worker."""
 
     path: bytes | None
-    """The path; None for a picture without a file."""
+    """The path, or the address of an archive's member; None for a picture without a file."""
     size: int
     """Bytes."""
     sha256: bytes
@@ -58,7 +59,7 @@ class PictureFile:
     @property
     def place(self) -> str:
         """The path on one line; empty for a picture without a file."""
-        return "" if self.path is None else one_line(os.fsdecode(self.path), limit=None)
+        return "" if self.path is None else one_line(shown(self.path), limit=None)
 
     @classmethod
     def of(cls, image: ImageFeatures, folder: str | None = None) -> PictureFile:
@@ -68,9 +69,8 @@ class PictureFile:
             image: The image.
             folder: The folder that holds its key; None means where the picture was when it was encoded.
         """
-        path = image.path if folder is None else os.path.join(folder, image.key)
         return cls(
-            path=None if path is None else os.fsencode(path),
+            path=image.place if folder is None else os.fsencode(os.path.join(folder, image.key)),
             size=image.file_size,
             sha256=image.digest,
             width=image.width,
@@ -173,7 +173,8 @@ def _verified(file: PictureFile, side: int) -> Image.Image | str:
     opened = open_or_skip(file.path or b"")
     if isinstance(opened, Skipped):
         return opened.message
-    with os.fdopen(opened.descriptor, "rb") as stream:
+    with os.fdopen(opened.descriptor, "rb", buffering=0):
+        stream = opened.stream()
         if opened.status.st_size != file.size:
             return CHANGED
         try:

@@ -372,10 +372,14 @@ def recorded_sources(attributes: Mapping[str, Any], path: str) -> list[Source]:
 
 
 def _source(entry: dict[str, Any]) -> Source:
-    source = Source(root=os.fsencode(entry["root"]), name=os.fsencode(entry["name"]))
+    is_archive = entry.get("archive", False) is True
+    source = Source(root=os.fsencode(entry["root"]), name=os.fsencode(entry["name"]), is_archive=is_archive)
     if not source.root.startswith(b"/") or b"\0" in source.root:
         raise ValueError(f"{one_line(source.root, 80)!r} is not the path of a folder")
-    if b"/" in source.name or b"\0" in source.name or source.name in (b".", b".."):
+    parts = source.name.split(b"/") if is_archive else [source.name]
+    if b"\0" in source.name or (len(parts) > 1 and b"" in parts) or any(part in (b".", b"..") for part in parts):
+        raise ValueError(f"{one_line(source.name, 80)!r} is not the name of a source")
+    if b"/" in source.name and not is_archive:
         raise ValueError(f"{one_line(source.name, 80)!r} is not the name of a source")
     return source
 

@@ -12,6 +12,7 @@ from internvit_cli.errors import InternvitError, OutputError, UsageError
 from internvit_cli.model.placeholders import placeholder, style_named, tokens_per_tile
 from internvit_cli.plan.tiling import ONE_TILE, Grid, covered_box
 from internvit_cli.runtime.words import listed
+from internvit_cli.sources.members import shown
 from internvit_cli.storage.format.layout import (
     POOLED,
     SCALE_DATASETS,
@@ -132,9 +133,17 @@ class ImageFeatures:
 
     @property
     def path(self) -> str | None:
-        """The path of its picture when it was encoded; None for an image without a file."""
-        picture = self._store.picture(self._row)
-        return None if picture is None else os.fsdecode(picture)
+        """The path of its picture when it was encoded; None for an image without a file.
+
+        For a member of an archive, that is the path of the archive, a slash, and the member's name.
+        """
+        place = self.place
+        return None if place is None else os.fsdecode(shown(place))
+
+    @property
+    def place(self) -> bytes | None:
+        """The path of its picture, or the address of an archive's member, for `sources.members.open_place`."""
+        return self._store.picture(self._row)
 
     @property
     def digest(self) -> bytes:
