@@ -18,6 +18,7 @@ from internvit_cli.errors import one_line
 from internvit_cli.runtime import untrusted
 from internvit_cli.runtime.words import counted
 from internvit_cli.sources.members import DEFLATED, LARGEST_INFLATED, MOST_INFLATION, STORED, Member
+from internvit_cli.sources.signatures import first_bytes, is_picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,9 +67,16 @@ class ArchiveIndex:
         return [again] * bool(self.repeated)
 
 
-def is_archive(path: bytes) -> bool:
+def is_archive_name(path: bytes) -> bool:
     """Return whether a path has the suffix of an archive whose members are read."""
     return os.path.splitext(path)[1].lower() in SUFFIXES
+
+
+def is_archive(path: bytes) -> bool:
+    """Return whether a path is a file with such a suffix, and not a picture that is named so."""
+    if not is_archive_name(path) or not os.path.isfile(path):
+        return False
+    return not is_picture(first_bytes(path), os.path.basename(path))
 
 
 def member_address(archive: bytes, name: bytes) -> bytes:
@@ -157,7 +165,7 @@ def _headers(descriptor: int, archive_size: int) -> Iterator[_TarHeader]:
                 ) or _pax(data)
             position += BLOCK + _padded(size)
             continue
-        facts = of_all | own
+        facts = of_all | own if of_all or own else {}
         size = _number_of(facts.get(b"size"), size)
         has_bytes = kind not in _WITHOUT_BYTES
         if has_bytes and position + BLOCK + size > archive_size:
@@ -179,10 +187,15 @@ def _check_sum(block: bytes, position: int) -> None:
         recorded = _number(block[148:156])
     except _DamagedError:
         recorded = -1
-    blank = block[:148] + b" " * 8 + block[156:]
-    signed = sum(struct.unpack("512b", blank))
-    if recorded not in (sum(blank), signed):
+    blanks = 8 * ord(" ")  # stand for the sum itself
+    unsigned = sum(block) - sum(block[148:156]) + blanks
+    if recorded != unsigned and recorded != _signed_sum(block[:148]) + blanks + _signed_sum(block[156:]):
         raise _DamagedError(f"there is no header at byte {position:,}")
+
+
+def _signed_sum(data: bytes) -> int:
+    """Return the sum of bytes as old programs added them."""
+    return sum(struct.unpack(f"{len(data)}b", data))
 
 
 def _number(digits: bytes) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from internvit_cli.config import Skipped, Status
 from internvit_cli.errors import NoImagesError, UsageError, one_line, system_words
 from internvit_cli.sources import globs
-from internvit_cli.sources.archives import index_of, is_archive
+from internvit_cli.sources.archives import index_of, is_archive, is_archive_name
 from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, child_path, path_below
 from internvit_cli.sources.lists import read_list, unquoted
 from internvit_cli.sources.members import shown
@@ -81,7 +81,7 @@ class _Collection:
             self.add_list(argument)
         elif os.path.isdir(path):
             self._add_folder(Source(absolute_folder(path)))
-        elif is_archive(path) and os.path.isfile(path):
+        elif is_archive(path):
             self._add_archive(path)
         elif os.path.lexists(path):
             refuse_container(path, is_alone=is_alone)
@@ -91,7 +91,7 @@ class _Collection:
             if (named := _named_folder(path)) is not None:
                 self._add_members(named) if named.is_archive else self._add_folder(named)
             elif globs.has_wildcard(path):
-                self._add_archives(path) if is_archive(path) else self._add_pattern(path)
+                self._add_archives(path) if is_archive_name(path) else self._add_pattern(path)
             else:
                 raise _missing(path)
 
@@ -180,7 +180,7 @@ class _Collection:
         self._add_members(Source(whole, key, is_archive=True))
 
     def _add_archives(self, pattern: bytes) -> None:
-        found = sorted(path for path in glob(pattern, recursive=True) if os.path.isfile(path))
+        found = sorted(path for path in glob(pattern, recursive=True) if is_archive(path))
         if not found:
             raise NoImagesError(f"no archive matches {one_line(pattern)}", "check the pattern")
         for path in found:
@@ -303,7 +303,7 @@ def _named_folder(argument: bytes) -> Source | None:
     name, equals, folder = argument.partition(b"=")
     if not equals or not name or b"/" in name:
         return None
-    if is_archive(folder) and os.path.isfile(folder) and name not in (b".", b".."):
+    if name not in (b".", b"..") and is_archive(folder):
         return Source(os.path.abspath(folder), name, is_archive=True)
     if not os.path.isdir(folder):
         if globs.has_wildcard(argument):
