@@ -54,7 +54,7 @@ def test_a_step_on_stored_tokens_is_a_step_on_pictures(chat: Chat, features: Fea
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     other, _ = step(chat, features, from_pixels.flip(1))
-    assert abs(other - expected_loss) > 1e-5 * expected_loss  # the tokens matter
+    assert abs(other - expected_loss) > 0.01  # the tokens matter
 
 
 def test_the_loss_is_that_of_the_whole_model_from_pixels(chat: Chat, features: Features) -> None:

@@ -7,7 +7,8 @@ Reading what `internvit extract` wrote does not need torch:
 >>> features["street.jpg"].visual_tokens.shape  # [tiles, 256, 4 * hidden_size]
 (13, 256, 256)
 
-`FeatureDataset`, `collate_padded` and `collate_nested` serve training, and `Extractor` encodes pictures in memory.
+`FeatureDataset`, `FeatureStream`, `collate_padded` and `collate_nested` serve training, and `Extractor` encodes
+pictures in memory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from internvit_cli.api.dataset import FeatureDataset, collate_nested, collate_padded
     from internvit_cli.api.extractor import Extractor
+    from internvit_cli.api.stream import FeatureStream
     from internvit_cli.config import Recipe, Status
     from internvit_cli.errors import ClosedError, InternvitError, OutputError, UsageError
     from internvit_cli.plan.tiling import Grid
@@ -30,6 +32,7 @@ __all__ = [
     "ClosedError",
     "Extractor",
     "FeatureDataset",
+    "FeatureStream",
     "Features",
     "Grid",
     "ImageFeatures",
@@ -55,6 +58,7 @@ _MODULES = {
     "internvit_cli.plan.tiling": ("Grid",),
     "internvit_cli.api.dataset": ("FeatureDataset", "collate_nested", "collate_padded"),
     "internvit_cli.api.extractor": ("Extractor",),
+    "internvit_cli.api.stream": ("FeatureStream",),
 }
 
 

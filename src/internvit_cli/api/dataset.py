@@ -25,7 +25,7 @@ from internvit_cli.storage.read.reader import Features, open_features
 from internvit_cli.storage.same_file import ReplacedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -88,7 +88,7 @@ class FeatureDataset(Dataset[Sample]):
         self._positions = self._features.positions
         self._identity = _identity(opened)
         self._by_tile = by == "tile"
-        self._arrays = _arrays(opened, arrays, by_tile=self._by_tile)
+        self._arrays = choose_arrays(opened.stored, arrays, opened.path, by_tile=self._by_tile)
         counts = self._features.column("columns").astype(np.int64) * self._features.column("rows")
         counts += self._features.column("thumbnail")
         # An image without tiles has one sample too, which raises an error, so that the missing image is noticed.
@@ -208,15 +208,27 @@ def _tile_counts(samples: Sequence[Sample]) -> list[int] | None:
     return [len(sample[names[0]]) for sample in samples]
 
 
-def _arrays(features: Features, wanted: Sequence[str] | None, *, by_tile: bool) -> tuple[str, ...]:
-    """Return the names of the arrays of a sample."""
-    stored = {TOKENS if name in TOKEN_DATASETS else name for name in features.stored}
+def choose_arrays(
+    kinds: Iterable[str], wanted: Sequence[str] | None, path: str, *, by_tile: bool = False
+) -> tuple[str, ...]:
+    """Return the names of the arrays of a sample.
+
+    Args:
+        kinds: The kinds of stored arrays, such as `visual_tokens`.
+        wanted: The names that the user wants; None means all.
+        path: The output, for messages.
+        by_tile: Whether a sample is a tile instead of an image.
+
+    Raises:
+        UsageError: A wanted array is not stored, or nothing is stored per tile.
+    """
+    stored = {TOKENS if name in TOKEN_DATASETS else name for name in kinds}
     possible = [name for name in (TOKENS, POOLED, TILE_POOLED) if name in stored and not (by_tile and name == POOLED)]
     for name in wanted or ():
         if name not in possible:
-            raise UsageError(f"{features.path} has no {name} of {'tiles' if by_tile else 'images'}", _choices(possible))
+            raise UsageError(f"{path} has no {name} of {'tiles' if by_tile else 'images'}", _choices(possible))
     if by_tile and not possible:
-        raise UsageError(f"{features.path} holds nothing per tile", "extract with --tokens or --tile-pooled")
+        raise UsageError(f"{path} holds nothing per tile", "extract with --tokens or --tile-pooled")
     return tuple(possible if wanted is None else wanted)
 
 

@@ -28,6 +28,9 @@ WITHOUT_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP, errno.ENOTSU
 """Errors of filesystems that cannot sync folders; a failing disk returns others, such as EIO."""
 
 
+READ_AHEAD_BYTES = 512 << 10
+
+
 @contextmanager
 def disk_errors(path: str) -> Iterator[None]:
     """Turn disk errors into errors that end the run and say what to do."""
@@ -58,16 +61,46 @@ def read_exactly(descriptor: int, size: int, offset: int, path: str) -> bytearra
     Raises:
         OutputError: The file ends before that.
     """
-    if offset + size > os.fstat(descriptor).st_size:
-        raise too_short(path)
     data = bytearray(size)
-    view = memoryview(data)
+    read_into(descriptor, data, offset, path)
+    return data
+
+
+def read_into(descriptor: int, target: Any, offset: int, path: str) -> None:
+    """Fill a writable buffer of bytes from a byte offset.
+
+    Raises:
+        OutputError: The file ends before that.
+    """
+    view = memoryview(target)
+    if offset + len(view) > os.fstat(descriptor).st_size:
+        raise too_short(path)
     while view:
         got = os.preadv(descriptor, [view], offset)
         if got == 0:
             raise too_short(path)
         view, offset = view[got:], offset + got
-    return data
+
+
+def read_ahead(descriptor: int, size: int, offset: int) -> None:
+    """Ask the system to read a part of a file into its cache, and return at once; other systems than Linux do nothing.
+
+    Linux reads no more per call than a device takes at a time, so there is a call for each piece. If the last byte is
+    in the cache already, so is the rest, as a rule, and asking would cost more than it gives.
+    """
+    if not hasattr(os, "posix_fadvise") or not size or is_cached(descriptor, offset + size - 1):
+        return
+    for start in range(offset, offset + size, READ_AHEAD_BYTES):
+        piece = min(READ_AHEAD_BYTES, offset + size - start)
+        os.posix_fadvise(descriptor, start, piece, os.POSIX_FADV_WILLNEED)
+
+
+def is_cached(descriptor: int, offset: int) -> bool:
+    """Return whether a byte of a file is in the system's cache; False if the filesystem cannot tell."""
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+    except OSError:  # it would have to be read, or the filesystem does not support the question
+        return False
 
 
 def too_short(path: str) -> OutputError:

@@ -312,16 +312,18 @@ class ImageFeatures:
                 f"a chat model takes projected tokens, but the tokens of {self.key!r} are: {kind.value}",
                 "internvit project OUT NEW --model CHAT projects visual tokens; or extract with --tokens projected",
             )
-        return self._token_tensor(kind, 0, self.tiles, as_stored=True)
+        return self.to_torch(kind.dataset, model_order=True)
 
     # --------------------------------------------------------------------------------------------------------- tensors
 
-    def to_torch(self, name: str = "tokens", tile: int | None = None) -> torch.Tensor:
+    def to_torch(self, name: str = "tokens", tile: int | None = None, *, model_order: bool = False) -> torch.Tensor:
         """Return an array as a CPU tensor of the stored type; bfloat16 is kept, int8 and fp8 become float32.
 
         Args:
             name: `tokens`, `visual_tokens`, `patch_tokens`, `projected_tokens`, `pooled` or `tile_pooled`.
             tile: The tile to return, without the axis of tiles; None means all tiles.
+            model_order: Whether tokens keep the order in which their chat model reads them, which is column by column
+                in old ones (`ps_version` v1); otherwise they are row by row.
 
         >>> open_features("feats.h5")["street.jpg"].to_torch().dtype
         torch.float16
@@ -337,7 +339,7 @@ class ImageFeatures:
             if name != "tokens" and name not in TOKEN_DATASETS:
                 raise UsageError(f"an image has no {name!r}", f"it may have {', '.join(('tokens', *FEATURE_NAMES))}")
             kind = self._kind if name == "tokens" else Tokens(name.removesuffix("_tokens"))
-            tensor = self._token_tensor(kind, start, stop)
+            tensor = self._token_tensor(kind, start, stop, as_stored=model_order)
         return tensor if tile is None else tensor[0]
 
     def _token_tensor(self, kind: Tokens, start: int, stop: int, *, as_stored: bool = False) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 from internvit_cli.config import Recipe, Status
 from internvit_cli.errors import ClosedError, OutputError
 from internvit_cli.plan.tiling import Grid
-from internvit_cli.storage.durable import read_exactly, too_short
+from internvit_cli.storage.durable import read_into, too_short
 from internvit_cli.storage.format.layout import MODEL_LAYERS, Extent, crc_order, recorded_sources, stored_recipe
 from internvit_cli.storage.read.image import ImageFeatures
 from internvit_cli.storage.same_file import open_same
@@ -72,7 +72,7 @@ class OpenShard:
         """The specifications of its datasets, including those without rows."""
         return self._found.stored.specs
 
-    @property
+    @cached_property
     def stored(self) -> tuple[str, ...]:
         """The names of datasets of features that have rows."""
         return crc_order(self.extents)
@@ -107,15 +107,8 @@ class OpenShard:
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Return rows of a dataset as stored, [stop - start, ...]."""
-        extent = self.extents[name]
-        size = extent.spec.row_bytes
-        # Opened for each read, so that readers in forked or spawned workers share no file position and no handle.
-        descriptor = self._open(extent.path)
-        try:
-            data = read_exactly(descriptor, (stop - start) * size, extent.offset + start * size, extent.path)
-        finally:
-            os.close(descriptor)
-        return np.frombuffer(data, extent.spec.dtype).reshape(stop - start, *extent.spec.shape[1:])
+        self.require_open()
+        return read_rows(self.extents[name], start, stop, self._found.files)
 
     def mapped(self, name: str) -> NDArray[Any]:
         """Return all rows of a dataset as stored, memory-mapped and read-only, even if the file is replaced later."""
@@ -171,3 +164,28 @@ class OpenShard:
         """
         self.require_open()
         return open_same(path, self._found.files)
+
+
+def read_rows(extent: Extent, start: int, stop: int, files: Mapping[str, tuple[int, ...]]) -> NDArray[Any]:
+    """Return rows of a dataset as stored, [stop - start, ...].
+
+    The file is opened for each read, so that readers in forked or spawned workers share no file position and no handle.
+
+    Args:
+        extent: The place of the dataset.
+        start: The first row.
+        stop: The row after the last.
+        files: The `file_identity` of each file when the index was read.
+
+    Raises:
+        ReplacedError: A later run has replaced the file.
+        OutputError: The file ends before the rows do.
+    """
+    size = (stop - start) * extent.spec.row_bytes
+    data = np.empty(size, np.uint8)  # unlike bytearray, it is not filled with zeros first
+    descriptor = open_same(extent.path, files)
+    try:
+        read_into(descriptor, data, extent.offset + start * extent.spec.row_bytes, extent.path)
+    finally:
+        os.close(descriptor)
+    return data.view(extent.spec.dtype).reshape(stop - start, *extent.spec.shape[1:])
