@@ -108,6 +108,7 @@ def test_a_device_that_dies_costs_no_image(pictures: Path, whole: Path, tmp_path
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 
 
+@pytest.mark.sweep
 def test_when_all_devices_die_what_is_done_stays_and_the_same_command_goes_on(
     pictures: Path, whole: Path, tmp_path: Path
 ) -> None:

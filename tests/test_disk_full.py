@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from drivers import Driver
 
+QUICK_KINDS = ["file", "npy folder", pytest.param("h5 folder", marks=pytest.mark.sweep)]
 DISK = "64M"
 NAMES = [*(f"{number:02d}.png" for number in range(60)), "bad.png", "spoiled.png"]
 ROWS = Behavior(tokens=(256, 256), checkpoint_bytes=2_000_000)
@@ -66,7 +67,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     run(["umount", str(folder)])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_a_plan_that_cannot_fit_ends_with_6_and_both_figures_before_any_work(
     driver: Driver, disk: Path, pictures: Path, kind: str
 ) -> None:
@@ -85,8 +86,8 @@ def test_a_plan_that_cannot_fit_ends_with_6_and_both_figures_before_any_work(
     assert driver.run(line, ROWS).code == ExitCode.SKIPPED
 
 
-@pytest.mark.parametrize("after", [0, pytest.param(7, marks=pytest.mark.sweep), 30])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("after", [*(pytest.param(after, marks=pytest.mark.sweep) for after in (0, 7)), 30])
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_when_space_runs_out_in_the_middle_nothing_committed_is_lost_and_the_rerun_finishes(
     driver: Driver, disk: Path, pictures: Path, kind: str, after: int
 ) -> None:
@@ -106,7 +107,7 @@ def test_when_space_runs_out_in_the_middle_nothing_committed_is_lost_and_the_rer
     assert checks.check_output(disk / name, known) == len(NAMES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_space_that_was_set_aside_is_there_whatever_others_write(
     driver: Driver, disk: Path, pictures: Path, kind: str
 ) -> None:
@@ -168,7 +169,7 @@ def fail_each_sync(folder: Path, kind: str) -> tuple[int, list[str]]:
 
 @pytest.mark.sweep
 @pytest.mark.skipif(bool(tracing.why_not_traceable()), reason=tracing.why_not_traceable() or "strace")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QUICK_KINDS)
 def test_an_io_error_at_any_sync_is_fatal_and_the_next_run_finishes(processes: ProcessPoolExecutor, kind: str) -> None:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         count, wrong = processes.submit(fail_each_sync, Path(folder), kind).result()

@@ -711,8 +711,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.parametrize(
     ("target", "bound"),
     [
-        ("new.tar", 48),
-        *(pytest.param(*one, marks=pytest.mark.sweep) for one in (("new", 48), ("new.safetensors", 48))),
+        *(pytest.param(name, 48, marks=pytest.mark.sweep) for name in ("new.tar", "new", "new.safetensors")),
         pytest.param("new.parquet", 230, marks=pytest.mark.sweep),
     ],
 )

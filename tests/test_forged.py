@@ -43,7 +43,6 @@ def processes() -> Iterator[ProcessPoolExecutor]:
     ("kind", "is_unfinished", "most"),
     [
         ("file", True, FEW),
-        ("npy folder", False, FEW),
         *(
             pytest.param(kind, is_unfinished, MANY, marks=pytest.mark.sweep)
             for kind in KINDS
@@ -72,7 +71,7 @@ def test_a_forged_output_is_refused_in_one_line_or_changes_nothing_and_tells_of_
     assert refused > len(cases) // 2
 
 
-@pytest.mark.parametrize("kind", ["file", "npy folder"])
+@pytest.mark.parametrize("kind", ["file", pytest.param("npy folder", marks=pytest.mark.sweep)])
 def test_what_no_run_can_have_made_is_refused_although_its_digests_fit(kind: str, tmp_path: Path) -> None:
     tiles = (" tile_size 449", " min_tiles 0", " min_tiles 100")
     parts = (

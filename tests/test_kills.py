@@ -98,7 +98,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(pictures: Path,
 
 @pytest.mark.parametrize(
     "kind",
-    ["file", "several layers", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("npy folder", "h5 folder"))],
+    ["file", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("npy folder", "h5 folder", "several layers"))],
 )
 def test_the_storage_protocol_killed_again_and_again_ends_as_if_it_had_not_been(
     driver: Driver, tmp_path: Path, kind: str

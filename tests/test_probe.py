@@ -22,6 +22,7 @@ from torch import nn
 
 from internvit_cli import open_features
 from internvit_cli.errors import UsageError
+from internvit_cli.probe import attention
 from internvit_cli.probe.attention import AttentionPooling, QueryPooling, heads_for, probabilities, train
 from internvit_cli.probe.labels import labels_of_keys, read_labels
 from internvit_cli.probe.linear import choose_strength, fit_linear
@@ -50,6 +51,12 @@ def extracted(pictures: Path, output: Path, *options: object) -> Path:
     result = extract(pictures, "-o", output, "--tile-size", "56", *options)
     assert result.returncode in (0, 3), result.stderr
     return output
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colors are learned in a few steps."""
+    monkeypatch.setattr(attention, "LEAST_STEPS", 60)
 
 
 @pytest.fixture(scope="module")
@@ -377,8 +384,9 @@ def test_the_official_block_is_its_plain_form() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: AttentionPooling(32, 2, 2), lambda: QueryPooling(32, 2)])
-def test_attention_finds_what_the_mean_hides(make: Any) -> None:
+def test_attention_finds_what_the_mean_hides(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class is told by one token among many, whose channels cancel in the mean."""
+    monkeypatch.setattr(attention, "LEAST_STEPS", 400)
     random = np.random.default_rng(0)
     labels = np.arange(120) % 2
     tokens = random.normal(0, 0.3, (120, 16, 32)).astype(np.float32)

@@ -231,7 +231,7 @@ def test_slots_have_room_for_the_pictures_of_a_run_within_a_bound(
 # ------------------------------------------------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("devices", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.sweep)])
 def test_a_run_stores_the_same_wherever_pictures_are_resized(tmp_path: Path, devices: str) -> None:
     folder = tmp_path / "pictures"
     make_pictures(folder, 6, size=300)
