@@ -148,8 +148,27 @@ class StoreDtype(Choice):
 
     @property
     def is_scaled(self) -> bool:
-        """Whether every token has a float32 scale, by which its stored numbers are multiplied."""
+        """Whether tokens have scales, by which their stored numbers are multiplied."""
         return self in (StoreDtype.INT8, StoreDtype.FP8)
+
+    def values_per_scale(self, tokens: Tokens) -> int:
+        """Return how many values of a token share a scale in new outputs; 0 for one scale per token, or none.
+
+        A visual token joins four patches, and so has every outlier channel four times. These share a scale, so visual
+        tokens need fewer scales than patches.
+        """
+        if self is not StoreDtype.INT8 or tokens is Tokens.NONE:
+            return 0
+        return 64 if tokens is Tokens.PATCH else 128
+
+
+def scales_per_token(token_size: int, values_per_scale: int) -> int:
+    """Return the number of scales of a token that has several; value i has scale `i % scales_per_token`.
+
+    >>> scales_per_token(4096, 128), scales_per_token(64, 128)
+    (32, 1)
+    """
+    return -(-token_size // values_per_scale)
 
 
 class Format(Choice):
@@ -377,6 +396,9 @@ class Recipe:
     `weights_digest` does not cover. Tokens of `extract --tokens projected` have none."""
     projected_from: StoreDtype | None = later_field(None)  # noqa: RUF009 - declares a field
     """The type in which those visual tokens were stored."""
+    values_per_scale: int = later_field(0)
+    """The number of values of a token that share a float16 scale, in scaled types; 0 for one float32 scale per token.
+    In recipes of projected tokens, it is that of the visual tokens."""
 
     @property
     def before_projection(self) -> Recipe:

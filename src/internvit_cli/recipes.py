@@ -48,7 +48,7 @@ OPTION_OF_FIELD = {
 """Recipe fields whose option has another name; the others differ only in underscores."""
 FIELDS_WITHOUT_OPTION = {
     *("mean", "std", "rescale_factor", "token_order", "numerics_version"),
-    *("projector_digest", "projected_from"),
+    *("projector_digest", "projected_from", "values_per_scale"),
 }
 """Fields that the checkpoint, this program, or the output that `project` read decides."""
 
@@ -144,7 +144,7 @@ class ModelInUse:
         facts = facts.with_kept(kept)
         dtype = planned_dtype(options, recorded)
         self.dtype_is_known = dtype is not None
-        self.draft = make_recipe(options, facts, dtype or LONGEST_DTYPE)
+        self.draft = make_recipe(options, facts, dtype or LONGEST_DTYPE, recorded)
         """The wanted recipe without the digest of weights that are still to be hashed. An unknown compute type is
         replaced by one of the same length."""
         if not self._digest_is_recorded:
@@ -256,8 +256,31 @@ def _recorded_recipe(options: ExtractOptions, stored: dict[str, Any] | None) -> 
         raise
 
 
-def make_recipe(options: ExtractOptions, facts: RecipeFacts, dtype: ComputeDtype) -> Recipe:
-    """Return the recipe of a run that computes in `dtype`."""
+def values_per_scale(options: ExtractOptions, recorded: Recipe | None) -> int:
+    """Return how many values of a token share a scale: as in an output that is continued, or as new outputs have it.
+
+    Args:
+        options: The options of the run.
+        recorded: The recipe of the output, if there is one; earlier versions stored one scale per token.
+    """
+    store = options.store
+    is_continued = recorded is not None and not store.overwrite
+    if is_continued and (recorded.tokens, recorded.store_dtype) == (store.tokens, store.store_dtype):
+        return recorded.values_per_scale
+    return store.store_dtype.values_per_scale(store.tokens)
+
+
+def make_recipe(
+    options: ExtractOptions, facts: RecipeFacts, dtype: ComputeDtype, recorded: Recipe | None = None
+) -> Recipe:
+    """Return the recipe of a run.
+
+    Args:
+        options: The options of the run.
+        facts: What the model decides.
+        dtype: The compute type.
+        recorded: The recipe of the output, if there is one.
+    """
     pictures, store = options.pictures, options.store
     single_view = pictures.preprocess is not Preprocess.TILES
     return Recipe(
@@ -284,6 +307,7 @@ def make_recipe(options: ExtractOptions, facts: RecipeFacts, dtype: ComputeDtype
         earlier_layers=facts.layers[:-1],
         truncated=pictures.truncated,
         grey_range=pictures.grey_range,
+        values_per_scale=values_per_scale(options, recorded),
     )
 
 
@@ -331,6 +355,7 @@ def feature_shape(options: ExtractOptions, card: ModelCard, recipe: Recipe) -> F
         store_dtype=options.store.store_dtype,
         tile_pooled=options.store.tile_pooled,
         earlier_layers=recipe.earlier_layers,
+        values_per_scale=recipe.values_per_scale,
     )
 
 
@@ -354,6 +379,7 @@ def encoder_options(recipe: Recipe, device: str, batch_tiles: int | None) -> Enc
         store_dtype=recipe.store_dtype,
         on_overflow=recipe.on_overflow,
         earlier_layers=recipe.earlier_layers,
+        values_per_scale=recipe.values_per_scale,
     )
 
 

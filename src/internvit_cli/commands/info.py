@@ -110,7 +110,7 @@ def _datasets(places: list[ShardPlace], store_dtype: StoreDtype) -> dict[str, An
         extents = place.backend.extents(place.path)
         for name in crc_order(extents):
             spec = extents[name].spec
-            dtype = store_dtype.value if is_tokens(name) else "float32"
+            dtype = store_dtype.value if is_tokens(name) else np.dtype(spec.dtype).name
             entry = found.setdefault(name, {"shape": [0, *spec.shape[1:]], "dtype": dtype})
             entry["shape"][0] += spec.shape[0]
     return found

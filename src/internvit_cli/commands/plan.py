@@ -115,7 +115,7 @@ def survey(options: ExtractOptions, observer: Observer = SILENT, stdin: BinaryIO
     layers = (kept_layers(options, kept, card) if kept else None) or card.resolve_layers(options.model.layers)
     check_layers(options.store.tokens, layers)
     facts = RecipeFacts.of_card(card, layers, UNKNOWN_DIGEST).with_kept(kept)
-    recipe = make_recipe(options, facts, LONGEST_DTYPE)
+    recipe = make_recipe(options, facts, LONGEST_DTYPE, kept)
     shape = feature_shape(options, card, recipe)
     rule = pixel_rule(recipe, options.pictures.max_pixels)
     how = PlanOptions(rule, usable_cpus(), options.run.decode_timeout, options.run.worker_memory)

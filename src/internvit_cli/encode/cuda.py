@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from internvit_cli.encode.interface import PendingBatch, Placed
     from internvit_cli.encode.tile_features import LayerFeatures, TileFeatures, Tiles
     from internvit_cli.model.features import FeatureModel
+    from internvit_cli.model.kernels.interface import StorePlan
 
 LayerShapes: TypeAlias = "tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]"
 """Shape and type of each of `LayerTensors`; None for those that are None."""
@@ -349,13 +350,12 @@ class FeaturePool:
 
     def __init__(self, model: FeatureModel, size: int) -> None:
         shapes = model.shapes
-        is_scaled = model.plan is not None and model.plan.is_scaled
         self._shapes: LayerShapes = (
             ((size, shapes.tokens, shapes.token_size), model.store_dtype) if shapes.tokens else None,
             ((size, shapes.pooled_size), torch.float32),
             ((size, 2), torch.float32),
             ((size,), torch.int64),
-            ((size, shapes.tokens), torch.float32) if is_scaled else None,
+            None if model.plan is None else _scales_shape(model.plan, size),
         )
         self._free: tuple[deque[Tensor], ...] = tuple(deque() for _ in self._shapes)
 
@@ -389,6 +389,15 @@ class FeaturePool:
             return free.popleft()
         except IndexError:
             return _pinned(*shape)
+
+
+def _scales_shape(plan: StorePlan, size: int) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Return the shape and type of the scales of `size` tiles; None if tokens have none."""
+    if not plan.is_scaled:
+        return None
+    if plan.scales_per_token:
+        return (size, plan.tokens, plan.scales_per_token), torch.float16
+    return (size, plan.tokens), torch.float32
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

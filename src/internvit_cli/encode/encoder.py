@@ -215,6 +215,7 @@ def feature_spec(options: EncoderOptions) -> FeatureSpec:
         tile_size=options.tile_size,
         token_order=options.token_order,
         store_dtype=options.store_dtype,
+        values_per_scale=options.values_per_scale,
         on_overflow=options.on_overflow,
         earlier_layers=options.earlier_layers,
     )

@@ -36,6 +36,8 @@ class EncoderOptions:
     """Earlier layers whose features are kept as well, ascending."""
     token_order: TokenOrder = TokenOrder.V2
     store_dtype: StoreDtype = StoreDtype.FLOAT16
+    values_per_scale: int = 0
+    """Values of a token that share a float16 scale, in scaled types; 0 for one float32 scale per token."""
     on_overflow: OnOverflow = OnOverflow.SKIP
     threads: int | None = None
     """CPU only: tiles encoded at the same time, one thread each; None means one per core that this process may use."""

@@ -80,11 +80,9 @@ def _stored_and_given(model: FeatureModel, plan: StorePlan, hidden: Tensor) -> t
     values = model.token_values(hidden)
     stored = model.kernels.store(values, plan)
     assert stored.scales is not None
-    numbers = stored.tokens
-    if numbers.dtype is torch.uint8:
-        numbers = numbers.view(torch.float8_e4m3fn)
+    read_back = plain.dequantize_tokens(stored.tokens, stored.scales)
     unscaled = plain.store(values, replace(plan, dtype=torch.float32)).tokens
-    return (numbers.float() * stored.scales[..., None]).cpu(), unscaled.cpu()
+    return read_back.cpu(), unscaled.cpu()
 
 
 @dataclass(frozen=True)

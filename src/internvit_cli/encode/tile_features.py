@@ -27,7 +27,7 @@ class LayerFeatures:
     pooled: NDArray[Any]
     """[n,d] float32."""
     scales: NDArray[Any] | None = None
-    """[n,T] float32, for tokens in a stored type that has scales."""
+    """[n,T] float32 or [n,T,s] float16, for tokens in a stored type that has scales."""
 
     def take(self, span: slice) -> LayerFeatures:
         """Return the features of some of the tiles, as views."""

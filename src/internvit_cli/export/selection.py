@@ -149,7 +149,7 @@ class RowSelection:
         recipe = replace(self.recipe, earlier_layers=earlier)
         if not self.drops_tokens:
             return recipe
-        return replace(recipe, tokens=Tokens.NONE, projector_digest="", projected_from=None)
+        return replace(recipe, tokens=Tokens.NONE, projector_digest="", projected_from=None, values_per_scale=0)
 
     @property
     def keeps_deepest(self) -> bool:
@@ -349,6 +349,7 @@ def stored_shape(shards: Sequence[OpenShard], recipe: Recipe) -> FeatureShape:
         store_dtype=recipe.store_dtype,
         tile_pooled=recipe.tile_pooled,
         earlier_layers=recipe.earlier_layers,
+        values_per_scale=recipe.values_per_scale,
     )
 
 

@@ -47,9 +47,18 @@ _ROUNDS_TO_INFINITY = {
 }
 
 
-def infinite_from(dtype: StoreDtype) -> float:
-    """Return the smallest magnitude that rounds to infinity in a stored type."""
-    return _ROUNDS_TO_INFINITY[dtype]
+_ABOVE_FLOAT16_SCALES = 65504.0 * 127 + 0.5
+"""The next float32 after the largest number of int8 times the largest scale in float16."""
+
+
+def infinite_from(dtype: StoreDtype, values_per_scale: int = 0) -> float:
+    """Return the smallest magnitude that rounds to infinity in a stored type.
+
+    Args:
+        dtype: The stored type.
+        values_per_scale: As in the recipe; only float16 scales are limited.
+    """
+    return _ABOVE_FLOAT16_SCALES if dtype is StoreDtype.INT8 and values_per_scale else _ROUNDS_TO_INFINITY[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +73,13 @@ class FeatureSpec:
     on_overflow: OnOverflow = OnOverflow.SKIP
     earlier_layers: tuple[int, ...] = ()
     """Layers whose features are stored in addition to those of the last block that runs, ascending."""
+    values_per_scale: int = 0
+    """The number of values of a token that share a float16 scale; 0 for one float32 scale per token, or none."""
+
+    @property
+    def infinite_from(self) -> float:
+        """The smallest magnitude of a token value that rounds to infinity when it is stored."""
+        return infinite_from(self.store_dtype, self.values_per_scale)
 
 
 class LayerTensors(NamedTuple):
@@ -78,7 +94,7 @@ class LayerTensors(NamedTuple):
     clamped: Tensor
     """[B] int64: number of token values that were clamped."""
     scales: Tensor | None = None
-    """[B,T] float32: scales of tokens in a scaled type; None for other types."""
+    """Scales of tokens in a scaled type, as in `StoredTokens`; None for other types."""
 
 
 class FeatureModel(nn.Module):
@@ -202,8 +218,9 @@ def store_plan(card: ModelCard, spec: FeatureSpec) -> StorePlan | None:
         dtype=TORCH_STORE_DTYPE[spec.store_dtype],
         order=spec.token_order if spec.tokens is Tokens.VISUAL else None,
         clamp=spec.on_overflow is OnOverflow.CLAMP,
-        infinite_from=_ROUNDS_TO_INFINITY[spec.store_dtype],
+        infinite_from=spec.infinite_from,
         mean=spec.pool is not Pool.CLS and spec.tokens is not Tokens.PROJECTED,
+        values_per_scale=spec.values_per_scale,
     )
 
 
@@ -215,7 +232,7 @@ def check_tiles(extremes: np.ndarray, pooled: np.ndarray, spec: FeatureSpec) -> 
         pooled: Pooled vectors, float32 [n,d].
         spec: The features; with clamping, only the pooled vector can overflow.
     """
-    limit = float("inf") if spec.on_overflow is OnOverflow.CLAMP else _ROUNDS_TO_INFINITY[spec.store_dtype]
+    limit = float("inf") if spec.on_overflow is OnOverflow.CLAMP else spec.infinite_from
     too_large = np.abs(extremes).max(axis=1) >= limit
     if spec.on_overflow is OnOverflow.CLAMP:
         too_large[:] = False

@@ -306,9 +306,13 @@ class _TransformersEncoder:
 
 def _largest(recipe: Recipe) -> float:
     """Return the largest value that a token can have."""
-    if recipe.on_overflow is OnOverflow.CLAMP and recipe.store_dtype is StoreDtype.FLOAT16:
-        return float(np.finfo(np.float16).max)
-    return float("inf")
+    if recipe.on_overflow is not OnOverflow.CLAMP:
+        return float("inf")
+    largest = float(np.finfo(np.float16).max)
+    if recipe.store_dtype is StoreDtype.FLOAT16:
+        return largest
+    has_small_scales = recipe.store_dtype is StoreDtype.INT8 and recipe.values_per_scale
+    return largest * np.iinfo(np.int8).max if has_small_scales else float("inf")
 
 
 def _differences(row: StoredRow, recipe: Recipe, parts: list[Sequence[LayerFeatures]]) -> Differences:

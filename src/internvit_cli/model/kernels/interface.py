@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from internvit_cli.config import scales_per_token
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -87,11 +89,31 @@ class StorePlan:
     """The smallest magnitude that rounds to infinity in `dtype`."""
     mean: bool
     """Whether to compute the mean over the rows of a tile."""
+    values_per_scale: int = 0
+    """The number of values of a token that share a float16 scale; 0 for one float32 scale per token, or none."""
 
     @property
     def is_scaled(self) -> bool:
-        """Whether every token has a scale: int8, or uint8 that holds the bits of float8 e4m3."""
+        """Whether tokens have scales: int8, or uint8 that holds the bits of float8 e4m3."""
         return self.dtype in (torch.int8, torch.uint8)
+
+    @property
+    def scales_per_token(self) -> int:
+        """The number of float16 scales of a token; 0 for one float32 scale, or none."""
+        return scales_per_token(self.token_size, self.values_per_scale) if self.values_per_scale else 0
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude that can be stored."""
+        if not self.is_scaled:
+            return torch.finfo(self.dtype).max
+        largest_scale = torch.finfo(torch.float16 if self.values_per_scale else torch.float32).max
+        return min(torch.finfo(torch.float32).max, largest_scale * steps_of(self.dtype))
+
+
+def steps_of(dtype: torch.dtype) -> float:
+    """Return the largest number of a scaled type: int8, or uint8 that holds the bits of float8 e4m3."""
+    return 127.0 if dtype is torch.int8 else torch.finfo(torch.float8_e4m3fn).max
 
 
 class StoredTokens(NamedTuple):
@@ -106,7 +128,7 @@ class StoredTokens(NamedTuple):
     clamped: Tensor
     """int64 [B]: numbers of clamped values."""
     scales: Tensor | None = None
-    """float32 [B,T]: scales of the tokens; None if the stored type has no scales."""
+    """Scales of the tokens, float32 [B,T] or float16 [B,T,scales_per_token]; None if the type has no scales."""
 
 
 @dataclass(frozen=True)

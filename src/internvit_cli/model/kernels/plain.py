@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from internvit_cli.config import PATCH_SIZE
-from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Rows, StoredTokens, StorePlan
+from internvit_cli.model.kernels.interface import Kernels, Linear, Norm, Rows, StoredTokens, StorePlan, steps_of
 from internvit_cli.model.unshuffle import unshuffle_view
 
 PATCH_VALUES = 3 * PATCH_SIZE**2  # 588 numbers in a patch
@@ -152,29 +152,61 @@ def store(values: Tensor, plan: StorePlan) -> StoredTokens:
     view = values if plan.order is None else unshuffle_view(values, plan.order)
     shape = len(values), plan.tokens, plan.token_size
     if plan.is_scaled:
-        tokens, scales = quantize_tokens(view.float().reshape(shape), plan.dtype)
+        tokens, scales = quantize_tokens(view.float().reshape(shape), plan.dtype, plan.scales_per_token)
         return StoredTokens(tokens, mean, extremes, clamped, scales)
     tokens = values.new_empty(shape, dtype=plan.dtype)
     tokens.view(view.shape).copy_(view)
     return StoredTokens(tokens, mean, extremes, clamped)
 
 
-def quantize_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Quantize tokens symmetrically with a scale per token; the largest magnitude becomes the largest of the type.
+def quantize_tokens(tokens: Tensor, dtype: torch.dtype, scales_per_token: int = 0) -> tuple[Tensor, Tensor]:
+    """Quantize tokens symmetrically; the largest magnitude of a scale becomes the largest of the type.
+
+    With several scales per token, value i has scale i % s: then copies of a channel in the patches that a visual token
+    joins share a scale, and an outlier channel makes few scales coarse.
 
     Args:
-        tokens: float32 [...,C], finite.
+        tokens: float32 [...,C], finite, and for several scales not above `StorePlan.largest`.
         dtype: int8, or uint8 for the bits of float8 e4m3.
+        scales_per_token: The number of scales s; 0 for one float32 scale.
 
     Returns:
-        Tokens of that type [...,C], and scales, float32 [...]. No value is off by more than half a step.
+        Tokens of that type [...,C], and scales, float32 [...] or float16 [...,s]. No value is off by more than half a
+        step.
     """
-    steps = 127.0 if dtype is torch.int8 else torch.finfo(torch.float8_e4m3fn).max
-    scales = (tokens.abs().amax(dim=-1) / steps).clamp_min(torch.finfo(torch.float32).tiny)
-    multiples = tokens / scales[..., None]
+    steps = steps_of(dtype)
+    if scales_per_token:
+        rows = _by_scale(tokens, scales_per_token)  # [...,r,s]
+        scales = _rounded_up(rows.abs().amax(dim=-2) / steps)
+        multiples = (rows / scales.float()[..., None, :]).flatten(-2)[..., : tokens.shape[-1]]
+    else:
+        scales = (tokens.abs().amax(dim=-1) / steps).clamp_min(torch.finfo(torch.float32).tiny)
+        multiples = tokens / scales[..., None]
     if dtype is torch.int8:
         return multiples.round_().clamp_(-steps, steps).to(dtype), scales
     return multiples.clamp_(-steps, steps).to(torch.float8_e4m3fn).view(dtype), scales
+
+
+def dequantize_tokens(tokens: Tensor, scales: Tensor) -> Tensor:
+    """Return quantized tokens [...,C] as float32; the reverse of `quantize_tokens`."""
+    values = (tokens.view(torch.float8_e4m3fn) if tokens.dtype is torch.uint8 else tokens).float()
+    if scales.ndim < tokens.ndim:
+        return values * scales[..., None]
+    rows = _by_scale(values, scales.shape[-1]) * scales.float()[..., None, :]
+    return rows.flatten(-2)[..., : tokens.shape[-1]]
+
+
+def _by_scale(tokens: Tensor, scales: int) -> Tensor:
+    """Return tokens [...,C] as rows [...,r,scales], padded with zeros if they do not fill the last one."""
+    missing = -tokens.shape[-1] % scales
+    return (F.pad(tokens, (0, missing)) if missing else tokens).unflatten(-1, (-1, scales))
+
+
+def _rounded_up(scales: Tensor) -> Tensor:
+    """Return positive scales in float16, rounded up, so that no value is more than the largest of the type."""
+    nearest = scales.clamp_min(torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps).half()
+    bits = nearest.view(torch.int16)  # ordered as the values
+    return (bits + (nearest.float() < scales)).view(torch.float16)
 
 
 def _clamped(values: Tensor, plan: StorePlan) -> tuple[Tensor, Tensor]:
@@ -182,5 +214,4 @@ def _clamped(values: Tensor, plan: StorePlan) -> tuple[Tensor, Tensor]:
     if not plan.clamp:
         return values, torch.zeros(len(values), dtype=torch.int64, device=values.device)
     beyond = values.float().abs() >= plan.infinite_from  # False for NaN
-    limit = torch.finfo(torch.float32 if plan.is_scaled else plan.dtype).max
-    return values.float().clamp(-limit, limit), beyond.flatten(1).sum(1)
+    return values.float().clamp(-plan.largest, plan.largest), beyond.flatten(1).sum(1)

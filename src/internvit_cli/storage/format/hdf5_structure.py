@@ -210,10 +210,10 @@ def _examine(file: h5py.File, path: str, descriptor: int, size: int) -> Structur
         raise ValueError("its layout is not that of a shard")
     datasets = _Datasets(file.id, size)
     images, keys_offset = datasets.keys()
-    extents = datasets.find(expected_columns(images) | expected_records(images), path)
+    extents = datasets.find(expected_columns(images) | expected_records(images), recipe, path)
     tiles = _last_offset(descriptor, extents[TILE_OFFSET])
     expected = expected_features(recipe, images, tiles)
-    extents |= datasets.find(expected, path)
+    extents |= datasets.find(expected, recipe, path)
     for name in FEATURE_DATASETS:
         if name not in expected and datasets.has(name):
             raise damaged(path, f"{name} exists, but the recipe does not store it")
@@ -247,7 +247,7 @@ class _Datasets:
         (images,) = dataset.shape
         return images, self._offset(dataset, KEYS, images * PLACE.itemsize)
 
-    def find(self, expected: Mapping[str, ExpectedDataset], path: str) -> dict[str, Extent]:
+    def find(self, expected: Mapping[str, ExpectedDataset], recipe: Recipe, path: str) -> dict[str, Extent]:
         """Return the places of datasets.
 
         Raises:
@@ -256,7 +256,7 @@ class _Datasets:
         """
         opened = {name: self._open(name) for name in expected if self.has(name)}
         specs = {name: DatasetSpec(name, one.shape, _dtype_of(one, expected[name])) for name, one in opened.items()}
-        check_datasets(specs, expected, path)
+        check_datasets(specs, expected, recipe, path)
         return {name: Extent(path, self._offset(opened[name], name, spec.nbytes), spec) for name, spec in specs.items()}
 
     def type_attribute(self, name: str) -> Any:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from internvit_cli.config import Recipe, RecipeError, StoreDtype, Tokens, UnknownRecipeError
+from internvit_cli.config import (
+    Recipe,
+    RecipeError,
+    StoreDtype,
+    Tokens,
+    UnknownRecipeError,
+    scales_per_token,
+)
 from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError, UsageError, one_line
 from internvit_cli.runtime.untrusted import parse_json
 from internvit_cli.runtime.words import listed
@@ -186,6 +193,8 @@ class FeatureShape:
     tile_pooled: bool
     earlier_layers: tuple[int, ...] = ()
     """As in the recipe; all layers have rows of the same sizes."""
+    values_per_scale: int = 0
+    """As in the recipe."""
 
     def row_datasets(self, images: int, tiles: int) -> tuple[DatasetSpec, ...]:
         """Return the datasets of feature rows, in the order of an image's CRC."""
@@ -198,7 +207,10 @@ class FeatureShape:
         if kind == TILE_POOLED:
             return DatasetSpec(name, (tiles, self.pooled_width), "<f4")
         if kind in SCALE_DATASETS:
-            return DatasetSpec(name, (tiles, self.tokens_per_tile), "<f4")
+            if not self.values_per_scale:
+                return DatasetSpec(name, (tiles, self.tokens_per_tile), "<f4")
+            scales = scales_per_token(self.channels, self.values_per_scale)
+            return DatasetSpec(name, (tiles, self.tokens_per_tile, scales), "<f2")
         return DatasetSpec(name, (tiles, self.tokens_per_tile, self.channels), self.store_dtype.numpy_name)
 
 
@@ -390,16 +402,26 @@ def decode_values(stored: NDArray[Any], dtype: StoreDtype, scales: NDArray[Any] 
     Args:
         stored: Values [...,C].
         dtype: The stored type.
-        scales: Scales [...] float32, for the types that have them.
+        scales: Scales for the types that have them: [...] float32, or several per token, [...,s] float16, of which
+            value i of a token has scale i % s.
     """
     if scales is not None:
         values = _e4m3_values()[stored] if dtype is StoreDtype.FP8 else stored.astype(np.float32)
-        scaled: NDArray[Any] = np.multiply(values, scales[..., None], out=values)
-        return scaled
+        return _scaled(values, scales if scales.ndim == stored.ndim else scales[..., None])
     if dtype is not StoreDtype.BFLOAT16:
         return stored
     widened: NDArray[Any] = (stored.astype(np.uint32) << 16).view(np.float32)
     return widened
+
+
+def _scaled(values: NDArray[Any], scales: NDArray[Any]) -> NDArray[Any]:
+    """Multiply values [...,C] float32 in place by their scales [...,s]."""
+    size, count = values.shape[-1], scales.shape[-1]
+    if size % count:  # the last values of a token do not reach all scales
+        scales, count = scales[..., np.arange(size) % count], size
+    rows = values.reshape(*values.shape[:-1], size // count, count)
+    np.multiply(rows, scales.astype(np.float32)[..., None, :], out=rows)
+    return values
 
 
 @cache

@@ -314,7 +314,7 @@ def _arrays(path: str, recipe: Recipe) -> dict[str, Extent]:
     expected = expected_features(recipe, images, tiles)
     if _is_filled(path):
         expected |= expected_records(images)
-    check_datasets({name: extent.spec for name, extent in found.items()}, expected, path)
+    check_datasets({name: extent.spec for name, extent in found.items()}, expected, recipe, path)
     return found
 
 

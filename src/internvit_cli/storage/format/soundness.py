@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from internvit_cli.config import PATCH_SIZE, Preprocess, Recipe, Status, Tokens
+from internvit_cli.config import PATCH_SIZE, Preprocess, Recipe, Status, Tokens, scales_per_token
 from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError, one_line
 from internvit_cli.model.accuracy import COMPUTE_ERROR, STORE_ERROR, from_attributes
 from internvit_cli.plan.table import COLUMN_DTYPES
@@ -99,7 +99,9 @@ def expected_features(recipe: Recipe, images: int, tiles: int) -> dict[str, Expe
     of_kind = {
         POOLED: ExpectedDataset((images,), 2, "<f4"),
         recipe.tokens.dataset: ExpectedDataset((tiles, count), 3, recipe.store_dtype.numpy_name),
-        recipe.tokens.scales_dataset: ExpectedDataset.exactly((tiles, count), "<f4"),
+        recipe.tokens.scales_dataset: ExpectedDataset((tiles, count), 3, "<f2")
+        if recipe.values_per_scale
+        else ExpectedDataset.exactly((tiles, count), "<f4"),
         TILE_POOLED: ExpectedDataset((tiles,), 2, "<f4"),
     }
     return {name: of_kind[feature_name(name).kind] for name in feature_datasets(recipe)}
@@ -121,7 +123,9 @@ def expected_columns(images: int) -> dict[str, ExpectedDataset]:
     return columns | {"image/tile_offset": ExpectedDataset.exactly((images + 1,), "<u8")}
 
 
-def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, ExpectedDataset], path: str) -> None:
+def check_datasets(
+    found: Mapping[str, DatasetSpec], expected: Mapping[str, ExpectedDataset], recipe: Recipe, path: str
+) -> None:
     """Refuse datasets that are missing, unexpected, or of the wrong shape or type.
 
     Raises:
@@ -134,6 +138,7 @@ def check_datasets(found: Mapping[str, DatasetSpec], expected: Mapping[str, Expe
     for name in crc_order(set(found) - set(expected)):
         raise damaged(path, f"{name} exists, but the recipe does not store it")
     _check_widths(found, path)
+    _check_scales(found, recipe, path)
 
 
 def _check_widths(found: Mapping[str, DatasetSpec], path: str) -> None:
@@ -144,6 +149,16 @@ def _check_widths(found: Mapping[str, DatasetSpec], path: str) -> None:
         row, wanted = found[name].shape[1:], found[model].shape[1:]
         if row != wanted:
             raise damaged(path, f"a row of {name} has shape {row}, but a row of {model} has {wanted}")
+
+
+def _check_scales(found: Mapping[str, DatasetSpec], recipe: Recipe, path: str) -> None:
+    """Refuse several scales per token whose number does not follow from the width of a token."""
+    name = recipe.tokens.scales_dataset
+    if name not in found or not recipe.values_per_scale:
+        return
+    size, count = found[recipe.tokens.dataset].shape[2], found[name].shape[2]
+    if count != (wanted := scales_per_token(size, recipe.values_per_scale)):
+        raise damaged(path, f"{name} has {count} scales per token, but {size} values have {wanted}")
 
 
 def _check_dataset(spec: DatasetSpec, wanted: ExpectedDataset, path: str) -> None:
@@ -180,6 +195,8 @@ def check_attributes(attributes: Mapping[str, Any], path: str) -> tuple[Recipe, 
     _check_tiles(recipe, path)
     _check_pixels(recipe, path)
     _check_layers(recipe, attributes.get(MODEL_LAYERS, recipe.layer), path)
+    if recipe.values_per_scale and not recipe.before_projection.store_dtype.values_per_scale(recipe.tokens):
+        raise damaged(path, "its recipe has a number of values per scale for tokens without several scales")
     if not 0 <= attributes["batch_tiles"] <= MOST_BATCH_TILES:
         raise damaged(path, f"batch_tiles is {attributes['batch_tiles']}")
     try:
