@@ -120,7 +120,14 @@ def make_shard(
         **several,
     }
     shape = FeatureShape(
-        tokens, TOKENS_PER_TILE, CHANNELS, POOLED_WIDTH, store_dtype, tile_pooled, recipe.earlier_layers
+        tokens,
+        TOKENS_PER_TILE,
+        CHANNELS,
+        POOLED_WIDTH,
+        store_dtype,
+        tile_pooled,
+        recipe.earlier_layers,
+        recipe.values_per_scale,
     )
     return NewShard(table, shape, attributes)
 
@@ -137,8 +144,10 @@ def random_image(shard: NewShard, row: int, seed: int = 0) -> ImageRows:
         if shape.tokens is not Tokens.NONE:
             arrays[shape.tokens.dataset + suffix] = [_random_tokens(rng, shape, size) for size in sizes]
             if shape.store_dtype.is_scaled:
-                scales = [rng.uniform(0.1, 2, (size, TOKENS_PER_TILE)).astype(np.float32) for size in sizes]
-                arrays[shape.tokens.scales_dataset + suffix] = scales
+                spec = next(spec for spec in shape.row_datasets(1, tiles) if spec.name == shape.tokens.scales_dataset)
+                arrays[shape.tokens.scales_dataset + suffix] = [
+                    rng.uniform(0.1, 2, (size, *spec.shape[1:])).astype(spec.dtype) for size in sizes
+                ]
         if shape.tile_pooled:
             arrays[f"tile_pooled{suffix}"] = [rng.standard_normal((size, POOLED_WIDTH), np.float32) for size in sizes]
     return ImageRows(row, rng.bytes(32), arrays)

@@ -146,6 +146,34 @@ def test_tokens_with_a_scale_are_multiples_of_it(hidden, store):
     assert relative_error(read_back, exact) < 0.04
 
 
+@pytest.mark.parametrize("values", [128, 100, 64])
+def test_tokens_with_several_scales_are_closer_and_multiples_of_them(hidden, values):
+    tiles, _ = hidden
+    exact = encode(tiles, store_dtype=StoreDtype.FLOAT32).tokens
+    one, several = (encode(tiles, store_dtype=StoreDtype.INT8, values_per_scale=count) for count in (0, values))
+    count = -(-exact.shape[-1] // values)
+    assert several.scales.dtype == np.float16 and several.scales.shape == (*exact.shape[:2], count)
+    for scale in range(count):  # value i has scale i % count
+        largest = np.abs(exact[..., scale::count]).max(axis=-1)
+        assert (several.scales[..., scale].astype(np.float32) * 127 >= largest * (1 - 1e-6)).all()
+        np.testing.assert_allclose(several.scales[..., scale], largest / 127, rtol=2.0**-9)
+    read_back = decode_values(several.tokens, StoreDtype.INT8, several.scales)
+    assert relative_error(read_back, exact) < relative_error(
+        decode_values(one.tokens, StoreDtype.INT8, one.scales), exact
+    )
+
+
+def test_values_beyond_the_largest_float16_scale_do_not_fit_or_are_clamped():
+    checkpoint = scaled(tiny_checkpoint(), 1e8)
+    several = {"store_dtype": StoreDtype.INT8, "values_per_scale": 128}
+    assert encode(random_tiles(2), checkpoint, store_dtype=StoreDtype.INT8).fits.tolist() == [0, 0]
+    assert encode(random_tiles(2), checkpoint, **several).fits.tolist() == [1, 1]
+    clamped = encode(random_tiles(2), checkpoint, **several, on_overflow=OnOverflow.CLAMP)
+    read_back = decode_values(clamped.tokens, StoreDtype.INT8, clamped.scales)
+    assert clamped.fits.tolist() == [0, 0] and clamped.clamped > 0
+    assert np.abs(read_back).max() == 65504 * 127
+
+
 @pytest.mark.parametrize("store", [dtype for dtype in StoreDtype if not dtype.is_scaled])
 def test_tokens_are_stored_in_the_asked_type_rounded_once(hidden, store):
     tiles, _ = hidden

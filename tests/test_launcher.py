@@ -81,8 +81,16 @@ def make_graph(launcher, tiles):
     return graph, graph.features
 
 
-def runner(batch, store_dtype=StoreDtype.FLOAT16, earlier_layers=(), layer=None) -> BatchRunner:
-    spec = FeatureSpec(Tokens.VISUAL, Pool.MEAN, 56, TokenOrder.V2, store_dtype, earlier_layers=earlier_layers)
+def runner(batch, store_dtype=StoreDtype.FLOAT16, earlier_layers=(), layer=None, values_per_scale=0) -> BatchRunner:
+    spec = FeatureSpec(
+        Tokens.VISUAL,
+        Pool.MEAN,
+        56,
+        TokenOrder.V2,
+        store_dtype,
+        earlier_layers=earlier_layers,
+        values_per_scale=values_per_scale,
+    )
     model = FeatureModel.load(open_all(tiny_card(), layer), spec, device=CPU, dtype=torch.float32)
     return BatchRunner(CudaLauncher(model, CPU), batch)
 
@@ -127,15 +135,17 @@ def test_a_slots_features_are_fetched_before_its_buffers_are_used_again():
 
 
 @pytest.mark.parametrize("batch", [2, LARGEST_GRAPH + 1], ids=["graphs", "kernels"])
-@pytest.mark.parametrize("store_dtype", [StoreDtype.FLOAT16, StoreDtype.INT8])
-def test_every_layer_comes_back_from_every_slot(batch, store_dtype):
+@pytest.mark.parametrize(
+    ("store_dtype", "values_per_scale"), [(StoreDtype.FLOAT16, 0), (StoreDtype.INT8, 0), (StoreDtype.INT8, 128)]
+)
+def test_every_layer_comes_back_from_every_slot(batch, store_dtype, values_per_scale):
     tiles = random_tiles(4 * IN_FLIGHT)
-    several = runner(batch, store_dtype, earlier_layers=(0, 1))
+    several = runner(batch, store_dtype, earlier_layers=(0, 1), values_per_scale=values_per_scale)
     pending = [several.submit(tiles[i : i + batch]) for i in range(0, len(tiles), batch)]
     found = TileFeatures.join([one.result() for one in pending])
     assert len(found.layers) == 3 and len(found) == len(tiles)
     for layer, blocks in enumerate((2, 0, 1)):
-        alone = runner(batch, store_dtype, layer=blocks)
+        alone = runner(batch, store_dtype, layer=blocks, values_per_scale=values_per_scale)
         expected = TileFeatures.join(
             [alone.submit(tiles[i : i + batch]).result() for i in range(0, len(tiles), batch)]
         ).layers[0]
@@ -154,13 +164,14 @@ def test_a_slow_batch_is_timed_once_after_its_warm_up(monkeypatch):
     assert launcher.seconds(2) == 0.2
 
 
+@pytest.mark.parametrize("values_per_scale", [0, 128])
 @pytest.mark.parametrize("batch", [1, 9])
-def test_tokens_with_scales_come_back_with_them(batch):
+def test_tokens_with_scales_come_back_with_them(batch, values_per_scale):
     tiles = random_tiles(9)
-    launchers = runner(batch, StoreDtype.INT8), runner(9)
+    launchers = runner(batch, StoreDtype.INT8, values_per_scale=values_per_scale), runner(9)
     features = [launcher.submit(tiles).result().layers[0] for launcher in launchers]
     read = decode_values(features[0].tokens, StoreDtype.INT8, features[0].scales)
-    assert features[0].scales.shape == read.shape[:2]
+    assert features[0].scales.shape == (*read.shape[:2], *([2] if values_per_scale else []))
     steps = np.abs(features[1].tokens.astype(np.float32)).max(axis=-1, keepdims=True) / 127
     assert (np.abs(read - features[1].tokens) <= steps).all()
 

@@ -55,7 +55,13 @@ def mixed_shard(**options: Any) -> Any:
 
 @BOTH
 @pytest.mark.parametrize("tile_pooled", [False, True], ids=["", "tile_pooled"])
-@pytest.mark.parametrize("store_dtype", list(StoreDtype), ids=lambda d: d.value)
+@pytest.mark.parametrize(
+    ("store_dtype", "values_per_scale"),
+    [
+        *(pytest.param(dtype, 0, id=dtype.value) for dtype in StoreDtype),
+        pytest.param(StoreDtype.INT8, 3, id="int8-several-scales"),
+    ],
+)
 @pytest.mark.parametrize(
     ("tokens", "layers"),
     [
@@ -67,9 +73,19 @@ def mixed_shard(**options: Any) -> Any:
         ),
     ],
 )
-def test_every_value_is_on_disk_as_it_was_written(tmp_path, shard_format, tokens, store_dtype, tile_pooled, layers):
+def test_every_value_is_on_disk_as_it_was_written(
+    tmp_path, shard_format, tokens, store_dtype, values_per_scale, tile_pooled, layers
+):
     """Rows, statuses, digests, CRCs and index, read with plain h5py or numpy, are bit for bit what was stored."""
-    shard = mixed_shard(tokens=tokens, store_dtype=store_dtype, tile_pooled=tile_pooled, earlier_layers=layers)
+    if tokens is Tokens.NONE:
+        values_per_scale = 0
+    shard = mixed_shard(
+        tokens=tokens,
+        store_dtype=store_dtype,
+        tile_pooled=tile_pooled,
+        earlier_layers=layers,
+        values_per_scale=values_per_scale,
+    )
     written = helpers.make_output(tmp_path / "feats", shard, shard_format, {4: TRUNCATED})
     plain = helpers.read_plainly(final_of(Output(str(tmp_path / "feats"))))
     arrays, offset = plain.arrays, plain.arrays["image/tile_offset"].tolist()
@@ -106,6 +122,10 @@ def test_every_value_is_on_disk_as_it_was_written(tmp_path, shard_format, tokens
     if tokens is not Tokens.NONE:
         assert arrays[tokens.dataset].dtype == np.dtype(store_dtype.numpy_name)
         assert arrays[tokens.dataset].shape == (16, helpers.TOKENS_PER_TILE, helpers.CHANNELS)
+        if store_dtype.is_scaled:
+            several = (-(-helpers.CHANNELS // values_per_scale),) if values_per_scale else ()
+            assert arrays[tokens.scales_dataset].shape == (16, helpers.TOKENS_PER_TILE, *several)
+            assert arrays[tokens.scales_dataset].dtype == (np.float16 if values_per_scale else np.float32)
 
 
 @BOTH

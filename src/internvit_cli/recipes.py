@@ -264,8 +264,8 @@ def values_per_scale(options: ExtractOptions, recorded: Recipe | None) -> int:
         recorded: The recipe of the output, if there is one; earlier versions stored one scale per token.
     """
     store = options.store
-    is_continued = recorded is not None and not store.overwrite
-    if is_continued and (recorded.tokens, recorded.store_dtype) == (store.tokens, store.store_dtype):
+    stored = (recorded.tokens, recorded.store_dtype) if recorded else None
+    if recorded and stored == (store.tokens, store.store_dtype) and not store.overwrite:
         return recorded.values_per_scale
     return store.store_dtype.values_per_scale(store.tokens)
 

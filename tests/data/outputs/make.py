@@ -1,11 +1,12 @@
 """Make the archive of one version: pictures, the outputs of its extract command, and some whose run was killed.
 
 git worktree add /tmp/before COMMIT
-python tests/data/outputs/make.py /tmp/before/src tests/data/outputs/COMMIT.tar.xz
+python tests/data/outputs/make.py /tmp/before/src tests/data/outputs/COMMIT.tar.xz [OPTIONS OF EXTRACT]
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -31,7 +32,8 @@ except ImportError:  # before storage had packages of its own
     from internvit_cli.storage.commit import ShardWriter
 from internvit_cli.__main__ import main
 
-write, calls = ShardWriter.write, 0
+name = "record" if hasattr(ShardWriter, "record") else "write"  # of an image, on its way to a commit
+write, calls = getattr(ShardWriter, name), 0
 
 def struck(writer, *arguments, **options):
     global calls
@@ -41,7 +43,7 @@ def struck(writer, *arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(writer, *arguments, **options)
 
-ShardWriter.write = struck
+setattr(ShardWriter, name, struck)
 main()
 """
 """The command, killed when two images are committed and the third is about to be written."""
@@ -60,16 +62,17 @@ def make_pictures(folder: Path) -> None:
 
 
 def main() -> None:
-    source, archive = sys.argv[1:]
+    source, archive, *more = sys.argv[1:]
     shutil.rmtree(FOLDER, ignore_errors=True)
     make_pictures(FOLDER / "pictures")
+    (FOLDER / "options.json").write_text(json.dumps(more))
     for state, start in (("finished", ["-m", "internvit_cli"]), ("unfinished", ["-c", KILLED])):
         (FOLDER / state).mkdir()
         for name, options in OUTPUTS.items():
-            line = [sys.executable, *start, "extract", "pictures", "-o", f"{state}/{name}", *options, *OPTIONS]
+            line = [sys.executable, *start, "extract", "pictures", "-o", f"{state}/{name}", *options, *OPTIONS, *more]
             code = subprocess.run(line, cwd=FOLDER, env=os.environ | {"PYTHONPATH": source}).returncode
             assert code == (3 if state == "finished" else -9), (name, code)
-    parts = ["pictures", "finished", "unfinished"]
+    parts = ["options.json", "pictures", "finished", "unfinished"]
     line = ["tar", "--sort=name", "--owner=0", "--group=0", "--create", "--xz", "--file", Path(archive).absolute()]
     subprocess.run([*line, *parts], cwd=FOLDER, check=True)
 

@@ -199,7 +199,8 @@ def dequantize_tokens(tokens: Tensor, scales: Tensor) -> Tensor:
 def _by_scale(tokens: Tensor, scales: int) -> Tensor:
     """Return tokens [...,C] as rows [...,r,scales], padded with zeros if they do not fill the last one."""
     missing = -tokens.shape[-1] % scales
-    return (F.pad(tokens, (0, missing)) if missing else tokens).unflatten(-1, (-1, scales))
+    padded = F.pad(tokens, (0, missing)) if missing else tokens
+    return padded.reshape(*padded.shape[:-1], padded.shape[-1] // scales, scales)
 
 
 def _rounded_up(scales: Tensor) -> Tensor:
