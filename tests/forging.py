@@ -926,6 +926,8 @@ def _of_any(scene: Scene) -> Iterator[Forgery]:
         ("layer", 1 << 20),
         ("std", [0, 1, 1]),
         ("rescale_factor", 0),
+        ("values_per_scale", 128),
+        ("values_per_scale", -1),
         ("tile_size", 449),
         ("min_tiles", 0),
         ("min_tiles", 100),

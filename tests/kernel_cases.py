@@ -227,6 +227,21 @@ def store(setting: Setting) -> None:
                 check_store(triton_tiles.store(hidden[:, 1:], plan), plain.store(hidden[:, 1:], plan), setting)
 
 
+def store_scaled(setting: Setting) -> None:
+    """Scaled types on a device and on the host: the same scales and numbers, read back as close as their steps are."""
+    from internvit_cli.model.kernels import triton_kernels
+
+    hidden = setting.random(3, 37, 96, scale=100.0)
+    for dtype, values in ((torch.int8, 0), (torch.int8, 128), (torch.int8, 100), (torch.uint8, 0)):
+        plan = StorePlan(9, 384, dtype, TokenOrder.V2, False, float("inf"), mean=True, values_per_scale=values)
+        actual, expected = triton_kernels.store(hidden[:, 1:], plan), plain.store(hidden[:, 1:].cpu(), plan)
+        assert actual.scales is not None and expected.scales is not None
+        assert torch.equal(actual.scales.cpu(), expected.scales) and torch.equal(actual.tokens.cpu(), expected.tokens)
+        read_back = plain.dequantize_tokens(actual.tokens, actual.scales).cpu()
+        exact = plain.store(hidden[:, 1:].cpu(), replace(plan, dtype=torch.float32)).tokens
+        assert float((read_back - exact).norm() / exact.norm()) < (0.01 if values else 0.04)
+
+
 def check_store(actual, expected, setting: Setting) -> None:
     assert torch.equal(actual.extremes.nan_to_num(7), expected.extremes.nan_to_num(7))
     assert torch.equal(actual.extremes.isnan(), expected.extremes.isnan())
@@ -324,6 +339,7 @@ CASES: dict[str, Callable[[Setting], None]] = {
         gelu,
         patches,
         store,
+        store_scaled,
         resize,
         nan_is_never_lost,
         every_probe_passes,

@@ -1,4 +1,4 @@
-"""Coarse types: tokens in int8 and fp8 with a scale each, arithmetic in fp8, and what they are measured to cost."""
+"""Coarse types: tokens in int8 and fp8 with scales, arithmetic in fp8, and what they are measured to cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from internvit_cli.cli.app import run
 from internvit_cli.config import ComputeDtype, StoreDtype, Tokens
 from internvit_cli.model import accuracy
 from internvit_cli.model.accuracy import ATTRIBUTE_CHARACTERS, Accuracy, AccuracyError, ComputeError, StoreError
-from internvit_cli.model.kernels.plain import quantize_tokens
+from internvit_cli.model.kernels.plain import dequantize_tokens, quantize_tokens
 from internvit_cli.storage.format.layout import decode_values
 
 if TYPE_CHECKING:
@@ -54,6 +54,26 @@ def verify(output: Path) -> int:
 # -------------------------------------------------------------------------------------------------------- the numbers
 
 
+LARGEST = 65504.0 * 127
+"""The largest number of int8 times the largest scale in float16."""
+
+
+@given(
+    arrays.arrays(np.float32, (3, 10), elements=st.floats(-LARGEST, LARGEST, width=32)),
+    st.integers(1, 10),
+)
+def test_no_value_is_further_off_than_half_of_its_own_scale(tokens: np.ndarray, count: int) -> None:
+    stored, scales = quantize_tokens(torch.from_numpy(tokens), torch.int8, count)
+    assert scales.shape == (3, count) and scales.dtype is torch.float16 and (scales > 0).all()
+    read_back = decode_values(stored.numpy(), StoreDtype.INT8, scales.numpy())
+    np.testing.assert_array_equal(dequantize_tokens(stored, scales).numpy(), read_back)
+    steps = scales.numpy().astype(np.float64)[:, np.arange(10) % count]
+    assert (np.abs(read_back.astype(np.float64) - tokens) <= steps / 2 * (1 + 1e-4)).all()
+    for scale in range(count):  # no scale is larger than its values need
+        largest = np.abs(tokens[:, scale::count]).max(axis=1) / 127
+        assert (scales[:, scale].numpy() <= largest * (1 + 2.0**-9) + 2.0**-24).all()
+
+
 @given(
     arrays.arrays(np.float32, (3, 8), elements=st.floats(-(2.0**127), 2.0**127, width=32)),
     st.sampled_from(SCALED),
@@ -71,8 +91,23 @@ def test_no_value_is_further_from_what_is_stored_than_half_a_step(tokens: np.nda
 
 @pytest.mark.parametrize("dtype", SCALED)
 def test_a_token_of_zeros_is_read_back_as_zeros(dtype: str) -> None:
-    stored, scales = quantize_tokens(torch.zeros(2, 4), TORCH_TYPE[dtype])
-    assert (decode_values(stored.numpy(), StoreDtype(dtype), scales.numpy()) == 0).all()
+    for count in (0, 2):
+        stored, scales = quantize_tokens(torch.zeros(2, 4), TORCH_TYPE[dtype], count)
+        assert (decode_values(stored.numpy(), StoreDtype(dtype), scales.numpy()) == 0).all()
+
+
+def test_an_outlier_channel_makes_few_values_of_a_visual_token_coarse() -> None:
+    """A visual token joins four patches, whose outlier channels share a scale."""
+    patches = np.random.default_rng(0).standard_normal((50, 4, 384)).astype(np.float32)
+    patches[:, :, 77] *= 40
+    tokens = patches.reshape(50, 1536)
+    for count, share in ((12, 1 / 12), (24, 1 / 24)):
+        stored, scales = quantize_tokens(torch.from_numpy(tokens), torch.int8, count)
+        coarse = scales.numpy().astype(np.float32) > 4 * np.median(scales)
+        assert coarse[:, 77 % count].all() and coarse.mean() == pytest.approx(share)
+        read_back = decode_values(stored.numpy(), StoreDtype.INT8, scales.numpy())
+        fine = np.arange(1536) % count != 77 % count
+        assert np.linalg.norm((read_back - tokens)[:, fine]) < 0.009 * np.linalg.norm(tokens[:, fine])
 
 
 def test_the_numbers_behind_the_codes_of_fp8_are_those_of_torch() -> None:
@@ -131,9 +166,105 @@ def test_int8_takes_half_the_bytes_of_float16(tmp_path: Path, pictures: Path) ->
     with h5py.File(tmp_path / "int8.h5") as coarse, h5py.File(tmp_path / "float16.h5") as fine:
         assert coarse["visual_tokens"].attrs["dtype"] == "int8"
         assert coarse["visual_tokens"].nbytes * 2 == fine["visual_tokens"].nbytes
-        assert coarse["visual_scales"].shape == coarse["visual_tokens"].shape[:2]
-        read = coarse["visual_tokens"][0].astype(np.float32) * coarse["visual_scales"][0][:, None]
+        scales = coarse["visual_scales"][0]  # [T, 2] for 256 values per token
+        assert scales.shape == (4, 2) and scales.dtype == np.float16
+        assert coarse["visual_scales"].nbytes < 0.016 * coarse["visual_tokens"].nbytes
+        read = coarse["visual_tokens"][0] * np.tile(scales.astype(np.float32), 128)
         np.testing.assert_allclose(read, fine["visual_tokens"][0], atol=float(np.abs(read).max()) / 127)
+
+
+@pytest.mark.parametrize(("kind", "values", "scales"), [("visual", 128, 2), ("patch", 64, 1)])
+def test_the_recipe_and_info_say_how_many_values_share_a_scale(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], kind: str, values: int, scales: int
+) -> None:
+    extract(pictures, "-o", tmp_path / "feats.h5", "--store-dtype", "int8", "--tokens", kind)
+    assert open_features(tmp_path / "feats.h5").recipe.values_per_scale == values
+    assert run(["info", str(tmp_path / "feats.h5"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["recipe"]["values_per_scale"] == values
+    of_scales, of_tokens = (facts["datasets"][f"{kind}_{what}"] for what in ("scales", "tokens"))
+    assert of_scales == {"shape": [*of_tokens["shape"][:2], scales], "dtype": "float16"}
+
+
+@pytest.mark.parametrize("options", [("--store-dtype", "fp8"), ("--store-dtype", "float16"), ("--tokens", "none")])
+def test_recipes_without_several_scales_stay_as_they_were(tmp_path: Path, pictures: Path, options: tuple[str]) -> None:
+    extract(pictures, "-o", tmp_path / "feats.h5", "--store-dtype", "int8", *options)
+    assert "values_per_scale" not in open_features(tmp_path / "feats.h5").attributes["recipe"]
+
+
+@pytest.mark.parametrize("kind", ["feats.h5", "feats"])
+def test_the_plan_of_a_coarse_output_has_its_exact_size(
+    tmp_path: Path, pictures: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(pictures), "-o", str(tmp_path / kind), "--store-dtype", "int8", "--model", "tiny-random"]
+    assert run(["plan", *words, "--tile-size", "56", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["bytes"]
+    extract(*words[:5])
+    assert run(["info", str(tmp_path / kind), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] == planned
+
+
+# ---------------------------------------------------------------------------------- one scale per token, as earlier
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """Two outputs as earlier versions wrote them, with one scale per token, and their pictures."""
+    for name in ("a", "b"):
+        make_pictures(tmp_path / name, 2, seed=ord(name))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StoreDtype, "values_per_scale", lambda *_: 0)
+            extract(tmp_path / name, "-o", tmp_path / f"{name}.h5", "--store-dtype", "int8")
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file["visual_scales"].dtype == np.float32 and file["visual_scales"].ndim == 2
+    return tmp_path
+
+
+def test_an_output_with_one_scale_per_token_goes_on_so_until_it_is_overwritten(earlier: Path) -> None:
+    output = earlier / "a.h5"
+    before = open_features(output)
+    tokens = {key: image.visual_tokens for key, image in before.items()}
+    make_pictures(earlier / "a", 1, seed=5)
+    extract(earlier / "a", "-o", output, "--store-dtype", "int8")
+    after = open_features(output)
+    assert len(after) == 3 and after.recipe == before.recipe and after.recipe.values_per_scale == 0
+    for key, rows in tokens.items():
+        np.testing.assert_array_equal(after[key].visual_tokens, rows)
+    assert verify(output) == 0
+    extract(earlier / "a", "-o", output, "--store-dtype", "int8", "--overwrite")
+    assert open_features(output).recipe.values_per_scale == 128
+    assert verify(output) == 0
+
+
+def test_outputs_with_one_scale_per_token_are_merged_with_their_like_only(
+    earlier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other, new = earlier / "a.h5", earlier / "b.h5", earlier / "new.h5"
+    extract(earlier / "b", "-o", new, "--store-dtype", "int8")
+    assert run(["merge", str(one), str(other), "-o", str(earlier / "both.h5"), "-q"]) == 0
+    assert len(open_features(earlier / "both.h5")) == 4
+    assert verify(earlier / "both.h5") == 0
+    assert run(["merge", str(one), str(new), "-o", str(earlier / "mixed.h5"), "-q"]) == 5
+    assert "values_per_scale" in capsys.readouterr().err
+    for path in (other, new):  # without tokens, nothing of it is left
+        assert run(["export", str(path), str(path.with_suffix(".vectors.h5")), "--no-tokens", "-q"]) == 0
+    recipes = {open_features(earlier / name).recipe for name in ("b.vectors.h5", "new.vectors.h5")}
+    assert len(recipes) == 1
+
+
+def test_both_layouts_are_exported_as_they_are_and_compared_as_numbers(
+    earlier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(earlier / "b", "-o", earlier / "new.h5", "--store-dtype", "int8")
+    for name in ("b", "new"):
+        path, back = earlier / f"{name}.h5", earlier / f"{name}-back.h5"
+        assert run(["export", str(path), str(earlier / f"{name}-npy"), "-q"]) == 0
+        assert run(["export", str(earlier / f"{name}-npy"), str(back), "-q"]) == 0
+        assert run(["diff", str(path), str(back), "-q"]) == 0
+        assert verify(back) == 0
+    capsys.readouterr()
+    assert run(["diff", str(earlier / "b.h5"), str(earlier / "new.h5"), "--json"]) == 1
+    assert "values_per_scale" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["h5", "npy"])
@@ -290,7 +421,8 @@ def test_safetensors_holds_coarse_tokens_in_their_own_type(tmp_path: Path, pictu
     assert run(["export", str(output), str(tmp_path / "feats.safetensors"), "-q"]) == 0
     tensors = load_file(tmp_path / "feats.safetensors")
     assert tensors["visual_tokens"].dtype is {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[dtype]
-    read = tensors["visual_tokens"].float() * tensors["visual_scales"][..., None]
+    scales = tensors["visual_scales"].float()
+    read = tensors["visual_tokens"].float() * (scales[..., None] if dtype == "fp8" else scales.repeat(1, 1, 128))
     expected = np.concatenate([image.visual_tokens for image in open_features(output).values()])
     np.testing.assert_array_equal(read.numpy(), expected)
 
