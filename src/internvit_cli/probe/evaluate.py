@@ -223,7 +223,9 @@ def _split(options: ProbeOptions, features: Features, observer: Observer) -> _Sp
 
 def _split_outputs(options: ProbeOptions, features: Features, other: Features, observer: Observer) -> _Split:
     """Train on one output and test on another."""
-    different = [name for name in other.recipe.differences(features.recipe) if name != "compute_dtype"]
+    different = [
+        name for name in other.recipe.differences(features.recipe) if name not in ("compute_dtype", "values_per_scale")
+    ]
     if different:
         raise OutputError(
             f"{options.path} and {options.test_path} are of different recipes: {', '.join(different)} differ",

@@ -122,7 +122,7 @@ def check_features(head: TrainedHead, recipe: Recipe, layer: int, path: str) -> 
     """
     # The tiles of a picture may be chosen otherwise; its vectors still mean the same.
     ignored = {"store_dtype", "compute_dtype", "tile_pooled", "on_overflow", "max_tiles", "min_tiles", "thumbnail"}
-    ignored |= {"truncated", "grey_range", "numerics_version", "earlier_layers", "layer"}
+    ignored |= {"truncated", "grey_range", "numerics_version", "earlier_layers", "layer", "values_per_scale"}
     ignored |= {"tokens", "token_order", "projected_from"} if not head.needs_tokens else {"pool"}
     different = [name for name in recipe.differences(head.recipe) if name not in ignored]
     if layer != head.layer:
