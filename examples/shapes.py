@@ -1,8 +1,9 @@
 """Draw labelled pictures to try `internvit probe` on: noisy backgrounds with one shape each.
 
-    python examples/shapes.py FOLDER [--each 30] [--seed 0]
+    python examples/shapes.py FOLDER [--each 30] [--seed 0] [--masks MASKS]
 
-FOLDER/NAME/... holds the pictures of a shape, so the first folder of a key is its label.
+FOLDER/NAME/... holds the pictures of a shape, so the first folder of a key is its label. MASKS gets a mask per picture,
+whose pixels are 0 for the background and 1, 2, ... for the shapes, and their names in classes.txt.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIDE = 224
+NAMES = ("circle", "cross", "square", "stripes", "triangle")
 
 
 def corners(name: str, x: int, y: int, size: int) -> list[list[tuple[int, int]]]:
@@ -35,16 +37,18 @@ def corners(name: str, x: int, y: int, size: int) -> list[list[tuple[int, int]]]
     return [[(round(x + size * np.cos(angle)), round(y + size * np.sin(angle))) for angle in angles]]
 
 
-def picture(name: str, random: np.random.Generator) -> Image.Image:
-    """Return one picture of a shape, of any color, size and place."""
+def picture(name: str, random: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    """Return one picture of a shape, of any color, size and place, and its mask."""
     noise = random.normal(random.uniform(60, 200), random.uniform(5, 50), (SIDE, SIDE, 3))
     image = Image.fromarray(np.clip(noise, 0, 255).astype(np.uint8))
+    mask = Image.new("L", image.size)
     size = int(random.integers(25, 70))
     x, y = (int(place) for place in random.integers(size, SIDE - size, 2))
     color = tuple(int(part) for part in random.integers(0, 256, 3))
     for polygon in corners(name, x, y, size):
         ImageDraw.Draw(image).polygon(polygon, fill=color)
-    return image
+        ImageDraw.Draw(mask).polygon(polygon, fill=1 + NAMES.index(name))
+    return image, mask
 
 
 def main() -> None:
@@ -53,13 +57,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--each", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--masks", type=Path)
     arguments = parser.parse_args()
     random = np.random.default_rng(arguments.seed)
-    for name in ("circle", "cross", "square", "stripes", "triangle"):
-        folder = arguments.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+    for name in NAMES:
         for number in range(arguments.each):
-            picture(name, random).save(folder / f"{arguments.seed}-{number:03d}.png")
+            file = f"{name}/{arguments.seed}-{number:03d}.png"
+            for folder, drawn in zip((arguments.folder, arguments.masks), picture(name, random), strict=True):
+                if folder is not None:
+                    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                    drawn.save(folder / file)
+    if arguments.masks is not None:
+        (arguments.masks / "classes.txt").write_text("\n".join(("background", *NAMES)) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,15 @@ def test_only_model_and_encoder_import_torch_at_the_top() -> None:
     allowed |= {module for module in modules() if module.startswith("encode.")}
     allowed |= {"model.vit", "model.unshuffle", "model.loading", "model.features", "model.native"}
     allowed |= {module for module in modules() if module.startswith("model.kernels.")}
-    allowed |= {"probe.attention", "probe.data", "probe.evaluate", "probe.heads", "probe.linear", "probe.write"}
+    allowed |= {
+        "probe.attention",
+        "probe.data",
+        "probe.evaluate",
+        "probe.heads",
+        "probe.linear",
+        "probe.results_folder",
+    }
+    allowed |= {"probe.segment", "probe.segmenters", "probe.training"}
     users = {module for module, tree in modules().items() if "torch" in imported_modules(tree)}
     assert users <= allowed
 

@@ -22,14 +22,14 @@ from torch import nn
 
 from internvit_cli import open_features
 from internvit_cli.errors import UsageError
-from internvit_cli.probe import attention
+from internvit_cli.probe import training
 from internvit_cli.probe.attention import AttentionPooling, QueryPooling, heads_for, probabilities, train
 from internvit_cli.probe.labels import labels_of_keys, read_labels
 from internvit_cli.probe.linear import choose_strength, fit_linear
 from internvit_cli.probe.metrics import accuracy, confusion
 from internvit_cli.probe.nearest import NearestNeighbors, choose_neighbors
+from internvit_cli.probe.results_folder import OF_CLASSIFICATION, OF_SEGMENTATION
 from internvit_cli.probe.split import group_numbers, shots_of, stratified_split
-from internvit_cli.probe.write import NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
 EACH = 14
@@ -56,7 +56,7 @@ def extracted(pictures: Path, output: Path, *options: object) -> Path:
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Colors are learned in a few steps."""
-    monkeypatch.setattr(attention, "LEAST_STEPS", 60)
+    monkeypatch.setattr(training, "LEAST_STEPS", 60)
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +386,7 @@ def test_the_official_block_is_its_plain_form() -> None:
 @pytest.mark.parametrize("make", [lambda: AttentionPooling(32, 2, 2), lambda: QueryPooling(32, 2)])
 def test_attention_finds_what_the_mean_hides(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A class is told by one token among many, whose channels cancel in the mean."""
-    monkeypatch.setattr(attention, "LEAST_STEPS", 400)
+    monkeypatch.setattr(training, "LEAST_STEPS", 400)
     random = np.random.default_rng(0)
     labels = np.arange(120) % 2
     tokens = random.normal(0, 0.3, (120, 16, 32)).astype(np.float32)
@@ -426,7 +426,8 @@ def test_confusions_are_counted_by_row() -> None:
 
 
 def test_the_commands_of_the_page_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With random weights, and fewer pictures."""
+    """With random weights, fewer pictures and fewer steps."""
+    monkeypatch.setattr(training, "LEAST_STEPS", 20)
     page = (ROOT / "docs" / "probe.md").read_text()
     (block,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
     first, *lines = block.strip().splitlines()
@@ -440,4 +441,6 @@ def test_the_commands_of_the_page_run_in_their_order(tmp_path: Path, monkeypatch
         assert result.returncode == 0, f"{line}: {result.stderr}"
     assert result.stdout.startswith("key,label,confidence\n") and len(result.stdout.splitlines()) == 41
     listed = set(re.findall(r"^\| `([a-z_]+\.[a-z]+)` \|", page, re.MULTILINE))
-    assert listed == set(NAMES) and {path.name for path in (tmp_path / "probe").iterdir()} <= listed
+    assert listed == {*OF_CLASSIFICATION, *OF_SEGMENTATION}
+    assert {path.name for path in (tmp_path / "probe").iterdir()} <= set(OF_CLASSIFICATION)
+    assert {path.name for path in (tmp_path / "segments").iterdir()} == set(OF_SEGMENTATION)

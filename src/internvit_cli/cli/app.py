@@ -106,7 +106,19 @@ ESSENTIAL = {
         "json",
         "quiet",
     ),
-    "probe": ("test", "labels", "depth", "probe", "test_fraction", "shots", "output", "apply", "json", "quiet"),
+    "probe": (
+        "test",
+        "labels",
+        "masks",
+        "depth",
+        "probe",
+        "test_fraction",
+        "shots",
+        "output",
+        "apply",
+        "json",
+        "quiet",
+    ),
 }
 """Options that the short help of a command lists, for commands with more options than fit there."""
 REQUIRED = {"extract": ("sources", "output"), "plan": ("sources",), "merge": ("output",), "show": ("keys",)}

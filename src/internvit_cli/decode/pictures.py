@@ -189,8 +189,12 @@ def upright_rgb(image: Image.Image, orientation: int, rule: PixelRule) -> Image.
         orientation: The EXIF orientation to apply.
         rule: How transparency and gray pictures of more than 8 bits are converted.
     """
-    picture = _rgb(image, rule)
-    return picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture
+    return upright(_rgb(image, rule), orientation)
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return a picture of any mode turned upright, for its EXIF orientation."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _rgb(image: Image.Image, rule: PixelRule) -> Image.Image:

@@ -14,21 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from internvit_cli.probe.training import epochs_for, fit
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import numpy as np
     from numpy.typing import NDArray
 
 QUERIES = 32
 BATCH = 64
-LEAST_STEPS = 400
-"""Steps of training at least; more epochs are made for few images."""
-LEAST_EPOCHS = 10
-LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.05
-WARM_UP = 0.1
-"""The share of steps in which the learning rate rises."""
 
 
 class AttentionPooling(nn.Module):
@@ -119,42 +115,21 @@ def train(
         seed: Decides the order of images.
         on_step: Called with the number of steps made, and of all steps.
     """
-    batches = _batches(len(labels))
-    epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / batches))
-    steps = batches * epochs
-    optimizer = torch.optim.AdamW(head.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     device = next(head.parameters()).device
-    head.train()
-    for step, chosen in enumerate(_shuffled(len(labels), batches, epochs, seed), 1):
-        y = torch.from_numpy(labels[chosen]).to(device)
-        loss = nn.functional.cross_entropy(head(tokens(chosen)), y)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        on_step(step, steps)
-    head.eval()
+
+    def loss_of(chosen: NDArray[np.int64]) -> Tensor:
+        return nn.functional.cross_entropy(head(tokens(chosen)), torch.from_numpy(labels[chosen]).to(device))
+
+    fit(head, _batches(len(labels), seed), loss_of, WEIGHT_DECAY, on_step)
 
 
-def _batches(count: int) -> int:
-    """Return the batches of an epoch; all have nearly the same size, because BatchNorm needs more than one image."""
-    return max(1, count // BATCH)
-
-
-def _shuffled(count: int, batches: int, epochs: int, seed: int) -> Iterator[NDArray[np.int64]]:
+def _batches(count: int, seed: int) -> list[NDArray[np.int64]]:
+    """Return the batches of all epochs; all have nearly the same size, because BatchNorm needs more than one image."""
     import numpy as np
 
     random = np.random.default_rng(seed)
-    for _ in range(epochs):
-        yield from np.array_split(random.permutation(count), batches)
-
-
-def _rate(step: int, steps: int) -> float:
-    warm = max(1, int(WARM_UP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    batches = max(1, count // BATCH)
+    return [batch for _ in range(epochs_for(batches)) for batch in np.array_split(random.permutation(count), batches)]
 
 
 def probabilities(

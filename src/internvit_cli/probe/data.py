@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,9 +11,12 @@ from internvit_cli.config import Tokens
 from internvit_cli.errors import OutputError, UsageError, one_line
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from internvit_cli.storage.read.image import ImageFeatures
     from internvit_cli.storage.read.reader import Features
 
 IN_MEMORY_BYTES = 2 << 30
@@ -41,36 +44,83 @@ class Part:
         return Part(self.features.at(self.features.positions[chosen]), self.labels[chosen])
 
 
-@dataclass(eq=False)
+class ArrayReader:
+    """Reads an array per image from the disk, and keeps all of them in memory if they are small enough."""
+
+    def __init__(self, features: Features, read: Callable[[ImageFeatures], NDArray[Any]], nbytes: int) -> None:
+        """Say what is read.
+
+        Args:
+            features: Images with features.
+            read: Reads the array of one image.
+            nbytes: The bytes of all arrays together.
+        """
+        self._features = features
+        self._read = read
+        self._is_kept = nbytes <= IN_MEMORY_BYTES
+        self._kept: dict[int, NDArray[Any]] = {}
+
+    def __getitem__(self, number: int) -> NDArray[Any]:
+        """Return the array of the image with this number; it must not be changed."""
+        if number in self._kept:
+            return self._kept[number]
+        array = self._read(self._features[number])
+        if self._is_kept:
+            self._kept[number] = array
+        return array
+
+
 class TokenReader:
     """Reads the tokens of the view of each image that shows it whole, which are as many for every image."""
 
-    features: Features
-    device: str
-    _kept: dict[int, NDArray[Any]] = field(default_factory=dict)
-    _is_kept: bool = False
-
-    def __post_init__(self) -> None:
-        check_tokens(self.features)
-        first = self.features[0]
-        tokens = first.tile_tokens(first.tiles - 1)
+    def __init__(self, features: Features, device: str) -> None:
+        check_tokens(features)
+        self.device = device
+        tokens = _whole_view(features[0])
         self.width = tokens.shape[1]
-        self._is_kept = len(self.features) * tokens.nbytes <= IN_MEMORY_BYTES
+        self._arrays = ArrayReader(features, _whole_view, len(features) * tokens.nbytes)
 
     def __call__(self, chosen: NDArray[np.int64]) -> Tensor:
         """Return tokens [k, T, C] float32 on the device."""
         import torch
 
-        return torch.from_numpy(np.stack([self._tokens(number) for number in chosen.tolist()])).to(self.device).float()
+        return torch.from_numpy(np.stack([self._arrays[number] for number in chosen.tolist()])).to(self.device).float()
 
-    def _tokens(self, number: int) -> NDArray[Any]:
-        if number in self._kept:
-            return self._kept[number]
-        image = self.features[number]
-        tokens = np.asarray(image.tile_tokens(image.tiles - 1))
-        if self._is_kept:
-            self._kept[number] = tokens
-        return tokens
+
+def _whole_view(image: ImageFeatures) -> NDArray[Any]:
+    return np.asarray(image.tile_tokens(image.tiles - 1))
+
+
+class MapReader:
+    """Reads the tokens of each image at their places on its picture, at the resolution of patches."""
+
+    def __init__(self, features: Features, device: str) -> None:
+        first = patch_map(features[0])
+        self.device = device
+        self.width = first.shape[2]
+        tiles = features.column("columns").astype(np.int64) * features.column("rows")
+        self.values: NDArray[np.int64] = first.size // tiles[0] * tiles
+        """The numbers in each map, [n]."""
+        self._arrays = ArrayReader(features, patch_map, first.itemsize * int(self.values.sum()))
+
+    def __call__(self, number: int) -> Tensor:
+        """Return the map of an image, [h, w, C] float32 on the device."""
+        import torch
+
+        return torch.from_numpy(self._arrays[number]).to(self.device).float()
+
+
+def patch_map(image: ImageFeatures) -> NDArray[Any]:
+    """Return the token map of an image, [h, w, C], with visual tokens taken apart into the 2 x 2 patches they hold.
+
+    A visual token is four patch tokens side by side, so both kinds give the same map.
+    """
+    tokens = image.token_map()
+    if image.recipe.tokens is not Tokens.VISUAL:
+        return np.ascontiguousarray(tokens)
+    rows, columns, width = tokens.shape
+    patches = tokens.reshape(rows, columns, 2, 2, width // 4).swapaxes(1, 2)
+    return np.ascontiguousarray(patches).reshape(2 * rows, 2 * columns, width // 4)
 
 
 def check_tokens(features: Features) -> None:

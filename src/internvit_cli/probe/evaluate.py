@@ -15,10 +15,10 @@ from internvit_cli.probe.data import Part, TokenReader, check_tokens
 from internvit_cli.probe.labels import FOLDER, TEST, Labels, check_keys, labels_of_keys, read_labels
 from internvit_cli.probe.metrics import Interval, Predictions, accuracy, predictions_of
 from internvit_cli.probe.nearest import NEIGHBORS, NearestNeighbors, choose_neighbors
-from internvit_cli.probe.split import group_numbers, shots_of, stratified_split
+from internvit_cli.probe.parts import PartOptions, groups_of_copies, leaks, open_test_output
+from internvit_cli.probe.split import shots_of, stratified_split
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import counted
-from internvit_cli.similarity.duplicates import DuplicateOptions, find_duplicates
 from internvit_cli.storage.read.reader import open_features
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from internvit_cli.probe.heads import TrainedHead
-    from internvit_cli.similarity.duplicates import Duplicates
     from internvit_cli.storage.read.reader import Features
 
 HELD_OUT = 0.1
@@ -44,40 +43,25 @@ class Probe(str, Enum):
     ATTENTION = "attention"
 
 
-@dataclass(frozen=True, slots=True)
-class ProbeOptions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeOptions(PartOptions):
     """What to train on what, and how it is tested."""
 
-    path: str
-    test_path: str | None = None
-    """Another output to test on; None divides the images of `path`."""
     labels: str = FOLDER
     """`folder`, or the path of a table."""
     depth: int = 1
     """The folder of a key that is its label, counted from 1."""
     probes: tuple[Probe, ...] | None = None
     """None means all for which the output has features."""
-    test_fraction: float = 0.2
-    seed: int = 0
     shots: tuple[int, ...] = ()
     """Numbers of training images per class for few-shot tests."""
     tries: int = 5
     """Draws of each few-shot test."""
     ignore_unknown: bool = False
     """Whether labels of images that no output has are left out."""
-    ignore_duplicates: bool = False
-    """Whether copies of a picture may come to different parts."""
-    device: str = "auto"
-    layer: int | None = None
-    """The stored layer; None means the deepest."""
-    pictures: str | None = None
-    """The folder that holds the pictures; None means where they were when they were encoded."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.test_fraction < 1:
-            raise UsageError(
-                f"--test-fraction {self.test_fraction} is not between 0 and 1", "give a share, such as 0.2"
-            )
+        PartOptions.__post_init__(self)
         if any(shots < 1 for shots in self.shots):
             raise UsageError("--shots must be at least 1 each", "give numbers of images per class, such as 1,5,10")
 
@@ -195,7 +179,7 @@ def _probes(options: ProbeOptions, features: Features) -> tuple[Probe, ...]:
 
 def _split(options: ProbeOptions, features: Features, observer: Observer) -> _Split:
     if options.test_path is not None:
-        return _split_outputs(options, features, open_features(options.test_path, options.layer), observer)
+        return _split_outputs(options, features, open_test_output(options, features))
     labels = _labels(options, [features])
     labelled, names, counts = _labelled(features, labels)
     classes = tuple(sorted(set(names)))
@@ -207,9 +191,9 @@ def _split(options: ProbeOptions, features: Features, observer: Observer) -> _Sp
         is_test, is_train = splits == TEST, splits == "train"
         if without := int((~is_test & ~is_train).sum()):
             notes.append(f"{counted(without, 'labelled image')} without a split left out")
-        notes += _leaks(part.take(is_train), part.take(is_test))
+        notes += leaks(part.take(is_train).features, part.take(is_test).features)
     else:
-        groups = _groups(options, labelled, observer, notes)
+        groups = groups_of_copies(options, labelled, observer, notes)
         is_test = stratified_split(numbers, groups, options.test_fraction, np.random.default_rng(options.seed))
         is_train = ~is_test
     train, test = part.take(is_train), part.take(is_test)
@@ -221,17 +205,8 @@ def _split(options: ProbeOptions, features: Features, observer: Observer) -> _Sp
     return _Split(classes, train, test, _counts(counts, train, test), labels.source, tuple(notes))
 
 
-def _split_outputs(options: ProbeOptions, features: Features, other: Features, observer: Observer) -> _Split:
+def _split_outputs(options: ProbeOptions, features: Features, other: Features) -> _Split:
     """Train on one output and test on another."""
-    different = [
-        name for name in other.recipe.differences(features.recipe) if name not in ("compute_dtype", "values_per_scale")
-    ]
-    if different:
-        raise OutputError(
-            f"{options.path} and {options.test_path} are of different recipes: {', '.join(different)} differ",
-            "extract both with the same model and options",
-        )
-    del observer
     labels = _labels(options, [features, other])
     trained, train_names, train_counts = _labelled(features, labels)
     tested, test_names, test_counts = _labelled(other, labels)
@@ -248,7 +223,7 @@ def _split_outputs(options: ProbeOptions, features: Features, other: Features, o
     train = Part(trained, _numbers(train_names, classes))
     test = Part(tested.at(tested.positions[is_known]), _numbers(kept, classes))
     _check_parts(train, test, classes, options)
-    notes += _leaks(train, test)
+    notes += leaks(train.features, test.features)
     counts = Counts(
         len(train),
         len(test),
@@ -317,34 +292,6 @@ def _check_parts(train: Part, test: Part, classes: Sequence[str], options: Probe
             "there are no images to test on",
             "label more images per class" if options.test_path is None else "check the labels of the test output",
         )
-
-
-def _groups(options: ProbeOptions, labelled: Features, observer: Observer, notes: list[str]) -> NDArray[np.int64]:
-    """Return a group number per image, which copies of a picture share."""
-    if options.ignore_duplicates:
-        return np.arange(len(labelled))
-    found = find_duplicates(DuplicateOptions(options.path, pictures=options.pictures, layer=options.layer), observer)
-    place = {key: number for number, key in enumerate(labelled)}
-    groups = [[place[key] for key in group if key in place] for group in _keys_of_groups(found)]
-    groups = [group for group in groups if len(group) > 1]
-    if groups:
-        images = counted(sum(map(len, groups)), "image")
-        notes.append(f"{images} are copies of each other, and each group of copies is in one part")
-    return group_numbers(len(labelled), groups)
-
-
-def _keys_of_groups(found: Duplicates) -> Iterable[list[str]]:
-    for group in found.identical:
-        yield [image.key for image in group]
-    for members in found.similar:
-        yield [member.image.key for member in members]
-
-
-def _leaks(train: Part, test: Part) -> list[str]:
-    """Return a note on test images whose file is also one for training."""
-    known = {image.digest for image in train.features.values()} - {bytes(32)}
-    both = sum(image.digest in known for image in test.features.values())
-    return [f"{counted(both, 'test image')} are the same file as a training image"] if both else []
 
 
 # ------------------------------------------------------------------------------------------------------- the probes

@@ -1,27 +1,28 @@
-"""Write what a probe found as a folder of tables and pictures, completely or not at all."""
+"""Write what classifiers found as a folder of tables and pictures."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
-import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from internvit_cli import __version__
-from internvit_cli.errors import UsageError, one_line
 from internvit_cli.probe.heads import to_bytes
 from internvit_cli.probe.metrics import confusion
+from internvit_cli.probe.results_folder import (
+    HEAD,
+    PER_CLASS,
+    RESULTS,
+    WORST,
+    csv_file,
+    json_file,
+    origin,
+    write_folder,
+)
 from internvit_cli.runtime.observer import SILENT, Observer
 from internvit_cli.runtime.words import counted
 from internvit_cli.similarity.contact_sheet import SheetPicture, pictures_sheet
-from internvit_cli.storage.durable import disk_errors, folder_for, rename_durably, sync_path, write_file
 from internvit_cli.viz.draw.figure import Panel, figure
 from internvit_cli.viz.draw.palette import Scale
 from internvit_cli.viz.draw.png import encode_png
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
 
     from internvit_cli.probe.evaluate import ProbeResult, ProbeScore
 
-RESULTS, HEAD = "results.json", "head.safetensors"
-NAMES = (RESULTS, "per_class.csv", "predictions.csv", "confusion.png", "worst.png", HEAD)
-"""The files of a folder of results; the worst.png and the head only if there are any."""
-STAGING = ".probing"
-REPLACED = ".replaced"
 MOST_ERRORS = 60
 SHARES = Scale(0.0, 1.0)
 MOST_NAMED, NAME_WIDTH, LETTERS = 20, 120, 12
@@ -47,26 +43,9 @@ CONFUSION_SIDE = 640
 """Side of the matrix of confusions in pixels, at most."""
 
 
-def check_folder(path: str, *, overwrite: bool) -> None:
-    """Refuse a folder that holds anything, unless these are results that may be replaced.
-
-    Raises:
-        UsageError: It does.
-    """
-    if not os.path.lexists(path):
-        return
-    if not os.path.isdir(path) or os.path.islink(path):
-        raise UsageError(f"-o {path} is not a folder", "choose another name")
-    names = os.listdir(path)
-    if strange := sorted(set(names) - set(NAMES)):
-        raise UsageError(f"-o {path} holds other files, such as {one_line(strange[0])}", "name a new or empty folder")
-    if names and not overwrite:
-        raise UsageError(f"-o {path} exists already", "choose another name, or replace it with --overwrite")
-
-
 def to_json(result: ProbeResult) -> dict[str, Any]:
     """Return the results and everything that they follow from, for results.json and `--json`."""
-    options, recipe = result.options, result.test.features.recipe
+    options = result.options
     return {
         "path": options.path,
         "test_path": options.test_path,
@@ -83,13 +62,7 @@ def to_json(result: ProbeResult) -> dict[str, Any]:
         },
         "gap": gap(result),
         "few_shots": [asdict(one) for one in result.few_shots],
-        "seed": options.seed,
-        "test_fraction": None if options.test_path is not None else options.test_fraction,
-        "model": result.test.features.attributes.get("model"),
-        "layer": result.test.features.layer,
-        "recipe": json.loads(recipe.to_json()),
-        "versions": {"internvit": __version__, "torch": torch.__version__, "numpy": np.__version__},
-        "notes": list(result.notes),
+        **origin(options, result.test.features, result.notes),
     }
 
 
@@ -113,35 +86,18 @@ def write_results(result: ProbeResult, path: str, observer: Observer = SILENT, *
         UsageError: The folder holds something.
         NoSpaceError: The disk is full.
     """
-    path = os.path.abspath(path)
-    check_folder(path, overwrite=overwrite)
-    staged, replaced = path + STAGING, path + REPLACED
-    files = dict(_files(result, observer))
-    with folder_for(path), disk_errors(path):
-        for leftover in (staged, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
-        os.mkdir(staged)
-        try:
-            for name, data in files.items():
-                write_file(os.path.join(staged, name), data)
-            sync_path(staged)
-            if os.path.lexists(path):
-                os.rename(path, replaced)
-            rename_durably(staged, path)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    write_folder(path, dict(_files(result, observer)), overwrite=overwrite)
 
 
 def _files(result: ProbeResult, observer: Observer) -> Iterable[tuple[str, bytes]]:
-    yield RESULTS, (json.dumps(to_json(result), indent=2) + "\n").encode()
-    yield "per_class.csv", _table(_per_class(result))
-    yield "predictions.csv", _table(_predictions(result))
+    yield RESULTS, json_file(to_json(result))
+    yield PER_CLASS, csv_file(_per_class(result))
+    yield "predictions.csv", csv_file(_predictions(result))
     yield "confusion.png", encode_png(_confusion(result))
     wrong = _surest_errors(result)
     if wrong:
         title = f"surest errors, {result.best.name}"
-        yield "worst.png", encode_png(pictures_sheet([(title, wrong)], result.notes, observer))
+        yield WORST, encode_png(pictures_sheet([(title, wrong)], result.notes, observer))
     if (head := best_head(result)) is not None:
         yield HEAD, to_bytes(result.heads[head])
 
@@ -150,12 +106,6 @@ def best_head(result: ProbeResult) -> str | None:
     """Return the probe whose trained head is kept, the most accurate one; None if none has a head."""
     trained = [score for score in result.scores if score.name in result.heads]
     return max(trained, key=lambda score: score.accuracy.value).name if trained else None
-
-
-def _table(rows: Iterable[Sequence[object]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode("utf-8", "surrogateescape")
 
 
 def _per_class(result: ProbeResult) -> Iterable[Sequence[object]]:
