@@ -114,7 +114,12 @@ def probe_command(
     ] = False,
     output: Annotated[
         str | None,
-        typer.Option("-o", "--output", metavar="DIR", help="Write tables, pictures and the trained head here."),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="DIR",
+            help="Write tables, pictures and, without --masks, the best trained head here.",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in DIR.")] = False,
     apply: Annotated[
