@@ -239,6 +239,10 @@ class Projection(Choice):
     UMAP = "umap"
 
 
+LONGEST_KEY = 16384
+"""Maximum bytes of a key: four times the longest path."""
+
+
 class Status(IntEnum):
     """What became of an image; the numbers are part of the file format and never change.
 

@@ -7,8 +7,9 @@ from array import array
 from glob import glob
 from typing import TYPE_CHECKING
 
-from internvit_cli.config import Skipped, Status
+from internvit_cli.config import LONGEST_KEY, Skipped, Status
 from internvit_cli.errors import NoImagesError, UsageError, one_line, system_words
+from internvit_cli.runtime.words import counted
 from internvit_cli.sources import globs
 from internvit_cli.sources.archives import index_of, is_archive, is_archive_name
 from internvit_cli.sources.interface import DiscoverOptions, FolderProblem, Listing, Source, child_path, path_below
@@ -119,6 +120,8 @@ class _Collection:
         named = bytearray(len(self._keys))
         skipped: dict[int, Skipped] = {}
         for i in sorted(range(len(self._keys)), key=self._keys.__getitem__):
+            if len(self._keys[i]) > LONGEST_KEY:
+                continue
             if keys and keys[-1] == self._keys[i]:
                 self._check_same_file(keys[-1], owners[-1], self._owners[i])
                 named[len(keys) - 1] |= self._named[i]
@@ -144,8 +147,17 @@ class _Collection:
             is_missing=bool(self._missing) and not self._found,
             selection=self._selection,
             tops=tuple(self._tops),
-            notes=tuple(self._notes),
+            notes=(*self._notes, *self._note_on_long_keys()),
         )
+
+    def _note_on_long_keys(self) -> list[str]:
+        long = [key for key in self._keys if len(key) > LONGEST_KEY]
+        if not long:
+            return []
+        return [
+            f"{counted(len(long), 'picture')} left out, because the key is longer than {LONGEST_KEY:,} bytes; "
+            f"the first begins with {one_line(min(long)[:60])}"
+        ]
 
     def _source(self, source: Source) -> int:
         return self._sources.setdefault(source, len(self._sources))

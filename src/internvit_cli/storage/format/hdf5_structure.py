@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import h5py
 import numpy as np
 
-from internvit_cli.config import StoreDtype
+from internvit_cli.config import LONGEST_KEY, StoreDtype
 from internvit_cli.errors import RESTORE_OR_OVERWRITE, OutputError, one_line
 from internvit_cli.runtime.untrusted import NotRegularError, open_regular
 from internvit_cli.storage.durable import read_exactly
@@ -36,7 +36,6 @@ from internvit_cli.storage.format.layout import (
     unknown_value,
 )
 from internvit_cli.storage.format.soundness import (
-    LONGEST_KEY,
     MOST_ATTRIBUTES,
     ExpectedDataset,
     check_attributes,

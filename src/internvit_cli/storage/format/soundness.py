@@ -71,8 +71,6 @@ MOST_TILE_SIDE = 16384
 MOST_GRID_TILES = 4096
 MOST_ROW_VALUES = 1 << 20
 """Maximum width of a vector or token, many times more than that of any model."""
-LONGEST_KEY = 16384
-"""Maximum bytes of a key: four times the longest path."""
 MOST_ORIENTATION = 8
 KEY_BLOCK = 65536
 """Keys checked at a time."""
