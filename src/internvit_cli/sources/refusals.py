@@ -57,7 +57,7 @@ def refuse_container(path: bytes, *, is_alone: bool) -> None:
         UsageError: The file is refused because of its first bytes, or of its extension if they are not known.
     """
     name = os.path.basename(path)
-    if looks_like_picture(name):
+    if looks_like_picture(name) or not os.path.isfile(path):  # opening a pipe or a broken link reports what it is
         return
     first = first_bytes(path)
     kind = kind_by_bytes(first) or kind_by_extension(name.rpartition(b".")[2].lower())
