@@ -9,7 +9,9 @@ import random
 import shutil
 import struct
 import tarfile
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from PIL import Image
 from run_helpers import Result, extract, internvit, make_pictures, summary_of
 
 from internvit_cli import open_features
-from internvit_cli.config import Skipped, Status
+from internvit_cli.config import LONGEST_KEY, Skipped, Status
 from internvit_cli.sources.archives import ArchiveIndex, index_of, member_address
 from internvit_cli.sources.discover import discover
 from internvit_cli.sources.files import open_or_skip, open_picture
@@ -316,6 +318,69 @@ def test_damage_anywhere_is_never_more_than_a_problem(seed: int, changes: int) -
             assert isinstance(found, Skipped) or len(found) == index.members[name][1]
 
 
+def with_size(data: bytes, size: bytes) -> bytes:
+    """Return a tar archive with another size in its first header, and the sum of that header."""
+    header = bytearray(data[:512])
+    header[124:136] = size.ljust(12, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + data[512:]
+
+
+@pytest.mark.parametrize("size", [b"-0000001000", b"-1", b"0o10", b"1_0", b"+10", b"99", b"\x80" + b"\xff" * 11])
+def test_a_size_that_is_no_octal_number_ends_the_list_and_never_leads_back(size: bytes) -> None:
+    with temporary(with_size(tar_bytes([(info_of("a.png"), b"picture")]), size)) as path:
+        index = index_of(path)
+        assert index.problem and not index.members
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "9" * 20, "-1", "1_0", ""])
+def test_a_size_in_a_pax_header_that_is_no_size_ends_the_list(size: str) -> None:
+    info = info_of("a.png")
+    info.pax_headers = {"size": size}
+    with temporary(tar_bytes([(info, b"picture")])) as path:
+        index = index_of(path)
+        assert index.problem and not index.members
+
+
+def test_a_tar_that_was_cut_between_members_is_damaged_and_an_empty_file_is_no_archive(tmp_path: Path) -> None:
+    whole = tar_bytes([(info_of("a.png"), bytes(512)), (info_of("b.png"), bytes(512))])
+    with temporary(whole[:1024]) as path:
+        assert list(index_of(path).members) == [b"a.png"] and "without a mark of the end" in index_of(path).problem
+    with temporary(b"") as path:
+        assert index_of(path).problem == "it is empty"
+    with temporary(bytes(10240)) as path:
+        assert not index_of(path).problem and not index_of(path).members
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".zip"])
+def test_members_whose_paths_lead_out_are_left_out_and_counted(suffix: str, tmp_path: Path) -> None:
+    names = ["../a.png", "x/../../b.png", "c.png"]
+    make = zip_bytes(dict.fromkeys(names, b"")) if suffix == ".zip" else tar_bytes([(info_of(n), b"") for n in names])
+    with temporary(make, suffix) as path:
+        index = index_of(path)
+        assert list(index.members) == [b"c.png"] and index.outside == 2 and "2 members left out" in index.notes[0]
+
+
+def test_keys_that_are_too_long_for_an_output_are_left_out_and_told(tmp_path: Path) -> None:
+    names = ["a.png", "b" * (LONGEST_KEY - len("s.tar/.png")) + ".png", "c" * LONGEST_KEY + ".png"]
+    (tmp_path / "s.tar").write_bytes(tar_bytes([(info_of(name), b"") for name in names]))
+    (tmp_path / "list.txt").write_text("d.png\n" + "e/" * LONGEST_KEY + "f.png\n")
+    options = DiscoverOptions(files_from=str(tmp_path / "list.txt"), root=str(tmp_path))
+    listing = discover([str(tmp_path / "s.tar")], options)
+    assert len(listing) == 3 and max(map(len, listing.keys)) == LONGEST_KEY
+    assert "2 pictures left out, because the key is longer than 16,384 bytes" in listing.notes[-1]
+
+
+def test_pipes_and_broken_links_named_like_archives_are_skipped_for_what_they_are(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "broken.zip").symlink_to("nowhere.zip")
+    for name, status in (("pipe.tar", Status.NOT_REGULAR), ("broken.zip", Status.VANISHED)):
+        listing = discover([str(tmp_path / name)], DiscoverOptions())
+        found = open_or_skip(listing.path(0))
+        assert isinstance(found, Skipped) and found.status is status, found
+
+
 def test_a_file_that_is_no_archive_is_one_error(tmp_path: Path) -> None:
     for name in ("a.tar", "a.zip"):
         (tmp_path / name).write_bytes(b"no archive" * 100)
@@ -391,3 +456,41 @@ def test_a_member_that_is_gone_has_vanished(tmp_path: Path) -> None:
     found: Any = content(address)
     assert found.status is Status.VANISHED and not exists(address)
     assert content(b"x\0y").status is Status.UNREADABLE  # type: ignore[union-attr]
+
+
+def central_entry_with(data: bytes, name: bytes, extra: bytes, offset: int) -> bytes:
+    """Return a zip archive of one member whose directory has another name, extra field and offset."""
+    start = data.index(b"PK\x01\x02")
+    end = data.index(b"PK\x05\x06")
+    entry = bytearray(data[start : start + 46])
+    entry[28:32] = struct.pack("<HH", len(name), len(extra))
+    entry[42:46] = struct.pack("<L", offset)
+    tail = bytearray(data[end:])
+    tail[12:16] = struct.pack("<L", len(entry) + len(name) + len(extra))
+    return data[:start] + bytes(entry) + name + extra + bytes(tail)
+
+
+@pytest.mark.parametrize("offset", [2**64 - 2, 2**63, 2**62, 1000])
+def test_a_zip_member_at_an_impossible_place_is_one_skipped_image(offset: int) -> None:
+    extra = struct.pack("<HHQ", 1, 8, offset)
+    with temporary(central_entry_with(zip_bytes({"a.png": b"abc"}), b"a.png", extra, 2**32 - 1), ".zip") as path:
+        assert isinstance(content(member_address(path, b"a.png")), Skipped)
+
+
+def test_a_name_in_an_extra_field_is_as_readable_as_one_in_the_directory() -> None:
+    name = "写.png".encode()
+    extra = struct.pack("<HHBL", 0x7075, 5 + len(name), 1, zlib.crc32(b"__.png")) + name
+    with temporary(central_entry_with(zip_bytes({"__.png": b"abc"}), b"__.png", extra, 0), ".zip") as path:
+        (found,) = index_of(path).members  # newer versions of Python read the field
+        assert found in (b"__.png", name) and content(member_address(path, found)) == b"abc"
+
+
+def test_inflating_takes_no_more_memory_than_the_member(tmp_path: Path) -> None:
+    data = zip_bytes({"a.png": b"abc" * 1000})
+    with temporary(data, ".zip") as path:
+        claimed = Member(path, b"a.png", *index_of(path).members[b"a.png"])._replace(stored_size=1 << 42)
+        os.truncate(path, 1 << 43)
+        tracemalloc.start()
+        assert content(claimed.address) == b"abc" * 1000
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+        tracemalloc.stop()

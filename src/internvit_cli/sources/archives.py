@@ -22,11 +22,14 @@ from internvit_cli.sources.signatures import first_bytes, is_picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import BinaryIO
 
 SUFFIXES = (b".tar", b".zip", b".cbz")
 BLOCK = 512
 LONGEST_HEADER = 1 << 20
 """Bytes of the largest pax header or long name that is read."""
+LONGEST_SIZE = 20
+"""Digits of the largest size that is read; no file is longer."""
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_BYTES = (b"1", b"2", b"3", b"4", b"5", b"6")
 """Links, devices, folders and pipes."""
@@ -45,6 +48,8 @@ class ArchiveIndex:
     """Why members cannot be read, by name."""
     repeated: int = 0
     """The number of members that a later one of the same name replaces."""
+    outside: int = 0
+    """The number of members whose path leads out of the archive, or is empty or cut by a NUL."""
     problem: str = ""
     """Why the rest of the archive cannot be listed; empty if all of it was."""
 
@@ -63,8 +68,11 @@ class ArchiveIndex:
     @property
     def notes(self) -> list[str]:
         """What a user should know about the archive."""
-        again = f"{counted(self.repeated, 'member')} replaced by later ones of the same name"
-        return [again] * bool(self.repeated)
+        told = {
+            "replaced by later ones of the same name": self.repeated,
+            "left out, because the path is empty, leads out of the archive, or holds a NUL byte": self.outside,
+        }
+        return [f"{counted(count, 'member')} {what}" for what, count in told.items() if count]
 
 
 def is_archive_name(path: bytes) -> bool:
@@ -101,7 +109,7 @@ def index_of(archive: bytes) -> ArchiveIndex:
 @lru_cache(maxsize=4096)
 def _index(archive: bytes, size: int, modified_ns: int) -> ArchiveIndex:  # noqa: ARG001 - they tell of changes
     with untrusted.opened(archive) as file:
-        return _of_tar(file.fileno(), size) if archive.lower().endswith(b".tar") else _of_zip(archive)
+        return _of_tar(file.fileno(), size) if archive.lower().endswith(b".tar") else _of_zip(file)
 
 
 # ---------------------------------------------------------------------------------------------------------------- tar
@@ -111,7 +119,10 @@ def _of_tar(descriptor: int, archive_size: int) -> ArchiveIndex:
     index = ArchiveIndex()
     try:
         for header in _headers(descriptor, archive_size):
-            _add_header(index, header)
+            if header.name:
+                _add_header(index, header)
+            elif header.kind not in _WITHOUT_BYTES:
+                index.outside += 1
     except _DamagedError as error:
         index.problem = str(error)
     return index
@@ -124,6 +135,7 @@ class _DamagedError(ValueError):
 @dataclass(frozen=True, slots=True)
 class _TarHeader:
     name: bytes
+    """Empty if it would lead out of the archive."""
     kind: bytes
     offset: int
     """Of its bytes."""
@@ -173,13 +185,13 @@ def _headers(descriptor: int, archive_size: int) -> Iterator[_TarHeader]:
         name = facts.get(b"GNU.sparse.name") or facts.get(b"path") or _name(block)
         is_sparse = kind == _GNU_SPARSE or any(key.startswith(b"GNU.sparse.") for key in facts)
         link = facts.get(b"linkpath") or block[157:257].split(b"\0", 1)[0]
-        if _plain(name) and not name.endswith(b"/"):
+        if not name.endswith(b"/"):  # old programs mark a folder so
             yield _TarHeader(_plain(name), kind, position + BLOCK, size, link, is_sparse)
         extra = _extra_sparse(descriptor, block, position) if kind == _GNU_SPARSE else 0
         position += BLOCK + extra + (_padded(size) if has_bytes else 0)
         own = {}
-    if position < archive_size:
-        raise _DamagedError("it ends in the middle of a header")
+    where = "in the middle of a header" if position < archive_size else "without a mark of the end"
+    raise _DamagedError(f"it ends {where}" if archive_size else "it is empty")
 
 
 def _check_sum(block: bytes, position: int) -> None:
@@ -202,17 +214,16 @@ def _number(digits: bytes) -> int:
     """Return a number of a header: octal digits, or binary after a byte of 0x80."""
     if digits[:1] == b"\x80":
         return int.from_bytes(digits[1:], "big")
-    text = digits.split(b"\0", 1)[0].strip()
-    try:
-        return int(text or b"0", 8)
-    except ValueError as error:
-        raise _DamagedError("a number of a header is damaged") from error
+    text = digits.split(b"\0", 1)[0].strip() or b"0"
+    if text.strip(b"01234567"):  # int() also takes signs, underscores and prefixes
+        raise _DamagedError("a number of a header is damaged")
+    return int(text, 8)
 
 
 def _number_of(text: bytes | None, otherwise: int) -> int:
     if text is None:
         return otherwise
-    if not text.isdigit():
+    if not text.isdigit() or len(text) > LONGEST_SIZE:
         raise _DamagedError("the size in a pax header is damaged")
     return int(text)
 
@@ -266,21 +277,29 @@ def _padded(size: int) -> int:
 # ---------------------------------------------------------------------------------------------------------------- zip
 
 
-def _of_zip(archive: bytes) -> ArchiveIndex:
+def _of_zip(file: BinaryIO) -> ArchiveIndex:
     index = ArchiveIndex()
     try:
-        with zipfile.ZipFile(os.fsdecode(archive)) as opened:
+        with zipfile.ZipFile(file) as opened:
             for info in opened.infolist():
-                if not info.is_dir() and (name := _zip_name(info)):
+                if info.is_dir():
+                    continue
+                if name := _zip_name(info):
                     _add_entry(index, name, info)
+                else:
+                    index.outside += 1
     except (zipfile.BadZipFile, ValueError, EOFError, struct.error, NotImplementedError) as error:
         index.problem = one_line(str(error)) or "it is no zip archive"
     return index
 
 
 def _zip_name(info: zipfile.ZipInfo) -> bytes:
-    is_utf8 = bool(info.flag_bits & 0x800)
-    return _plain(info.filename.encode("utf-8" if is_utf8 else "cp437", "surrogateescape"))
+    """Return the bytes of a name as they are stored, or the UTF-8 of a name that an extra field gives instead."""
+    encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
+    try:
+        return _plain(info.filename.encode(encoding, "surrogateescape"))
+    except UnicodeEncodeError:
+        return _plain(os.fsencode(info.filename))
 
 
 def _add_entry(index: ArchiveIndex, name: bytes, info: zipfile.ZipInfo) -> None:

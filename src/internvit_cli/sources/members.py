@@ -24,6 +24,8 @@ LARGEST_INFLATED = 1 << 30
 """Bytes of the largest compressed member that is read."""
 MOST_INFLATION = 200
 """Times that a member may grow when it is inflated; pictures hardly grow at all."""
+INFLATED_AT_ONCE = 1 << 20
+"""Stored bytes of a compressed member that are read and inflated at once."""
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _NUL = b"\0"
 
@@ -180,31 +182,39 @@ def open_place(path: bytes) -> OpenFile:
 
 
 def _open_member(member: Member, descriptor: int, archive: FileStatus) -> OpenFile:
-    start = member.offset if member.stored_size < 0 else _data_of_zip(member, descriptor)
+    start = member.offset if member.stored_size < 0 else _data_of_zip(member, descriptor, archive.st_size)
     status = FileStatus(member.size, archive.st_mtime_ns)
     stored = member.size if member.stored_size < 0 else member.stored_size
     if start + stored > archive.st_size:
         raise MemberError(errno.EOVERFLOW, "its archive ends before it")
     if member.method == STORED:
         return OpenFile(descriptor, status, start, is_member=True)
-    inflated = _inflated(member, os.pread(descriptor, stored, start))
+    inflated = _inflated(member, descriptor, start)
     os.close(descriptor)
     return OpenFile(_in_memory(inflated, archive.st_mtime_ns), status, is_member=True)
 
 
-def _data_of_zip(member: Member, descriptor: int) -> int:
+def _data_of_zip(member: Member, descriptor: int, archive_size: int) -> int:
     """Return where the bytes of a zip archive's member begin, after its local header."""
-    header = os.pread(descriptor, _LOCAL_HEADER.size, member.offset)
+    is_inside = 0 <= member.offset <= archive_size
+    header = os.pread(descriptor, _LOCAL_HEADER.size, member.offset) if is_inside else b""
     if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
         raise MemberError(errno.EOVERFLOW, "its archive is damaged: there is no header where it should be")
     *_, name_size, extra_size = _LOCAL_HEADER.unpack(header)
     return member.offset + _LOCAL_HEADER.size + int(name_size) + int(extra_size)
 
 
-def _inflated(member: Member, data: bytes) -> bytes:
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+def _inflated(member: Member, descriptor: int, start: int) -> bytearray:
+    """Inflate a member in memory bounded by its size, however many bytes its archive claims to store for it."""
+    inflater, inflated = zlib.decompressobj(-zlib.MAX_WBITS), bytearray()
+    position, end = start, start + member.stored_size
     try:
-        inflated = inflater.decompress(data, member.size + 1)
+        while position < end and not inflater.eof and len(inflated) <= member.size:
+            data = os.pread(descriptor, min(INFLATED_AT_ONCE, end - position), position)
+            if not data:
+                break
+            position += len(data)
+            inflated += inflater.decompress(data, member.size + 1 - len(inflated))
     except zlib.error as error:
         raise MemberError(errno.EOVERFLOW, f"its archive is damaged: {error}") from error
     if len(inflated) != member.size:
@@ -212,7 +222,7 @@ def _inflated(member: Member, data: bytes) -> bytes:
     return inflated
 
 
-def _in_memory(data: bytes, modified_ns: int) -> int:
+def _in_memory(data: bytearray, modified_ns: int) -> int:
     """Return the descriptor of an anonymous file with this content and time."""
     import tempfile
 
