@@ -444,3 +444,16 @@ def test_the_commands_of_the_page_run_in_their_order(tmp_path: Path, monkeypatch
     assert listed == {*OF_CLASSIFICATION, *OF_SEGMENTATION}
     assert {path.name for path in (tmp_path / "probe").iterdir()} <= set(OF_CLASSIFICATION)
     assert {path.name for path in (tmp_path / "segments").iterdir()} == set(OF_SEGMENTATION)
+
+
+@pytest.mark.parametrize(
+    ("option", "word", "expected"),
+    [
+        ("--probe", "knn,linaer", "not a list of knn, linear, attention, head\nhint: did you mean linear?"),
+        ("--probe", "", "not a list of knn, linear, attention, head"),
+        ("--shots", "0", "not a list of numbers of images from 1 to 99,999\nhint: give numbers such as 1,5,10"),
+    ],
+)
+def test_a_list_with_an_unknown_word_is_told_what_was_expected(option: str, word: str, expected: str) -> None:
+    result = internvit("probe", "f.h5", option, word)
+    assert result.returncode == 2 and expected in result.stderr

@@ -18,7 +18,7 @@ from internvit_cli.cli.stored_layer import StoredLayer
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import UnusableWordError
 from internvit_cli.errors import ExitCode, UsageError, one_line
-from internvit_cli.runtime.words import counted
+from internvit_cli.runtime.words import counted, did_you_mean
 from internvit_cli.storage.output_names import check_file_name, check_folder_name
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def probe_list(word: str) -> tuple[str, ...]:
     known = tuple(dict.fromkeys((*CLASSIFIERS, *SEGMENTERS)))
     for name in names:
         if name not in known:
-            raise UnusableWordError(f"{name!r} is no probe", f"give some of {', '.join(known)}")
+            raise UnusableWordError(f"a list of {', '.join(known)}", did_you_mean(name, known))
     return names
 
 
@@ -53,7 +53,7 @@ def shot_list(word: str) -> tuple[int, ...]:
     """
     parts = [part.strip() for part in word.split(",")]
     if not all(part.isascii() and part.isdecimal() and 0 < int(part) < 100_000 for part in parts):
-        raise UnusableWordError("these are no numbers of images", "give numbers such as 1,5,10")
+        raise UnusableWordError("a list of numbers of images from 1 to 99,999", "give numbers such as 1,5,10")
     return tuple(dict.fromkeys(map(int, parts)))
 
 
