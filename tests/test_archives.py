@@ -24,6 +24,7 @@ from run_helpers import Result, extract, internvit, make_pictures, summary_of
 
 from internvit_cli import open_features
 from internvit_cli.config import LONGEST_KEY, Skipped, Status
+from internvit_cli.errors import UsageError
 from internvit_cli.sources.archives import ArchiveIndex, index_of, member_address
 from internvit_cli.sources.discover import discover
 from internvit_cli.sources.files import open_or_skip, open_picture
@@ -370,6 +371,17 @@ def test_keys_that_are_too_long_for_an_output_are_left_out_and_told(tmp_path: Pa
     listing = discover([str(tmp_path / "s.tar")], options)
     assert len(listing) == 3 and max(map(len, listing.keys)) == LONGEST_KEY
     assert "2 pictures left out, because the key is longer than 16,384 bytes" in listing.notes[-1]
+
+
+def test_two_archives_of_one_name_are_refused_with_the_name_of_the_archive(tmp_path: Path) -> None:
+    for place in ("x", "y"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "s.tar").write_bytes(tar_bytes([(info_of("in/a.png"), place.encode())]))
+    paths = [str(tmp_path / place / "s.tar") for place in ("x", "y")]
+    with pytest.raises(UsageError) as found:
+        discover(paths, DiscoverOptions())
+    assert f"NAME={paths[1]}," in found.value.hint
+    assert discover([f"A={paths[0]}", f"B={paths[1]}"], DiscoverOptions()).keys == [b"A/in/a.png", b"B/in/a.png"]
 
 
 def test_pipes_and_broken_links_named_like_archives_are_skipped_for_what_they_are(tmp_path: Path) -> None:

@@ -293,9 +293,11 @@ class _Collection:
         paths = sources[first].path(key), sources[second].path(key)
         if not _same_file(*paths):
             one, other = map(shown, paths)
+            owner = sources[second]
+            kind, place = ("archive", owner.root) if owner.is_archive else ("folder", os.path.dirname(other))
             raise UsageError(
                 f"two files have the key {one_line(key)}: {one_line(one)} and {one_line(other)}",
-                f"name a folder, as in NAME={one_line(os.path.dirname(other))}, or give files a common --root",
+                f"name the {kind}, as in NAME={one_line(place)}, or give files a common --root",
             )
 
 
