@@ -13,7 +13,7 @@ from internvit_cli.runtime.untrusted import opened, parse_json
 from internvit_cli.runtime.words import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
 FOLDER = "folder"
 """The value of `--labels` that takes labels from keys."""
@@ -98,7 +98,7 @@ def read_labels(path: str) -> Labels:
     return Labels(_by_key(path, rows, columns), source, names_keys=True)
 
 
-def _text_rows(path: str, suffix: str) -> tuple[Sequence[str], Iterable[dict[str, Any]]]:
+def _text_rows(path: str, suffix: str) -> tuple[Sequence[str], Sequence[dict[str, Any]]]:
     with opened(path) as file:
         text = file.read().decode("utf-8-sig")
     if suffix == ".jsonl":
@@ -107,10 +107,10 @@ def _text_rows(path: str, suffix: str) -> tuple[Sequence[str], Iterable[dict[str
             raise ValueError("a line is no object")
         return list(dict.fromkeys(name for row in rows for name in row)), rows
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",", strict=True)
-    return list(reader.fieldnames or ()), reader
+    return list(reader.fieldnames or ()), list(reader)
 
 
-def _parquet_rows(path: str) -> tuple[Sequence[str], Iterator[dict[str, Any]]]:
+def _parquet_rows(path: str) -> tuple[Sequence[str], Sequence[dict[str, Any]]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -122,7 +122,7 @@ def _parquet_rows(path: str) -> tuple[Sequence[str], Iterator[dict[str, Any]]]:
         table = parquet.ParquetFile(path)
         names = table.schema_arrow.names
         wanted = [name for name in names if name.lower() in {*KEY_COLUMNS, *LABEL_COLUMNS, *SPLIT_COLUMNS}]
-        return names, (row for batch in table.iter_batches(columns=wanted) for row in batch.to_pylist())
+        return names, [row for batch in table.iter_batches(columns=wanted) for row in batch.to_pylist()]
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
 
