@@ -457,3 +457,32 @@ def test_the_commands_of_the_page_run_in_their_order(tmp_path: Path, monkeypatch
 def test_a_list_with_an_unknown_word_is_told_what_was_expected(option: str, word: str, expected: str) -> None:
     result = internvit("probe", "f.h5", option, word)
     assert result.returncode == 2 and expected in result.stderr
+
+
+@pytest.mark.parametrize("end", ['"a/1.png,x', f"a/1.png,{'x' * 200_000}\n"])
+def test_a_table_that_is_damaged_after_its_first_lines_is_no_table(end: str, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("key,label\na/0.png,x\n" + end)
+    with pytest.raises(UsageError, match="not a csv table"):
+        read_labels(str(table))
+
+
+def test_images_that_were_all_skipped_are_told_as_such(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / name / "0.png").write_bytes(b"no picture")
+    extract(tmp_path / "pictures", "-o", tmp_path / "f.h5", "--tile-size", "56")
+    result = internvit("probe", tmp_path / "f.h5")
+    assert result.returncode == 2 and "no labelled image" in result.stderr, result.stderr
+
+
+def test_a_head_is_applied_to_the_layer_that_it_was_trained_on(tmp_path: Path) -> None:
+    draw(tmp_path / "pictures", each=4)
+    output = extracted(tmp_path / "pictures", tmp_path / "f.h5", "--layer", "1,2")
+    trained = internvit("probe", output, "--layer", "1", *QUICK, "-o", tmp_path / "probe")
+    assert trained.returncode == 0, trained.stderr
+    head = tmp_path / "probe" / "head.safetensors"
+    one, other = (internvit("probe", output, "--apply", head, *more) for more in ((), ("--layer", "1")))
+    assert one.returncode == 0 and one.stdout == other.stdout
+    wrong = internvit("probe", output, "--apply", head, "--layer", "2")
+    assert wrong.returncode == 1 and "trained on: layer differs" in wrong.stderr

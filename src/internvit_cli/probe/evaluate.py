@@ -275,10 +275,14 @@ def _counts(counts: Counts, train: Part, test: Part) -> Counts:
 
 
 def _check_parts(train: Part, test: Part, classes: Sequence[str], options: ProbeOptions) -> None:
-    if len(classes) < 2:
-        only = f": all labelled images are of {one_line(classes[0])}" if classes else ""
+    if not classes:
         raise UsageError(
-            f"a probe needs at least two classes{only}",
+            f"no labelled image of {options.path} has features",
+            f"internvit info {options.path} counts the skipped images and says why they are",
+        )
+    if len(classes) < 2:
+        raise UsageError(
+            f"a probe needs at least two classes: all labelled images are of {one_line(classes[0])}",
             "check --labels, or --depth, which says which folder of a key is the label",
         )
     if len(np.unique(train.labels)) < 2:
@@ -429,6 +433,8 @@ def apply_head(
     from internvit_cli.probe.linear import LinearHead
 
     features = open_features(path, layer)
+    if layer is None and head.layer in features.layers:
+        features = open_features(path, head.layer)
     check_features(head, features.recipe, features.layer, path)
     done = features.done
     if not len(done):

@@ -129,6 +129,7 @@ def check_features(head: TrainedHead, recipe: Recipe, layer: int, path: str) -> 
         different.append("layer")
     if different:
         raise OutputError(
-            f"{path} is not what the head was trained on: {', '.join(different)} differ",
+            f"{path} is not what the head was trained on: {', '.join(different)} "
+            + ("differs" if len(different) == 1 else "differ"),
             "extract the pictures with the same model and options as those of the training",
         )
