@@ -87,7 +87,7 @@ ARCHIVE = _kind(
     "an archive",
     "archives",
     "7z ar bz2 cab cbr cbz cpio dmg gz iso lz4 lzma rar tar tbz tbz2 tgz txz tzst xz zip zst",
-    "name .tar and .zip archives as sources of their own, and unpack others",
+    "name .tar and .zip archives as sources, and unpack others",
 )
 PACKED = _kind(
     "a packed dataset",
