@@ -4,8 +4,9 @@ PYTHON ?= python3
 TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
-# One process for each core; whoever has nothing left takes tests from the others.
-SPREAD := -n auto --dist worksteal
+# One process more than there are cores, because many tests wait for processes of their own; whoever has nothing left
+# takes tests from the others.
+SPREAD := -n $(shell expr $$(nproc 2>/dev/null || echo 2) + 1) --dist worksteal
 # `make test COVERAGE=1` also measures which lines of the package the tests run, and fails below the floor of pyproject.toml.
 COVERAGE ?=
 MEASURE := $(if $(COVERAGE),--cov)

@@ -250,6 +250,7 @@ def test_the_command_goes_on_where_folders_are_not_synced_and_space_is_not_set_a
     assert sum("power cut" in note for note in summary_of(result)["notes"]) == 1
 
 
+@pytest.mark.sweep
 def test_a_file_s_sync_that_is_refused_is_fatal(shim: Path, tmp_path: Path) -> None:
     make_pictures(tmp_path / "pictures", 1)
     line = ("extract", tmp_path / "pictures", "-o", tmp_path / "f.h5", "--model", "tiny-random", "--tokens", "none")

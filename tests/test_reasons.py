@@ -18,8 +18,8 @@ from PIL import Image, ImageFile, features
 from internvit_cli.config import PixelRule, Skipped, Status, TilingRule, Truncated
 from internvit_cli.decode.direct import TiledPicture, tile_bytes, tile_file, tile_picture
 from internvit_cli.plan.headers import read_header
-from internvit_cli.runtime.untrusted import OpenFile
 from internvit_cli.sources import files
+from internvit_cli.sources.members import OpenFile, status_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -190,7 +190,7 @@ def test_a_disk_that_fails_while_a_header_is_read_is_told_from_damage(
 def test_a_disk_that_fails_while_pixels_are_read_is_told_from_damage(extension: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{extension}"
     drawn().save(path)
-    opened = OpenFile(os.open("/proc/self/mem", os.O_RDONLY), os.stat(path))
+    opened = OpenFile(os.open("/proc/self/mem", os.O_RDONLY), status_of(os.fsencode(path)))
     picture = files.OpenPicture(opened)
     with picture, pytest.raises(OSError) as failure:
         picture.stream().read()

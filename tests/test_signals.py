@@ -209,6 +209,7 @@ def test_a_signal_while_the_model_loads_ends_the_run_where_it_stands(
 # ----------------------------------------------------------------------------------------------- a lost terminal
 
 
+@pytest.mark.sweep
 def test_a_terminal_that_closes_costs_no_finished_image(pictures: Path, tmp_path: Path) -> None:
     """The kernel and the shell both send SIGHUP, and nothing can be written any more."""
     line = words(pictures, tmp_path, "file")

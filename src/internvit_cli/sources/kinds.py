@@ -87,7 +87,7 @@ ARCHIVE = _kind(
     "an archive",
     "archives",
     "7z ar bz2 cab cbr cbz cpio dmg gz iso lz4 lzma rar tar tbz tbz2 tgz txz tzst xz zip zst",
-    "name .tar and .zip archives as sources, and unpack others",
+    "unpack them, and name the folder, or name .tar and .zip archives as sources",
 )
 PACKED = _kind(
     "a packed dataset",
