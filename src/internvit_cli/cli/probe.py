@@ -135,7 +135,7 @@ def probe_command(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001
 ) -> int:
-    """Measure how well images or their pixels are classified by stored features.
+    """Measure how well stored features classify images or their pixels.
 
     Labels are the first folders of keys, or a table. A part of each class is held back for testing, and copies of a
     picture are kept in one part. Three probes are trained: the nearest images, logistic regression on pooled vectors,
