@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -506,3 +507,17 @@ def test_inflating_takes_no_more_memory_than_the_member(tmp_path: Path) -> None:
         assert content(claimed.address) == b"abc" * 1000
         assert tracemalloc.get_traced_memory()[1] < 16 << 20
         tracemalloc.stop()
+
+
+def test_a_member_that_finds_no_room_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with temporary(zip_bytes({"a.png": b"x" * 3000}), ".zip") as path:
+        address = member_address(path, b"a.png")
+        before = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            found: Any = content(address)
+        assert found.status is Status.UNREADABLE and "space" in found.message
+        assert len(os.listdir("/proc/self/fd")) == before

@@ -189,9 +189,9 @@ def _open_member(member: Member, descriptor: int, archive: FileStatus) -> OpenFi
         raise MemberError(errno.EOVERFLOW, "its archive ends before it")
     if member.method == STORED:
         return OpenFile(descriptor, status, start, is_member=True)
-    inflated = _inflated(member, descriptor, start)
+    in_memory = _in_memory(_inflated(member, descriptor, start), archive.st_mtime_ns)
     os.close(descriptor)
-    return OpenFile(_in_memory(inflated, archive.st_mtime_ns), status, is_member=True)
+    return OpenFile(in_memory, status, is_member=True)
 
 
 def _data_of_zip(member: Member, descriptor: int, archive_size: int) -> int:
@@ -231,10 +231,14 @@ def _in_memory(data: bytearray, modified_ns: int) -> int:
     else:
         descriptor, name = tempfile.mkstemp(prefix="internvit-member")
         os.unlink(name)
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    os.utime(descriptor, ns=(modified_ns, modified_ns))
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.utime(descriptor, ns=(modified_ns, modified_ns))
+    except BaseException:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
