@@ -286,6 +286,7 @@ def test_an_output_of_coarse_tokens_grows_and_keeps_its_figures(tmp_path: Path, 
     assert verify(output) == 0
 
 
+@pytest.mark.sweep
 def test_several_devices_store_the_same_coarse_tokens(tmp_path: Path, pictures: Path) -> None:
     extract(pictures, "-o", tmp_path / "one.h5", "--store-dtype", "int8")
     words = ["--devices", "cpu,cpu", "--model", "tiny-random", "--dtype", "float32", "--tile-size", "56", "-q"]

@@ -66,6 +66,7 @@ def test_without_pictures_encoder_and_disk_are_measured(tmp_path: Path, monkeypa
     assert measured == [("float32", 2), ("float32", 4), ("bfloat16", 2), ("bfloat16", 4)]
 
 
+@pytest.mark.sweep
 def test_a_model_on_the_hub_is_measured_with_weights_that_are_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from internvit_cli.commands import bench
 

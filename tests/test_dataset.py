@@ -80,7 +80,7 @@ def test_a_view_is_a_dataset_of_its_images(tmp_path):
     assert [sample["key"] for sample in FeatureDataset(features[1:3])] == ["b.jpg", "c.jpg"]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("by", ["image", "tile"])
 def test_workers_of_either_kind_read_the_same_samples(tmp_path, method, by):
     path = make(tmp_path, store_dtype=StoreDtype.BFLOAT16)

@@ -185,6 +185,7 @@ def test_devices_end_with_a_killed_parent_and_one_device_finishes_what_two_began
     checks.assert_same_output(output, whole / "file" / "feats.h5")
 
 
+@pytest.mark.sweep
 def test_an_error_of_a_device_ends_the_run_and_what_was_encoded_is_kept(pictures: Path, tmp_path: Path) -> None:
     strict = extract(pictures, "-o", tmp_path / "f.h5", *SHAPE, *DEVICES, "--strict")
     assert strict.returncode == 1 and "text.jpg: not_an_image" in strict.stderr

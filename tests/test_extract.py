@@ -231,6 +231,7 @@ def test_a_signal_while_planning_ends_the_run_at_once_with_nothing_made(tmp_path
     assert not list(tmp_path.glob("feats.h5*"))
 
 
+@pytest.mark.sweep
 def test_a_killed_run_over_a_folder_of_shards_goes_on_with_the_next_shard(many_pictures: Path, tmp_path: Path) -> None:
     whole, output = tmp_path / "whole", tmp_path / "feats"
     options = (*SHAPE, "--shard-size", "6MB")

@@ -123,6 +123,7 @@ def endless(made: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.move(moved, made / ENDLESS)
 
 
+@pytest.mark.sweep
 def test_a_picture_that_takes_minutes_is_skipped_and_the_others_are_done(endless: Path, made: Path) -> None:
     shutil.copy(made / "modes" / "gray.jpg", endless.parent)
     result = internvit("extract", endless.parent, "-o", endless.parent / "f.h5", *SMALL, "--decode-timeout", "4")
@@ -162,6 +163,7 @@ def test_a_tree_of_hostile_files_costs_only_what_cannot_be_read(
     assert b"\x1b" not in b"".join(lines)
 
 
+@pytest.mark.sweep
 def test_a_worker_has_the_memory_that_it_is_given_and_a_picture_that_takes_more_is_skipped(
     made: Path, tmp_path: Path
 ) -> None:

@@ -371,6 +371,7 @@ def test_a_made_up_config_is_refused_at_once_in_one_bounded_line(folder: Path, c
     assert "config.json" in error.message and len(error.message) < len(str(folder)) + 300
 
 
+@pytest.mark.sweep
 def test_deep_or_crowded_json_is_refused_before_it_takes_memory(folder: Path) -> None:
     save(folder)
     for text in (

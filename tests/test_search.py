@@ -607,6 +607,7 @@ def test_copies_and_re_encodings_are_grouped_and_nothing_else(stored_copies, mon
     assert found.redundant == sum(len(group) - 1 for group in (*found.identical, *found.similar))
 
 
+@pytest.mark.sweep
 def test_shards_memory_limits_and_formats_change_nothing(stored_copies, tmp_path, monkeypatch):
     expected = find_duplicates(DuplicateOptions(str(stored_copies)))
     options = ("--tokens", "none", "--shard-size", "25KB", *FLOAT32)

@@ -246,6 +246,7 @@ def test_a_signal_that_ends_the_reader_of_stderr_too_still_stops_the_run_in_good
     assert told["found"] == told["done"] + told["skipped"] + told["pending"]
 
 
+@pytest.mark.sweep
 def test_an_encoding_that_lacks_a_letter_shows_escapes(tmp_path: Path) -> None:
     make_pictures(tmp_path / "été", 2)
     line = command("extract", tmp_path / "été", "-o", tmp_path / "日本.h5", "--model", "tiny-random")

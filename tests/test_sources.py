@@ -586,6 +586,7 @@ def test_the_extensions_are_those_that_pillow_reads_by_itself() -> None:
     assert EXTENSIONS - registered == of_absent_formats
 
 
+@pytest.mark.sweep
 def test_a_hundred_thousand_files_need_little_memory_and_time(capsys: pytest.CaptureFixture[str]) -> None:
     lines = b"".join(b"folder%03d/picture%06d.jpg\n" % (i % 100, i) for i in range(100_000))
     start = time.perf_counter()

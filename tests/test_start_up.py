@@ -185,6 +185,7 @@ def test_weights_that_cannot_be_read_are_reported_though_there_is_nothing_to_do(
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.sweep
 def test_the_script_for_a_card_says_in_one_line_that_there_is_none(tmp_path: Path) -> None:
     assert subprocess.run(["bash", "-n", CARD_SCRIPT]).returncode == 0
     environment = os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}

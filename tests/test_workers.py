@@ -464,6 +464,7 @@ def test_what_cannot_be_decoded_is_a_value_and_costs_nothing_else(pictures, tmp_
     assert outcomes == dict.fromkeys(range(6), Status.DONE) | {2: Status.TRUNCATED, 4: Status.VANISHED}
 
 
+@pytest.mark.sweep
 def test_kills_at_random_cost_at_most_the_pictures_at_hand(pictures, slow_decoder):
     """A dozen kill -9 during a run, at starting workers as well: a picture is tried again alone, and all come."""
     jobs = jobs_for(pictures)
