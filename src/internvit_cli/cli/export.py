@@ -14,6 +14,7 @@ from internvit_cli.cli.arguments import shard_bytes_for
 from internvit_cli.cli.completion import complete_keys
 from internvit_cli.cli.console import human_bytes, human_seconds, print_json, print_line, say
 from internvit_cli.cli.progress import progress
+from internvit_cli.cli.result_options import NoLock
 from internvit_cli.cli.signals import exit_code_of, stop_on_signals
 from internvit_cli.cli.unfinished import found_output
 from internvit_cli.cli.values import layers, size
@@ -101,9 +102,7 @@ def export_command(
         typer.Option("--allow-mismatch", help="Write tokens of another tower than that of their projector or CHAT."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW once the new one is complete.")] = False,
-    no_lock: Annotated[
-        bool, typer.Option("--no-lock", help="Do not lock NEW, on filesystems that have no locks.")
-    ] = False,
+    no_lock: NoLock = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001

@@ -8,9 +8,9 @@ import typer
 
 from internvit_cli.cli.arguments import shard_bytes_for
 from internvit_cli.cli.export import run_stoppable
+from internvit_cli.cli.result_options import NoLock, ShardFormat, ShardSize
 from internvit_cli.cli.unfinished import found_output
-from internvit_cli.cli.values import one_of, size
-from internvit_cli.config import Format
+from internvit_cli.cli.values import one_of
 from internvit_cli.errors import UsageError
 from internvit_cli.storage.output_names import is_single_file
 
@@ -33,25 +33,10 @@ def merge_command(
             parser=one_of("first", "last"),
         ),
     ] = None,
-    shard_format: Annotated[
-        Format | None,
-        typer.Option(
-            "--format", metavar="FORMAT", help="Write the shards of a folder in this format.", show_default="npy"
-        ),
-    ] = None,
-    shard_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Limit the shards of a folder to this size.",
-            parser=size(least=1),
-            show_default="4GiB",
-        ),
-    ] = None,
+    shard_format: ShardFormat = None,
+    shard_size: ShardSize = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW once the new one is complete.")] = False,
-    no_lock: Annotated[
-        bool, typer.Option("--no-lock", help="Do not lock NEW, on filesystems that have no locks.")
-    ] = False,
+    no_lock: NoLock = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001

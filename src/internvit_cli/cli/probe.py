@@ -238,8 +238,6 @@ def _segment(options: dict[str, Any], shown: _Destination) -> int:
 
 
 def _print(result: ProbeResult) -> None:
-    from internvit_cli.probe.write import gap
-
     counts = result.counts
     print_line(
         f"{counted(len(result.classes), 'class', 'classes')} from {result.label_source}: "
@@ -256,8 +254,8 @@ def _print(result: ProbeResult) -> None:
         low, high = f"{score.accuracy.low:.1%}", f"{score.accuracy.high:.1%}"
         line = f"{score.name:<10} {score.accuracy.value:>9.1%}   {low} to {high}"
         print_line(f"{line}   {chosen}" if chosen else line)
-    if (difference := gap(result)) is not None:
-        print_line(f"gap: attention is {100 * difference:+.1f} points from linear")
+    if result.gap is not None:
+        print_line(f"gap: attention is {100 * result.gap:+.1f} points from linear")
     for one in result.few_shots:
         images = counted(one.shots, "image")
         print_line(

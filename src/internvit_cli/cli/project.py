@@ -10,10 +10,10 @@ import typer
 from internvit_cli.cli.arguments import shard_bytes_for
 from internvit_cli.cli.console import human_seconds, print_json, print_line, say
 from internvit_cli.cli.progress import progress
+from internvit_cli.cli.result_options import NoLock, ShardFormat, ShardSize
 from internvit_cli.cli.signals import exit_code_of, stop_on_signals
 from internvit_cli.cli.unfinished import found_output
-from internvit_cli.cli.values import size
-from internvit_cli.config import Format, StoreDtype
+from internvit_cli.config import StoreDtype
 from internvit_cli.errors import ExitCode, StoppedError, UsageError
 from internvit_cli.runtime.words import counted
 from internvit_cli.storage.output_names import is_single_file
@@ -47,18 +47,8 @@ def project_command(
         bool,
         typer.Option("--allow-mismatch", help="Project tokens of another tower than the one of the chat model."),
     ] = False,
-    shard_format: Annotated[
-        Format | None,
-        typer.Option(
-            "--format", metavar="FORMAT", help="Write the shards of a folder in this format.", show_default="npy"
-        ),
-    ] = None,
-    shard_size: Annotated[
-        int | None,
-        typer.Option(
-            metavar="SIZE", help="Limit the shards of a folder to this size.", parser=size(least=1), show_default="4GiB"
-        ),
-    ] = None,
+    shard_format: ShardFormat = None,
+    shard_size: ShardSize = None,
     device: Annotated[
         str, typer.Option(metavar="DEVICE", help="Compute on this device: auto, cpu, cuda, cuda:N or mps.")
     ] = "auto",
@@ -68,9 +58,7 @@ def project_command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace NEW if it has another recipe, once the new one is complete.")
     ] = False,
-    no_lock: Annotated[
-        bool, typer.Option("--no-lock", help="Do not lock NEW, on filesystems that have no locks.")
-    ] = False,
+    no_lock: NoLock = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with errors.")] = False,  # noqa: ARG001

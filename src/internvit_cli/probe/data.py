@@ -78,6 +78,8 @@ class TokenReader:
         self.device = device
         tokens = _whole_view(features[0])
         self.width = tokens.shape[1]
+        # A visual token is four patch tokens side by side.
+        self.hidden_size = self.width // 4 if features.recipe.tokens is Tokens.VISUAL else self.width
         self._arrays = ArrayReader(features, _whole_view, len(features) * tokens.nbytes)
 
     def __call__(self, chosen: NDArray[np.int64]) -> Tensor:

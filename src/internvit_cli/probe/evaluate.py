@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from internvit_cli.config import Status
-from internvit_cli.errors import OutputError, UsageError, one_line
+from internvit_cli.errors import OutputError, UsageError
 from internvit_cli.model.caveats import caveats
-from internvit_cli.probe.data import Part, TokenReader, check_tokens
-from internvit_cli.probe.labels import FOLDER, TEST, Labels, check_keys, labels_of_keys, read_labels
+from internvit_cli.probe.data import TokenReader, check_tokens
+from internvit_cli.probe.labelled import LabelOptions, labelled_parts
 from internvit_cli.probe.metrics import Interval, Predictions, accuracy, predictions_of
 from internvit_cli.probe.nearest import NEIGHBORS, NearestNeighbors, choose_neighbors
-from internvit_cli.probe.parts import PartOptions, groups_of_copies, leaks, open_test_output
 from internvit_cli.probe.split import shots_of, stratified_split
 from internvit_cli.runtime.observer import SILENT, Observer
-from internvit_cli.runtime.words import counted
 from internvit_cli.storage.read.reader import open_features
 
 if TYPE_CHECKING:
@@ -26,7 +23,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from internvit_cli.probe.data import Part
     from internvit_cli.probe.heads import TrainedHead
+    from internvit_cli.probe.labelled import Counts, LabelledParts
     from internvit_cli.storage.read.reader import Features
 
 HELD_OUT = 0.1
@@ -44,40 +43,20 @@ class Probe(str, Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeOptions(PartOptions):
+class ProbeOptions(LabelOptions):
     """What to train on what, and how it is tested."""
 
-    labels: str = FOLDER
-    """`folder`, or the path of a table."""
-    depth: int = 1
-    """The folder of a key that is its label, counted from 1."""
     probes: tuple[Probe, ...] | None = None
     """None means all for which the output has features."""
     shots: tuple[int, ...] = ()
     """Numbers of training images per class for few-shot tests."""
     tries: int = 5
     """Draws of each few-shot test."""
-    ignore_unknown: bool = False
-    """Whether labels of images that no output has are left out."""
 
     def __post_init__(self) -> None:
-        PartOptions.__post_init__(self)
+        LabelOptions.__post_init__(self)
         if any(shots < 1 for shots in self.shots):
             raise UsageError("--shots must be at least 1 each", "give numbers of images per class, such as 1,5,10")
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """The images of the outputs."""
-
-    train: int
-    test: int
-    unlabelled: int
-    """Images with features and without a label."""
-    skipped: int
-    """Images without features."""
-    unknown: int
-    """Labels of images that are in no output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +101,12 @@ class ProbeResult:
         """The score with the highest accuracy; the first of equals."""
         return max(self.scores, key=lambda score: score.accuracy.value)
 
-
-@dataclass(frozen=True, eq=False)
-class _Split:
-    classes: tuple[str, ...]
-    train: Part
-    test: Part
-    counts: Counts
-    label_source: str
-    notes: tuple[str, ...]
+    @property
+    def gap(self) -> float | None:
+        """By how much the better attention probe is above the linear one; None if either did not run."""
+        by_name = {score.name: score.accuracy.value for score in self.scores}
+        attention = [by_name[name] for name in (Probe.ATTENTION.value, QUERIES_PROBE) if name in by_name]
+        return max(attention) - by_name[Probe.LINEAR.value] if attention and Probe.LINEAR.value in by_name else None
 
 
 def run_probe(options: ProbeOptions, observer: Observer = SILENT) -> ProbeResult:
@@ -142,7 +118,7 @@ def run_probe(options: ProbeOptions, observer: Observer = SILENT) -> ProbeResult
     """
     features = open_features(options.path, options.layer)
     probes = _probes(options, features)
-    split = _split(options, features, observer)
+    split = labelled_parts(options, features, observer)
     trained = _Trainer(options, split, observer)
     for probe in probes:
         trained.run(probe)
@@ -174,137 +150,13 @@ def _probes(options: ProbeOptions, features: Features) -> tuple[Probe, ...]:
     return options.probes
 
 
-# ------------------------------------------------------------------------------------------------- labels and parts
-
-
-def _split(options: ProbeOptions, features: Features, observer: Observer) -> _Split:
-    if options.test_path is not None:
-        return _split_outputs(options, features, open_test_output(options, features))
-    labels = _labels(options, [features])
-    labelled, names, counts = _labelled(features, labels)
-    classes = tuple(sorted(set(names)))
-    numbers = _numbers(names, classes)
-    part = Part(labelled, numbers)
-    notes: list[str] = []
-    if labels.has_split:
-        splits = np.array([labels.by_key[key].split or "" for key in labelled])
-        is_test, is_train = splits == TEST, splits == "train"
-        if without := int((~is_test & ~is_train).sum()):
-            notes.append(f"{counted(without, 'labelled image')} without a split left out")
-        notes += leaks(part.take(is_train).features, part.take(is_test).features)
-    else:
-        groups = groups_of_copies(options, labelled, observer, notes)
-        is_test = stratified_split(numbers, groups, options.test_fraction, np.random.default_rng(options.seed))
-        is_train = ~is_test
-    train, test = part.take(is_train), part.take(is_test)
-    _check_parts(train, test, classes, options)
-    untested = set(range(len(classes))) - set(test.labels.tolist())
-    if untested:
-        names_of = ", ".join(one_line(classes[number]) for number in sorted(untested)[:3])
-        notes.append(f"{counted(len(untested), 'class', 'classes')} without a test image, such as {names_of}")
-    return _Split(classes, train, test, _counts(counts, train, test), labels.source, tuple(notes))
-
-
-def _split_outputs(options: ProbeOptions, features: Features, other: Features) -> _Split:
-    """Train on one output and test on another."""
-    labels = _labels(options, [features, other])
-    trained, train_names, train_counts = _labelled(features, labels)
-    tested, test_names, test_counts = _labelled(other, labels)
-    classes = tuple(sorted(set(train_names)))
-    is_known = np.array([name in set(classes) for name in test_names], bool)
-    notes = []
-    if not is_known.all():
-        names_of = sorted({name for name, known in zip(test_names, is_known, strict=True) if not known})
-        notes.append(
-            f"{counted(int((~is_known).sum()), 'test image')} of classes that are not trained left out, such as "
-            f"{one_line(names_of[0])}"
-        )
-    kept = [name for name, known in zip(test_names, is_known, strict=True) if known]
-    train = Part(trained, _numbers(train_names, classes))
-    test = Part(tested.at(tested.positions[is_known]), _numbers(kept, classes))
-    _check_parts(train, test, classes, options)
-    notes += leaks(train.features, test.features)
-    counts = Counts(
-        len(train),
-        len(test),
-        train_counts.unlabelled + test_counts.unlabelled,
-        train_counts.skipped + test_counts.skipped,
-        len([key for key in labels.by_key if key not in features and key not in other]) if labels.names_keys else 0,
-    )
-    return _Split(classes, train, test, counts, labels.source, tuple(notes))
-
-
-def _labels(options: ProbeOptions, outputs: Sequence[Features]) -> Labels:
-    keys = [key for features in outputs for key in features]
-    if options.labels == FOLDER:
-        labels = labels_of_keys(keys, options.depth)
-        if not labels.by_key:
-            raise UsageError(
-                f"no image of {options.path} is in a folder at depth {options.depth}: a key is {one_line(keys[0])}"
-                if keys
-                else f"{options.path} holds no images",
-                "give a table of labels with --labels FILE.csv, or another --depth",
-            )
-        return labels
-    labels = read_labels(options.labels)
-    if not options.ignore_unknown:
-        check_keys(labels, keys, options.path)
-    return labels
-
-
-def _labelled(features: Features, labels: Labels) -> tuple[Features, list[str], Counts]:
-    """Return the labelled images with features, their labels, and how many there are of the others."""
-    status = features.column("status")
-    keys = list(features)
-    has_label = np.array([key in labels.by_key for key in keys], bool)
-    is_done = status == Status.DONE
-    chosen = np.flatnonzero(has_label & is_done)
-    unknown = sum(key not in features for key in labels.by_key) if labels.names_keys else 0
-    counts = Counts(0, 0, int((is_done & ~has_label).sum()), int((~is_done).sum()), unknown)
-    names = [labels.by_key[keys[number]].name for number in chosen.tolist()]
-    return features.at(features.positions[chosen]), names, counts
-
-
-def _numbers(names: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
-    number = {name: place for place, name in enumerate(classes)}
-    return np.array([number[name] for name in names], np.int64)
-
-
-def _counts(counts: Counts, train: Part, test: Part) -> Counts:
-    return Counts(len(train), len(test), counts.unlabelled, counts.skipped, counts.unknown)
-
-
-def _check_parts(train: Part, test: Part, classes: Sequence[str], options: ProbeOptions) -> None:
-    if not classes:
-        raise UsageError(
-            f"no labelled image of {options.path} has features",
-            f"internvit info {options.path} counts the skipped images and says why they are",
-        )
-    if len(classes) < 2:
-        raise UsageError(
-            f"a probe needs at least two classes: all labelled images are of {one_line(classes[0])}",
-            "check --labels, or --depth, which says which folder of a key is the label",
-        )
-    if len(np.unique(train.labels)) < 2:
-        raise UsageError(
-            f"the training part holds {counted(len(np.unique(train.labels)), 'class', 'classes')} in "
-            f"{counted(len(train), 'image')}",
-            "label more images, or check the split column",
-        )
-    if not len(test):
-        raise UsageError(
-            "there are no images to test on",
-            "label more images per class" if options.test_path is None else "check the labels of the test output",
-        )
-
-
 # ------------------------------------------------------------------------------------------------------- the probes
 
 
 class _Trainer:
     """Trains one probe after the other, and keeps scores and heads."""
 
-    def __init__(self, options: ProbeOptions, split: _Split, observer: Observer) -> None:
+    def __init__(self, options: ProbeOptions, split: LabelledParts, observer: Observer) -> None:
         self._options = options
         self._split = split
         self._observer = observer
@@ -355,9 +207,7 @@ class _Trainer:
 
         device = find_device(self._options.device)
         reader = TokenReader(self._split.train.features, str(device))
-        heads = heads_for(self._train.shape[1])
-        if reader.width % heads:
-            heads = heads_for(reader.width)
+        heads = heads_for(reader.hidden_size)
         classes = len(self._split.classes)
         torch.manual_seed(self._options.seed)
         for name, head in (
@@ -370,8 +220,6 @@ class _Trainer:
         from internvit_cli.probe.attention import probabilities, train
 
         labels = self._split.train.labels
-        if len(labels) < 2:
-            raise UsageError("an attention probe needs at least two training images", "label more images")
         with self._observer.phase(f"training the {name} probe", "step", None) as phase:
             train(head, reader, labels, self._options.seed, phase.at)
         tested = TokenReader(self._split.test.features, reader.device)
@@ -387,7 +235,9 @@ class _Trainer:
         self.heads[name] = TrainedHead(name, model, self._split.classes, features.recipe, features.layer)
 
 
-def _few_shots(options: ProbeOptions, split: _Split, probes: Sequence[Probe], observer: Observer) -> Iterable[FewShots]:
+def _few_shots(
+    options: ProbeOptions, split: LabelledParts, probes: Sequence[Probe], observer: Observer
+) -> Iterable[FewShots]:
     """Train on a few images per class, several times each."""
     if not options.shots:
         return

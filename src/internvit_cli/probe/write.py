@@ -60,17 +60,10 @@ def to_json(result: ProbeResult) -> dict[str, Any]:
             }
             for score in result.scores
         },
-        "gap": gap(result),
+        "gap": result.gap,
         "few_shots": [asdict(one) for one in result.few_shots],
         **origin(options, result.test.features, result.notes),
     }
-
-
-def gap(result: ProbeResult) -> float | None:
-    """Return by how much the better attention probe is above the linear one; None if either did not run."""
-    by_name = {score.name: score.accuracy.value for score in result.scores}
-    attention = [by_name[name] for name in ("attention", "queries") if name in by_name]
-    return max(attention) - by_name["linear"] if attention and "linear" in by_name else None
 
 
 def write_results(result: ProbeResult, path: str, observer: Observer = SILENT, *, overwrite: bool = False) -> None:

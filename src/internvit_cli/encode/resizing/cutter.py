@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from internvit_cli.encode.resizing.passes import choose_pass, table_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from torch import Tensor
 
-    from internvit_cli.encode.resizing.passes import Pass
     from internvit_cli.plan.tiling import View
 
 
@@ -24,13 +22,6 @@ class Cutter:
         self._side = tile_size
         self._pass, self.problem = choose_pass(device)
         """Why a CUDA device does not use its own kernel; usually empty."""
-
-    @classmethod
-    def with_pass(cls, one_pass: Pass, tile_size: int) -> Cutter:
-        """Return a cutter that uses a given pass."""
-        cutter = cls(torch.device("cpu"), tile_size)
-        cutter._pass = one_pass
-        return cutter
 
     def cut(self, picture: Tensor, views: Sequence[View]) -> Tensor:
         """Return the tiles of all views, uint8 [n,S,S,3], row by row.
